@@ -1,0 +1,1 @@
+"""Experiment configurations: one file per model family, one row per released result."""

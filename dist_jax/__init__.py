@@ -1,0 +1,1 @@
+"""dist_jax: image-to-video transfer with a frozen backbone, in JAX/Flax."""

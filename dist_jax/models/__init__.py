@@ -1,0 +1,1 @@
+"""Model families and the frozen backbones they read from."""

@@ -1,0 +1,46 @@
+"""Package definition: `pip install -e .` for use, `pip install -e '.[test]'` to develop."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / 'README.md'
+
+setup(
+    name='dist_jax',
+    version='0.1.0',
+    description='Image-to-video transfer with a frozen backbone, in JAX/Flax, for Cloud TPU pods',
+    long_description=README.read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['dist_jax*', 'configs*', 'input_pipeline*', 'tools*']),
+    entry_points={'console_scripts': ['dist_jax=dist_jax.main:main']},
+    install_requires=[
+        'absl-py>=2.1',
+        'av>=14.0',  # FFmpeg decoders and encoders in one wheel, releases the GIL
+        'clu>=0.0.12',
+        'einops>=0.8',
+        'flax>=0.12',
+        'ftfy>=6.2',  # CLIP's text cleaning
+        'grain>=0.2.18',
+        'instant-clip-tokenizer>=0.1.1',  # carries the CLIP byte-pair vocabulary
+        'jax>=0.10',
+        'matplotlib>=3.8',  # curves, contact sheets, confusion pictures
+        'ml_collections>=1.0',
+        'numpy>=2.0',
+        'opencv-python-headless>=4.10',  # resize and colour conversion of uint8 frames
+        'optax>=0.2.5',
+        'orbax-checkpoint>=0.11.30',
+        'rich>=13.7',  # tables and progress bars
+        'safetensors>=0.5',
+        'tensorboardX>=2.6.2',  # event files without TensorFlow
+        'tensorflow-datasets>=4.9.7',
+    ],
+    extras_require={
+        'test': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.8'],
+        'benchmark': ['decord>=0.6', 'psutil>=5.9'],
+        'tpu': ['jax[tpu]>=0.10', 'gcsfs>=2024.6'],  # gcsfs: gs:// paths without TensorFlow
+        'cuda': ['jax[cuda12]>=0.10'],
+    },
+)
