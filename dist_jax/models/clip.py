@@ -1,0 +1,362 @@
+"""The frozen CLIP image and text towers, as functions over a plain parameter tree.
+
+Source: Radford et al. 2021 (arXiv:2103.00020), section 2.4 and the released weights.
+
+The tree (W width, D depth, h heads, d head dim, p patch size, g = image_size / p, E embed_dim):
+
+    visual/conv1/kernel (p, p, 3, W)
+    visual/class_embedding (W,)             visual/positional_embedding (1 + g*g, W)
+    visual/ln_pre/{scale,bias} (W,)
+    visual/blocks/                          stacked, the layer on axis 0
+        ln_1/{scale,bias} (D, W)            ln_2/{scale,bias} (D, W)
+        attn/qkv/{kernel (D, W, 3, h, d), bias (D, 3, h, d)}
+        attn/out/{kernel (D, h, d, W), bias (D, W)}
+        mlp/c_fc/{kernel (D, W, 4W), bias}  mlp/c_proj/{kernel (D, 4W, W), bias}
+    visual/ln_post/{scale,bias} (W,)        visual/proj/kernel (W, E)
+    text/token_embedding (V, Wt)            text/positional_embedding (S, Wt)
+    text/blocks/...                         text/ln_final/{scale,bias}
+    text/text_projection/kernel (Wt, E)
+    logit_scale ()                          stored as a logarithm
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dist_jax.models import layers
+from dist_jax.models.stack import scan_frozen
+
+Tree = dict[str, Any]
+
+# Of RGB in [0, 1].
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSpec:
+    """Geometry of one CLIP model; it travels with the converted checkpoint."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    embed_dim: int
+    text_width: int
+    text_depth: int
+    text_num_heads: int
+    vocab_size: int = 49408
+    context_length: int = 77
+    activation: str = 'quick_gelu'
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f'image_size={self.image_size} is not a multiple of patch_size={self.patch_size}'
+            )
+        if self.activation not in layers.ACTIVATIONS:
+            raise ValueError(
+                f'activation={self.activation!r} is not one of {sorted(layers.ACTIVATIONS)}'
+            )
+        for width, heads in (
+            ('width', 'num_heads'),
+            ('text_width', 'text_num_heads'),
+        ):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f'{width}={getattr(self, width)} is not a multiple of '
+                    f'{heads}={getattr(self, heads)}'
+                )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one frame, the class token included."""
+        return 1 + self.grid**2
+
+
+SPECS: dict[str, ClipSpec] = {
+    'vit_b32': ClipSpec(224, 32, 768, 12, 12, 512, 512, 12, 8),
+    'vit_b16': ClipSpec(224, 16, 768, 12, 12, 512, 512, 12, 8),
+    'vit_l14': ClipSpec(224, 14, 1024, 24, 16, 768, 768, 12, 12),
+    'vit_l14_336': ClipSpec(336, 14, 1024, 24, 16, 768, 768, 12, 12),
+    'tiny': ClipSpec(96, 8, 64, 2, 1, 64, 64, 1, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What a consumer reads from the image tower; the rest is not computed or not kept.
+
+    Attributes:
+      outputs: blocks whose output stream is returned.
+      attention: blocks whose queries and keys are returned (bias included, not scaled).
+      stem: whether the stream after `ln_pre` is returned.
+      embedding: whether the projected class embedding is returned; it needs every block.
+    """
+
+    outputs: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    stem: bool = False
+    embedding: bool = False
+
+    def blocks_needed(self, depth: int) -> int:
+        """How many blocks have to run."""
+        asked = (*self.outputs, *self.attention)
+        for block in asked:
+            if not 0 <= block < depth:
+                raise ValueError(
+                    f'tap of block {block}, but the backbone has blocks 0..{depth - 1}'
+                )
+        for name in ('outputs', 'attention'):
+            blocks = getattr(self, name)
+            if list(blocks) != sorted(set(blocks)):
+                raise ValueError(f'taps {name}={blocks} must be increasing, without repeats')
+        return depth if self.embedding else max(asked, default=-1) + 1
+
+
+def normalize(video: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """uint8 RGB (..., H, W, 3), 0 to 255 -> CLIP's standardised pixels in `dtype`."""
+    scale = 1.0 / (255.0 * np.asarray(PIXEL_STD, np.float32))
+    shift = np.asarray(PIXEL_MEAN, np.float32) / np.asarray(PIXEL_STD, np.float32)
+    return (video.astype(jnp.float32) * scale - shift).astype(dtype)
+
+
+def cast(params: Tree, dtype: Any) -> Tree:
+    """Matrices and tables in `dtype`; LayerNorm parameters and logit_scale stay float32."""
+    return {
+        name: cast(value, jnp.float32 if 'scale' in value else dtype)
+        if isinstance(value, dict)
+        else value.astype(jnp.float32 if name == 'logit_scale' else dtype)
+        for name, value in params.items()
+    }
+
+
+def _block(
+    x: jax.Array, params: Tree, activation: str, mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One pre-norm block. Returns the stream (N, L, W) and the block's q and k (N, L, h, d)."""
+    dtype = x.dtype
+    qkv, out = params['attn']['qkv'], params['attn']['out']
+    z = layers.layer_norm(x, **params['ln_1'])
+    q, k, v = jnp.einsum('nlw,wchd->cnlhd', z, qkv['kernel'].astype(dtype)) + qkv['bias'].astype(
+        dtype
+    ).reshape(3, 1, 1, *qkv['bias'].shape[-2:])
+    heads = layers.attend(q, k, v, mask)
+    x = (
+        x
+        + jnp.einsum('nlhd,hdw->nlw', heads, out['kernel'].astype(dtype))
+        + out['bias'].astype(dtype)
+    )
+    z = layers.layer_norm(x, **params['ln_2'])
+    z = layers.ACTIVATIONS[activation](_linear(z, params['mlp']['c_fc']))
+    return x + _linear(z, params['mlp']['c_proj']), q, k
+
+
+def _linear(x: jax.Array, params: Tree) -> jax.Array:
+    return jnp.einsum('nli,io->nlo', x, params['kernel'].astype(x.dtype)) + params['bias'].astype(
+        x.dtype
+    )
+
+
+def encode_image(
+    params: Tree,
+    pixels: jax.Array,
+    spec: ClipSpec,
+    taps: Taps,
+    *,
+    unroll: bool = False,
+) -> dict[str, jax.Array]:
+    """Runs the image tower as far as the taps need it.
+
+    Args:
+      params: the `visual` subtree.
+      pixels: (N, H, W, 3), normalised (see `normalize`); their dtype is the compute dtype.
+      spec: geometry; H = W = spec.image_size.
+      taps: what to return.
+      unroll: see `stack`.
+
+    Returns:
+      Only what was asked for, of: `stem` (N, L, W); `outputs` (K, N, L, W); `queries` and `keys`
+      (K, N, L, h, d); `embedding` (N, E), not L2-normalised. L = 1 + g*g, class token first,
+      patches row-major.
+
+    Raises:
+      ValueError: the image size is not the spec's, or a tap names a block that is not there.
+    """
+    if pixels.shape[1:3] != (spec.image_size, spec.image_size):
+        raise ValueError(
+            f'frames of {pixels.shape[1]}x{pixels.shape[2]} pixels for a backbone of image_size='
+            f'{spec.image_size}; set data.image_size or resize the position table'
+        )
+    dtype = pixels.dtype
+    p, g = spec.patch_size, spec.grid
+    # A stride-p convolution is a matrix product over p x p x 3 patches.
+    patches = (
+        pixels.reshape(-1, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, g * g, p * p * 3)
+    )
+    x = patches @ params['conv1']['kernel'].reshape(p * p * 3, spec.width).astype(dtype)
+    cls = jnp.broadcast_to(params['class_embedding'].astype(dtype), (x.shape[0], 1, spec.width))
+    x = jnp.concatenate([cls, x], axis=1) + params['positional_embedding'].astype(dtype)
+    x = layers.layer_norm(x, **params['ln_pre'])
+
+    found: dict[str, list[jax.Array]] = {'outputs': [], 'queries': [], 'keys': []}
+    result = {'stem': x} if taps.stem else {}
+    wanted = [
+        (i in taps.outputs, i in taps.attention) for i in range(taps.blocks_needed(spec.depth))
+    ]
+    start = 0
+    # Neighbouring blocks that are tapped alike run in one loop.
+    for (output, attention), run in itertools.groupby(wanted):
+        stop = start + len(list(run))
+
+        def block(
+            x: jax.Array, one: Tree, output: bool = output, attention: bool = attention
+        ) -> tuple[jax.Array, Tree]:
+            x, q, k = _block(x, one, spec.activation)
+            return x, ({'outputs': x} if output else {}) | (
+                {'queries': q, 'keys': k} if attention else {}
+            )
+
+        x, tapped = scan_frozen(block, x, params['blocks'], start, stop, unroll=unroll)
+        for name, value in tapped.items():
+            found[name].append(value)
+        start = stop
+    for name, parts in found.items():
+        if parts:
+            result[name] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    if taps.embedding:
+        result['embedding'] = project_image(params, x[:, 0])
+    return result
+
+
+def project_image(params: Tree, class_token: jax.Array) -> jax.Array:
+    """`ln_post` and projection of class tokens (N, W) of the last block -> float32 (N, E)."""
+    z = layers.layer_norm(class_token, **params['ln_post'])
+    return jnp.einsum('nw,we->ne', z, params['proj']['kernel'].astype(z.dtype)).astype(jnp.float32)
+
+
+def encode_text(
+    params: Tree,
+    tokens: jax.Array,
+    spec: ClipSpec,
+    *,
+    dtype: Any = jnp.float32,
+    unroll: bool = False,
+) -> jax.Array:
+    """Runs the text tower.
+
+    Args:
+      params: the `text` subtree.
+      tokens: (n, S) int32, S at most spec.context_length; zero padded.
+      spec: geometry.
+      dtype: compute dtype.
+      unroll: see `stack`.
+
+    Returns:
+      (n, E) float32, the projected feature at the end-of-text position (the largest id of the
+      row), not L2-normalised.
+    """
+    length = tokens.shape[1]
+    if length > spec.context_length:
+        raise ValueError(f'{length} tokens, but the text tower reads at most {spec.context_length}')
+    x = params['token_embedding'][tokens] + params['positional_embedding'][:length]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+
+    def block(x: jax.Array, one: Tree) -> tuple[jax.Array, Tree]:
+        return _block(x, one, spec.activation, causal)[0], {}
+
+    x, _ = scan_frozen(block, x.astype(dtype), params['blocks'], 0, spec.text_depth, unroll=unroll)
+    end = jnp.take_along_axis(x, tokens.argmax(-1)[:, None, None], axis=1)[:, 0]
+    z = layers.layer_norm(end, **params['ln_final'])
+    kernel = params['text_projection']['kernel'].astype(dtype)
+    return jnp.einsum('nw,we->ne', z, kernel).astype(jnp.float32)
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Rows of unit length, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def abstract_params(spec: ClipSpec) -> Tree:
+    """The tree as float32 `jax.ShapeDtypeStruct` leaves."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), spec))
+
+
+def init_params(key: jax.Array, spec: ClipSpec, logit_scale: float = math.log(100.0)) -> Tree:
+    """A random tower of this geometry, for tests, the demo and shape checks.
+
+    Standard deviations follow the initialisation of the CLIP paper's code: width^-0.5 for
+    attention, (2 width)^-0.5 for the first MLP matrix, both shrunk by (2 depth)^-0.5 on the way
+    back to the stream.
+    """
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
+
+    def normal(shape: tuple[int, ...], std: float) -> jax.Array:
+        return std * jax.random.normal(next(keys), shape, jnp.float32)
+
+    def norm(*shape: int) -> Tree:
+        return {'scale': jnp.ones(shape), 'bias': jnp.zeros(shape)}
+
+    def blocks(depth: int, width: int, heads: int) -> Tree:
+        head_dim, hidden = width // heads, int(width * spec.mlp_ratio)
+        shrink = (2 * depth) ** -0.5
+        return {
+            'ln_1': norm(depth, width),
+            'attn': {
+                'qkv': {
+                    'kernel': normal((depth, width, 3, heads, head_dim), width**-0.5),
+                    'bias': jnp.zeros((depth, 3, heads, head_dim)),
+                },
+                'out': {
+                    'kernel': normal((depth, heads, head_dim, width), width**-0.5 * shrink),
+                    'bias': jnp.zeros((depth, width)),
+                },
+            },
+            'ln_2': norm(depth, width),
+            'mlp': {
+                'c_fc': {
+                    'kernel': normal((depth, width, hidden), (2 * width) ** -0.5),
+                    'bias': jnp.zeros((depth, hidden)),
+                },
+                'c_proj': {
+                    'kernel': normal((depth, hidden, width), width**-0.5 * shrink),
+                    'bias': jnp.zeros((depth, width)),
+                },
+            },
+        }
+
+    width, text_width, p = spec.width, spec.text_width, spec.patch_size
+    return {
+        'visual': {
+            'conv1': {'kernel': normal((p, p, 3, width), (p * p * 3) ** -0.5)},
+            'class_embedding': normal((width,), width**-0.5),
+            'positional_embedding': normal((spec.num_tokens, width), width**-0.5),
+            'ln_pre': norm(width),
+            'blocks': blocks(spec.depth, width, spec.num_heads),
+            'ln_post': norm(width),
+            'proj': {'kernel': normal((width, spec.embed_dim), width**-0.5)},
+        },
+        'text': {
+            'token_embedding': normal((spec.vocab_size, text_width), 0.02),
+            'positional_embedding': normal((spec.context_length, text_width), 0.01),
+            'blocks': blocks(spec.text_depth, text_width, spec.text_num_heads),
+            'ln_final': norm(text_width),
+            'text_projection': {'kernel': normal((text_width, spec.embed_dim), text_width**-0.5)},
+        },
+        'logit_scale': jnp.asarray(logit_scale, jnp.float32),
+    }

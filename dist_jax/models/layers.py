@@ -1,0 +1,217 @@
+"""Pieces that several models share: norms, activations, attention, tables of weights.
+
+Functions serve the frozen backbones (plain trees); the Flax modules serve the trainable networks.
+Both compute normalisation and softmax in float32 whatever the activation dtype is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LAYER_NORM_EPS = 1e-5  # CLIP's value; Flax's own default is 1e-6.
+
+Dtype = Any
+Initializer = Callable[..., jax.Array]
+
+trunc_normal = nn.initializers.truncated_normal(stddev=0.02)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), the activation of the OpenAI CLIP weights."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'quick_gelu': quick_gelu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis with float32 statistics; the result has the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    centred = x32 - mean
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    normalised = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
+    return (normalised * scale + bias).astype(x.dtype)
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """Scaled dot-product attention with a float32 softmax.
+
+    Args:
+      query: (N, Q, h, d).
+      key: (N, L, h, d).
+      value: (N, L, h, d).
+      mask: broadcastable to (N, h, Q, L), True where attention is allowed; None for everywhere.
+
+    Returns:
+      (N, Q, h, d) in the dtype of `value`.
+    """
+    logits = jnp.einsum(
+        'nqhd,nlhd->nhql',
+        query * query.shape[-1] ** -0.5,
+        key,
+        preferred_element_type=jnp.float32,
+    )
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum('nhql,nlhd->nqhd', weights, value)
+
+
+def resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Resizes a learned position table to another patch grid; the class row is untouched.
+
+    Bicubic with a = -0.75, half-pixel centres, clamped borders and no antialiasing, which is what
+    the published CLIP code base does when it interpolates its tables.
+
+    Args:
+      table: (1 + g*g, W) float, class row first, patches row-major over a square grid.
+      grid: (rows, columns) of the new grid.
+
+    Returns:
+      (1 + rows*columns, W) float32.
+
+    Raises:
+      ValueError: the table is not a class row plus a square grid.
+    """
+    table = np.asarray(table, np.float32)
+    side = round((table.shape[0] - 1) ** 0.5)
+    if side * side + 1 != table.shape[0]:
+        raise ValueError(
+            f'position table has {table.shape[0]} rows, which is not 1 + a square; '
+            'only square grids with a class token can be resized'
+        )
+    if (side, side) == tuple(grid):
+        return table
+    patches = table[1:].reshape(side, side, -1)
+    rows, columns = (_cubic_matrix(side, size) for size in grid)
+    resized = np.einsum('ri,cj,ijw->rcw', rows, columns, patches)
+    return np.concatenate([table[:1], resized.reshape(-1, table.shape[1])]).astype(np.float32)
+
+
+def _cubic_matrix(source: int, target: int, a: float = -0.75) -> np.ndarray:
+    """(target, source) interpolation weights of the Keys cubic kernel."""
+    centres = (np.arange(target) + 0.5) * source / target - 0.5
+    matrix = np.zeros((target, source))
+    for row, centre in enumerate(centres):
+        first = int(np.floor(centre)) - 1
+        for tap in range(first, first + 4):
+            d = abs(centre - tap)
+            near = ((a + 2) * d - (a + 3)) * d * d + 1
+            far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+            matrix[row, min(max(tap, 0), source - 1)] += near if d <= 1 else far
+    return matrix
+
+
+class LayerNorm(nn.Module):
+    """Flax face of `layer_norm`; parameters `scale` and `bias` of shape (channels,)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1:]
+        scale = self.param('scale', nn.initializers.ones, channels)
+        bias = self.param('bias', nn.initializers.zeros, channels)
+        return layer_norm(x, scale, bias)
+
+
+class Linear(nn.Module):
+    """Affine map of the last axis: parameters `kernel` (in, out) and `bias` (out,) if asked for."""
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Initializer = trunc_normal
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
+        x = jnp.einsum('...i,io->...o', x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param('bias', nn.initializers.zeros, (self.features,))
+            x = x + bias.astype(self.dtype)
+        return x
+
+
+class Mlp(nn.Module):
+    """Two linear maps with QuickGELU between: parameters `c_fc` and `c_proj`."""
+
+    hidden_dim: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = Linear(self.hidden_dim, dtype=self.dtype, name='c_fc')(x)
+        return Linear(x.shape[-1], dtype=self.dtype, name='c_proj')(quick_gelu(hidden))
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention of `query` over `memory`, of equal widths; parameters `qkv` and `out`.
+
+    The three input projections are one parameter, `qkv/kernel` (C, 3, h, d), as in the packed
+    layout of the checkpoints it is filled from.
+    """
+
+    num_heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, query: jax.Array, memory: jax.Array) -> jax.Array:
+        width = query.shape[-1]
+        head_dim = width // self.num_heads
+        kernel, bias = _PackedProjection(self.num_heads, head_dim, name='qkv')(width)
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        q = jnp.einsum('nqc,chd->nqhd', query.astype(self.dtype), kernel[:, 0]) + bias[0]
+        k, v = (
+            jnp.einsum('nlc,chd->nlhd', memory.astype(self.dtype), kernel[:, i]) + bias[i]
+            for i in (1, 2)
+        )
+        return _MergeHeads(width, dtype=self.dtype, name='out')(attend(q, k, v))
+
+
+class _PackedProjection(nn.Module):
+    num_heads: int
+    head_dim: int
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
+        shape = (3, self.num_heads, self.head_dim)
+        init = nn.initializers.variance_scaling(
+            1.0, 'fan_avg', 'uniform', in_axis=0, out_axis=(1, 2, 3)
+        )
+        return self.param('kernel', init, (width, *shape)), self.param(
+            'bias', nn.initializers.zeros, shape
+        )
+
+
+class _MergeHeads(nn.Module):
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param('kernel', trunc_normal, (*x.shape[-2:], self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,))
+        merged = jnp.einsum('nqhd,hdc->nqc', x.astype(self.dtype), kernel.astype(self.dtype))
+        return merged + bias.astype(self.dtype)
+
+
+class LinearHead(nn.Module):
+    """Classifier on a clip embedding (B, E) -> float32 logits (B, num_classes)."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, embedding: jax.Array) -> jax.Array:
+        return Linear(self.num_classes, name='classifier')(embedding.astype(jnp.float32))
