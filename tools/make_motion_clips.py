@@ -1,0 +1,112 @@
+"""Writes the built-in motion clips data set and a contact sheet of it.
+
+python -m tools.make_motion_clips --out data/motion_clips
+python -m tools.make_motion_clips --out /tmp/small --num_train 100 --num_val 20 --seed 1
+"""
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from input_pipeline import motion_clips
+
+COLUMNS = 8  # frames of a clip on the contact sheet
+
+
+def draw_contact_sheet(out_dir: Path, meta: dict) -> Path:
+    """Draws frames of one validation clip per class; the window of the class has a frame.
+
+    Args:
+      out_dir: folder of the data set.
+      meta: arguments of `motion_clips.generate`.
+
+    Returns:
+      The PNG that was written, OUT/contact_sheet.png.
+    """
+    classes = motion_clips.CLASS_NAMES[: meta['num_val']]
+    slots = np.arange(COLUMNS) * motion_clips.HOLD
+    cell = meta['size'] // motion_clips.GRID
+    height = 0.4 + 1.4 * len(classes)
+    figure = Figure(figsize=(1.2 * COLUMNS, height))
+    axes = figure.subplots(len(classes), COLUMNS, squeeze=False)
+    for label, row in enumerate(axes):
+        plan = motion_clips.plan_clip(meta['seed'], 'val', label, meta['num_frames'], label)
+        frames = motion_clips.render_clip(plan, meta['size'])
+        top, left = divmod(int(plan.cells[label // 2]), motion_clips.GRID)
+        for k, axis in zip(slots, row):
+            axis.imshow(frames[k])
+            axis.add_patch(
+                Rectangle(
+                    (left * cell - 0.5, top * cell - 0.5), cell, cell, fill=False, color='yellow'
+                )
+            )
+            axis.set_axis_off()
+        row[0].set_title(f'{label}  {classes[label]}', loc='left', fontsize=9)
+    figure.suptitle(
+        f'frames 0, 2 .. {slots[-1]} of {meta["num_frames"]}; yellow (not in the clips): '
+        'the window that plays in order',
+        fontsize=9,
+    )
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.3 / height))
+    path = out_dir / 'contact_sheet.png'
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='python -m tools.make_motion_clips',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = {k: p.default for k, p in inspect.signature(motion_clips.generate).parameters.items()}
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder to create')
+    for name, text in {
+        'num_train': 'training clips',
+        'num_val': 'validation clips',
+        'size': 'frame height and width in pixels, a multiple of 6',
+        'num_frames': 'frames per clip, even',
+        'fps': 'frames per second',
+        'seed': 'seed of all draws',
+        'num_threads': 'clips written at the same time',
+    }.items():
+        flags = [f'--{name}'] + (['--frames'] if name == 'num_frames' else [])
+        text += ' (default %(default)s)'
+        parser.add_argument(*flags, dest=name, type=int, default=default[name], help=text)
+    arguments = vars(parser.parse_args(argv))
+    out_dir = Path(arguments.pop('out'))
+
+    console = Console()
+    columns = (
+        TextColumn('clips'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task('clips', total=None)
+            written = motion_clips.generate(
+                out_dir,
+                **arguments,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except (ValueError, OSError) as error:
+        console.print(f'[red]error:[/red] {error}', soft_wrap=True)
+        return 1
+    sheet = draw_contact_sheet(out_dir, arguments)
+    what = 'wrote' if written else 'found a complete set in'
+    console.print(f'{what} {out_dir}: train.txt, val.txt, labels.txt; see {sheet}', soft_wrap=True)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
