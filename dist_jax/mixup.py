@@ -1,0 +1,96 @@
+"""Mixup and cutmix of whole clips, on device.
+
+Source: the DiST recipe: one draw a batch, partners are the reversed batch, the mixing weight of
+cutmix is corrected to the area that was pasted; box rule of the original CutMix code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """What is mixed, and how often.
+
+    Attributes:
+      mixup_alpha: Beta parameter of mixup; 0 turns it off.
+      cutmix_alpha: Beta parameter of cutmix; 0 turns it off.
+      probability: chance that a batch is mixed at all.
+      switch_probability: chance of cutmix where both are on.
+    """
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    probability: float = 1.0
+    switch_probability: float = 0.5
+
+    @property
+    def enabled(self) -> bool:
+        return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+
+def mix(
+    key: jax.Array,
+    video: jax.Array,
+    targets: tuple[jax.Array, ...],
+    mask: jax.Array,
+    mixing: Mixing,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Mixes each clip with its partner in the reversed batch.
+
+    Args:
+      key: random key of this step.
+      video: (B, T, H, W, 3) float.
+      targets: distributions (B, num_classes), one entry a label column.
+      mask: (B,) 1.0 where the clip is real. A clip whose partner is not real stays as it is.
+      mixing: settings.
+
+    Returns:
+      Mixed video and targets.
+    """
+    if not mixing.enabled:
+        return video, targets
+    keys = jax.random.split(key, 6)
+    use_cutmix = jnp.asarray(mixing.cutmix_alpha > 0)
+    if mixing.mixup_alpha > 0:
+        use_cutmix &= jax.random.bernoulli(keys[0], mixing.switch_probability)
+    cut_share = _beta(keys[1], mixing.cutmix_alpha)
+    blend_share = _beta(keys[2], mixing.mixup_alpha)
+
+    height, width = video.shape[2:4]
+    box, kept_area = _box(keys[3], keys[4], cut_share, height, width)
+    mixed = jax.random.bernoulli(keys[5], mixing.probability)
+    active = (mixed & (mask[::-1] > 0)).astype(jnp.float32)  # (B,)
+
+    # Share of the partner, for each pixel of each clip.
+    pixel_share = jnp.where(use_cutmix, box, 1.0 - blend_share)  # (H, W)
+    pixel_share = pixel_share * active[:, None, None]
+    pixel_share = pixel_share[:, None, :, :, None].astype(video.dtype)
+    label_share = jnp.where(use_cutmix, 1.0 - kept_area, 1.0 - blend_share) * active
+    video = video * (1 - pixel_share) + video[::-1] * pixel_share
+    share = label_share[:, None]
+    return video, tuple(t * (1 - share) + t[::-1] * share for t in targets)
+
+
+def _beta(key: jax.Array, alpha: float) -> jax.Array:
+    return jax.random.beta(key, alpha, alpha) if alpha > 0 else jnp.float32(1.0)
+
+
+def _box(
+    key_y: jax.Array, key_x: jax.Array, kept: jax.Array, height: int, width: int
+) -> tuple[jax.Array, jax.Array]:
+    """A box of area 1 - kept at a uniform centre, clipped: (H, W) of 0 and 1, and the area left."""
+    ratio = jnp.sqrt(1.0 - kept)
+
+    def span(key: jax.Array, size: int) -> jax.Array:
+        half = (size * ratio).astype(jnp.int32) // 2
+        centre = jax.random.randint(key, (), 0, size)
+        position = jnp.arange(size)
+        return (position >= centre - half) & (position < centre + half)
+
+    box = (span(key_y, height)[:, None] & span(key_x, width)[None]).astype(jnp.float32)
+    return box, 1.0 - box.mean()

@@ -1,0 +1,60 @@
+"""What a model family offers to the train step, and the letters used for shapes.
+
+B clips     T input frames      t frames the frozen backbone sees      H, W pixels
+L tokens of a frame (class token first)     K tapped blocks     h heads     d head dim
+C channels of the trainable network         E embedding of a clip
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamGroup:
+    """How the parameters whose path matches `pattern` are optimised.
+
+    Attributes:
+      pattern: regular expression searched in 'a/b/kernel' paths; the first matching group counts.
+      weight_decay: multiplier of the recipe's weight decay.
+      learning_rate: multiplier of the schedule.
+    """
+
+    pattern: str
+    weight_decay: float = 1.0
+    learning_rate: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoModel:
+    """One model family at one size. The train and eval steps call these and nothing else.
+
+    Attributes:
+      net: the trainable network. `net.apply(variables, features, train=...)` returns a dict with
+        at least `logits`, a tuple of float32 (B, num_classes), one entry a head, and `embedding`.
+      prepare: (converted backbone tree, class tokens) -> frozen tree. Run once, before training:
+        picks what the steps need, casts it, computes text features. Class tokens are a tuple of
+        (num_classes, S) int32, one entry a head.
+      features: (frozen tree, video (B, T, H, W, 3) normalised) -> inputs of `net`, cut from the
+        gradient.
+      normalize: uint8 pixels -> float pixels of the backbone.
+      reads: top-level subtrees of the converted backbone that `prepare` reads.
+      param_groups: must cover every trainable parameter.
+      frozen_logits: (frozen tree, video) -> tuple of (B, num_classes), the backbone's own
+        prediction for fusion and zero-shot reports; None where the family has no text features.
+    """
+
+    net: nn.Module
+    prepare: Callable[[Tree, tuple[jax.Array, ...]], Tree]
+    features: Callable[[Tree, jax.Array], Tree]
+    normalize: Callable[[jax.Array], jax.Array]
+    reads: tuple[str, ...]
+    param_groups: tuple[ParamGroup, ...]
+    frozen_logits: Callable[[Tree, jax.Array], tuple[jax.Array, ...]] | None = None

@@ -1,0 +1,521 @@
+"""DiST: a frozen CLIP sees few frames, a light temporal encoder all, a third branch joins them.
+
+Source: Qing et al., "Disentangling Spatial and Temporal Learning for Efficient Image-to-Video
+Transfer Learning", ICCV 2023 (arXiv:2309.07911), section 3; released code of the authors.
+
+    X = stem(video)                                        (B, T, g, g, S)   temporal encoder
+    R = 0                                                  (B, t, 1 + g*g, C) integration branch
+    for every selected block, F its frozen output (B, t, 1 + g*g, W):
+        X = quick_gelu(X + conv_space(quick_gelu(conv_time(LN X))))
+        M = F W_in + b + R
+        U = M + [class rows | conv_alpha(X)]               temporal -> integration
+        X = X + repeat_alpha(M[patches] W_it + b)          integration -> temporal
+        R = FFN(LN U) + TFFN(LN U)
+    video embedding = LN(adaptive pooling of R + U, plus the mean frozen class token) P
+
+Differs: convolutions are written as matrix products over taps and patches; layers are stacked on
+axis 0 for scan, the last one apart, because its integration-to-temporal map feeds nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dist_jax.models import clip, heads
+from dist_jax.models.api import ParamGroup, Tree, VideoModel
+from dist_jax.models.layers import (
+    Dtype,
+    LayerNorm,
+    Linear,
+    Mlp,
+    MultiHeadAttention,
+    quick_gelu,
+    trunc_normal,
+)
+from dist_jax.models.stack import scan_trainable
+
+ADA_POOLING_HEAD_DIM = 64
+ADA_POOLING_MLP_RATIO = 4
+
+
+def build(
+    backbone: clip.ClipSpec,
+    *,
+    num_classes: tuple[int, ...],
+    num_frames: int,
+    head: str = 'text',
+    dtype: Any = jnp.bfloat16,
+    alpha: int = 2,
+    selected_layers: tuple[int, ...] | None = None,
+    integration_dim: int = 384,
+    temporal_dim: int = 96,
+    temporal_patch: int = 5,
+    temporal_kernel: int = 3,
+    temporal_conv_mlp_ratio: float = 1.0,
+    integration_mlp_ratio: float = 1.0,
+    integration_temporal_mlp_ratio: float = 0.25,
+    ada_pooling_layers: int = 4,
+    remat: bool = False,
+    unroll: bool = False,
+) -> VideoModel:
+    """DiST on a frozen CLIP.
+
+    Args:
+      backbone: geometry of the frozen CLIP.
+      num_classes: classes of each label column.
+      num_frames: T, frames of a clip; the backbone sees every alpha-th.
+      head: 'text' (cosine with class names) or 'linear'.
+      dtype: compute dtype of both networks; norms, softmax, pooled output and loss are float32.
+      alpha: sparsity of the frames that the backbone sees.
+      selected_layers: blocks of the backbone that are read, increasing; None for all.
+      integration_dim: C, a multiple of 64.
+      temporal_dim: S.
+      temporal_patch: frames of the stem's kernel, odd.
+      temporal_kernel: frames of the other temporal kernels, odd.
+      temporal_conv_mlp_ratio: hidden width of the temporal encoder over S.
+      integration_mlp_ratio: hidden width of the feed-forward over C.
+      integration_temporal_mlp_ratio: hidden width of the temporal feed-forward over C.
+      ada_pooling_layers: blocks of adaptive pooling (4 on K400, 2 on SSv2).
+      remat: recompute a layer in the backward pass.
+      unroll: see `stack`.
+
+    Raises:
+      ValueError: an option that does not fit; the message names the field.
+    """
+    heads.check_kind(head)
+    if num_frames % alpha:
+        raise ValueError(
+            f'num_frames={num_frames} is not a multiple of alpha={alpha}; set data.num_frames'
+        )
+    if integration_dim % ADA_POOLING_HEAD_DIM:
+        raise ValueError(
+            f'model.integration_dim={integration_dim} is not a multiple of {ADA_POOLING_HEAD_DIM}'
+        )
+    for name, size in (('temporal_patch', temporal_patch), ('temporal_kernel', temporal_kernel)):
+        if size % 2 == 0:
+            raise ValueError(f'model.{name}={size} must be odd')
+    selected = tuple(range(backbone.depth)) if selected_layers is None else tuple(selected_layers)
+    if not selected:
+        raise ValueError('model.selected_layers is empty; name at least one block')
+    taps = clip.Taps(outputs=selected)
+    taps.blocks_needed(backbone.depth)
+
+    net = DistNet(
+        num_layers=len(selected),
+        num_frames=num_frames,
+        alpha=alpha,
+        patch_size=backbone.patch_size,
+        integration_dim=integration_dim,
+        temporal_dim=temporal_dim,
+        temporal_patch=temporal_patch,
+        temporal_kernel=temporal_kernel,
+        temporal_hidden=int(temporal_dim * temporal_conv_mlp_ratio),
+        ffn_hidden=int(integration_dim * integration_mlp_ratio),
+        temporal_ffn_hidden=int(integration_dim * integration_temporal_mlp_ratio),
+        ada_pooling_layers=ada_pooling_layers,
+        embed_dim=backbone.embed_dim,
+        head=heads.Head(head, tuple(num_classes)),
+        dtype=dtype,
+        remat=remat,
+        unroll=unroll,
+    )
+
+    def prepare(params: Tree, class_tokens: tuple[jax.Array, ...]) -> Tree:
+        frozen = {'visual': clip.cast(params['visual'], dtype)}
+        if head == 'text':
+            frozen['text'] = heads.text_features(params['text'], class_tokens, backbone)
+            frozen['logit_scale'] = params['logit_scale']
+        return frozen
+
+    def sparse_frames(video: jax.Array) -> jax.Array:
+        return video[:, ::alpha].reshape(-1, *video.shape[2:]).astype(dtype)
+
+    def features(frozen: Tree, video: jax.Array) -> Tree:
+        found = clip.encode_image(
+            frozen['visual'], sparse_frames(video), backbone, taps, unroll=unroll
+        )
+        stream = found['outputs']
+        inputs = {
+            'taps': stream.reshape(len(selected), video.shape[0], -1, *stream.shape[2:]),
+            'video': video.astype(dtype),
+        }
+        if head == 'text':
+            inputs |= {'text': frozen['text'], 'logit_scale': frozen['logit_scale']}
+        return jax.lax.stop_gradient(inputs)
+
+    def frozen_logits(frozen: Tree, video: jax.Array) -> tuple[jax.Array, ...]:
+        found = clip.encode_image(
+            frozen['visual'],
+            sparse_frames(video),
+            backbone,
+            clip.Taps(embedding=True),
+            unroll=unroll,
+        )
+        frames = found['embedding'].reshape(video.shape[0], -1, backbone.embed_dim)
+        columns = heads.cosine_logits(frames, frozen['text'], frozen['logit_scale'])
+        return tuple(column.mean(1) for column in columns)
+
+    return VideoModel(
+        net=net,
+        prepare=prepare,
+        features=features,
+        normalize=clip.normalize,
+        reads=('visual', 'text', 'logit_scale') if head == 'text' else ('visual',),
+        param_groups=PARAM_GROUPS,
+        frozen_logits=frozen_logits if head == 'text' else None,
+    )
+
+
+# Source: recipe of the release. Tables and queries are not decayed, like norms and biases; the
+# last integration-to-temporal map gets no gradient, and decay alone would shrink it.
+PARAM_GROUPS = (
+    ParamGroup(r'^last_layer/integration2temporal/', weight_decay=0.0),
+    ParamGroup(r'/(kernel)$', weight_decay=1.0),
+    ParamGroup(r'(bias|scale|cls_token|positional_embedding)$', weight_decay=0.0),
+)
+
+
+class TimeConv(nn.Module):
+    """'Same' convolution over axis 1 of (B, T, ..., in); parameters `kernel` (k, in, out), `bias`.
+
+    Written as k shifted matrix products.
+    """
+
+    features: int
+    kernel_size: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param('kernel', trunc_normal, shape).astype(self.dtype)
+        bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return _conv_time(x.astype(self.dtype), kernel) + bias
+
+
+def _conv_time(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Zero-padded cross-correlation of axis 1 of (B, T, ..., in) with `kernel` (k, in, out)."""
+    size, num_frames = kernel.shape[0], x.shape[1]
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (size // 2, size // 2)
+    padded = jnp.pad(x, padding)
+    return sum(
+        jnp.einsum('bt...i,io->bt...o', padded[:, tap : tap + num_frames], kernel[tap])
+        for tap in range(size)
+    )
+
+
+class SpaceConv(nn.Module):
+    """3 x 3 'same' convolution of (B, T, g, g, in); parameters `kernel` (3, 3, in, out), `bias`."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param('kernel', trunc_normal, (3, 3, x.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        frames = x.astype(self.dtype).reshape(-1, *x.shape[2:])
+        y = jax.lax.conv_general_dilated(
+            frames,
+            kernel.astype(self.dtype),
+            window_strides=(1, 1),
+            padding='SAME',
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+        return y.reshape(*x.shape[:2], *y.shape[1:]) + bias
+
+
+class Stem(nn.Module):
+    """Patch embedding over several frames: kernel (k, p, p), stride (1, p, p), time padding k // 2.
+
+    (B, T, H, W, 3) -> (B, T, g, g, S). Parameters `kernel` (k, p, p, 3, S) and `bias`.
+    """
+
+    features: int
+    patch_size: int
+    kernel_size: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, video: jax.Array) -> jax.Array:
+        p = self.patch_size
+        shape = (self.kernel_size, p, p, 3, self.features)
+        kernel = self.param('kernel', trunc_normal, shape).astype(self.dtype)
+        bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        b, frames, height, width, _ = video.shape
+        patches = video.astype(self.dtype).reshape(b, frames, height // p, p, width // p, p, 3)
+        patches = patches.transpose(0, 1, 2, 4, 3, 5, 6).reshape(
+            b, frames, height // p, width // p, p * p * 3
+        )
+        return _conv_time(patches, kernel.reshape(self.kernel_size, -1, self.features)) + bias
+
+
+class TemporalNet(nn.Module):
+    """One block of the temporal encoder on (B, T, g, g, S)."""
+
+    hidden_dim: int
+    kernel_size: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = LayerNorm(name='ln')(x)
+        y = TimeConv(self.hidden_dim, self.kernel_size, self.dtype, name='c_fc1')(y)
+        y = SpaceConv(x.shape[-1], self.dtype, name='c_fc2')(quick_gelu(y))
+        return quick_gelu(x + y)
+
+
+class Temporal2Integration(nn.Module):
+    """(B, T, g, g, S) -> (B, t, 1 + g*g, C): a stride-alpha convolution and a learned class row."""
+
+    features: int
+    alpha: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, frames, *_, channels = x.shape
+        t = frames // self.alpha
+        kernel = self.param('kernel', trunc_normal, (self.alpha, channels, self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        cls = self.param('cls_token', trunc_normal, (t, self.features)).astype(self.dtype)
+        grouped = x.astype(self.dtype).reshape(b, t, self.alpha, -1, channels)
+        patches = jnp.einsum('btans,asc->btnc', grouped, kernel.astype(self.dtype)) + bias
+        cls = jnp.broadcast_to(cls[None, :, None], (b, t, 1, self.features))
+        return jnp.concatenate([cls, patches], axis=2)
+
+
+class TemporalFeedForward(nn.Module):
+    """Per-token feed-forward along time on (B, t, L, C)."""
+
+    hidden_dim: int
+    kernel_size: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = Linear(self.hidden_dim, dtype=self.dtype, name='c_fc1')(x)
+        y = TimeConv(self.hidden_dim, self.kernel_size, self.dtype, name='c_fc2')(y)
+        return Linear(x.shape[-1], dtype=self.dtype, name='c_proj')(quick_gelu(y))
+
+
+class IntegrationNet(nn.Module):
+    """R = FFN(LN U) + TFFN(LN U) on (B, t, L, C)."""
+
+    ffn_hidden: int
+    temporal_ffn_hidden: int
+    kernel_size: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, u: jax.Array) -> jax.Array:
+        frame = Mlp(self.ffn_hidden, dtype=self.dtype, name='ffn')(LayerNorm(name='ln')(u))
+        time = TemporalFeedForward(
+            self.temporal_ffn_hidden, self.kernel_size, self.dtype, name='temporal_ffn'
+        )(LayerNorm(name='ln_temporal')(u))
+        return frame + time
+
+
+class DistLayer(nn.Module):
+    """One step of the temporal encoder and the integration branch, beside one frozen block.
+
+    The carry is X (B, T, g, g, S) and R (B, t, 1 + g*g, C).
+    """
+
+    alpha: int
+    integration_dim: int
+    temporal_hidden: int
+    ffn_hidden: int
+    temporal_ffn_hidden: int
+    temporal_kernel: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, jax.Array], tap: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
+        """(X, R), frozen output (B, t, L, W) -> (X', R), what came up on the way."""
+        x, r = carry
+        b, frames, rows, columns, channels = x.shape
+        x = TemporalNet(
+            self.temporal_hidden, self.temporal_kernel, self.dtype, name='temporal_net'
+        )(x)
+        m = Linear(self.integration_dim, dtype=self.dtype, name='input_linear')(tap) + r
+        u = m + Temporal2Integration(
+            self.integration_dim, self.alpha, self.dtype, name='temporal2integration'
+        )(x)
+        r = IntegrationNet(
+            self.ffn_hidden,
+            self.temporal_ffn_hidden,
+            self.temporal_kernel,
+            self.dtype,
+            name='integration_net',
+        )(u)
+        # Nobody reads the sum of the last layer; the compiler then drops this product too.
+        to_temporal = Linear(channels, dtype=self.dtype, name='integration2temporal')(m[:, :, 1:])
+        to_temporal = to_temporal.reshape(b, frames // self.alpha, rows, columns, channels)
+        fused = x + jnp.repeat(to_temporal, self.alpha, axis=1)
+        return (fused, r), {'temporal': x, 'integration': r, 'integration_input': u}
+
+
+class AdaptivePooling(nn.Module):
+    """One block that pools tokens over space, frame by frame, then over time.
+
+    Attributes:
+      dtype: compute dtype.
+    """
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, clip_query: jax.Array, frame_query: jax.Array, tokens: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Updates the queries.
+
+        Args:
+          clip_query: a (B, 1, C).
+          frame_query: s (B*t, 1, C).
+          tokens: Z (B*t, L, C).
+
+        Returns:
+          The new clip and frame queries.
+        """
+        batch, width = clip_query.shape[0], tokens.shape[-1]
+        s = frame_query + CrossAttention(self.dtype, name='spatial_transformer')(
+            frame_query, tokens
+        )
+        s = s + self._feed_forward('spatial_cls_token', 'spat_cls_token', s)
+        positions = self.param('positional_embedding', trunc_normal, (s.shape[0] // batch, width))
+        frames = s.reshape(batch, -1, width) + positions.astype(self.dtype)
+        a = clip_query + CrossAttention(self.dtype, name='temporal_transformer')(clip_query, frames)
+        return a + self._feed_forward('cls_token', 'temp_cls_token', a), s
+
+    def _feed_forward(self, map_name: str, norm_name: str, x: jax.Array) -> jax.Array:
+        hidden = ADA_POOLING_MLP_RATIO * x.shape[-1]
+        normed = LayerNorm(name=f'ln_out_{norm_name}')(x)
+        return Mlp(hidden, dtype=self.dtype, name=f'output_map_{map_name}')(normed)
+
+
+class CrossAttention(nn.Module):
+    """(N, 1, C) queries over (N, M, C) memories -> (N, 1, C); one norm serves both."""
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, query: jax.Array, memory: jax.Array) -> jax.Array:
+        norm = LayerNorm(name='ln_1')
+        num_heads = query.shape[-1] // ADA_POOLING_HEAD_DIM
+        attention = MultiHeadAttention(num_heads, dtype=self.dtype, name='attn')
+        return attention(norm(query), norm(memory))
+
+
+class DistNet(nn.Module):
+    """The trainable part of DiST. See `build` for the options and the module for the equations."""
+
+    num_layers: int
+    num_frames: int
+    alpha: int
+    patch_size: int
+    integration_dim: int
+    temporal_dim: int
+    temporal_patch: int
+    temporal_kernel: int
+    temporal_hidden: int
+    ffn_hidden: int
+    temporal_ffn_hidden: int
+    ada_pooling_layers: int
+    embed_dim: int
+    head: heads.Head
+    dtype: Dtype
+    remat: bool
+    unroll: bool
+
+    @nn.compact
+    def __call__(
+        self, features: Tree, *, train: bool = False, intermediates: bool = False
+    ) -> dict[str, Any]:
+        """Runs both branches and the head.
+
+        Args:
+          features: `taps` (K, B, t, L, W), `video` (B, T, H, W, 3) normalised, and for a text head
+            `text` and `logit_scale`.
+          train: accepted for the common interface; DiST has no dropout.
+          intermediates: also return the tensors of every layer, stacked on axis 0.
+
+        Returns:
+          `logits`, tuple of float32 (B, num_classes); `embedding` float32 (B, E), not normalised;
+          with `intermediates` also `stem`, `temporal`, `integration` and `pooling`.
+        """
+        del train
+        taps, video = features['taps'], features['video']
+        if video.shape[1] != self.num_frames:
+            raise ValueError(
+                f'a clip of {video.shape[1]} frames for a model of num_frames={self.num_frames}'
+            )
+        b, t = taps.shape[1:3]
+        x = stem = Stem(
+            self.temporal_dim,
+            self.patch_size,
+            self.temporal_patch,
+            self.dtype,
+            name='temporal_stem',
+        )(video)
+        r = jnp.zeros((b, t, taps.shape[3], self.integration_dim), self.dtype)
+        layer = {
+            'alpha': self.alpha,
+            'integration_dim': self.integration_dim,
+            'temporal_hidden': self.temporal_hidden,
+            'ffn_hidden': self.ffn_hidden,
+            'temporal_ffn_hidden': self.temporal_ffn_hidden,
+            'temporal_kernel': self.temporal_kernel,
+            'dtype': self.dtype,
+        }
+        seen: list[Tree] = []
+        if self.num_layers > 1:
+            scanned = scan_trainable(
+                DistLayer,
+                self.num_layers - 1,
+                remat=self.remat,
+                unroll=self.unroll,
+                num_scanned=1,
+            )
+            (x, r), inner = scanned(**layer, name='layers')((x, r), taps[:-1])
+            seen.append(inner)
+        (_, r), last = DistLayer(**layer, name='last_layer')((x, r), taps[-1])
+        seen.append(jax.tree.map(lambda y: y[None], last))
+
+        width = self.integration_dim
+        tokens = (r + last['integration_input']).reshape(b * t, -1, width)
+        clip_query = self.param('aggregated_cls_token', trunc_normal, (width,))
+        frame_query = self.param('aggregated_spatial_cls_token', trunc_normal, (width,))
+        a = jnp.broadcast_to(clip_query.astype(self.dtype), (b, 1, width))
+        s = jnp.broadcast_to(frame_query.astype(self.dtype), (b * t, 1, width))
+        pooled = []
+        for i in range(self.ada_pooling_layers):
+            a, s = AdaptivePooling(self.dtype, name=f'adapooling_{i}')(a, s, tokens)
+            pooled.append(a)
+
+        frozen_cls = taps[-1, :, :, 0].astype(jnp.float32).mean(1)
+        v = a[:, 0].astype(jnp.float32) + Linear(width, name='proj_spatial_cls_token')(frozen_cls)
+        v = LayerNorm(name='ln_post')(v)
+        proj_init = nn.initializers.normal(width**-0.5)
+        v = Linear(self.embed_dim, use_bias=False, kernel_init=proj_init, name='proj')(v)
+        outputs: dict[str, Any] = {'embedding': v, 'logits': self.head(v, features)}
+        if intermediates:
+            outputs |= {
+                'stem': stem,
+                'temporal': _join(seen, 'temporal'),
+                'integration': _join(seen, 'integration'),
+                'pooling': jnp.stack(pooled) if pooled else None,
+            }
+        return outputs
+
+
+def _join(seen: list[Tree], name: str) -> jax.Array:
+    return jnp.concatenate([part[name] for part in seen])

@@ -1,0 +1,73 @@
+"""From a clip embedding to logits: cosine with class texts, or linear classifiers.
+
+A data set may have several label columns (verb and noun); every head is a tuple with one entry a
+column.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dist_jax.models import clip
+from dist_jax.models.api import Tree
+from dist_jax.models.layers import LinearHead
+
+HEADS = ('text', 'linear')
+
+
+class Head(nn.Module):
+    """Logits of a clip embedding.
+
+    With kind 'text' there are no parameters: logits are cosine similarities with the frozen text
+    features of the class names, times exp(logit_scale). With kind 'linear', one classifier a label
+    column.
+
+    Attributes:
+      kind: 'text' or 'linear'.
+      num_classes: classes of each label column.
+    """
+
+    kind: str
+    num_classes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, embedding: jax.Array, features: Tree) -> tuple[jax.Array, ...]:
+        if self.kind == 'text':
+            return cosine_logits(embedding, features['text'], features['logit_scale'])
+        return tuple(
+            LinearHead(classes, name=f'column_{i}')(embedding)
+            for i, classes in enumerate(self.num_classes)
+        )
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError for a head that does not exist."""
+    if kind not in HEADS:
+        raise ValueError(f'model.head={kind!r} is not one of {HEADS}')
+
+
+def cosine_logits(
+    embedding: jax.Array, text: tuple[jax.Array, ...], logit_scale: jax.Array
+) -> tuple[jax.Array, ...]:
+    """(..., E) embeddings -> float32 (..., num_classes) a label column; `text` is L2-normalised."""
+    unit = clip.l2_normalize(embedding)
+    return tuple(jnp.exp(logit_scale) * unit @ column.T for column in text)
+
+
+def text_features(
+    params: Tree, class_tokens: tuple[jax.Array, ...], spec: clip.ClipSpec, batch_size: int = 128
+) -> tuple[jax.Array, ...]:
+    """Frozen features of class names, float32 (num_classes, E) a column, of unit length.
+
+    Source: the DiST release encodes the bare label text. Run once before training, in blocks of
+    `batch_size` rows so that a long label list needs little memory.
+    """
+    encode = jax.jit(lambda rows: clip.l2_normalize(clip.encode_text(params, rows, spec)))
+    return tuple(
+        jnp.concatenate(
+            [encode(tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
+        )
+        for tokens in class_tokens
+    )
