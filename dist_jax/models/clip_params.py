@@ -1,0 +1,445 @@
+"""CLIP checkpoints of other projects: their names, their geometry, their tables.
+
+Three namings of the same network: OpenAI (also the container of its released weights), OpenCLIP
+(OpenAI names, text optionally under `text.`), Hugging Face `CLIPModel`. Geometry is read from the
+shapes; what shapes cannot tell, activation and head counts, comes from a config file or from the
+caller, never from a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dist_jax.models.clip import ClipSpec
+from dist_jax.models.params import ALL, Row
+
+# Buffers that carry no weights; OpenAI files keep the first three, other exports the rest.
+OPENAI_IGNORE = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask')
+HUGGINGFACE_IGNORE = (
+    'text_model.embeddings.position_ids',
+    'vision_model.embeddings.position_ids',
+)
+
+_OPENAI_MARK = 'visual.conv1.weight'
+_HUGGINGFACE_MARK = 'vision_model.embeddings.patch_embedding.weight'
+
+
+def is_openai_naming(tensors: Mapping[str, Any]) -> bool:
+    """OpenAI or OpenCLIP names."""
+    return _OPENAI_MARK in tensors
+
+
+def is_huggingface_naming(tensors: Mapping[str, Any]) -> bool:
+    """Hugging Face `CLIPModel` names."""
+    return _HUGGINGFACE_MARK in tensors
+
+
+def openai_rows(spec: ClipSpec, text_prefix: str = '') -> list[Row]:
+    """Table of the OpenAI names.
+
+    Args:
+      spec: geometry.
+      text_prefix: 'text.' for OpenCLIP's custom-text models.
+    """
+    rows = [
+        Row('visual.class_embedding', 'visual/class_embedding'),
+        Row('visual.positional_embedding', 'visual/positional_embedding'),
+        Row('visual.conv1.weight', 'visual/conv1/kernel', 'o i h w -> h w i o'),
+        *_norm_rows('visual.ln_pre', 'visual/ln_pre'),
+        *_norm_rows('visual.ln_post', 'visual/ln_post'),
+        Row('visual.proj', 'visual/proj/kernel'),
+        Row(f'{text_prefix}token_embedding.weight', 'text/token_embedding'),
+        Row(f'{text_prefix}positional_embedding', 'text/positional_embedding'),
+        *_norm_rows(f'{text_prefix}ln_final', 'text/ln_final'),
+        Row(f'{text_prefix}text_projection', 'text/text_projection/kernel'),
+        Row('logit_scale', 'logit_scale'),
+    ]
+    for prefix, target, depth, heads in (
+        ('visual.', 'visual', spec.depth, spec.num_heads),
+        (text_prefix, 'text', spec.text_depth, spec.text_num_heads),
+    ):
+        for i in range(depth):
+            rows += openai_block_rows(
+                f'{prefix}transformer.resblocks.{i}.', f'{target}/blocks/', heads, (i,)
+            )
+    return rows
+
+
+def openai_block_rows(
+    source: str, target: str, heads: int, index: tuple[int, ...] = ()
+) -> list[Row]:
+    """One transformer block in OpenAI names; `in_proj` stacks q, k, v by rows."""
+    return [
+        *_norm_rows(f'{source}ln_1', f'{target}ln_1', index),
+        *_norm_rows(f'{source}ln_2', f'{target}ln_2', index),
+        *fused_attention_rows(f'{source}attn.', f'{target}attn/', heads, index),
+        *_linear_rows(f'{source}mlp.c_fc', f'{target}mlp/c_fc', index),
+        *_linear_rows(f'{source}mlp.c_proj', f'{target}mlp/c_proj', index),
+    ]
+
+
+def fused_attention_rows(
+    source: str, target: str, heads: int, index: tuple[int, ...] = ()
+) -> list[Row]:
+    """`nn.MultiheadAttention`: in_proj_{weight (3W, W), bias (3W,)} and out_proj."""
+    sizes = {'c': 3, 'h': heads}
+    return [
+        Row(
+            f'{source}in_proj_weight',
+            f'{target}qkv/kernel',
+            '(c h d) w -> w c h d',
+            index,
+            sizes,
+        ),
+        Row(f'{source}in_proj_bias', f'{target}qkv/bias', '(c h d) -> c h d', index, sizes),
+        *_output_rows(f'{source}out_proj', f'{target}out', heads, index),
+    ]
+
+
+def huggingface_rows(spec: ClipSpec) -> list[Row]:
+    """Table of the Hugging Face names (`pre_layrnorm` is spelt so)."""
+    rows = [
+        Row('vision_model.embeddings.class_embedding', 'visual/class_embedding'),
+        Row('vision_model.embeddings.position_embedding.weight', 'visual/positional_embedding'),
+        Row(_HUGGINGFACE_MARK, 'visual/conv1/kernel', 'o i h w -> h w i o'),
+        *_norm_rows('vision_model.pre_layrnorm', 'visual/ln_pre'),
+        *_norm_rows('vision_model.post_layernorm', 'visual/ln_post'),
+        Row('visual_projection.weight', 'visual/proj/kernel', 'o i -> i o'),
+        Row('text_model.embeddings.token_embedding.weight', 'text/token_embedding'),
+        Row('text_model.embeddings.position_embedding.weight', 'text/positional_embedding'),
+        *_norm_rows('text_model.final_layer_norm', 'text/ln_final'),
+        Row('text_projection.weight', 'text/text_projection/kernel', 'o i -> i o'),
+        Row('logit_scale', 'logit_scale'),
+    ]
+    for prefix, target, depth, heads in (
+        ('vision_model', 'visual', spec.depth, spec.num_heads),
+        ('text_model', 'text', spec.text_depth, spec.text_num_heads),
+    ):
+        blocks = f'{target}/blocks'
+        for i in range(depth):
+            source = f'{prefix}.encoder.layers.{i}'
+            rows += [
+                *_norm_rows(f'{source}.layer_norm1', f'{blocks}/ln_1', (i,)),
+                *_norm_rows(f'{source}.layer_norm2', f'{blocks}/ln_2', (i,)),
+                *_output_rows(f'{source}.self_attn.out_proj', f'{blocks}/attn/out', heads, (i,)),
+                *_linear_rows(f'{source}.mlp.fc1', f'{blocks}/mlp/c_fc', (i,)),
+                *_linear_rows(f'{source}.mlp.fc2', f'{blocks}/mlp/c_proj', (i,)),
+            ]
+            for slot, letter in enumerate('qkv'):
+                name, sizes = f'{source}.self_attn.{letter}_proj', {'h': heads}
+                rows += [
+                    Row(
+                        f'{name}.weight',
+                        f'{blocks}/attn/qkv/kernel',
+                        '(h d) w -> w h d',
+                        (i, ALL, slot),
+                        sizes,
+                    ),
+                    Row(
+                        f'{name}.bias',
+                        f'{blocks}/attn/qkv/bias',
+                        '(h d) -> h d',
+                        (i, slot),
+                        sizes,
+                    ),
+                ]
+    return rows
+
+
+def _norm_rows(source: str, target: str, index: tuple[int, ...] = ()) -> list[Row]:
+    return [
+        Row(f'{source}.weight', f'{target}/scale', index=index),
+        Row(f'{source}.bias', f'{target}/bias', index=index),
+    ]
+
+
+def _linear_rows(source: str, target: str, index: tuple[int, ...] = ()) -> list[Row]:
+    return [
+        Row(f'{source}.weight', f'{target}/kernel', 'o i -> i o', index),
+        Row(f'{source}.bias', f'{target}/bias', index=index),
+    ]
+
+
+def _output_rows(source: str, target: str, heads: int, index: tuple[int, ...] = ()) -> list[Row]:
+    return [
+        Row(f'{source}.weight', f'{target}/kernel', 'o (h d) -> h d o', index, {'h': heads}),
+        Row(f'{source}.bias', f'{target}/bias', index=index),
+    ]
+
+
+def text_prefix(tensors: Mapping[str, Any]) -> str:
+    """'text.' where the text tower of OpenAI-style names sits under it, otherwise ''."""
+    return 'text.' if 'text.token_embedding.weight' in tensors else ''
+
+
+def openai_spec(
+    tensors: Mapping[str, Any],
+    *,
+    activation: str,
+    num_heads: int | None = None,
+    text_num_heads: int | None = None,
+) -> ClipSpec:
+    """Geometry of a checkpoint in OpenAI names.
+
+    Args:
+      tensors: name -> array; only shapes are read.
+      activation: 'quick_gelu' or 'gelu'.
+      num_heads: heads of the image tower; None for width / 64, OpenAI's rule.
+      text_num_heads: heads of the text tower; None likewise.
+
+    Raises:
+      ValueError: a tensor that gives the geometry is missing (a ResNet tower, for instance), or
+        shapes contradict each other.
+    """
+    if _OPENAI_MARK not in tensors or 'visual.proj' not in tensors:
+        raise ValueError(
+            'visual.conv1.weight and visual.proj are not both there; only CLIP models with a '
+            'vision transformer and a projection are supported (no ResNet, no timm tower)'
+        )
+    prefix = text_prefix(tensors)
+    return _spec_from_shapes(
+        tensors,
+        conv='visual.conv1.weight',
+        position='visual.positional_embedding',
+        hidden='visual.transformer.resblocks.0.mlp.c_fc.bias',
+        depth=_depth(tensors, 'visual.transformer.resblocks.'),
+        token=f'{prefix}token_embedding.weight',
+        text_position=f'{prefix}positional_embedding',
+        text_hidden=f'{prefix}transformer.resblocks.0.mlp.c_fc.bias',
+        text_depth=_depth(tensors, f'{prefix}transformer.resblocks.'),
+        embed_dim=_shape(tensors, 'visual.proj')[1],
+        activation=activation,
+        num_heads=num_heads,
+        text_num_heads=text_num_heads,
+    )
+
+
+def openclip_spec(
+    tensors: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    *,
+    activation: str | None = None,
+    num_heads: int | None = None,
+    text_num_heads: int | None = None,
+) -> ClipSpec:
+    """Geometry of an OpenCLIP checkpoint; activation and heads from its config or the caller.
+
+    Args:
+      tensors: name -> array; only shapes are read.
+      config: content of `open_clip_config.json`, or None. Of its `model_cfg`, `quick_gelu`,
+        `vision_cfg` (`head_width`) and `text_cfg` (`heads`) are read.
+      activation: overrides the config; needed where there is none.
+      num_heads: likewise for the image tower; without both, width / 64, OpenCLIP's default.
+      text_num_heads: likewise for the text tower.
+
+    Raises:
+      ValueError: no config and no activation; a config that asks for what this CLIP is not.
+    """
+    model = (config or {}).get('model_cfg', config or {})
+    vision, text = model.get('vision_cfg', {}), model.get('text_cfg', {})
+    if config is not None:
+        for side, part, field, allowed in (
+            ('vision_cfg', vision, 'timm_model_name', (None, '')),
+            ('vision_cfg', vision, 'pool_type', (None, 'tok')),
+            ('vision_cfg', vision, 'attentional_pool', (None, False)),
+            ('vision_cfg', vision, 'ls_init_value', (None,)),
+            ('vision_cfg', vision, 'no_ln_pre', (None, False)),
+            ('vision_cfg', vision, 'final_ln_after_pool', (None, False)),
+            ('vision_cfg', vision, 'pos_embed_type', (None, 'learnable')),
+            ('text_cfg', text, 'hf_model_name', (None, '')),
+            ('text_cfg', text, 'pool_type', (None, 'argmax')),
+            ('text_cfg', text, 'embed_cls', (None, False)),
+            ('text_cfg', text, 'no_causal_mask', (None, False)),
+            ('text_cfg', text, 'ls_init_value', (None,)),
+        ):
+            if part.get(field) not in allowed:
+                raise ValueError(
+                    f'open_clip_config.json: {side}.{field}={part[field]!r} is not supported, '
+                    f'only {allowed[-1]!r}'
+                )
+        for side, part in (('vision_cfg', vision), ('text_cfg', text)):
+            for field in ('act_kwargs', 'norm_kwargs'):
+                if part.get(field):
+                    raise ValueError(
+                        f'open_clip_config.json: {side}.{field}={part[field]!r} is not supported'
+                    )
+        if activation is None:
+            activation = 'quick_gelu' if model.get('quick_gelu', False) else 'gelu'
+    if activation is None:
+        raise ValueError(
+            'an OpenCLIP checkpoint does not say its activation: put its open_clip_config.json '
+            'beside the file, or pass --activation quick_gelu (OpenAI weights and the *-quickgelu '
+            'models) or --activation gelu (LAION, DataComp, CommonPool models)'
+        )
+    width = _shape(tensors, _OPENAI_MARK)[0]
+    if num_heads is None and vision.get('head_width'):
+        num_heads = _whole(width, vision['head_width'], 'vision_cfg.head_width')
+    if text_num_heads is None:
+        text_num_heads = text.get('heads')
+    return openai_spec(
+        tensors, activation=activation, num_heads=num_heads, text_num_heads=text_num_heads
+    )
+
+
+def huggingface_spec(tensors: Mapping[str, Any], config: Mapping[str, Any] | None) -> ClipSpec:
+    """Geometry of a Hugging Face checkpoint: shapes, checked against its `config.json`.
+
+    Raises:
+      ValueError: no config; an activation other than quick_gelu and gelu; towers that differ in
+        activation or MLP ratio; a config that contradicts the shapes.
+    """
+    if config is None:
+        raise ValueError(
+            'a Hugging Face checkpoint needs its config.json beside it (activation and head '
+            'counts stand only there)'
+        )
+    # Old configs leave out fields that have the defaults of CLIPVisionConfig, CLIPTextConfig.
+    vision = {'hidden_act': 'quick_gelu', 'num_attention_heads': 12, 'layer_norm_eps': 1e-5}
+    text = {'hidden_act': 'quick_gelu', 'num_attention_heads': 8, 'layer_norm_eps': 1e-5}
+    vision |= config.get('vision_config') or {}
+    text |= config.get('text_config') or {}
+    for side, part in (('vision_config', vision), ('text_config', text)):
+        if part['hidden_act'] not in ('quick_gelu', 'gelu'):
+            raise ValueError(
+                f'config.json: {side}.hidden_act={part["hidden_act"]!r}; supported are '
+                "'quick_gelu' and 'gelu'"
+            )
+        if part['layer_norm_eps'] != 1e-5:
+            raise ValueError(
+                f'config.json: {side}.layer_norm_eps={part["layer_norm_eps"]}; only 1e-05 is '
+                'supported'
+            )
+    if vision['hidden_act'] != text['hidden_act']:
+        raise ValueError(
+            f'config.json: the towers differ in hidden_act ({vision["hidden_act"]!r} and '
+            f'{text["hidden_act"]!r}); one activation for both is supported'
+        )
+    token = 'text_model.embeddings.token_embedding.weight'
+    vocab_size, eos = _shape(tensors, token)[0], text.get('eos_token_id', 2)
+    # 2 is what early configs say for every model; it then means the largest id of the row too.
+    if eos not in (None, 2, vocab_size - 1):
+        raise ValueError(
+            f'config.json: text_config.eos_token_id={eos}, but the text feature is read at the '
+            f'largest id ({vocab_size - 1})'
+        )
+    spec = _spec_from_shapes(
+        tensors,
+        conv=_HUGGINGFACE_MARK,
+        position='vision_model.embeddings.position_embedding.weight',
+        hidden='vision_model.encoder.layers.0.mlp.fc1.bias',
+        depth=_depth(tensors, 'vision_model.encoder.layers.'),
+        token=token,
+        text_position='text_model.embeddings.position_embedding.weight',
+        text_hidden='text_model.encoder.layers.0.mlp.fc1.bias',
+        text_depth=_depth(tensors, 'text_model.encoder.layers.'),
+        embed_dim=_shape(tensors, 'visual_projection.weight')[0],
+        activation=vision['hidden_act'],
+        num_heads=vision['num_attention_heads'],
+        text_num_heads=text['num_attention_heads'],
+    )
+    for side, part, field, value in (
+        ('vision_config', vision, 'hidden_size', spec.width),
+        ('vision_config', vision, 'num_hidden_layers', spec.depth),
+        ('vision_config', vision, 'image_size', spec.image_size),
+        ('vision_config', vision, 'patch_size', spec.patch_size),
+        ('text_config', text, 'hidden_size', spec.text_width),
+        ('text_config', text, 'num_hidden_layers', spec.text_depth),
+    ):
+        if part.get(field, value) != value:
+            raise ValueError(
+                f'config.json: {side}.{field}={part[field]}, but the tensors say {value}'
+            )
+    return spec
+
+
+def _spec_from_shapes(
+    tensors: Mapping[str, Any],
+    *,
+    conv: str,
+    position: str,
+    hidden: str,
+    depth: int,
+    token: str,
+    text_position: str,
+    text_hidden: str,
+    text_depth: int,
+    embed_dim: int,
+    activation: str,
+    num_heads: int | None,
+    text_num_heads: int | None,
+) -> ClipSpec:
+    """Names of the tensors that show the geometry -> the spec."""
+    kernel = _shape(tensors, conv)
+    if len(kernel) != 4 or kernel[1] != 3 or kernel[2] != kernel[3]:
+        raise ValueError(f'{conv}: shape {kernel}, expected (width, 3, patch, patch)')
+    width, patch = kernel[0], kernel[-1]
+    tokens = _shape(tensors, position)[0]
+    grid = math.isqrt(tokens - 1)
+    if grid**2 != tokens - 1:
+        raise ValueError(f'{position}: {tokens} rows are not one class token and a square grid')
+    vocab_size, text_width = _shape(tensors, token)
+    ratio = _shape(tensors, hidden)[0] / width
+    text_ratio = _shape(tensors, text_hidden)[0] / text_width
+    if ratio != text_ratio:
+        raise ValueError(
+            f'the towers differ in MLP ratio ({ratio:g} and {text_ratio:g}); one for both is '
+            'supported'
+        )
+    return ClipSpec(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        num_heads=num_heads or _whole(width, 64, 'the head width of OpenAI models; --num_heads'),
+        embed_dim=embed_dim,
+        text_width=text_width,
+        text_depth=text_depth,
+        text_num_heads=text_num_heads
+        or _whole(text_width, 64, 'the head width of OpenAI models; --text_num_heads'),
+        vocab_size=vocab_size,
+        context_length=_shape(tensors, text_position)[0],
+        activation=activation,
+        mlp_ratio=ratio,
+    )
+
+
+def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f'{name} is missing; this is no complete CLIP checkpoint with both towers')
+    return tuple(tensors[name].shape)
+
+
+def _depth(tensors: Mapping[str, Any], prefix: str) -> int:
+    """One more than the largest block number, so that a gap shows as unfilled."""
+    numbers = [
+        int(name.removeprefix(prefix).split('.')[0])
+        for name in tensors
+        if name.startswith(prefix) and name.removeprefix(prefix).split('.')[0].isdecimal()
+    ]
+    if not numbers:
+        raise ValueError(f'no tensor {prefix}N.…; this is no complete CLIP checkpoint')
+    if max(numbers) >= len(tensors):
+        raise ValueError(f'{prefix}{max(numbers)}: more blocks than tensors')
+    return max(numbers) + 1
+
+
+def _whole(width: int, head_width: int, what: str) -> int:
+    if width % head_width:
+        raise ValueError(
+            f'width {width} is not a multiple of {head_width} ({what} decides the head count)'
+        )
+    return width // head_width
+
+
+def spec_name(spec: ClipSpec, specs: Mapping[str, ClipSpec]) -> str:
+    """Name of the published size that this geometry is, or 'clip' with its numbers.
+
+    The activation and the vocabulary are not part of the name.
+    """
+    for name, known in specs.items():
+        if dataclasses.replace(spec, activation=known.activation) == known:
+            return name
+    return f'clip_w{spec.width}_d{spec.depth}_p{spec.patch_size}_{spec.image_size}'

@@ -1,0 +1,391 @@
+"""Conversion engine: named tensors and a table in, a parameter tree out, and back.
+
+A table is a list of `Row`s. Each row names one source tensor, the target leaf, an einops pattern
+from source to target layout, and, where the target stacks layers (or q, k, v), the slot that the
+tensor fills. Rows are explicit: a family's `*_params.py` writes one per tensor as a function of
+the geometry, so nothing is found by guessing at names.
+
+    Row('visual.conv1.weight', 'visual/conv1/kernel', 'o i h w -> h w i o')
+    Row('...layers.3.self_attn.k_proj.weight', 'visual/blocks/attn/qkv/kernel',
+        '(h d) w -> w h d', index=(3, ALL, 1), sizes={'h': 12})
+
+The same rows run backwards for export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = dict[str, Any]
+
+ALL = slice(None)
+"""In `Row.index`: the whole axis."""
+
+
+class ConversionError(ValueError):
+    """A checkpoint and a table that do not fit; the message lists every reason.
+
+    Attributes:
+      unused: source tensors that no row reads.
+      unfilled: target leaves, or slots of stacked leaves, that no tensor fills.
+      mismatched: shapes or kinds that differ, both sides in the text.
+      duplicates: slots or tensors that the table names twice.
+    """
+
+    def __init__(
+        self,
+        unused: Sequence[str] = (),
+        unfilled: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+        duplicates: Sequence[str] = (),
+        context: str = '',
+    ):
+        self.unused, self.unfilled = list(unused), list(unfilled)
+        self.mismatched, self.duplicates = list(mismatched), list(duplicates)
+        lines = [context or 'the checkpoint does not fit the model']
+        for title, names in (
+            ('source tensors that nothing uses', self.unused),
+            ('target parameters that nothing fills', self.unfilled),
+            ('shapes that differ', self.mismatched),
+            ('named twice by the table', self.duplicates),
+        ):
+            if names:
+                lines.append(f'  {title} ({len(names)}):')
+                lines.extend(f'    {name}' for name in names)
+        super().__init__('\n'.join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a conversion table.
+
+    Attributes:
+      source_name: name of the tensor in the checkpoint; None for a constant (`fill`).
+      target_path: leaf of the tree, keys joined by '/'.
+      pattern: einops pattern, source layout -> target layout; None where they agree.
+      index: slot of the target that the tensor fills: integers, or `ALL` for a whole axis.
+        Trailing axes may be left out. Empty: the tensor is the leaf.
+      sizes: axis sizes that the pattern needs and the shapes do not give.
+      fill: value of a slot that has no source tensor (a key bias that a format leaves out).
+    """
+
+    source_name: str | None
+    target_path: str
+    pattern: str | None = None
+    index: tuple[int | slice, ...] = ()
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    fill: float | None = None
+
+    @property
+    def slot(self) -> str:
+        """Target path with its index, as error messages print it."""
+        if not self.index:
+            return self.target_path
+        inside = ','.join(':' if isinstance(i, slice) else str(i) for i in self.index)
+        return f'{self.target_path}[{inside}]'
+
+    def forward(self, tensor: np.ndarray) -> np.ndarray:
+        """Source layout -> target layout (a view where possible)."""
+        return einops.rearrange(tensor, self.pattern, **self.sizes) if self.pattern else tensor
+
+    def backward(self, value: np.ndarray) -> np.ndarray:
+        """Target layout -> source layout."""
+        if not self.pattern:
+            return value
+        source, target = self.pattern.split('->')
+        return einops.rearrange(value, f'{target} -> {source}', **self.sizes)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Nested mapping -> {'a/b/c': leaf}, sorted by path."""
+    flat = {}
+    for key, value in tree.items():
+        path = f'{prefix}/{key}' if prefix else str(key)
+        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
+    return dict(sorted(flat.items()))
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """{'a/b/c': leaf} -> nested dict."""
+    tree: Tree = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split('/')
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Tree:
+    """Applies `function(path, leaf)` to every leaf of a nested mapping."""
+    return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def with_precision(abstract: Mapping[str, Any], dtype: Any) -> Tree:
+    """Abstract tree with floating leaves in `dtype`.
+
+    Norm parameters (siblings of a `scale`) and `logit_scale` stay float32: they are read in
+    float32 and weigh nothing, and bfloat16 would turn a logit scale of 100 into 98.9.
+    """
+
+    def leaf(path: str, value: Any) -> jax.ShapeDtypeStruct:
+        keep = path.split('/')[-1] == 'logit_scale' or path.rpartition('/')[0] in norms
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        kind = value.dtype if not floating else jnp.float32 if keep else dtype
+        return jax.ShapeDtypeStruct(value.shape, kind)
+
+    norms = {p.rpartition('/')[0] for p in flatten(abstract) if p.endswith('/scale')}
+    return map_with_path(leaf, abstract)
+
+
+def import_tree(
+    tensors: Mapping[str, np.ndarray],
+    rows: Iterable[Row],
+    abstract: Mapping[str, Any],
+    ignore: Iterable[str] = (),
+    *,
+    keep_dtype: bool = False,
+    on_tensor: Callable[[str], None] | None = None,
+    context: str = '',
+) -> Tree:
+    """Fills a tree from named tensors, completely on both sides.
+
+    Args:
+      tensors: name -> array; read once each, so a lazy mapping is fine.
+      rows: the table.
+      abstract: target tree with leaves that have `shape` and `dtype` (`jax.eval_shape` output).
+      ignore: names that may stay unused, `fnmatch` patterns allowed ('*.num_batches_tracked').
+      keep_dtype: take the dtype of the source instead of `abstract`'s (the widest one where a
+        stacked leaf has several).
+      on_tensor: called with each source name once it is placed, for progress.
+      context: first line of the error, for instance the file name.
+
+    Returns:
+      Nested dict of numpy arrays with the shapes of `abstract`.
+
+    Raises:
+      ConversionError: one error that names every unused tensor, unfilled slot, shape mismatch
+        and duplicate.
+    """
+    rows, targets = list(rows), flatten(abstract)
+    mismatched, duplicates = [], _repeated(row.source_name for row in rows)
+    coverage = _Coverage(rows, {path: leaf.shape for path, leaf in targets.items()})
+    duplicates += coverage.duplicates
+    mismatched += coverage.misplaced
+
+    kinds = {path: np.dtype(leaf.dtype) for path, leaf in targets.items()}
+    if keep_dtype:
+        found: dict[str, list[np.dtype]] = {}
+        for row in rows:
+            if row.source_name in tensors:
+                found.setdefault(row.target_path, []).append(tensors[row.source_name].dtype)
+        kinds |= {path: np.dtype(jnp.result_type(*several)) for path, several in found.items()}
+
+    placed: dict[str, np.ndarray] = {}
+    for row in coverage.rows:
+        leaf = targets[row.target_path]
+        slot_shape = _slot_shape(leaf.shape, row.index)
+        kind = kinds[row.target_path]
+        if row.source_name is None:
+            value = np.full(slot_shape, row.fill, kind)
+        elif row.source_name not in tensors:
+            continue
+        else:
+            tensor = tensors[row.source_name]
+            try:
+                value = row.forward(tensor)
+            except einops.EinopsError:
+                value = None
+            if value is None or value.shape != slot_shape:
+                got = '' if value is None or not row.pattern else f' -> {value.shape}'
+                mismatched.append(
+                    f'{row.source_name} {tensor.shape}{got}'
+                    f'{f" by {row.pattern!r}" if row.pattern else ""}, but {row.slot} needs '
+                    f'{slot_shape}'
+                )
+                coverage.mark(row)
+                continue
+            problem = _cast_problem(value, kind)
+            if problem:
+                mismatched.append(f'{row.source_name}: {problem}')
+                coverage.mark(row)
+                continue
+        coverage.mark(row)
+        if not row.index:
+            placed[row.target_path] = np.array(value, kind, order='C')
+        else:
+            if row.target_path not in placed:
+                placed[row.target_path] = np.zeros(leaf.shape, kind)
+            placed[row.target_path][row.index] = value
+        if on_tensor and row.source_name:
+            on_tensor(row.source_name)
+
+    read, ignore = {row.source_name for row in rows}, tuple(ignore)
+    unused = [
+        f'{name} {tuple(tensors[name].shape)}'
+        for name in tensors
+        if name not in read and not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
+    ]
+    unfilled = coverage.unfilled()
+    if unused or unfilled or mismatched or duplicates:
+        raise ConversionError(unused, unfilled, mismatched, duplicates, context)
+    return unflatten(placed)
+
+
+def export_tree(tree: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, np.ndarray]:
+    """The way back: a filled tree -> {source name: contiguous array}.
+
+    Raises:
+      ConversionError: a leaf, or a slot of one, that no row exports; a row without its leaf; a
+        slot that should hold the constant `fill` and does not.
+    """
+    rows, leaves = list(rows), flatten(tree)
+    coverage = _Coverage(rows, {path: np.shape(leaf) for path, leaf in leaves.items()})
+    duplicates = coverage.duplicates + _repeated(row.source_name for row in rows)
+    mismatched = list(coverage.misplaced)
+    tensors = {}
+    for row in coverage.rows:
+        coverage.mark(row)
+        value = np.asarray(leaves[row.target_path])[row.index]
+        if row.source_name is None:
+            if not (value == row.fill).all():
+                mismatched.append(f'{row.slot} has no place in the file unless it is {row.fill}')
+            continue
+        try:
+            # Not ascontiguousarray, which turns a scalar into a vector.
+            tensors[row.source_name] = np.array(row.backward(value), order='C')
+        except einops.EinopsError:
+            mismatched.append(f'{row.slot} {value.shape} does not fit {row.pattern!r} backwards')
+    unfilled = coverage.unfilled()
+    if unfilled or mismatched or duplicates:
+        raise ConversionError(
+            unfilled=[f'{slot}: no row of the table exports it' for slot in unfilled],
+            mismatched=mismatched,
+            duplicates=duplicates,
+            context='the tree does not fit the table that exports it',
+        )
+    return tensors
+
+
+class _Coverage:
+    """Which slots of which targets a table names, and which of them were filled."""
+
+    def __init__(self, rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]):
+        self.shapes, self.misplaced, self.duplicates = shapes, [], []
+        self.rows: list[Row] = []
+        claimed: dict[str, np.ndarray] = {}
+        self.filled: dict[str, np.ndarray] = {}
+        self.by_slot: dict[tuple[str, tuple[int, ...]], str] = {}
+        split: dict[str, list[bool]] = {path: [] for path in shapes}
+        for row in rows:
+            shape = shapes.get(row.target_path)
+            source = row.source_name or f'constant {row.fill}'
+            if shape is None:
+                self.misplaced.append(f'{source} -> {row.slot}: the model has no such parameter')
+            elif len(row.index) > len(shape) or any(
+                not isinstance(i, slice) and not 0 <= i < size
+                for i, size in zip(row.index, shape, strict=False)
+            ):
+                self.misplaced.append(f'{source} -> {row.slot}: outside of {tuple(shape)}')
+            else:
+                self.rows.append(row)
+                axes = split[row.target_path]
+                axes.extend([False] * (len(row.index) - len(axes)))
+                for axis, i in enumerate(row.index):
+                    axes[axis] |= not isinstance(i, slice)
+        # One flag per slot: axes that no row splits collapse to length 1.
+        for path, axes in split.items():
+            grid = tuple(shapes[path][a] if used else 1 for a, used in enumerate(axes))
+            claimed[path], self.filled[path] = np.zeros(grid, bool), np.zeros(grid, bool)
+        for row in self.rows:
+            if claimed[row.target_path][row.index].any():
+                self.duplicates.append(f'{row.slot} (by {row.source_name})')
+            claimed[row.target_path][row.index] = True
+            if row.source_name:
+                where = np.zeros_like(claimed[row.target_path])
+                where[row.index] = True
+                for slot in np.argwhere(where):
+                    self.by_slot[row.target_path, tuple(slot)] = row.source_name
+
+    def mark(self, row: Row) -> None:
+        self.filled[row.target_path][row.index] = True
+
+    def unfilled(self) -> list[str]:
+        """Every slot still empty, with the source name the table expects there."""
+        lines = []
+        for path, filled in self.filled.items():
+            for slot in np.argwhere(~filled):
+                index = tuple(int(i) for i in slot)
+                source = self.by_slot.get((path, index))
+                inside = ','.join(
+                    ':' if filled.shape[a] == 1 and self.shapes[path][a] != 1 else str(i)
+                    for a, i in enumerate(index)
+                )
+                lines.append(
+                    path
+                    + (f'[{inside}]' if index else f' {tuple(self.shapes[path])}')
+                    + (f' (from {source})' if source else '')
+                )
+        return lines
+
+
+def _slot_shape(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[int, ...]:
+    return tuple(
+        size for axis, size in enumerate(shape) if axis >= len(index) or index[axis] == ALL
+    )
+
+
+def _repeated(names: Iterable[str | None]) -> list[str]:
+    seen, again = set(), []
+    for name in names:
+        if name is not None and name in seen:
+            again.append(name)
+        seen.add(name)
+    return again
+
+
+def _cast_problem(value: np.ndarray, kind: np.dtype) -> str:
+    """Why `value` must not be cast to `kind`; empty if it may."""
+    if jnp.issubdtype(value.dtype, jnp.floating) != jnp.issubdtype(kind, jnp.floating):
+        return f'dtype {value.dtype} where {kind} is expected'
+    if kind == np.float16 and value.dtype != np.float16 and value.size:
+        largest = np.abs(np.where(np.isfinite(value), value, 0)).max()
+        if largest > np.finfo(np.float16).max:
+            return f'a value of {float(largest):.3g} overflows float16; use bfloat16 or float32'
+    return ''
+
+
+def count(tree: Mapping[str, Any]) -> int:
+    """Number of parameters of a tree (arrays or abstract leaves)."""
+    return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())
+
+
+def tree_sha256(tree: Any) -> str:
+    """SHA-256 over the leaves of any pytree, in the order of their paths.
+
+    Each leaf adds its path, dtype, shape and bytes in C order, so equal digests mean bit-equal
+    trees. Arrays must be addressable from this process.
+    """
+    named = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = '/'.join(
+            str(getattr(k, 'key', getattr(k, 'idx', getattr(k, 'name', k)))) for k in keys
+        )
+        named[path] = leaf
+    digest = hashlib.sha256()
+    for path in sorted(named):
+        array = np.array(named[path], order='C', copy=None)
+        digest.update(f'{path}\0{array.dtype.name}\0{array.shape}\0'.encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
