@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_jax.models.clip import ClipSpec
-from dist_jax.models.params import ALL, Row
+from dist_jax.models.params import ALL, Row, hidden_ratio
 
 # Buffers that carry no weights; OpenAI files keep the first three, other exports the rest.
 OPENAI_IGNORE = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask')
@@ -48,12 +48,12 @@ def openai_rows(spec: ClipSpec, text_prefix: str = '') -> list[Row]:
         Row('visual.class_embedding', 'visual/class_embedding'),
         Row('visual.positional_embedding', 'visual/positional_embedding'),
         Row('visual.conv1.weight', 'visual/conv1/kernel', 'o i h w -> h w i o'),
-        *_norm_rows('visual.ln_pre', 'visual/ln_pre'),
-        *_norm_rows('visual.ln_post', 'visual/ln_post'),
+        *norm_rows('visual.ln_pre', 'visual/ln_pre'),
+        *norm_rows('visual.ln_post', 'visual/ln_post'),
         Row('visual.proj', 'visual/proj/kernel'),
         Row(f'{text_prefix}token_embedding.weight', 'text/token_embedding'),
         Row(f'{text_prefix}positional_embedding', 'text/positional_embedding'),
-        *_norm_rows(f'{text_prefix}ln_final', 'text/ln_final'),
+        *norm_rows(f'{text_prefix}ln_final', 'text/ln_final'),
         Row(f'{text_prefix}text_projection', 'text/text_projection/kernel'),
         Row('logit_scale', 'logit_scale'),
     ]
@@ -73,11 +73,11 @@ def openai_block_rows(
 ) -> list[Row]:
     """One transformer block in OpenAI names; `in_proj` stacks q, k, v by rows."""
     return [
-        *_norm_rows(f'{source}ln_1', f'{target}ln_1', index),
-        *_norm_rows(f'{source}ln_2', f'{target}ln_2', index),
+        *norm_rows(f'{source}ln_1', f'{target}ln_1', index),
+        *norm_rows(f'{source}ln_2', f'{target}ln_2', index),
         *fused_attention_rows(f'{source}attn.', f'{target}attn/', heads, index),
-        *_linear_rows(f'{source}mlp.c_fc', f'{target}mlp/c_fc', index),
-        *_linear_rows(f'{source}mlp.c_proj', f'{target}mlp/c_proj', index),
+        *linear_rows(f'{source}mlp.c_fc', f'{target}mlp/c_fc', index),
+        *linear_rows(f'{source}mlp.c_proj', f'{target}mlp/c_proj', index),
     ]
 
 
@@ -105,12 +105,12 @@ def huggingface_rows(spec: ClipSpec) -> list[Row]:
         Row('vision_model.embeddings.class_embedding', 'visual/class_embedding'),
         Row('vision_model.embeddings.position_embedding.weight', 'visual/positional_embedding'),
         Row(_HUGGINGFACE_MARK, 'visual/conv1/kernel', 'o i h w -> h w i o'),
-        *_norm_rows('vision_model.pre_layrnorm', 'visual/ln_pre'),
-        *_norm_rows('vision_model.post_layernorm', 'visual/ln_post'),
+        *norm_rows('vision_model.pre_layrnorm', 'visual/ln_pre'),
+        *norm_rows('vision_model.post_layernorm', 'visual/ln_post'),
         Row('visual_projection.weight', 'visual/proj/kernel', 'o i -> i o'),
         Row('text_model.embeddings.token_embedding.weight', 'text/token_embedding'),
         Row('text_model.embeddings.position_embedding.weight', 'text/positional_embedding'),
-        *_norm_rows('text_model.final_layer_norm', 'text/ln_final'),
+        *norm_rows('text_model.final_layer_norm', 'text/ln_final'),
         Row('text_projection.weight', 'text/text_projection/kernel', 'o i -> i o'),
         Row('logit_scale', 'logit_scale'),
     ]
@@ -122,11 +122,11 @@ def huggingface_rows(spec: ClipSpec) -> list[Row]:
         for i in range(depth):
             source = f'{prefix}.encoder.layers.{i}'
             rows += [
-                *_norm_rows(f'{source}.layer_norm1', f'{blocks}/ln_1', (i,)),
-                *_norm_rows(f'{source}.layer_norm2', f'{blocks}/ln_2', (i,)),
+                *norm_rows(f'{source}.layer_norm1', f'{blocks}/ln_1', (i,)),
+                *norm_rows(f'{source}.layer_norm2', f'{blocks}/ln_2', (i,)),
                 *_output_rows(f'{source}.self_attn.out_proj', f'{blocks}/attn/out', heads, (i,)),
-                *_linear_rows(f'{source}.mlp.fc1', f'{blocks}/mlp/c_fc', (i,)),
-                *_linear_rows(f'{source}.mlp.fc2', f'{blocks}/mlp/c_proj', (i,)),
+                *linear_rows(f'{source}.mlp.fc1', f'{blocks}/mlp/c_fc', (i,)),
+                *linear_rows(f'{source}.mlp.fc2', f'{blocks}/mlp/c_proj', (i,)),
             ]
             for slot, letter in enumerate('qkv'):
                 name, sizes = f'{source}.self_attn.{letter}_proj', {'h': heads}
@@ -149,14 +149,16 @@ def huggingface_rows(spec: ClipSpec) -> list[Row]:
     return rows
 
 
-def _norm_rows(source: str, target: str, index: tuple[int, ...] = ()) -> list[Row]:
+def norm_rows(source: str, target: str, index: tuple[int, ...] = ()) -> list[Row]:
+    """LayerNorm: weight, bias -> scale, bias."""
     return [
         Row(f'{source}.weight', f'{target}/scale', index=index),
         Row(f'{source}.bias', f'{target}/bias', index=index),
     ]
 
 
-def _linear_rows(source: str, target: str, index: tuple[int, ...] = ()) -> list[Row]:
+def linear_rows(source: str, target: str, index: tuple[int, ...] = ()) -> list[Row]:
+    """Linear: weight (out, in), bias -> kernel (in, out), bias."""
     return [
         Row(f'{source}.weight', f'{target}/kernel', 'o i -> i o', index),
         Row(f'{source}.bias', f'{target}/bias', index=index),
@@ -231,9 +233,9 @@ def openclip_spec(
       tensors: name -> array; only shapes are read.
       config: content of `open_clip_config.json`, or None. Of its `model_cfg`, `quick_gelu`,
         `vision_cfg` (`head_width`) and `text_cfg` (`heads`) are read.
-      activation: overrides the config; needed where there is none.
-      num_heads: likewise for the image tower; without both, width / 64, OpenCLIP's default.
-      text_num_heads: likewise for the text tower.
+      activation: needed where there is no config; must not contradict one.
+      num_heads: of the image tower; None for the config's, or width / 64 up to width 1024.
+      text_num_heads: of the text tower; None for the config's, or width / 64.
 
     Raises:
       ValueError: no config and no activation; a config that asks for what this CLIP is not.
@@ -266,8 +268,13 @@ def openclip_spec(
                     raise ValueError(
                         f'open_clip_config.json: {side}.{field}={part[field]!r} is not supported'
                     )
-        if activation is None:
-            activation = 'quick_gelu' if model.get('quick_gelu', False) else 'gelu'
+        configured = 'quick_gelu' if model.get('quick_gelu', False) else 'gelu'
+        if activation not in (None, configured):
+            raise ValueError(
+                f'--activation {activation} contradicts open_clip_config.json beside the file, '
+                f'which says {configured}; drop the flag, or correct quick_gelu there'
+            )
+        activation = configured
     if activation is None:
         raise ValueError(
             'an OpenCLIP checkpoint does not say its activation: put its open_clip_config.json '
@@ -277,6 +284,12 @@ def openclip_spec(
     width = _shape(tensors, _OPENAI_MARK)[0]
     if num_heads is None and vision.get('head_width'):
         num_heads = _whole(width, vision['head_width'], 'vision_cfg.head_width')
+    if num_heads is None and config is None and width > 1024:
+        raise ValueError(
+            f'an image tower of width {width} without open_clip_config.json: from this size on '
+            'OpenCLIP models have heads of 80, 88 or 104 channels instead of 64; put the config '
+            'beside the file, or pass --num_heads (16 in ViT-H, ViT-g and ViT-bigG)'
+        )
     if text_num_heads is None:
         text_num_heads = text.get('heads')
     return openai_spec(
@@ -381,8 +394,8 @@ def _spec_from_shapes(
     if grid**2 != tokens - 1:
         raise ValueError(f'{position}: {tokens} rows are not one class token and a square grid')
     vocab_size, text_width = _shape(tensors, token)
-    ratio = _shape(tensors, hidden)[0] / width
-    text_ratio = _shape(tensors, text_hidden)[0] / text_width
+    ratio = hidden_ratio(_shape(tensors, hidden)[0], width)
+    text_ratio = hidden_ratio(_shape(tensors, text_hidden)[0], text_width)
     if ratio != text_ratio:
         raise ValueError(
             f'the towers differ in MLP ratio ({ratio:g} and {text_ratio:g}); one for both is '

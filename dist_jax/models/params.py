@@ -366,6 +366,12 @@ def _cast_problem(value: np.ndarray, kind: np.dtype) -> str:
     return ''
 
 
+def hidden_ratio(hidden: int, width: int) -> float:
+    """Ratio r with int(width * r) == hidden, which a plain quotient can miss by rounding."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
 def count(tree: Mapping[str, Any]) -> int:
     """Number of parameters of a tree (arrays or abstract leaves)."""
     return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())

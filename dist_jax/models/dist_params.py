@@ -1,0 +1,328 @@
+"""DiST checkpoints of the authors: names, geometry, table; import and export.
+
+Source: names of the released `.pyth` files (`model_state`, prefix `backbone.base_encoder.`), and
+the older `ladder_net` names, which differ in the first two components only.
+
+A file also holds a copy of the frozen CLIP; those tensors are recognised by name and left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from dist_jax.models import clip, dist
+from dist_jax.models.clip_params import (
+    OPENAI_IGNORE,
+    fused_attention_rows,
+    linear_rows,
+    norm_rows,
+    openai_rows,
+)
+from dist_jax.models.params import Row, Tree, export_tree, hidden_ratio, with_precision
+
+RELEASE_PREFIX = 'backbone.base_encoder.'
+
+# Component after `ladder_net.` -> component after `dist_net.`; what is not listed kept its name.
+LADDER_NAMES = {
+    'input_map_feat_nets': 'input_linears',
+    's2t_fuse_nets': 'integration2temporal_nets',
+    't2s_fuse_nets': 'temporal2integration_nets',
+    'spatial_nets': 'integration_nets',
+    'final_temporal_nets': 'adapooling_nets',
+}
+
+
+def is_dist_naming(tensors: Mapping[str, Any]) -> bool:
+    """Names of the authors' files, current or old."""
+    return any(name.startswith('dist_net.') for name in current_names(tensors).values())
+
+
+def current_names(names: Mapping[str, Any]) -> dict[str, str]:
+    """Name in a file -> current name without prefix."""
+    renamed = {}
+    for name in names:
+        new = name.removeprefix('module.').removeprefix(RELEASE_PREFIX)
+        if new.startswith('ladder_net.'):
+            first, dot, rest = new.removeprefix('ladder_net.').partition('.')
+            new = f'dist_net.{LADDER_NAMES.get(first, first)}{dot}{rest}'
+        renamed[name] = new
+    return renamed
+
+
+def rename(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors under their current names.
+
+    Raises:
+      ValueError: two tensors of the file mean the same parameter.
+    """
+    result: dict[str, np.ndarray] = {}
+    origin: dict[str, str] = {}
+    for old, new in current_names(tensors).items():
+        if new in result:
+            raise ValueError(f'{old} and {origin[new]} both mean {new}; remove one of them')
+        result[new], origin[new] = tensors[old], old
+    return result
+
+
+def frozen_names(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of the frozen CLIP copy in a file, exactly those of a CLIP of that depth."""
+    depths = [
+        1
+        + max(
+            (
+                int(name.split('.')[position])
+                for name in tensors
+                if name.startswith(prefix) and name.split('.')[position].isdecimal()
+            ),
+            default=-1,
+        )
+        for prefix, position in (
+            ('visual.transformer.resblocks.', 3),
+            ('transformer.resblocks.', 2),
+        )
+    ]
+    if max(depths) > len(tensors):
+        return []
+    # Only the depths matter for the names.
+    spec = clip.ClipSpec(1, 1, 1, depths[0], 1, 1, 1, depths[1], 1)
+    known = {row.source_name for row in openai_rows(spec)} | set(OPENAI_IGNORE)
+    return [name for name in tensors if name in known]
+
+
+def infer_hparams(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Every size of a DiST network that its tensors show.
+
+    Args:
+      tensors: current names (see `rename`) -> array; only shapes are read.
+
+    Returns:
+      integration_dim, temporal_dim, num_layers, num_frames, alpha, patch_size,
+      ada_pooling_layers, embed_dim, width (of the CLIP that it was trained on),
+      temporal_conv_mlp_ratio, integration_mlp_ratio, integration_temporal_mlp_ratio,
+      temporal_patch, temporal_kernel. Which CLIP blocks were selected is not in the file unless
+      it is all of them.
+
+    Raises:
+      ValueError: a tensor that shows a size is missing or has another rank.
+    """
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        if name not in tensors:
+            raise ValueError(f'{name} is missing; this is no complete DiST checkpoint')
+        found = tuple(tensors[name].shape)
+        if len(found) != rank:
+            raise ValueError(f'{name}: shape {found}, expected {rank} axes')
+        return found
+
+    def count(prefix: str) -> int:
+        """One more than the largest number, so that a gap shows as unfilled."""
+        starts = [
+            name.removeprefix(prefix).split('.')[0] for name in tensors if name.startswith(prefix)
+        ]
+        largest = max((int(start) for start in starts if start.isdecimal()), default=-1)
+        if largest >= len(tensors):
+            raise ValueError(f'{prefix}{largest}: more modules than tensors')
+        return largest + 1
+
+    stem = shape('dist_net.temporal_stem.weight', 5)
+    temporal_dim, _, temporal_patch, _, patch_size = stem
+    integration_dim, width = shape('dist_net.input_linears.0.weight', 2)
+    alpha = shape('dist_net.temporal2integration_nets.0.linear_fuse.weight', 5)[2]
+    frozen_frames = shape('dist_net.temporal2integration_nets.0.cls_token', 4)[2]
+    temporal = shape('dist_net.temporal_nets.0.temporal_net.c_fc1.weight', 5)
+    ffn = shape('dist_net.integration_nets.0.ffn.c_fc.weight', 2)
+    temporal_ffn = shape('dist_net.integration_nets.0.temporal_ffn.c_fc2.weight', 5)
+    if temporal[2] != temporal_ffn[2]:
+        raise ValueError(
+            f'temporal kernels of {temporal[2]} and {temporal_ffn[2]} frames in one network; '
+            'one size for both is supported'
+        )
+    return {
+        'integration_dim': integration_dim,
+        'temporal_dim': temporal_dim,
+        'num_layers': count('dist_net.input_linears.'),
+        'num_frames': frozen_frames * alpha,
+        'alpha': alpha,
+        'patch_size': patch_size,
+        'ada_pooling_layers': count('dist_net.adapooling_nets.'),
+        'embed_dim': shape('dist_net.proj', 2)[1],
+        'width': width,
+        'temporal_patch': temporal_patch,
+        'temporal_kernel': temporal[2],
+        'temporal_conv_mlp_ratio': hidden_ratio(temporal[0], temporal_dim),
+        'integration_mlp_ratio': hidden_ratio(ffn[0], integration_dim),
+        'integration_temporal_mlp_ratio': hidden_ratio(temporal_ffn[0], integration_dim),
+    }
+
+
+def dist_rows(hparams: Mapping[str, Any]) -> list[Row]:
+    """Table of the current names. Reads integration_dim, num_layers, ada_pooling_layers."""
+    conv = 'o i t h w -> t h w i o'
+    pointwise = 'o i 1 1 1 -> i o'
+    along_time = 'o i t 1 1 -> t i o'
+    rows = [
+        Row('dist_net.temporal_stem.weight', 'temporal_stem/kernel', conv),
+        Row('dist_net.temporal_stem.bias', 'temporal_stem/bias'),
+        Row('dist_net.aggregated_cls_token', 'aggregated_cls_token', '1 1 c -> c'),
+        Row('dist_net.aggregated_spatial_cls_token', 'aggregated_spatial_cls_token', '1 1 c -> c'),
+        *linear_rows('dist_net.proj_spatial_cls_token', 'proj_spatial_cls_token'),
+        *norm_rows('dist_net.ln_post', 'ln_post'),
+        Row('dist_net.proj', 'proj/kernel'),
+    ]
+    num_layers = hparams['num_layers']
+    for i in range(num_layers):
+        # The last layer feeds nothing back into the temporal encoder and lives apart.
+        target, index = ('layers', (i,)) if i < num_layers - 1 else ('last_layer', ())
+
+        def weights(source: str, name: str, pattern: str, target=target, index=index) -> list[Row]:
+            return [
+                Row(f'{source}.weight', f'{target}/{name}/kernel', pattern, index),
+                Row(f'{source}.bias', f'{target}/{name}/bias', index=index),
+            ]
+
+        temporal = f'dist_net.temporal_nets.{i}'
+        to_integration = f'dist_net.temporal2integration_nets.{i}'
+        integration = f'dist_net.integration_nets.{i}'
+        rows += [
+            *norm_rows(f'{temporal}.ln', f'{target}/temporal_net/ln', index),
+            *weights(f'{temporal}.temporal_net.c_fc1', 'temporal_net/c_fc1', along_time),
+            *weights(
+                f'{temporal}.temporal_net.c_fc2', 'temporal_net/c_fc2', 'o i 1 h w -> h w i o'
+            ),
+            *linear_rows(f'dist_net.input_linears.{i}', f'{target}/input_linear', index),
+            *linear_rows(
+                f'dist_net.integration2temporal_nets.{i}.linear_fuse',
+                f'{target}/integration2temporal',
+                index,
+            ),
+            *weights(f'{to_integration}.linear_fuse', 'temporal2integration', along_time),
+            Row(
+                f'{to_integration}.cls_token',
+                f'{target}/temporal2integration/cls_token',
+                '1 1 t c -> t c',
+                index,
+            ),
+            *norm_rows(f'{integration}.ln', f'{target}/integration_net/ln', index),
+            *norm_rows(
+                f'{integration}.ln_temporal', f'{target}/integration_net/ln_temporal', index
+            ),
+            *linear_rows(f'{integration}.ffn.c_fc', f'{target}/integration_net/ffn/c_fc', index),
+            *linear_rows(
+                f'{integration}.ffn.c_proj', f'{target}/integration_net/ffn/c_proj', index
+            ),
+        ]
+        for name, pattern in (('c_fc1', pointwise), ('c_fc2', along_time), ('c_proj', pointwise)):
+            rows += weights(
+                f'{integration}.temporal_ffn.{name}',
+                f'integration_net/temporal_ffn/{name}',
+                pattern,
+            )
+    heads = hparams['integration_dim'] // dist.ADA_POOLING_HEAD_DIM
+    for j in range(hparams['ada_pooling_layers']):
+        source, target = f'dist_net.adapooling_nets.{j}', f'adapooling_{j}'
+        rows.append(
+            Row(
+                f'{source}.positional_embedding',
+                f'{target}/positional_embedding',
+                '1 t c -> t c',
+            )
+        )
+        for name in ('spatial_transformer', 'temporal_transformer'):
+            rows += norm_rows(f'{source}.{name}.ln_1', f'{target}/{name}/ln_1')
+            rows += fused_attention_rows(f'{source}.{name}.attn.', f'{target}/{name}/attn/', heads)
+        for name in ('ln_out_spat_cls_token', 'ln_out_temp_cls_token'):
+            rows += norm_rows(f'{source}.{name}', f'{target}/{name}')
+        for name in ('output_map_spatial_cls_token', 'output_map_cls_token'):
+            for part in ('c_fc', 'c_proj'):
+                rows += linear_rows(f'{source}.{name}.{part}', f'{target}/{name}/{part}')
+    return rows
+
+
+def abstract_params(hparams: Mapping[str, Any]) -> Tree:
+    """The trainable tree of a text-head DiST as float32 `jax.ShapeDtypeStruct` leaves."""
+    width, patch = hparams['width'], hparams['patch_size']
+    backbone = clip.ClipSpec(
+        image_size=patch,
+        patch_size=patch,
+        width=width,
+        depth=hparams['num_layers'],
+        num_heads=1,
+        embed_dim=hparams['embed_dim'],
+        text_width=1,
+        text_depth=1,
+        text_num_heads=1,
+    )
+    options = {
+        name: hparams[name]
+        for name in (
+            'num_frames',
+            'alpha',
+            'integration_dim',
+            'temporal_dim',
+            'temporal_patch',
+            'temporal_kernel',
+            'temporal_conv_mlp_ratio',
+            'integration_mlp_ratio',
+            'integration_temporal_mlp_ratio',
+            'ada_pooling_layers',
+        )
+    }
+    net = dist.build(backbone, num_classes=(1,), dtype=jnp.float32, **options).net
+    frames = hparams['num_frames']
+    features = {
+        'taps': jax.ShapeDtypeStruct(
+            (hparams['num_layers'], 1, frames // hparams['alpha'], 2, width), jnp.float32
+        ),
+        'video': jax.ShapeDtypeStruct((1, frames, patch, patch, 3), jnp.float32),
+        'text': (jax.ShapeDtypeStruct((1, hparams['embed_dim']), jnp.float32),),
+        'logit_scale': jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    variables = jax.eval_shape(net.init, jax.random.key(0), features)
+    return with_precision(variables['params'], jnp.float32)
+
+
+def export_dist(
+    params: Mapping[str, Any],
+    hparams: Mapping[str, Any],
+    out_path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> dict[str, np.ndarray]:
+    """Writes a trainable tree as safetensors under the names of the released files.
+
+    Args:
+      params: the trainable tree of a DiST with a text head.
+      hparams: integration_dim, num_layers and ada_pooling_layers at least.
+      out_path: file to write; it appears whole or not at all.
+      overwrite: replace an existing file.
+
+    Returns:
+      The tensors as written.
+
+    Raises:
+      ConversionError: parameters without a place in the authors' files (a linear head).
+      FileExistsError: the file exists.
+    """
+    out_path = Path(out_path)
+    if out_path.is_dir() or (out_path.exists() and not overwrite):
+        raise FileExistsError(f'{out_path} exists; pass --overwrite to replace it')
+    tensors = {
+        f'{RELEASE_PREFIX}{name}': value
+        for name, value in export_tree(params, dist_rows(hparams)).items()
+    }
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    partial = out_path.with_name(f'.{out_path.name}.partial')
+    try:
+        save_file(tensors, partial, metadata={'format': 'pt'})
+        os.replace(partial, out_path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return tensors

@@ -1,0 +1,375 @@
+"""Converts downloaded checkpoints into the form that training reads, and exports ours back.
+
+CLIP (OpenAI, Hugging Face, OpenCLIP) and DiST files become one orbax directory with parameters,
+geometry, activation and the hash of the source. PyTorch is not needed and no code from a file is
+run; a file that holds more than tensors is refused with the way out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dist_jax.models import clip, clip_params, converted, dist_params
+from dist_jax.models.dist_params import export_dist
+from dist_jax.models.params import Row, Tree, count, flatten, import_tree, with_precision
+from dist_jax.models.source_files import SourceFiles, open_source, sources_record
+
+__all__ = ['KINDS', 'convert', 'export_dist', 'main']
+
+PRECISIONS = ('float32', 'bfloat16', 'float16')
+
+EXAMPLES = """\
+examples:
+  # OpenAI's archive; activation and heads belong to it
+  python -m tools.convert_checkpoint ViT-B-16.pt clip_b16
+
+  # a Hugging Face folder (config.json, safetensors or .bin, sharded or not)
+  python -m tools.convert_checkpoint clip-vit-base-patch16/ clip_b16 --precision bfloat16
+
+  # OpenCLIP with open_clip_config.json beside the file, or with the activation said by hand
+  python -m tools.convert_checkpoint CLIP-ViT-B-16-laion2B/ clip_b16_laion
+  python -m tools.convert_checkpoint epoch_32.pt clip_b16_own --activation gelu
+
+  # DiST of the authors, there and back
+  python -m tools.convert_checkpoint DIST_K400_B16.pyth dist_k400
+  python -m tools.convert_checkpoint --export dist_k400 dist_k400.safetensors
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says beyond the file; None where it says nothing."""
+
+    activation: str | None = None
+    num_heads: int | None = None
+    text_num_heads: int | None = None
+
+    def refuse(self, kind: str, reason: str) -> None:
+        """Flags that `kind` does not take are an error, not ignored."""
+        given = [f'--{name}' for name, value in dataclasses.asdict(self).items() if value]
+        if given:
+            raise ValueError(f'{", ".join(given)} cannot be set for {kind}: {reason}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that a conversion needs besides the file."""
+
+    family: str
+    name: str
+    spec: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    rows: list[Row]
+    abstract: Tree
+    ignore: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One naming of one family: how to recognise it, and how to convert it."""
+
+    matches: Callable[[SourceFiles], bool]
+    plan: Callable[[SourceFiles, Options], Plan]
+
+
+def _clip_plan(
+    spec: clip.ClipSpec, rows: list[Row], source: SourceFiles, ignore: tuple[str, ...]
+) -> Plan:
+    return Plan(
+        family='clip',
+        name=clip_params.spec_name(spec, clip.SPECS),
+        spec=dataclasses.asdict(spec),
+        tensors=source.tensors,
+        rows=rows,
+        abstract=clip.abstract_params(spec),
+        ignore=ignore,
+    )
+
+
+def _plan_openai(source: SourceFiles, options: Options) -> Plan:
+    if options.activation not in (None, 'quick_gelu'):
+        raise ValueError(
+            f'--activation {options.activation}: the OpenAI weights were trained with quick_gelu; '
+            'for other weights under these names pass --kind openclip'
+        )
+    spec = clip_params.openai_spec(
+        source.tensors,
+        activation='quick_gelu',
+        num_heads=options.num_heads,
+        text_num_heads=options.text_num_heads,
+    )
+    prefix = clip_params.text_prefix(source.tensors)
+    rows = clip_params.openai_rows(spec, prefix)
+    return _clip_plan(spec, rows, source, clip_params.OPENAI_IGNORE)
+
+
+def _plan_openclip(source: SourceFiles, options: Options) -> Plan:
+    spec = clip_params.openclip_spec(
+        source.tensors, source.open_clip_config, **dataclasses.asdict(options)
+    )
+    prefix = clip_params.text_prefix(source.tensors)
+    rows = clip_params.openai_rows(spec, prefix)
+    return _clip_plan(spec, rows, source, clip_params.OPENAI_IGNORE)
+
+
+def _plan_huggingface(source: SourceFiles, options: Options) -> Plan:
+    options.refuse('huggingface', 'config.json says it')
+    spec = clip_params.huggingface_spec(source.tensors, source.config)
+    rows = clip_params.huggingface_rows(spec)
+    return _clip_plan(spec, rows, source, clip_params.HUGGINGFACE_IGNORE)
+
+
+def _plan_dist(source: SourceFiles, options: Options) -> Plan:
+    options.refuse('dist', 'a DiST network has neither')
+    tensors = dist_params.rename(source.tensors)
+    hparams = dist_params.infer_hparams(tensors)
+    return Plan(
+        family='dist',
+        name=f'dist_{hparams["num_frames"] // hparams["alpha"]}+{hparams["num_frames"]}f',
+        spec=hparams,
+        tensors=tensors,
+        rows=dist_params.dist_rows(hparams),
+        abstract=dist_params.abstract_params(hparams),
+        ignore=tuple(dist_params.frozen_names(tensors)),
+    )
+
+
+# Asked in this order; a DiST file also holds the tensors of a CLIP.
+KINDS: dict[str, Kind] = {
+    'dist': Kind(lambda source: dist_params.is_dist_naming(source.tensors), _plan_dist),
+    'huggingface': Kind(
+        lambda source: clip_params.is_huggingface_naming(source.tensors), _plan_huggingface
+    ),
+    'openai': Kind(
+        lambda source: source.is_torchscript and clip_params.is_openai_naming(source.tensors),
+        _plan_openai,
+    ),
+    'openclip': Kind(lambda source: clip_params.is_openai_naming(source.tensors), _plan_openclip),
+}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    *,
+    kind: str = 'auto',
+    options: Options | None = None,
+    precision: str = 'float32',
+    name: str | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Converts one checkpoint.
+
+    Args:
+      source: file or folder.
+      dest: directory to make.
+      kind: a key of `KINDS`, or 'auto'.
+      options: what the file does not say.
+      precision: dtype of the floating leaves; norm parameters and logit_scale stay float32.
+      name: name in the metadata; None for the published size, where it is one.
+      overwrite: replace a converted checkpoint at `dest`.
+      console: where progress and summary go; None for silence.
+
+    Returns:
+      The metadata as stored.
+
+    Raises:
+      ValueError: unknown, damaged, unsafe or incomplete source; missing options.
+      OSError: files that are not there, a destination that exists.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision={precision!r} is not one of {PRECISIONS}')
+    converted.check_destination(dest, overwrite=overwrite)
+    opened = open_source(source)
+    if kind == 'auto':
+        kind = _detect(opened)
+    plan = KINDS[kind].plan(opened, options or Options())
+    abstract = with_precision(plan.abstract, precision)
+    with _progress(console, len(plan.rows)) as advance:
+        params = import_tree(
+            plan.tensors,
+            plan.rows,
+            abstract,
+            plan.ignore,
+            on_tensor=lambda _: advance(),
+            context=f'{source} does not fit a {plan.family} model of this geometry: {plan.spec}',
+        )
+    sources, digest = sources_record(opened.files)
+    used = {row.source_name for row in plan.rows}
+    metadata = converted.save_converted(
+        dest,
+        params,
+        {
+            'family': plan.family,
+            'kind': kind,
+            'name': name or plan.name,
+            'spec': plan.spec,
+            'sources': sources,
+            'source_sha256': digest,
+            'precision': precision,
+            'ignored': sorted(plan.tensors.keys() - used),
+        },
+        overwrite=overwrite,
+    )
+    if console:
+        _print_summary(console, params, metadata, dest)
+    return metadata
+
+
+def _detect(source: SourceFiles) -> str:
+    for name, kind in KINDS.items():
+        if kind.matches(source):
+            return name
+    names = sorted(source.tensors)
+    shown = ', '.join(names[:6]) + (', …' if len(names) > 6 else '')
+    raise ValueError(
+        f'{source.path}: its tensors ({shown}) have the names of no known kind '
+        f'({", ".join(KINDS)}); pass --kind if it is one of them all the same'
+    )
+
+
+@contextlib.contextmanager
+def _progress(console: Console | None, total: int) -> Iterator[Callable[[], None]]:
+    if console is None:
+        yield lambda: None
+        return
+    columns = (
+        TextColumn('converting'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('tensors'),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task('convert', total=total)
+        yield lambda: progress.advance(task)
+
+
+def _print_summary(
+    console: Console, params: Tree, metadata: dict[str, Any], dest: str | os.PathLike[str]
+) -> None:
+    table = Table(title=f'{metadata["name"]} ({metadata["family"]}, from {metadata["kind"]} names)')
+    for column, justify in (
+        ('module', 'left'),
+        ('tensors', 'right'),
+        ('parameters', 'right'),
+        ('MB', 'right'),
+        ('dtype', 'left'),
+    ):
+        table.add_column(column, justify=justify)
+    modules: dict[str, dict[str, Any]] = {}
+    for path, leaf in flatten(params).items():
+        modules.setdefault('/'.join(path.split('/')[:2]), {})[path] = leaf
+    for module, leaves in (*modules.items(), ('total', flatten(params))):
+        if module == 'total':
+            table.add_section()
+        table.add_row(
+            module,
+            f'{len(leaves):,}',
+            f'{count(leaves):,}',
+            f'{sum(leaf.nbytes for leaf in leaves.values()) / 1e6:,.2f}',
+            ', '.join(sorted({str(leaf.dtype) for leaf in leaves.values()})),
+        )
+    console.print(table)
+    facts = Table.grid(padding=(0, 2))
+    for label, value in (
+        ('spec', ', '.join(f'{key}={value}' for key, value in metadata['spec'].items())),
+        ('activation', metadata['spec'].get('activation', '-')),
+        ('source', ', '.join(record['file'] for record in metadata['sources'])),
+        ('source sha256', metadata['source_sha256']),
+        ('params sha256', metadata['params_sha256']),
+        ('ignored', f'{len(metadata["ignored"])} tensors' if metadata['ignored'] else 'nothing'),
+        ('written to', os.fspath(dest)),
+    ):
+        facts.add_row(label, value)
+    console.print(facts)
+
+
+def export(
+    source: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, np.ndarray]:
+    """Writes a converted DiST checkpoint as safetensors under the authors' names.
+
+    Raises:
+      ValueError: `source` is no converted DiST checkpoint.
+      OSError: nothing at `source`, or `dest` exists.
+    """
+    metadata = converted.load_metadata(source)
+    if metadata['family'] != 'dist':
+        raise ValueError(
+            f'{source} is of family {metadata["family"]!r}; only dist checkpoints are exported'
+        )
+    params = converted.load_params(source, as_numpy=True)
+    tensors = export_dist(params, metadata['spec'], dest, overwrite=overwrite)
+    if console:
+        size = os.path.getsize(dest) / 1e6
+        console.print(f'{len(tensors)} tensors, {size:,.1f} MB written to {os.fspath(dest)}')
+    return tensors
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m tools.convert_checkpoint',
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('source', metavar='SOURCE', help='file or folder to convert')
+    parser.add_argument('dest', metavar='DEST', help='directory (with --export: file) to write')
+    parser.add_argument('--export', action='store_true', help='DiST: orbax -> safetensors')
+    parser.add_argument('--kind', default='auto', choices=('auto', *KINDS), help='naming')
+    parser.add_argument(
+        '--activation',
+        choices=('quick_gelu', 'gelu'),
+        help='OpenCLIP without open_clip_config.json: the activation of the towers',
+    )
+    parser.add_argument('--num_heads', type=int, metavar='N', help='heads of the image tower')
+    parser.add_argument('--text_num_heads', type=int, metavar='N', help='heads of the text tower')
+    parser.add_argument('--precision', default='float32', choices=PRECISIONS)
+    parser.add_argument('--name', help='name in the metadata (default: the published size)')
+    parser.add_argument('--overwrite', action='store_true', help='replace DEST')
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 2 with one message on stderr."""
+    args = _parser().parse_args(argv)
+    console = Console()
+    try:
+        if args.export:
+            export(args.source, args.dest, overwrite=args.overwrite, console=console)
+        else:
+            convert(
+                args.source,
+                args.dest,
+                kind=args.kind,
+                options=Options(args.activation, args.num_heads, args.text_num_heads),
+                precision=args.precision,
+                name=args.name,
+                overwrite=args.overwrite,
+                console=console,
+            )
+    except (ValueError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
