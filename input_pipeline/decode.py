@@ -1,0 +1,419 @@
+"""From an encoded video and frame numbers to pixels; the only importer of a decoder.
+
+A reader opens a file, runs through its packets once without decoding (about a millisecond for ten
+seconds of video), and so knows the exact number of frames and where the key frames are. `frames`
+then decodes no more than it must: it jumps to a key frame when that is cheaper than running on, and
+leaves out frames that nothing refers to. The pixels are those of decoding the whole file.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+
+MAX_PIXELS = 4096 * 2304  # of one frame; 4K video passes
+MAX_CACHED_BYTES = 64 * 2**20  # of packets kept in memory; larger streams are read again
+KINDS = (
+    'missing',
+    'empty',
+    'not a video',
+    'no video stream',
+    'zero frames',
+    'truncated',
+    'corrupt',
+    'too large',
+)
+# Playlists, image files and text that FFmpeg would also open (and follow to other files) are out.
+_FORMATS = (
+    'mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,ivf,mxf,rm,dv,'
+    'h264,hevc,m4v,obu,av1,wtv,swf,nut'
+)
+_IMAGE_CODECS = ('png', 'mjpeg', 'bmp', 'webp', 'tiff')
+# VP8 hides reference frames in packets of their own: packets are not frames.
+_COUNT_BY_DECODING = ('vp8',)
+# Decoders in which leaving out frames that are never referred to was checked to be exact.
+_SKIP_UNREFERENCED = ('h264',)
+_SEEK_COST = 2  # a jump costs about as much as decoding this many packets
+
+
+class DecodeError(ValueError):
+    """A video that cannot be read.
+
+    Attributes:
+      path: the file, or '<bytes>'.
+      kind: one of `KINDS`, to group by.
+      reason: what was found, one line.
+    """
+
+    def __init__(self, path: str, kind: str, reason: str):
+        super().__init__(f'{path}: {kind}: {reason}')
+        self.path = path
+        self.kind = kind
+        self.reason = reason
+
+
+class _Inexact(Exception):
+    """A shortcut through the file did not lead to the frame that it should."""
+
+
+class VideoReader:
+    """One open video; use it as a context manager.
+
+    Attributes:
+      num_frames: exact number of frames that decoding the whole file gives.
+      fps: mean frames per second, from the time stamps.
+      duration: seconds, num_frames / fps.
+      times: (num_frames,) float64, start of each frame in seconds after the first one.
+    """
+
+    def __init__(self, source: str | os.PathLike | bytes, max_pixels: int = MAX_PIXELS):
+        """Opens a video and counts its frames.
+
+        Args:
+          source: path, or the bytes of a file. The name does not matter, the content decides.
+          max_pixels: largest height * width to accept; checked before anything is allocated.
+
+        Raises:
+          DecodeError: if it cannot be read.
+        """
+        self.path = '<bytes>' if isinstance(source, bytes) else os.fspath(source)
+        self._container = None
+        self._packets = []
+        self._reformatter = VideoReformatter()
+        try:
+            self._open(source, max_pixels)
+            self._read_packets()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> 'VideoReader':
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the file and the packets."""
+        self._packets = []
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def _error(self, kind: str, reason: str) -> DecodeError:
+        return DecodeError(self.path, kind, reason)
+
+    @contextmanager
+    def _failing_as(self, kind: str) -> Iterator[None]:
+        try:
+            yield
+        except DecodeError:
+            raise
+        except av.FFmpegError as error:
+            raise self._error(kind, error.strerror or type(error).__name__) from error
+        except (IndexError, ValueError, OverflowError, MemoryError) as error:
+            raise self._error(kind, f'{type(error).__name__}: {error}') from error
+
+    def _open(self, source: str | os.PathLike | bytes, max_pixels: int) -> None:
+        if isinstance(source, bytes):
+            head, num_bytes, file = source[:64], len(source), io.BytesIO(source)
+        else:
+            head, num_bytes = self._read_head()
+            file = os.path.abspath(self.path)
+        if not num_bytes:
+            raise self._error('empty', 'the file has 0 bytes')
+        declared = _declared_bytes(head)
+        if declared > num_bytes:
+            raise self._error('truncated', f'{num_bytes} of {declared} bytes are there')
+        try:
+            self._container = _open_container(file, max_pixels)
+        except (av.FFmpegError, ValueError) as error:
+            if _starts_like_video(head):
+                reason = 'starts as a video but its header or index is incomplete'
+                raise self._error('truncated', reason) from error
+            raise self._error('not a video', f'starts with {head[:12]!r}') from error
+        streams = [
+            stream
+            for stream in self._container.streams.video
+            if not stream.disposition & Disposition.attached_pic
+        ]
+        if not streams:
+            kinds = sorted({stream.type for stream in self._container.streams})
+            raise self._error('no video stream', f'streams found: {", ".join(kinds) or "none"}')
+        self._stream = streams[0]
+        context = self._stream.codec_context
+        if context is None:
+            raise self._error('corrupt', 'no decoder for the video stream')
+        with self._failing_as('corrupt'):
+            if context.width * context.height > max_pixels:
+                size = f'{context.width} x {context.height}'
+                raise self._error('too large', f'{size} is over max_pixels={max_pixels}')
+            context.options = {'max_pixels': str(max_pixels)}  # also for sizes inside the stream
+            context.thread_type = 'NONE'  # readers run in threads; one more level would not help
+            context.thread_count = 1
+
+    def _read_head(self) -> tuple[bytes, int]:
+        try:
+            with open(self.path, 'rb') as file:
+                return file.read(64), os.fstat(file.fileno()).st_size
+        except FileNotFoundError as error:
+            raise self._error('missing', 'no such file') from error
+        except IsADirectoryError as error:
+            raise self._error('not a video', 'is a directory') from error
+        except OSError as error:
+            raise self._error('missing', error.strerror or str(error)) from error
+
+    def _read_packets(self) -> None:
+        """Runs through the packets: the frames in order of time, the key frames, the packets."""
+        packets: list[av.Packet] = []
+        cached, pts, dts, keys, shown = 0, [], [], [], []
+        with self._failing_as('truncated'):
+            for packet in self._container.demux(self._stream):
+                if not packet.size:
+                    continue
+                if packet.is_corrupt:
+                    raise self._error('truncated', f'packet {len(pts)} is cut off')
+                pts.append(packet.pts)
+                dts.append(packet.dts)
+                if packet.is_keyframe and packet.pts is not None:
+                    keys.append(len(pts) - 1)
+                if not packet.is_discard:
+                    shown.append(len(pts) - 1)
+                cached += packet.size
+                if cached <= MAX_CACHED_BYTES:
+                    packets.append(packet)
+        self._num_packets = len(pts)
+        self._packets = packets if cached <= MAX_CACHED_BYTES else []
+        self._numbers = {} if self._packets else {t: k for k, t in enumerate(zip(pts, dts))}
+        if not shown:
+            raise self._error('zero frames', 'the video stream has no packets')
+        self._key_packets = np.array(keys, np.int64)
+        self._key_pts = np.array([pts[k] for k in keys], np.int64)
+        frame_pts = [pts[k] for k in shown]
+        context = self._stream.codec_context
+        by_decoding = context.name in _COUNT_BY_DECODING or (
+            # AVI stores no presentation times; for reordered H.264 FFmpeg's guesses are wrong.
+            self._container.format.name == 'avi'
+            and context.has_b_frames
+            and context.name != 'mpeg4'
+        )
+        if by_decoding or None in frame_pts or len(set(frame_pts)) < len(frame_pts) or not keys:
+            # Time stamps do not tell the frames apart: number them as they come out.
+            self._frame_pts = None
+            stamps = [f.pts if f.pts is not None else f.dts for f in self._decode_all()]
+            if not stamps:
+                raise self._error('corrupt', 'no frame decodes')
+            usable = None not in stamps and all(a < b for a, b in pairwise(stamps))
+            self._set_times(stamps if usable else None, len(stamps))
+        else:
+            # Frames before the first key frame have nothing to be decoded from.
+            self._frame_pts = np.sort(np.array(frame_pts, np.int64))
+            self._frame_pts = self._frame_pts[self._frame_pts >= self._key_pts[0]]
+            if not len(self._frame_pts):
+                raise self._error('zero frames', 'no frame at or after the first key frame')
+            self._set_times(self._frame_pts, len(self._frame_pts))
+
+    def _set_times(self, stamps: Sequence[int] | None, num_frames: int) -> None:
+        self.num_frames = num_frames
+        rate = float(self._stream.average_rate or 0) or 30.0
+        if stamps is None:
+            self.times = np.arange(num_frames) / rate
+        else:
+            self.times = (np.asarray(stamps) - stamps[0]) * float(self._stream.time_base)
+        span = float(self.times[-1])
+        self.fps = (num_frames - 1) / span if span > 0 else rate
+        self.duration = num_frames / self.fps
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of what `frames` returns, after rotation; decodes a frame."""
+        return self.frames([0]).shape[1:3]
+
+    @property
+    def rotation(self) -> int:
+        """Degrees counter-clockwise by which frames are turned: 0, 90, 180 or 270."""
+        _, frame = next(self._pick(np.zeros(1, np.int64), shortcuts=False))
+        return round(frame.rotation / 90) * 90 % 360
+
+    def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Decodes the frames asked for and no more than is needed for them.
+
+        Args:
+          indices: (T,) frame numbers in [0, num_frames), in any order, repeats allowed.
+
+        Returns:
+          (T, height, width, 3) uint8 RGB, C-contiguous, turned upright.
+
+        Raises:
+          DecodeError: if a frame does not decode.
+          IndexError: if a number is out of range.
+        """
+        indices = np.asarray(indices, np.int64).reshape(-1)
+        if not len(indices) or indices.min() < 0 or indices.max() >= self.num_frames:
+            raise IndexError(f'{self.path}: indices {indices} outside 0 to {self.num_frames - 1}')
+        wanted = np.unique(indices)
+        try:
+            return self._fill(indices, wanted, shortcuts=True)
+        except _Inexact:
+            return self._fill(indices, wanted, shortcuts=False)
+
+    def _fill(self, indices: np.ndarray, wanted: np.ndarray, shortcuts: bool) -> np.ndarray:
+        video, count = None, 0
+        for index, frame in self._pick(wanted, shortcuts):
+            with self._failing_as('corrupt'):
+                picture = _upright(self._reformatter.reformat(frame, format='rgb24'), frame)
+            if video is None:
+                video = np.empty((len(indices), *picture.shape), np.uint8)
+            if picture.shape != video.shape[1:]:
+                reason = f'frame {index} has shape {picture.shape}, others {video.shape[1:]}'
+                raise self._error('corrupt', reason)
+            video[indices == index] = picture
+            count += 1
+        if count < len(wanted):
+            if shortcuts:
+                raise _Inexact
+            reason = f'{len(wanted) - count} of {len(wanted)} frames do not decode'
+            raise self._error('corrupt', reason)
+        return video
+
+    def _pick(self, wanted: np.ndarray, shortcuts: bool) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yields (index, frame) for sorted unique indices.
+
+        With `shortcuts` it may jump to key frames and leave out unreferenced frames.
+        """
+        if self._frame_pts is None:
+            last = wanted[-1]
+            for index, frame in enumerate(self._decode_all()):
+                if index in wanted:
+                    yield index, frame
+                if index == last:
+                    return
+            return
+        context = self._stream.codec_context
+        pts = self._frame_pts[wanted]
+        left = dict(zip(pts.tolist(), wanted.tolist()))  # in order of time
+        # The last key frame at or before each wanted frame: a number in self._key_packets.
+        entries = np.searchsorted(self._key_pts, pts, side='right') - 1
+        entry_of = dict(zip(left, entries.tolist()))
+        skipping = shortcuts and context.name in _SKIP_UNREFERENCED
+        position = -1  # number of the next packet; -1: not started
+        while left:
+            entry = entry_of[next(iter(left))] if shortcuts else 0
+            start = int(self._key_packets[entry])
+            arrival = int(self._key_pts[entry]) if entry else None  # check what a jump leads to
+            context.flush_buffers()
+            for position, packet in self._feed(start):
+                if skipping:
+                    needed = packet is None or packet.is_keyframe or packet.pts in left
+                    context.skip_frame = 'DEFAULT' if needed else 'NONREF'
+                with self._failing_as('corrupt'):
+                    frames = context.decode(packet)
+                for frame in frames:
+                    if frame.pts == arrival and frame.pict_type != av.video.frame.PictureType.I:
+                        raise _Inexact  # refreshed by parts: what follows is not complete yet
+                    index = left.pop(frame.pts, None)
+                    if index is not None:
+                        yield index, frame
+                if not left:
+                    break
+                ahead = self._key_packets[entry_of[next(iter(left))]] - position
+                if shortcuts and ahead > _SEEK_COST:
+                    break
+            else:
+                return  # all packets are through; what is left does not decode
+
+    def _decode_all(self) -> Iterator[av.VideoFrame]:
+        self._stream.codec_context.flush_buffers()
+        for _, packet in self._feed(0):
+            with self._failing_as('corrupt'):
+                frames = self._stream.codec_context.decode(packet)
+            yield from frames
+
+    def _feed(self, first: int) -> Iterator[tuple[int, av.Packet | None]]:
+        """Yields (number, packet) from packet `first` on, then (number of packets, None)."""
+        if self._packets:
+            yield from enumerate(self._packets[first:], first)
+        else:
+            yield from self._feed_from_file(first)
+        yield self._num_packets, None
+
+    def _feed_from_file(self, first: int) -> Iterator[tuple[int, av.Packet]]:
+        stamps = list(self._numbers)
+        for start in (first, 0):
+            number = None
+            with self._failing_as('corrupt'):
+                offset = next((t for t in reversed(stamps[start]) if t is not None), 0)
+                self._container.seek(offset, stream=self._stream)
+                for packet in self._container.demux(self._stream):
+                    if not packet.size:
+                        continue
+                    if number is None:
+                        number = self._numbers.get((packet.pts, packet.dts))
+                        if number is None or number > first:
+                            break  # landed behind the target: no index; read from the start
+                    if number >= first:
+                        yield number, packet
+                    number += 1
+                else:
+                    return
+        raise self._error('corrupt', 'the file is not seekable')
+
+
+def _starts_like_video(head: bytes) -> bool:
+    """Whether the first bytes are those of an mp4, Matroska or AVI file."""
+    avi = head[:4] == b'RIFF' and head[8:11] == b'AVI'
+    return avi or head[:4] == b'\x1aE\xdf\xa3' or head[4:8] in (b'ftyp', b'moov', b'mdat')
+
+
+def _declared_bytes(head: bytes) -> int:
+    """Size of the file that the header of an AVI or Matroska file states; 0 if it states none.
+
+    FFmpeg reads the part that is there of such a file without a word.
+    """
+    if head[:4] == b'RIFF' and head[8:11] == b'AVI':
+        size = int.from_bytes(head[4:8], 'little')
+        return size + 8 if size < 2**32 - 1 else 0
+    segment = head.find(b'\x18\x53\x80\x67') + 4  # Matroska: one element holds all the rest
+    if head[:4] != b'\x1aE\xdf\xa3' or segment < 4 or len(head) < segment + 8:
+        return 0
+    length = 9 - head[segment].bit_length()  # bytes of the number, by its leading zero bits
+    size = int.from_bytes(head[segment : segment + length], 'big') - (1 << 7 * length)
+    return segment + length + size if 0 <= size < (1 << 7 * length) - 1 else 0
+
+
+def _open_container(file: str | io.BytesIO, max_pixels: int) -> av.container.InputContainer:
+    options = {'format_whitelist': _FORMATS}
+    try:
+        return av.open(file, options=options, stream_options=[{'max_pixels': str(max_pixels)}] * 16)
+    except ValueError as error:
+        # Formats without a list of streams (MPEG program streams) take no stream options.
+        if isinstance(error, av.FFmpegError):
+            raise
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
+        return av.open(file, options=options)
+
+
+def _upright(picture: av.VideoFrame, decoded: av.VideoFrame) -> np.ndarray:
+    """(h, w, 3) uint8 of an RGB frame, turned as the display matrix of the decoded one says."""
+    plane = picture.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: picture.height]
+    pixels = rows[:, : picture.width * 3].reshape(picture.height, picture.width, 3)
+    matrix = decoded.side_data.get(SideDataType.DISPLAYMATRIX)
+    if matrix is None:
+        return pixels
+    # x' = a x + c y, y' = b x + d y; rounded to the nearest of the eight exact positions.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels = pixels.transpose(1, 0, 2)
+        flip_x, flip_y = c < 0, b < 0
+    else:
+        flip_x, flip_y = a < 0, d < 0
+    return pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
