@@ -447,6 +447,22 @@ def _whole(width: int, head_width: int, what: str) -> int:
     return width // head_width
 
 
+def spec_from_metadata(metadata: Mapping[str, Any]) -> ClipSpec:
+    """Spec of a converted checkpoint of family 'clip'.
+
+    Raises:
+      ValueError: another family, or fields that this `ClipSpec` does not have.
+    """
+    if metadata.get('family') != 'clip':
+        raise ValueError(
+            f'a checkpoint of family {metadata.get("family")!r} where a converted CLIP is expected'
+        )
+    try:
+        return ClipSpec(**metadata['spec'])
+    except TypeError as error:
+        raise ValueError(f'the spec of this converted CLIP does not fit: {error}') from None
+
+
 def spec_name(spec: ClipSpec, specs: Mapping[str, ClipSpec]) -> str:
     """Name of the published size that this geometry is, or 'clip' with its numbers.
 

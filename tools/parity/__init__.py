@@ -1,0 +1,1 @@
+"""Checks of `tools.check_parity`, one module a family."""
