@@ -53,10 +53,13 @@ class DecodeError(ValueError):
     """
 
     def __init__(self, path: str, kind: str, reason: str):
-        super().__init__(f'{path}: {kind}: {reason}')
+        super().__init__(path, kind, reason)
         self.path = path
         self.kind = kind
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f'{self.path}: {self.kind}: {self.reason}'
 
 
 class _Inexact(Exception):

@@ -1,0 +1,417 @@
+"""From a source of records to batches of uint8 clips, the same for any number of threads or hosts.
+
+The training stream is a pure function of (seed, epoch, record): position p of the stream, counted
+over all hosts, is record `epoch_order(seed, p // N)[p % N]` with `rng = default_rng([seed, epoch,
+record index])`. Nothing has to be saved to resume, and any clip can be made again alone, see
+`TrainReader.read`.
+
+A video that cannot be read stays in its place in the batch with mask 0 and its reason; nothing is
+raised in a reader thread, where grain could not carry on.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from input_pipeline import sampling
+from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
+from input_pipeline.sources import Record
+from input_pipeline.transforms import Label, ShortSideCrops, Transform, apply
+
+SAMPLING = ('segment', 'interval')
+
+
+class Source(Protocol):
+    """Random access to records; index i is the identity of a record."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+def _check_reader(reader: 'TrainReader | EvalReader') -> None:
+    if reader.sampling not in SAMPLING:
+        raise ValueError(f'sampling={reader.sampling!r} must be one of {SAMPLING}')
+    for name in ('num_frames', 'image_size', 'interval'):
+        if getattr(reader, name) < 1:
+            raise ValueError(f'{name}={getattr(reader, name)} must be at least 1')
+
+
+def _frame_range(video: VideoReader, record: Record) -> tuple[int, int]:
+    """First frame and number of frames of the part of the video that the record means."""
+    first, last = 0, video.num_frames
+    if record.start is not None:
+        first = int(np.searchsorted(video.times, record.start))
+    if record.end is not None:
+        last = int(np.searchsorted(video.times, record.end))
+    if last <= first:
+        reason = (
+            f'no frame from {record.start} to {record.end} s in {video.duration:.2f} s of video'
+        )
+        raise DecodeError(video.path, 'zero frames', reason)
+    return first, last - first
+
+
+@dataclass(frozen=True)
+class TrainReader:
+    """How a record becomes one training clip.
+
+    Attributes:
+      num_frames: frames per clip, T.
+      image_size: height and width of the clip in pixels; the transforms must produce it.
+      sampling: 'segment' or 'interval', see `sampling`.
+      interval: spacing for 'interval', in frames of a 30 fps video.
+      transforms: run in order on the clip.
+      max_pixels: larger frames are refused.
+    """
+
+    num_frames: int
+    image_size: int
+    sampling: str = 'segment'
+    interval: float = 1.0
+    transforms: tuple[Transform, ...] = ()
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self):
+        _check_reader(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a clip, (T, H, W, 3)."""
+        return (self.num_frames, self.image_size, self.image_size, 3)
+
+    def read(self, record: Record, rng: np.random.Generator) -> tuple[np.ndarray, Label]:
+        """Reads one clip.
+
+        Args:
+          record: what to read.
+          rng: source of all draws; `record_rng(seed, epoch, index)` gives the clip of a run.
+
+        Returns:
+          video (T, H, W, 3) uint8 RGB, and the label, which a flip may have changed.
+
+        Raises:
+          DecodeError: if the video cannot be read.
+        """
+        with VideoReader(record.path, self.max_pixels) as video:
+            first, total = _frame_range(video, record)
+            if self.sampling == 'segment':
+                indices = sampling.segment_train(total, self.num_frames, rng)
+            else:
+                indices = sampling.interval_train(
+                    total, video.fps, self.num_frames, self.interval, rng
+                )
+            frames = video.frames(first + indices)
+        return apply(self.transforms, frames, record.label, rng)
+
+
+@dataclass(frozen=True)
+class EvalReader:
+    """How a record becomes its test views.
+
+    Attributes:
+      num_frames: frames per view, T.
+      image_size: height and width of the views in pixels.
+      sampling: 'segment' or 'interval', see `sampling`.
+      interval: spacing for 'interval', in frames of a 30 fps video.
+      num_clips: views along time.
+      num_crops: 1 or 3 views along the long side, of each clip.
+      short_side: short side before the crop in pixels; None means `image_size`.
+      max_pixels: larger frames are refused.
+    """
+
+    num_frames: int
+    image_size: int
+    sampling: str = 'segment'
+    interval: float = 1.0
+    num_clips: int = 1
+    num_crops: int = 1
+    short_side: int | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self):
+        _check_reader(self)
+        ShortSideCrops(self.image_size, self.num_crops, self.short_side)  # checks its fields
+
+    @property
+    def num_views(self) -> int:
+        """Views of one video, V = num_clips * num_crops."""
+        return self.num_clips * self.num_crops
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the views of one video, (V, T, H, W, 3)."""
+        return (self.num_views, self.num_frames, self.image_size, self.image_size, 3)
+
+    def read(self, record: Record) -> tuple[np.ndarray, Label]:
+        """Reads all views of one video; decodes every frame once.
+
+        Args:
+          record: what to read.
+
+        Returns:
+          video (V, T, H, W, 3) uint8 RGB, clips outside and crops inside, and the label.
+
+        Raises:
+          DecodeError: if the video cannot be read.
+        """
+        with VideoReader(record.path, self.max_pixels) as video:
+            first, total = _frame_range(video, record)
+            if self.sampling == 'segment':
+                indices = sampling.segment_test(total, self.num_frames, self.num_clips)
+            else:
+                indices = sampling.interval_test(
+                    total, video.fps, self.num_frames, self.interval, self.num_clips
+                )
+            wanted, where = np.unique(first + indices, return_inverse=True)
+            frames = video.frames(wanted)
+        crops = ShortSideCrops(self.image_size, self.num_crops, self.short_side)(frames)
+        views = crops[:, where.reshape(indices.shape)]  # (crops, clips, T, H, W, 3)
+        return views.swapaxes(0, 1).reshape(self.shape), record.label
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
+    """The order of records in an epoch, (num_records,) int64."""
+    return np.random.default_rng([seed, epoch]).permutation(num_records)
+
+
+def record_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one record in one epoch."""
+    return np.random.default_rng([seed, epoch, index])
+
+
+class Batches:
+    """An iterator over batches, dicts of numpy arrays; `len()` is the number of all its batches.
+
+    An error that is not about a video (a wrong transform, say) is raised by `next`, naming the
+    record.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], dict[str, Any]],
+        num_batches: int,
+        batch_size: int,
+        num_threads: int,
+        buffer_size: int,
+    ):
+        """Starts reading.
+
+        Args:
+          read: makes element i of the stream.
+          num_batches: batches in all.
+          batch_size: elements of a batch.
+          num_threads: reader threads, each of which makes whole batches; 0 reads in `next`.
+          buffer_size: batches that are made ahead.
+        """
+        self._num_batches = num_batches
+        dataset = grain.MapDataset.range(num_batches * batch_size).map(_caught(read))
+        dataset = dataset.batch(batch_size, batch_fn=_stack)
+        options = grain.ReadOptions(
+            num_threads=num_threads, prefetch_buffer_size=max(buffer_size, num_threads)
+        )
+        self._iterator = iter(dataset.to_iter_dataset(options)) if num_batches else iter(())
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            raise StopIteration
+        batch = next(self._iterator)
+        if isinstance(batch, Exception):
+            self.close()
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """Stops the reader threads; no batch comes after it."""
+        if self._iterator is not None and hasattr(self._iterator, 'close'):
+            self._iterator.close()
+        self._iterator = None
+
+
+def _caught(read: Callable[[int], dict[str, Any]]) -> Callable[[int], dict[str, Any] | Exception]:
+    def caught(position: int) -> dict[str, Any] | Exception:
+        try:
+            return read(int(position))
+        except Exception as error:  # grain would lose the rest of the stream
+            return error
+
+    return caught
+
+
+def _stack(elements: list[dict[str, Any] | Exception]) -> dict[str, np.ndarray] | Exception:
+    for element in elements:
+        if isinstance(element, Exception):
+            return element
+    return {
+        'video': np.stack([e['video'] for e in elements]),
+        'label': np.array([e['label'] for e in elements], np.int32),
+        'mask': np.array([e['mask'] for e in elements], np.float32),
+        'index': np.array([e['index'] for e in elements], np.int64),
+        'epoch': np.array([e['epoch'] for e in elements], np.int64),
+        'path': np.array([e['path'] for e in elements], object),
+        'error': np.array([e['error'] for e in elements], object),
+    }
+
+
+def _element(
+    read: Callable[[Record], tuple[np.ndarray, Label]],
+    record: Record,
+    index: int,
+    epoch: int,
+    shape: tuple[int, ...],
+) -> dict[str, Any]:
+    element = {'label': record.label, 'index': index, 'epoch': epoch, 'path': record.path}
+    try:
+        video, label = read(record)
+    except DecodeError as error:
+        video = np.zeros(shape, np.uint8)
+        return element | {'video': video, 'mask': 0.0, 'error': f'{error.kind}: {error.reason}'}
+    except Exception as error:
+        error.add_note(f'while reading record {index}, {record.path}')
+        raise
+    if video.shape != shape:
+        raise ValueError(
+            f'the transforms made a clip of shape {video.shape} from record {index}, '
+            f'{record.path}, expected {shape}; image_size of the reader and of its transforms must '
+            'agree'
+        )
+    return element | {'video': video, 'label': label, 'mask': 1.0, 'error': ''}
+
+
+def _host_batch_size(batch_size: int, host_index: int, host_count: int) -> int:
+    if batch_size < 1 or batch_size % host_count:
+        raise ValueError(
+            f'batch_size={batch_size} (of all hosts together) is not a positive multiple of '
+            f'host_count={host_count}'
+        )
+    if not 0 <= host_index < host_count:
+        raise ValueError(f'host_index={host_index} must be in 0 to {host_count - 1}')
+    return batch_size // host_count
+
+
+def train_batches(
+    source: Source,
+    reader: TrainReader,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_steps: int,
+    host_index: int = 0,
+    host_count: int = 1,
+    num_threads: int = 2,
+    buffer_size: int = 4,
+    shuffle: bool = True,
+) -> Batches:
+    """Training batches of steps `start_step` to `num_steps - 1`, for one host.
+
+    Batch k of all hosts together is positions k * batch_size to (k + 1) * batch_size - 1 of the
+    stream; host j takes the j-th contiguous part of it. Earlier steps cost nothing.
+
+    Args:
+      source: the records, N of them.
+      reader: makes the clips.
+      batch_size: clips in a step over all hosts; b = batch_size / host_count come out here.
+      seed: of order and augmentation, not negative.
+      start_step: first step, from 0.
+      num_steps: steps of the whole run, the earlier ones included.
+      host_index: this host, from 0.
+      host_count: number of hosts.
+      num_threads: reader threads; the batches do not depend on it.
+      buffer_size: batches made ahead.
+      shuffle: False keeps the order of the list in every epoch.
+
+    Returns:
+      An iterator of dicts: video (b, T, H, W, 3) uint8 RGB; label (b,) int32, or (b, heads); mask
+      (b,) float32, 0 for a video that cannot be read (its pixels are zeros); index (b,) int64,
+      number of the record; epoch (b,) int64; path (b,) str; error (b,) str, '' or 'kind: reason'.
+
+    Raises:
+      ValueError: if an argument is out of range.
+    """
+    host_batch = _host_batch_size(batch_size, host_index, host_count)
+    if seed < 0 or start_step < 0:
+        raise ValueError(f'seed={seed} and start_step={start_step} must not be negative')
+    num_records = len(source)
+    if not num_records:
+        raise ValueError('the source has no records')
+
+    def read(position: int) -> dict[str, Any]:
+        step, slot = divmod(position, host_batch)
+        in_stream = (start_step + step) * batch_size + host_index * host_batch + slot
+        epoch, index = divmod(in_stream, num_records)
+        if shuffle:
+            index = int(epoch_order(seed, epoch, num_records)[index])
+        rng = record_rng(seed, epoch, index)
+        return _element(
+            lambda record: reader.read(record, rng), source[index], index, epoch, reader.shape
+        )
+
+    num_batches = max(num_steps - start_step, 0)
+    return Batches(read, num_batches, host_batch, num_threads, buffer_size)
+
+
+def eval_batches(
+    source: Source,
+    reader: EvalReader,
+    *,
+    batch_size: int,
+    host_index: int = 0,
+    host_count: int = 1,
+    num_threads: int = 2,
+    buffer_size: int = 4,
+) -> Batches:
+    """Every record once, in order, all views of a video together, for one host.
+
+    All hosts get the same number of batches; what is missing in the last one is padded.
+
+    Args:
+      source: the records.
+      reader: makes the views.
+      batch_size: videos in a step over all hosts; b = batch_size / host_count come out here.
+      host_index: this host, from 0.
+      host_count: number of hosts.
+      num_threads: reader threads; the batches do not depend on it.
+      buffer_size: batches made ahead.
+
+    Returns:
+      An iterator of dicts as from `train_batches`, with video (b, V, T, H, W, 3) uint8 RGB and
+      epoch 0. Padding has mask 0, index -1 and error ''; a video that cannot be read has mask 0,
+      its index, and its reason in error.
+
+    Raises:
+      ValueError: if an argument is out of range.
+    """
+    host_batch = _host_batch_size(batch_size, host_index, host_count)
+    num_records = len(source)
+    if not num_records:
+        raise ValueError('the source has no records')
+
+    def read(position: int) -> dict[str, Any]:
+        step, slot = divmod(position, host_batch)
+        index = step * batch_size + host_index * host_batch + slot
+        if index < num_records:
+            return _element(reader.read, source[index], index, 0, reader.shape)
+        return {
+            'video': np.zeros(reader.shape, np.uint8),
+            'label': np.zeros_like(source[0].label),
+            'mask': 0.0,
+            'index': -1,
+            'epoch': 0,
+            'path': '',
+            'error': '',
+        }
+
+    num_batches = -(-num_records // batch_size)
+    return Batches(read, num_batches, host_batch, num_threads, buffer_size)
