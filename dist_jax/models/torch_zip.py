@@ -325,10 +325,7 @@ class _Interpreter:
     def run(self, program: memoryview) -> Any:
         try:
             value = self._run(bytes(program))
-        except UnsafeCheckpointError:
-            if not self.refused:
-                raise
-        except CheckpointFormatError:
+        except (UnsafeCheckpointError, CheckpointFormatError):
             if not self.refused:
                 raise
         except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
