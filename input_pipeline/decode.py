@@ -245,6 +245,26 @@ class VideoReader:
         _, frame = next(self._pick(np.zeros(1, np.int64), shortcuts=False))
         return round(frame.rotation / 90) * 90 % 360
 
+    def frame_range(self, start: float | None, end: float | None) -> tuple[int, int]:
+        """The part of the video between two times.
+
+        Args:
+          start: seconds after the first frame; None means the beginning.
+          end: seconds, not included; None means the end.
+
+        Returns:
+          The first frame of the part, and its number of frames.
+
+        Raises:
+          DecodeError: if there is no frame in it.
+        """
+        first = 0 if start is None else int(np.searchsorted(self.times, start))
+        stop = self.num_frames if end is None else int(np.searchsorted(self.times, end))
+        if stop <= first:
+            reason = f'no frame from {start} to {end} s, the video lasts {self.duration:.2f} s'
+            raise self._error('zero frames', reason)
+        return first, stop - first
+
     def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Decodes the frames asked for and no more than is needed for them.
 

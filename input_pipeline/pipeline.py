@@ -41,21 +41,6 @@ def _check_reader(reader: 'TrainReader | EvalReader') -> None:
             raise ValueError(f'{name}={getattr(reader, name)} must be at least 1')
 
 
-def _frame_range(video: VideoReader, record: Record) -> tuple[int, int]:
-    """First frame and number of frames of the part of the video that the record means."""
-    first, last = 0, video.num_frames
-    if record.start is not None:
-        first = int(np.searchsorted(video.times, record.start))
-    if record.end is not None:
-        last = int(np.searchsorted(video.times, record.end))
-    if last <= first:
-        reason = (
-            f'no frame from {record.start} to {record.end} s in {video.duration:.2f} s of video'
-        )
-        raise DecodeError(video.path, 'zero frames', reason)
-    return first, last - first
-
-
 @dataclass(frozen=True)
 class TrainReader:
     """How a record becomes one training clip.
@@ -98,7 +83,7 @@ class TrainReader:
           DecodeError: if the video cannot be read.
         """
         with VideoReader(record.path, self.max_pixels) as video:
-            first, total = _frame_range(video, record)
+            first, total = video.frame_range(record.start, record.end)
             if self.sampling == 'segment':
                 indices = sampling.segment_train(total, self.num_frames, rng)
             else:
@@ -160,7 +145,7 @@ class EvalReader:
           DecodeError: if the video cannot be read.
         """
         with VideoReader(record.path, self.max_pixels) as video:
-            first, total = _frame_range(video, record)
+            first, total = video.frame_range(record.start, record.end)
             if self.sampling == 'segment':
                 indices = sampling.segment_test(total, self.num_frames, self.num_clips)
             else:
