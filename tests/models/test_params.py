@@ -1,0 +1,235 @@
+"""The conversion engine: both directions, complete on both sides, one error that names all."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dist_jax.models import params
+from dist_jax.models.params import ALL, ConversionError, Row, export_tree, import_tree
+
+WIDTH, HEADS, DEPTH = 6, 2, 3
+
+
+def _rows():
+    rows = [
+        Row('conv.weight', 'conv/kernel', 'o i t h w -> t h w i o'),
+        Row('cls', 'cls', '1 1 c -> c'),
+        Row('scale', 'scale'),
+    ]
+    for i in range(DEPTH):
+        rows.append(Row(f'blocks.{i}.norm.weight', 'blocks/norm/scale', index=(i,)))
+        for slot, letter in enumerate('qkv'):
+            rows.append(
+                Row(
+                    f'blocks.{i}.{letter}.weight',
+                    'blocks/qkv/kernel',
+                    '(h d) w -> w h d',
+                    (i, ALL, slot),
+                    {'h': HEADS},
+                )
+            )
+    return rows
+
+
+def _abstract(dtype=jnp.float32):
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+        {
+            'conv': {'kernel': (3, 2, 2, 4, 5)},
+            'cls': (WIDTH,),
+            'scale': (),
+            'blocks': {
+                'norm': {'scale': (DEPTH, WIDTH)},
+                'qkv': {'kernel': (DEPTH, WIDTH, 3, HEADS, WIDTH // HEADS)},
+            },
+        },
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def _tensors(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    shapes = {'conv.weight': (5, 4, 3, 2, 2), 'cls': (1, 1, WIDTH), 'scale': ()}
+    for i in range(DEPTH):
+        shapes[f'blocks.{i}.norm.weight'] = (WIDTH,)
+        shapes |= {f'blocks.{i}.{letter}.weight': (WIDTH, WIDTH) for letter in 'qkv'}
+    return {name: np.asarray(rng.normal(size=s)).astype(dtype) for name, s in shapes.items()}
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_round_trip_is_bit_equal(dtype):
+    tensors = _tensors(dtype)
+    tree = import_tree(tensors, _rows(), _abstract(dtype))
+    back = export_tree(tree, _rows())
+    assert back.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert back[name].dtype == dtype and back[name].flags.c_contiguous
+        np.testing.assert_array_equal(back[name], value)
+
+
+def test_tensors_land_where_the_table_says():
+    tensors = _tensors()
+    tree = import_tree(tensors, _rows(), _abstract())
+    np.testing.assert_array_equal(
+        tree['conv']['kernel'], tensors['conv.weight'].transpose(2, 3, 4, 1, 0)
+    )
+    # Row h * d of a query weight is channel d of head h.
+    kernel = tree['blocks']['qkv']['kernel']
+    np.testing.assert_array_equal(kernel[2, :, 1, 1, 0], tensors['blocks.2.k.weight'][3])
+    assert tree['scale'].shape == ()
+
+
+def test_imported_leaves_are_copies():
+    tensors = _tensors()
+    tree = import_tree(tensors, _rows(), _abstract())
+    tree['conv']['kernel'][:] = 0
+    assert tensors['conv.weight'].any()
+
+
+def test_dtype_is_that_of_the_target_or_kept():
+    tensors = _tensors(np.float16) | {'blocks.1.q.weight': np.zeros((WIDTH, WIDTH), np.float32)}
+    tree = import_tree(tensors, _rows(), _abstract(jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype(ml_dtypes.bfloat16)}
+    tree = import_tree(tensors, _rows(), _abstract(), keep_dtype=True)
+    assert tree['conv']['kernel'].dtype == np.float16
+    assert tree['blocks']['qkv']['kernel'].dtype == np.float32  # The widest of the stack.
+
+
+def test_one_error_names_everything_that_is_wrong():
+    tensors = _tensors()
+    del tensors['blocks.1.v.weight'], tensors['cls']
+    tensors['extra'] = np.zeros(2)
+    tensors['conv.weight'] = np.zeros((5, 4, 3, 7, 7), np.float32)
+    tensors['scale'] = np.zeros((), np.int64)
+    with pytest.raises(ConversionError) as caught:
+        import_tree(tensors, _rows(), _abstract(), context='file.pt')
+    error = caught.value
+    assert error.unused == ['extra (2,)']
+    assert error.unfilled == [
+        'cls (6,) (from cls)',
+        'blocks/qkv/kernel[1,:,2] (from blocks.1.v.weight)',
+    ] or sorted(error.unfilled) == sorted(
+        ['cls (6,) (from cls)', 'blocks/qkv/kernel[1,:,2] (from blocks.1.v.weight)']
+    )
+    assert len(error.mismatched) == 2
+    shapes = next(line for line in error.mismatched if 'conv' in line)
+    assert '(5, 4, 3, 7, 7)' in shapes and '(3, 2, 2, 4, 5)' in shapes
+    message = str(error)
+    for part in ('file.pt', 'extra', 'blocks.1.v.weight', '(3, 7, 7, 4, 5)', 'int64'):
+        assert part in message
+
+
+def test_target_without_any_row_is_unfilled():
+    with pytest.raises(ConversionError, match=r'blocks/norm/scale\[1\]'):
+        import_tree(_tensors(), [r for r in _rows() if '1.norm' not in r.source_name], _abstract())
+    with pytest.raises(ConversionError) as caught:
+        import_tree({}, [], {'a': {'b': jax.ShapeDtypeStruct((2, 3), jnp.float32)}})
+    assert caught.value.unfilled == ['a/b (2, 3)']
+
+
+def test_duplicates_and_rows_that_point_nowhere():
+    rows = [*_rows(), Row('scale', 'cls2'), Row('again', 'cls'), Row('far', 'cls', index=(99,))]
+    with pytest.raises(ConversionError) as caught:
+        import_tree(_tensors(), rows, _abstract())
+    assert caught.value.duplicates == ['scale', 'cls (by again)']
+    assert any('cls2' in line for line in caught.value.mismatched)
+    assert any('cls[99]' in line for line in caught.value.mismatched)
+
+
+def test_ignored_names_and_patterns():
+    tensors = _tensors() | {'bn.num_batches_tracked': np.zeros(()), 'mask': np.zeros(3)}
+    import_tree(tensors, _rows(), _abstract(), ignore=('mask', '*.num_batches_tracked'))
+    with pytest.raises(ConversionError) as caught:
+        import_tree(tensors, _rows(), _abstract(), ignore=('mas',))
+    assert len(caught.value.unused) == 2
+
+
+def test_constant_slots_for_what_a_format_leaves_out():
+    """EVA-CLIP stores query and value biases only."""
+    rows = [
+        Row('q_bias', 'bias', '(h d) -> h d', (0,), {'h': 2}),
+        Row(None, 'bias', index=(1,), fill=0.0),
+        Row('v_bias', 'bias', '(h d) -> h d', (2,), {'h': 2}),
+    ]
+    tensors = {'q_bias': np.ones(4, np.float32), 'v_bias': np.full(4, 2, np.float32)}
+    tree = import_tree(tensors, rows, {'bias': jax.ShapeDtypeStruct((3, 2, 2), jnp.float32)})
+    np.testing.assert_array_equal(tree['bias'][:, 0, 0], [1, 0, 2])
+    assert export_tree(tree, rows).keys() == tensors.keys()
+    tree['bias'][1] = 3
+    with pytest.raises(ConversionError, match='has no place in the file unless it is 0'):
+        export_tree(tree, rows)
+
+
+def test_float16_overflow_is_an_error():
+    row, target = [Row('a', 'a')], {'a': jax.ShapeDtypeStruct((2,), jnp.float16)}
+    with pytest.raises(ConversionError, match='overflows float16'):
+        import_tree({'a': np.array([1, 1e6], np.float32)}, row, target)
+
+
+def test_export_is_complete_too():
+    tree = import_tree(_tensors(), _rows(), _abstract())
+    tree['head'] = {'kernel': np.zeros((2, 2))}
+    with pytest.raises(ConversionError, match=r'head/kernel \(2, 2\): no row'):
+        export_tree(tree, _rows())
+    del tree['head'], tree['cls']
+    with pytest.raises(ConversionError, match='cls: the model has no such parameter'):
+        export_tree(tree, _rows())
+
+
+def test_progress_is_told_once_a_tensor():
+    seen = []
+    import_tree(_tensors(), _rows(), _abstract(), on_tensor=seen.append)
+    assert sorted(seen) == sorted(_tensors())
+
+
+def test_precision_keeps_norms_and_logit_scale():
+    def leaf(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    tree = {
+        'ln': {'scale': leaf(2), 'bias': leaf(2)},
+        'linear': {'kernel': leaf(2, 2), 'bias': leaf(2)},
+        'logit_scale': leaf(),
+        'count': jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    dtypes = {
+        path: x.dtype for path, x in params.flatten(params.with_precision(tree, 'bfloat16')).items()
+    }
+    assert dtypes == {
+        'count': jnp.int32,
+        'linear/bias': jnp.bfloat16,
+        'linear/kernel': jnp.bfloat16,
+        'ln/bias': jnp.float32,
+        'ln/scale': jnp.float32,
+        'logit_scale': jnp.float32,
+    }
+
+
+def test_digest_sees_every_bit_and_no_order():
+    tree = {'b': {'x': np.arange(3, dtype=np.float32)}, 'a': np.float16(1)}
+    same = {'a': jnp.float16(1), 'b': {'x': jnp.arange(3, dtype=jnp.float32)}}
+    digest = params.tree_sha256(tree)
+    assert len(digest) == 64 and params.tree_sha256(same) == digest
+    changed = [
+        {'b': {'x': np.array([0, 1, 2.0000002], np.float32)}, 'a': np.float16(1)},
+        {'b': {'y': np.arange(3, dtype=np.float32)}, 'a': np.float16(1)},
+        {'b': {'x': np.arange(3, dtype=np.float32)[None]}, 'a': np.float16(1)},
+        {'b': {'x': np.arange(3, dtype=np.int32)}, 'a': np.float16(1)},
+        {'b': {'x': np.arange(3, dtype=np.float32)}, 'a': ml_dtypes.bfloat16(1)},
+    ]
+    assert len({digest, *map(params.tree_sha256, changed)}) == 6
+
+
+def test_flatten_and_back():
+    tree = {'b': {'d': 1, 'c': {'e': 2}}, 'a': 3}
+    assert list(params.flatten(tree)) == ['a', 'b/c/e', 'b/d']
+    assert params.unflatten(params.flatten(tree)) == tree
+
+
+@pytest.mark.parametrize(
+    ('hidden', 'width'), [(h, w) for w in (49, 96, 768) for h in range(1, 120)]
+)
+def test_hidden_ratio_survives_truncation(hidden, width):
+    assert int(width * params.hidden_ratio(hidden, width)) == hidden
