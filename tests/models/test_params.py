@@ -107,12 +107,10 @@ def test_one_error_names_everything_that_is_wrong():
         import_tree(tensors, _rows(), _abstract(), context='file.pt')
     error = caught.value
     assert error.unused == ['extra (2,)']
-    assert error.unfilled == [
-        'cls (6,) (from cls)',
+    assert sorted(error.unfilled) == [
         'blocks/qkv/kernel[1,:,2] (from blocks.1.v.weight)',
-    ] or sorted(error.unfilled) == sorted(
-        ['cls (6,) (from cls)', 'blocks/qkv/kernel[1,:,2] (from blocks.1.v.weight)']
-    )
+        'cls (6,) (from cls)',
+    ]
     assert len(error.mismatched) == 2
     shapes = next(line for line in error.mismatched if 'conv' in line)
     assert '(5, 4, 3, 7, 7)' in shapes and '(3, 2, 2, 4, 5)' in shapes
@@ -228,8 +226,7 @@ def test_flatten_and_back():
     assert params.unflatten(params.flatten(tree)) == tree
 
 
-@pytest.mark.parametrize(
-    ('hidden', 'width'), [(h, w) for w in (49, 96, 768) for h in range(1, 120)]
-)
-def test_hidden_ratio_survives_truncation(hidden, width):
-    assert int(width * params.hidden_ratio(hidden, width)) == hidden
+def test_hidden_ratio_survives_truncation():
+    pairs = [(hidden, width) for width in (49, 96, 768) for hidden in range(1, 2000)]
+    assert any(int(width * (hidden / width)) != hidden for hidden, width in pairs)
+    assert all(int(width * params.hidden_ratio(hidden, width)) == hidden for hidden, width in pairs)
