@@ -6,9 +6,8 @@
 
 All decoders read the same files and the same frames in the same run, in turns, on one thread;
 figures are clips per second of CPU time, which is clips per second and core. The pipeline figures
-are wall clock: run on an idle machine. decord comes with the benchmark extra (`pip install -e
-'.[benchmark]'`); without it
-its row is left out.
+are wall clock: run on an idle machine. decord comes with the benchmark extra; without it its row is
+left out.
 """
 
 import argparse
