@@ -1,0 +1,270 @@
+"""The converter as a command: containers in, orbax out, DiST back; nothing half-written."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dist_jax.models import clip, clip_params, converted
+from dist_jax.models.params import flatten, tree_sha256
+from tools import convert_checkpoint
+
+GOLDEN = Path(__file__).parent.parent / 'golden'
+OPENAI = GOLDEN / 'clip' / 'openai' / 'tiny.pt'
+GELU = GOLDEN / 'clip' / 'openclip_gelu' / 'open_clip_model.safetensors'
+
+
+def _main(*args) -> int:
+    return convert_checkpoint.main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope='module')
+def openai(tmp_path_factory):
+    """One converted CLIP for the tests that only read."""
+    dest = tmp_path_factory.mktemp('openai') / 'clip'
+    convert_checkpoint.convert(OPENAI, dest)
+    return dest
+
+
+@pytest.mark.parametrize(
+    ('source', 'flags', 'activation', 'kind'),
+    [
+        (GOLDEN / 'clip' / 'hf', (), 'quick_gelu', 'huggingface'),
+        (OPENAI, (), 'quick_gelu', 'openai'),
+        (GELU, ('--activation', 'gelu'), 'gelu', 'openclip'),
+        (
+            GOLDEN / 'clip' / 'openclip_pt' / 'epoch_1.pt',
+            ('--activation', 'gelu', '--num_heads', 2, '--text_num_heads', 1),
+            'gelu',
+            'openclip',
+        ),
+    ],
+)
+def test_container_becomes_a_checkpoint_with_its_facts(
+    tmp_path, capsys, source, flags, activation, kind
+):
+    dest = tmp_path / 'clip'
+    assert _main(source, dest, *flags, '--name', 'mine') == 0
+    metadata = converted.load_metadata(dest)
+    assert metadata['spec']['activation'] == activation
+    assert (metadata['family'], metadata['kind'], metadata['name']) == ('clip', kind, 'mine')
+    assert metadata['precision'] == 'float32'
+    if source.is_file():
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        assert metadata['source_sha256'] == metadata['sources'][0]['sha256'] == digest
+    else:
+        assert len(metadata['sources']) == 3
+    params = converted.load_params(dest)
+    assert metadata['params_sha256'] == tree_sha256(params)
+    spec = clip_params.spec_from_metadata(metadata)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, clip.abstract_params(spec))
+    printed = capsys.readouterr().out
+    for word in ('visual/blocks', 'total', activation, metadata['source_sha256'][:12], 'sha256'):
+        assert word in printed
+    assert [path.name for path in tmp_path.iterdir()] == ['clip']
+
+
+def test_scalars_of_the_archive_are_listed_as_ignored(openai):
+    metadata = converted.load_metadata(openai)
+    assert metadata['ignored'] == ['context_length', 'input_resolution', 'vocab_size']
+
+
+def test_bfloat16_halves_what_may_be_halved(tmp_path):
+    dest = tmp_path / 'clip'
+    assert _main(OPENAI, dest, '--precision', 'bfloat16') == 0
+    dtypes = {path: leaf.dtype for path, leaf in flatten(converted.stored_shapes(dest)).items()}
+    assert dtypes['visual/blocks/mlp/c_fc/kernel'] == dtypes['visual/class_embedding'] == 'bfloat16'
+    assert dtypes['visual/ln_pre/bias'] == dtypes['logit_scale'] == 'float32'
+
+
+def test_openclip_config_beside_the_file_is_enough(tmp_path):
+    shutil.copy(GELU, tmp_path)
+    config = {'model_cfg': {'embed_dim': 48, 'quick_gelu': True, 'vision_cfg': {}, 'text_cfg': {}}}
+    (tmp_path / 'open_clip_config.json').write_text(json.dumps(config))
+    assert _main(tmp_path, tmp_path / 'out') == 0
+    assert converted.load_metadata(tmp_path / 'out')['spec']['activation'] == 'quick_gelu'
+    assert _main(tmp_path, tmp_path / 'other', '--activation', 'gelu') == 2
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        ((GELU,), '--activation quick_gelu'),
+        ((OPENAI, '--activation', 'gelu'), '--kind openclip'),
+        ((GOLDEN / 'clip' / 'hf', '--num_heads', 2), 'config.json says it'),
+        ((GOLDEN / 'none.pt',), 'no such file'),
+        ((GOLDEN / 'clip' / 'hf' / 'config.json',), 'not a zip archive'),
+        ((GELU, '--kind', 'huggingface'), 'config.json'),
+        ((GELU, '--kind', 'dist'), 'temporal_stem.weight is missing'),
+        ((GOLDEN / 'clip' / 'hf' / 'expected.safetensors',), 'names of no known kind'),
+        ((OPENAI, '--export'), 'is not a converted checkpoint'),
+    ],
+)
+def test_refusals_say_what_to_do_and_leave_nothing(tmp_path, capsys, args, message):
+    source, *flags = args
+    assert _main(source, tmp_path / 'out', *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and message in error and 'Traceback' not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_incomplete_checkpoint_names_every_gap_and_leaves_nothing(tmp_path, capsys):
+    tensors = load_file(GELU)
+    del tensors['logit_scale'], tensors['visual.ln_pre.bias']
+    tensors['surplus'] = np.zeros(2, np.float32)
+    save_file(tensors, tmp_path / 'in.safetensors')
+    assert _main(tmp_path / 'in.safetensors', tmp_path / 'out', '--activation', 'gelu') == 2
+    error = capsys.readouterr().err
+    for name in ('surplus (2,)', 'logit_scale', 'visual/ln_pre/bias'):
+        assert name in error
+    assert [path.name for path in tmp_path.iterdir()] == ['in.safetensors']
+
+
+def test_overwrite_replaces_checkpoints_and_nothing_else(tmp_path, capsys):
+    dest = tmp_path / 'out'
+    assert _main(OPENAI, dest) == 0
+    assert _main(GELU, dest, '--activation', 'gelu') == 2
+    assert '--overwrite' in capsys.readouterr().err
+    assert converted.load_metadata(dest)['kind'] == 'openai'
+    assert _main(GELU, dest, '--activation', 'gelu', '--overwrite') == 0
+    assert converted.load_metadata(dest)['kind'] == 'openclip'
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+    precious = tmp_path / 'precious'
+    precious.mkdir()
+    (precious / 'thesis.tex').write_text('x')
+    assert _main(OPENAI, precious, '--overwrite') == 2
+    assert (precious / 'thesis.tex').exists()
+
+
+def test_failure_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    dest = tmp_path / 'out'
+    convert_checkpoint.convert(OPENAI, dest)
+    before = converted.load_metadata(dest)
+
+    def fail(path, *_):
+        path.mkdir()
+        (path / 'half').write_text('')
+        raise OSError('disk full')
+
+    monkeypatch.setattr(converted, '_write', fail)
+    assert _main(GELU, dest, '--activation', 'gelu', '--overwrite') == 2
+    assert converted.load_metadata(dest) == before
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+# Reading what was written.
+
+
+def test_only_the_asked_subtree_is_read(openai):
+    visual = converted.load_params(openai, ['visual'])
+    assert visual.keys() == {'visual'}
+    part = converted.load_params(openai, ['text/ln_final', 'logit_scale'], as_numpy=True)
+    assert flatten(part).keys() == {'logit_scale', 'text/ln_final/bias', 'text/ln_final/scale'}
+    assert isinstance(part['logit_scale'], np.ndarray)
+    with pytest.raises(ValueError, match=r"nothing'.*'text', 'visual'"):
+        converted.load_params(openai, ['nothing'])
+
+
+def test_dtype_and_sharding_are_those_asked_for(openai):
+    mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = converted.load_params(openai, ['visual'], dtype=jnp.bfloat16, sharding=sharding)
+    kernel = params['visual']['conv1']['kernel']
+    assert kernel.dtype == jnp.bfloat16 and kernel.sharding == sharding
+    assert params['visual']['ln_pre']['scale'].dtype == jnp.float32
+    spec = clip_params.spec_from_metadata(converted.load_metadata(openai))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float16, sharding=rows if x.ndim else sharding),
+        clip.abstract_params(spec),
+    )
+    params = converted.load_params(openai, ['visual'], abstract=abstract)
+    assert params['visual']['proj']['kernel'].sharding == rows
+    assert params['visual']['proj']['kernel'].dtype == jnp.float16
+
+
+def test_other_geometry_is_refused_before_reading(openai):
+    abstract = clip.abstract_params(clip.SPECS['tiny'])
+    with pytest.raises(ValueError) as caught:
+        converted.load_params(openai, ['visual'], abstract=abstract)
+    message = str(caught.value)
+    assert 'visual/proj/kernel: stored (128, 64), the model needs (64, 64)' in message
+
+
+def test_paths_that_are_no_checkpoint(tmp_path, openai):
+    with pytest.raises(FileNotFoundError, match='dist_jax convert'):
+        converted.load_metadata(tmp_path / 'none')
+    with pytest.raises(ValueError, match='not a converted checkpoint'):
+        converted.load_params(tmp_path)
+    newer = tmp_path / 'newer'
+    shutil.copytree(openai, newer)
+    text = (newer / 'metadata' / 'metadata').read_text()
+    (newer / 'metadata' / 'metadata').write_text(
+        text.replace('"format_version": 1', '"format_version": 99')
+    )
+    with pytest.raises(ValueError, match='format_version=99'):
+        converted.load_metadata(newer)
+
+
+def test_spec_of_another_family_is_refused(openai):
+    metadata = converted.load_metadata(openai) | {'family': 'dist'}
+    with pytest.raises(ValueError, match='family'):
+        clip_params.spec_from_metadata(metadata)
+
+
+# DiST, there and back.
+
+
+def test_dist_file_converts_and_exports_bit_equal(tmp_path, capsys):
+    recorded = load_file(GOLDEN / 'dist_small.safetensors')
+    released = {
+        f'backbone.base_encoder.{name.split("/", 1)[1]}': value
+        for name, value in recorded.items()
+        if name.startswith(('params/', 'backbone/'))
+    }
+    save_file(released, tmp_path / 'in.safetensors')
+    assert _main(tmp_path / 'in.safetensors', tmp_path / 'dist') == 0
+    metadata = converted.load_metadata(tmp_path / 'dist')
+    assert (metadata['family'], metadata['name']) == ('dist', 'dist_4+8f')
+    assert metadata['spec']['num_layers'] == 2
+    assert len(metadata['ignored']) == sum(name.startswith('backbone/') for name in recorded)
+    out = tmp_path / 'out.safetensors'
+    assert _main('--export', tmp_path / 'dist', out) == 0
+    written = load_file(out)
+    assert written.keys() == {name for name in released if 'dist_net' in name}
+    for name, value in written.items():
+        assert value.tobytes() == released[name].tobytes()
+    assert _main('--export', tmp_path / 'dist', out) == 2
+    assert '--overwrite' in capsys.readouterr().err
+    assert _main('--export', tmp_path / 'dist', out, '--overwrite') == 0
+
+
+def test_only_dist_is_exported(openai, tmp_path, capsys):
+    assert _main('--export', openai, tmp_path / 'out.safetensors') == 2
+    assert "family 'clip'" in capsys.readouterr().err
+
+
+def test_hostile_file_is_refused_by_the_command(tmp_path, capsys):
+    import zipfile
+
+    marker = tmp_path / 'pwned'
+    command = f'touch {marker}'.encode()
+    program = b'\x80\x02cos\nsystem\n(X' + len(command).to_bytes(4, 'little') + command + b'tR.'
+    with zipfile.ZipFile(tmp_path / 'a.pt', 'w') as archive:
+        archive.writestr('archive/data.pkl', program)
+    assert _main(tmp_path / 'a.pt', tmp_path / 'out') == 2
+    assert 'os.system' in capsys.readouterr().err
+    assert not marker.exists() and not (tmp_path / 'out').exists()
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as caught:
+        _main('--help')
+    assert caught.value.code == 0
+    assert 'ViT-B-16.pt' in capsys.readouterr().out
