@@ -206,23 +206,25 @@ def convert(
             on_tensor=lambda _: advance(),
             context=f'{source} does not fit a {plan.family} model of this geometry: {plan.spec}',
         )
-    sources, digest = sources_record(opened.files)
     used = {row.source_name for row in plan.rows}
-    metadata = converted.save_converted(
-        dest,
-        params,
-        {
-            'family': plan.family,
-            'kind': kind,
-            'name': name or plan.name,
-            'spec': plan.spec,
-            'sources': sources,
-            'source_sha256': digest,
-            'precision': precision,
-            'ignored': sorted(plan.tensors.keys() - used),
-        },
-        overwrite=overwrite,
-    )
+    writing = console.status('hashing and writing') if console else contextlib.nullcontext()
+    with writing:
+        sources, digest = sources_record(opened.files)
+        metadata = converted.save_converted(
+            dest,
+            params,
+            {
+                'family': plan.family,
+                'kind': kind,
+                'name': name or plan.name,
+                'spec': plan.spec,
+                'sources': sources,
+                'source_sha256': digest,
+                'precision': precision,
+                'ignored': sorted(plan.tensors.keys() - used),
+            },
+            overwrite=overwrite,
+        )
     if console:
         _print_summary(console, params, metadata, dest)
     return metadata

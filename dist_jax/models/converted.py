@@ -157,7 +157,7 @@ def load_params(
       dtype: without `abstract`: floating dtype to read into (norms and logit_scale stay float32);
         None keeps the stored one.
       sharding: placement of leaves that `abstract` does not place; None for the first local
-        device.
+        device, which is right for one process only.
       as_numpy: read into host memory instead of onto devices.
 
     Returns:
