@@ -219,15 +219,13 @@ class SpaceConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param('kernel', trunc_normal, (3, 3, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        frames = x.astype(self.dtype).reshape(-1, *x.shape[2:])
-        y = jax.lax.conv_general_dilated(
-            frames,
-            kernel.astype(self.dtype),
-            window_strides=(1, 1),
-            padding='SAME',
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        )
-        return y.reshape(*x.shape[:2], *y.shape[1:]) + bias
+        rows, columns = x.shape[2:4]
+        padded = jnp.pad(x.astype(self.dtype), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)])
+        # Three neighbours of a row side by side, then one product a row of the kernel.
+        wide = jnp.concatenate([padded[:, :, :, j : j + columns] for j in range(3)], axis=-1)
+        taps = kernel.astype(self.dtype).reshape(3, -1, self.features)
+        y = sum(jnp.einsum('bthwi,io->bthwo', wide[:, :, i : i + rows], taps[i]) for i in range(3))
+        return y + bias
 
 
 class Stem(nn.Module):
