@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -40,6 +41,7 @@ _IMAGE_CODECS = ('png', 'mjpeg', 'bmp', 'webp', 'tiff')
 _COUNT_BY_DECODING = ('vp8',)
 # Decoders in which leaving out frames that are never referred to was checked to be exact.
 _SKIP_UNREFERENCED = ('h264',)
+_MP4_CONTENT = (b'moov', b'mdat', b'moof')
 _SEEK_COST = 2  # a jump costs about as much as decoding this many packets
 
 
@@ -125,16 +127,15 @@ class VideoReader:
             raise self._error(kind, f'{type(error).__name__}: {error}') from error
 
     def _open(self, source: str | os.PathLike | bytes, max_pixels: int) -> None:
-        if isinstance(source, bytes):
-            head, num_bytes, file = source[:64], len(source), io.BytesIO(source)
-        else:
-            head, num_bytes = self._read_head()
-            file = os.path.abspath(self.path)
-        if not num_bytes:
-            raise self._error('empty', 'the file has 0 bytes')
-        declared = _declared_bytes(head)
+        with self._opened(source) as file:
+            head = file.read(64)
+            num_bytes = file.seek(0, os.SEEK_END)
+            if not num_bytes:
+                raise self._error('empty', 'the file has 0 bytes')
+            declared = _declared_bytes(file, head, num_bytes)
         if declared > num_bytes:
             raise self._error('truncated', f'{num_bytes} of {declared} bytes are there')
+        file = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(self.path)
         try:
             self._container = _open_container(file, max_pixels)
         except (av.FFmpegError, ValueError) as error:
@@ -162,16 +163,17 @@ class VideoReader:
             context.thread_type = 'NONE'  # readers run in threads; one more level would not help
             context.thread_count = 1
 
-    def _read_head(self) -> tuple[bytes, int]:
+    def _opened(self, source: str | os.PathLike | bytes) -> BinaryIO:
+        if isinstance(source, bytes):
+            return io.BytesIO(source)
         try:
-            with open(self.path, 'rb') as file:
-                return file.read(64), os.fstat(file.fileno()).st_size
+            return open(source, 'rb')
         except FileNotFoundError as error:
             raise self._error('missing', 'no such file') from error
         except IsADirectoryError as error:
             raise self._error('not a video', 'is a directory') from error
-        except OSError as error:
-            raise self._error('missing', error.strerror or str(error)) from error
+        except (OSError, ValueError) as error:
+            raise self._error('missing', str(error)) from error
 
     def _read_packets(self) -> None:
         """Runs through the packets: the frames in order of time, the key frames, the packets."""
@@ -395,20 +397,33 @@ def _starts_like_video(head: bytes) -> bool:
     return avi or head[:4] == b'\x1aE\xdf\xa3' or head[4:8] in (b'ftyp', b'moov', b'mdat')
 
 
-def _declared_bytes(head: bytes) -> int:
-    """Size of the file that the header of an AVI or Matroska file states; 0 if it states none.
+def _declared_bytes(file: BinaryIO, head: bytes, num_bytes: int) -> int:
+    """Size that the headers of an mp4, AVI or Matroska file state; 0 if they state none.
 
-    FFmpeg reads the part that is there of such a file without a word.
+    FFmpeg reads the part that is there of many such files without a word.
     """
     if head[:4] == b'RIFF' and head[8:11] == b'AVI':
         size = int.from_bytes(head[4:8], 'little')
         return size + 8 if size < 2**32 - 1 else 0
-    segment = head.find(b'\x18\x53\x80\x67') + 4  # Matroska: one element holds all the rest
-    if head[:4] != b'\x1aE\xdf\xa3' or segment < 4 or len(head) < segment + 8:
-        return 0
-    length = 9 - head[segment].bit_length()  # bytes of the number, by its leading zero bits
-    size = int.from_bytes(head[segment : segment + length], 'big') - (1 << 7 * length)
-    return segment + length + size if 0 <= size < (1 << 7 * length) - 1 else 0
+    if head[:4] == b'\x1aE\xdf\xa3':
+        segment = head.find(b'\x18\x53\x80\x67') + 4  # Matroska: one element holds all the rest
+        if segment < 4 or len(head) < segment + 8:
+            return 0
+        length = 9 - head[segment].bit_length()  # bytes of the number, by its leading zero bits
+        size = int.from_bytes(head[segment : segment + length], 'big') - (1 << 7 * length)
+        return segment + length + size if 0 <= size < (1 << 7 * length) - 1 else 0
+    position = 0
+    if head[4:8] == b'ftyp':
+        while position < num_bytes:  # from box to box: each states its size
+            file.seek(position)
+            box = file.read(16)
+            size = int.from_bytes(box[:4], 'big')
+            if size == 1:
+                size = int.from_bytes(box[8:16], 'big')
+            if size < 8 or (position + size > num_bytes and box[4:8] not in _MP4_CONTENT):
+                return 0  # the last box goes on to the end, or something else follows
+            position += size
+    return position
 
 
 def _open_container(file: str | io.BytesIO, max_pixels: int) -> av.container.InputContainer:
