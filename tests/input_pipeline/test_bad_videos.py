@@ -1,0 +1,154 @@
+import json
+
+import av
+import numpy as np
+import pytest
+from video_files import pictures, write_audio, write_video
+
+from input_pipeline import check
+from input_pipeline.bad_videos import BadVideoLog, TooManyBadVideos, check_source
+from input_pipeline.sources import open_source
+
+
+def batch(*bad, epoch=0, good=(100,)):
+    indices = [*bad, *good]
+    return {
+        'index': np.array(indices),
+        'path': np.array([f'/v/{k}.mp4' for k in indices], object),
+        'epoch': np.full(len(indices), epoch),
+        'error': np.array(['corrupt: bad: data'] * len(bad) + [''] * len(good), object),
+    }
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_bad_record_counts_and_is_written_once(tmp_path, caplog):
+    log = BadVideoLog(tmp_path / 'deep' / 'bad.jsonl', 0.5, 10)
+    with caplog.at_level('WARNING', logger='absl'):
+        assert log.add(batch(3, 5)) == 2
+        assert log.add(batch(5, epoch=1)) == 0
+    assert len(log) == 2
+    assert log.counts() == {'corrupt': 2}
+    assert lines(log.path)[0] == {
+        'index': 3,
+        'path': '/v/3.mp4',
+        'kind': 'corrupt',
+        'reason': 'bad: data',
+        'epoch': 0,
+    }
+    assert len(lines(log.path)) == 2
+
+
+def test_good_batches_write_nothing(tmp_path):
+    log = BadVideoLog(tmp_path / 'bad.jsonl', 0.01, 10)
+    assert log.add(batch()) == 0
+    assert not log.path.exists()
+
+
+def test_too_many_stop_with_the_list_after_writing_it(tmp_path):
+    log = BadVideoLog(tmp_path / 'bad.jsonl', 0.02, 100)
+    log.add(batch(1, 2))
+    with pytest.raises(TooManyBadVideos, match='3 of 100 videos cannot be read, 2 are') as caught:
+        log.add(batch(9))
+    assert '/v/1.mp4: corrupt: bad: data' in str(caught.value)
+    assert '/v/9.mp4' in str(caught.value)
+    assert len(lines(log.path)) == 3
+
+
+def test_padding_is_not_bad(tmp_path):
+    padded = batch(good=(-1, -1))
+    assert BadVideoLog(tmp_path / 'bad.jsonl', 0.0, 10).add(padded) == 0
+
+
+@pytest.mark.parametrize(
+    ('share', 'total', 'limit'), [(0.01, 5, 1), (0.01, 250, 2), (0.0, 250, 0), (1.0, 7, 7)]
+)
+def test_one_bad_video_never_stops_a_run_unless_none_is_allowed(tmp_path, share, total, limit):
+    assert BadVideoLog(tmp_path / 'bad.jsonl', share, total).limit == limit
+
+
+def test_share_out_of_range_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r'max_share=1\.5'):
+        BadVideoLog(tmp_path / 'bad.jsonl', 1.5, 10)
+
+
+def test_a_restart_remembers_and_drops_a_half_written_line(tmp_path):
+    path = tmp_path / 'bad.jsonl'
+    BadVideoLog(path, 0.5, 10).add(batch(1, 2))
+    with open(path, 'a') as file:
+        file.write('{"index": 7, "pa')
+    log = BadVideoLog(path, 0.5, 10)
+    assert len(log) == 2
+    assert log.add(batch(2, 4, epoch=3)) == 1
+    assert [entry['index'] for entry in lines(path)] == [1, 2, 4]
+
+
+def test_another_file_in_the_place_of_the_report_is_an_error(tmp_path):
+    path = tmp_path / 'bad.jsonl'
+    path.write_text('hello\n')
+    with pytest.raises(ValueError, match=r'bad\.jsonl:1: not a line of a bad video report'):
+        BadVideoLog(path, 0.5, 10)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    videos = tmp_path / 'videos' / 'run'
+    videos.mkdir(parents=True)
+    write_video(videos / 'a.mp4', pictures(20))
+    write_audio(videos / 'b.mp4')
+    (videos / 'c.mp4').write_bytes(b'')
+    write_video(videos / 'd.mp4', pictures(20))
+    return videos.parent
+
+
+def test_check_finds_what_training_would_find(folder, tmp_path):
+    seen = []
+    result = check_source(
+        open_source(folder), tmp_path / 'bad.jsonl', progress=lambda *state: seen.append(state)
+    )
+    assert result.total == 4
+    assert result.counts == {'no video stream': 1, 'empty': 1}
+    assert [entry['index'] for entry in result.bad] == [1, 2]
+    assert lines(tmp_path / 'bad.jsonl') == list(result.bad)
+    assert seen == [(1, 4, 0), (2, 4, 1), (3, 4, 2), (4, 4, 2)]
+    assert len(BadVideoLog(tmp_path / 'bad.jsonl', 0.5, 4)) == 2
+
+
+def test_full_check_finds_damage_between_the_sampled_frames(tmp_path):
+    folder = tmp_path / 'videos' / 'run'
+    folder.mkdir(parents=True)
+    path = write_video(folder / 'a.mp4', pictures(80), gop=4)
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux(video=0)]
+    data = bytearray(path.read_bytes())
+    # Frame 10 lies between the sampled frames 5 and 15 and in a GOP of its own.
+    data[places[10] : places[10] + 4] = b'\xff' * 4
+    path.write_bytes(data)
+    source = open_source(folder.parent)
+    assert not check_source(source, tmp_path / 'bad.jsonl').bad
+    assert check_source(source, tmp_path / 'bad.jsonl', full=True).counts == {'corrupt': 1}
+
+
+def test_check_command_reports_and_exits_with_one(folder, tmp_path, capsys):
+    report = tmp_path / 'report.jsonl'
+    assert check.main(['--list', str(folder), '--report', str(report)]) == 1
+    output = capsys.readouterr().out
+    assert '2 of 4 videos (50.00%) cannot be read' in output
+    assert 'no video stream' in output
+    assert len(lines(report)) == 2
+
+
+def test_check_command_exits_with_zero_when_all_is_well(folder, tmp_path, capsys):
+    text = f'{folder}/run/a.mp4 0\n{folder}/run/d.mp4 0\n'
+    (tmp_path / 'list.txt').write_text(text)
+    report = tmp_path / 'report.jsonl'
+    assert check.main(['--list', f'{tmp_path}/list.txt', '--report', str(report), '--full']) == 0
+    assert 'all 2 videos can be read' in capsys.readouterr().out
+    assert report.read_text() == ''
+
+
+def test_check_command_exits_with_two_when_the_list_is_wrong(tmp_path, capsys):
+    assert check.main(['--list', str(tmp_path / 'nothing.txt')]) == 2
+    assert 'no such list' in capsys.readouterr().out

@@ -1,0 +1,269 @@
+import numpy as np
+import pytest
+from video_files import decode_everything, pictures, write_video
+
+from input_pipeline.pipeline import (
+    EvalReader,
+    TrainReader,
+    epoch_order,
+    eval_batches,
+    record_rng,
+    train_batches,
+)
+from input_pipeline.sources import Record, VideoList
+from input_pipeline.transforms import Flip, Grayscale, RandomResizedCrop
+
+READER = TrainReader(4, 32, transforms=(Flip(), RandomResizedCrop(32), Grayscale(0.5)))
+NAMES = tuple('abc')
+BAD = 3
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """Seven videos of which number 3 is broken."""
+    folder = tmp_path_factory.mktemp('videos')
+    records = []
+    for k in range(7):
+        path = write_video(folder / f'{k}.mp4', pictures(10 + k, seed=k))
+        records.append(Record(str(path), k % 3, str(k)))
+    (folder / f'{BAD}.mp4').write_text('not a video')
+    return VideoList(records, NAMES)
+
+
+def train(source, **changes):
+    options = {'batch_size': 4, 'seed': 7, 'num_steps': 6} | changes
+    return list(train_batches(source, READER, **options))
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key])
+
+
+def test_shapes_and_types(source):
+    batches = train_batches(source, READER, batch_size=4, seed=7, num_steps=2)
+    assert len(batches) == 2
+    batch = next(batches)
+    expected = {
+        'video': ((4, 4, 32, 32, 3), np.uint8),
+        'label': ((4,), np.int32),
+        'mask': ((4,), np.float32),
+        'index': ((4,), np.int64),
+        'epoch': ((4,), np.int64),
+        'path': ((4,), object),
+        'error': ((4,), object),
+    }
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == expected
+    batches.close()
+
+
+def test_every_epoch_holds_every_record_once_in_a_new_order(source):
+    batches = train(source, batch_size=7, num_steps=3)
+    for epoch, batch in enumerate(batches):
+        assert sorted(batch['index']) == list(range(7))
+        assert (batch['epoch'] == epoch).all()
+        np.testing.assert_array_equal(batch['index'], epoch_order(7, epoch, 7))
+    assert len({tuple(batch['index']) for batch in batches}) == 3
+
+
+def test_without_shuffling_the_order_is_that_of_the_list(source):
+    indices = np.concatenate([b['index'] for b in train(source, shuffle=False, num_steps=4)])
+    np.testing.assert_array_equal(indices, np.arange(16) % 7)
+
+
+def test_batches_do_not_depend_on_the_number_of_threads(source):
+    one = train(source, num_threads=1)
+    assert_same(one, train(source, num_threads=3, buffer_size=2))
+    assert_same(one, train(source, num_threads=0))
+
+
+def test_another_seed_gives_another_stream(source):
+    assert (train(source)[0]['video'] != train(source, seed=8)[0]['video']).any()
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_hosts(source, hosts):
+    whole = train(source)
+    parts = [train(source, host_index=j, host_count=hosts) for j in range(hosts)]
+    joined = [
+        {key: np.concatenate([batch[key] for batch in step]) for key in step[0]}
+        for step in zip(*parts)
+    ]
+    assert_same(whole, joined)
+
+
+@pytest.mark.parametrize('step', [1, 5])
+def test_starting_late_gives_the_same_later_batches(source, step):
+    assert_same(train(source)[step:], train(source, start_step=step))
+
+
+def test_starting_late_reads_nothing_earlier(source):
+    class Counting:
+        seen = 0
+
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            Counting.seen += 1
+            return source[index]
+
+    start = 10**9
+    batches = train(Counting(), start_step=start, num_steps=start + 2)
+    assert len(batches) == 2
+    assert Counting.seen == 8
+
+
+def test_a_finished_run_has_no_batches(source):
+    batches = train_batches(source, READER, batch_size=4, seed=7, start_step=6, num_steps=6)
+    assert len(batches) == 0
+    assert list(batches) == []
+
+
+def test_any_record_can_be_made_again_alone(source):
+    for batch in train(source):
+        for k, index in enumerate(batch['index']):
+            if index == BAD:
+                continue
+            rng = record_rng(7, int(batch['epoch'][k]), int(index))
+            video, label = READER.read(source[int(index)], rng)
+            np.testing.assert_array_equal(video, batch['video'][k])
+            assert label == batch['label'][k]
+
+
+def test_the_same_record_differs_from_epoch_to_epoch(source):
+    first, second = train(source, batch_size=7, num_steps=2)
+    k, j = list(first['index']).index(0), list(second['index']).index(0)
+    assert (first['video'][k] != second['video'][j]).any()
+
+
+def test_a_bad_video_is_masked_and_named_in_its_place(source):
+    seen = 0
+    for batch in train(source, num_steps=7):  # four epochs
+        bad = batch['index'] == BAD
+        np.testing.assert_array_equal(batch['mask'], 1.0 - bad)
+        assert (batch['error'][~bad] == '').all()
+        for k in np.flatnonzero(bad):
+            seen += 1
+            assert batch['error'][k].startswith('not a video: ')
+            assert batch['path'][k] == source[BAD].path
+            assert batch['label'][k] == source[BAD].label
+            assert not batch['video'][k].any()
+    assert seen == 4
+
+
+def test_a_wrong_transform_is_raised_and_names_the_record(source):
+    reader = TrainReader(4, 32, transforms=(RandomResizedCrop(24),))
+    batches = train_batches(source, reader, batch_size=4, seed=0, num_steps=2, num_threads=2)
+    with pytest.raises(ValueError, match='image_size of the reader and of its transforms'):
+        list(batches)
+
+    def broken(video, label, rng):
+        raise KeyError('oops')
+
+    batches = train_batches(
+        source, TrainReader(4, 32, transforms=(broken,)), batch_size=4, seed=0, num_steps=2
+    )
+    with pytest.raises(KeyError, match='oops') as caught:
+        list(batches)
+    assert 'while reading record' in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'batch_size': 5, 'host_count': 2}, 'batch_size=5 .* multiple of host_count=2'),
+        ({'host_index': 2, 'host_count': 2}, 'host_index=2 must be in 0 to 1'),
+        ({'seed': -1}, 'seed=-1'),
+    ],
+)
+def test_wrong_arguments_are_errors(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(source, **options)
+
+
+def test_wrong_readers_are_errors():
+    with pytest.raises(ValueError, match="sampling='dense' must be one of"):
+        TrainReader(4, 32, sampling='dense')
+    with pytest.raises(ValueError, match='num_frames=0'):
+        EvalReader(0, 32)
+    with pytest.raises(ValueError, match='num_crops=2'):
+        EvalReader(4, 32, num_crops=2)
+
+
+def test_close_ends_the_stream(source):
+    batches = train_batches(source, READER, batch_size=4, seed=7, num_steps=100)
+    next(batches)
+    batches.close()
+    batches.close()
+    assert list(batches) == []
+
+
+def test_labels_of_two_heads(source):
+    records = [Record(source[k].path, (k, 2 * k), str(k)) for k in (0, 1)]
+    pair = VideoList(records, (NAMES, NAMES))
+    batch = train(pair, batch_size=2, num_steps=1, shuffle=False)[0]
+    assert batch['label'].tolist() == [[0, 0], [1, 2]]
+    last = list(eval_batches(pair, EvalReader(2, 32), batch_size=4))[-1]
+    assert last['label'].shape == (4, 2)
+
+
+def test_part_of_a_video_is_read_when_times_say_so(source):
+    path = source[6].path  # 16 frames at 30 per second
+    part = VideoList([Record(path, 0, 'part', 0.2, 0.4)], NAMES)
+    batch = next(eval_batches(part, EvalReader(6, 48), batch_size=1))
+    expected = decode_everything(path)[[6, 8, 8, 10, 10, 11], :, 8:56]
+    np.testing.assert_array_equal(batch['video'][0, 0], expected)
+    outside = VideoList([Record(path, 0, 'part', 7.0, 8.0)], NAMES)
+    batch = next(eval_batches(outside, EvalReader(6, 48), batch_size=1))
+    assert batch['error'][0].startswith('zero frames: no frame from 7.0 to 8.0 s')
+
+
+def test_interval_sampling_reads(source):
+    reader = TrainReader(4, 32, 'interval', 2, (RandomResizedCrop(32),))
+    batch = next(train_batches(source, reader, batch_size=7, seed=0, num_steps=1))
+    assert batch['mask'].sum() == 6
+    batch = next(eval_batches(source, EvalReader(4, 32, 'interval', 2, 2), batch_size=7))
+    assert batch['video'].shape == (7, 2, 4, 32, 32, 3)
+
+
+@pytest.mark.parametrize('hosts', [1, 2])
+def test_evaluation_reads_every_record_once_and_pads_the_rest(source, hosts):
+    reader = EvalReader(4, 32, num_clips=2, num_crops=3)
+    parts = [
+        eval_batches(source, reader, batch_size=4, host_index=j, host_count=hosts)
+        for j in range(hosts)
+    ]
+    assert {len(part) for part in parts} == {2}
+    steps = list(zip(*parts))
+    assert len(steps) == 2
+    indices, masks, errors = (
+        np.concatenate([batch[key] for step in steps for batch in step])
+        for key in ('index', 'mask', 'error')
+    )
+    assert indices.tolist() == [0, 1, 2, 3, 4, 5, 6, -1]
+    assert masks.tolist() == [1, 1, 1, 0, 1, 1, 1, 0]
+    assert [bool(error) for error in errors] == [k == BAD for k in range(8)]
+    assert steps[0][0]['video'].shape == (4 // hosts, 6, 4, 32, 32, 3)
+
+
+def test_views_of_a_video_are_clips_outside_and_crops_inside(source):
+    reader = EvalReader(4, 48, num_clips=2, num_crops=3)
+    views, _ = reader.read(source[0])
+    everything = decode_everything(source[0].path)
+    # Ten frames in four segments: 2 views at 1/2 and at the end of each segment.
+    for clip, frames in enumerate(([1, 4, 6, 9], [2, 5, 8, 9])):
+        for crop, left in enumerate((0, 8, 16)):
+            expected = everything[frames][:, :, left : left + 48]
+            np.testing.assert_array_equal(views[3 * clip + crop], expected)
+
+
+def test_evaluation_is_the_same_every_time(source):
+    reader = EvalReader(4, 32)
+    first, second = (
+        list(eval_batches(source, reader, batch_size=3, num_threads=n)) for n in (0, 3)
+    )
+    assert_same(first, second)
