@@ -1,1 +1,9 @@
 """Model families and the frozen backbones they read from."""
+
+from dist_jax.models import dist, frame_mean
+
+# Family -> build(backbone spec, *, num_classes, num_frames, dtype, options) -> VideoModel.
+FAMILIES = {
+    'dist': dist.build,
+    'frame_mean': frame_mean.build,
+}

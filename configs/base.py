@@ -1,0 +1,153 @@
+"""Fields that every experiment has, with the DiST release's recipe as values.
+
+A family's file (`configs/dist.py`) starts from here, adds its model options and picks one row of
+its table of variants. The result is locked: a field that does not exist is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The shared fields. Unit and meaning stand beside each."""
+    config = ConfigDict()
+
+    config.seed = 0  # initial parameters, order of the data, augmentation, mixing, dropout
+    config.batch_size = 256  # clips per optimizer step, over all devices and hosts
+    config.accumulation = 1  # parts a batch is processed in, one after the other
+    config.num_epochs = 36.0  # passes over the training list
+    config.num_steps = 0  # optimizer steps; above 0 it takes the place of num_epochs
+    # Trainable parameters to start from: a run's folder or a converted checkpoint; '' for none.
+    config.init_from = ''
+
+    config.backbone = ConfigDict()
+    config.backbone.name = 'vit_b16'  # geometry, a key of dist_jax.models.clip.SPECS
+    # Folder written by `dist_jax convert`; 'random' for a random backbone (demo and tests).
+    config.backbone.checkpoint = ''
+
+    config.model = ConfigDict()
+    config.model.family = 'dist'  # a key of dist_jax.models.FAMILIES
+    config.model.dtype = 'bfloat16'  # compute: bfloat16 or float32; norms, softmax, loss: float32
+
+    config.data = ConfigDict()
+    config.data.name = 'kinetics400'  # a key of input_pipeline.datasets.DATASETS
+    config.data.root = ''  # folder that paths in the lists start from
+    config.data.train_list = ''  # list of training videos, or a folder of class folders
+    config.data.val_list = ''  # list of validation videos
+    config.data.train_subset = ''  # for lists that hold several splits (HMDB51: train1 to train3)
+    config.data.val_subset = ''  # likewise (HMDB51: test1 to test3)
+    config.data.list_format = ''  # '' for the data set's own; see input_pipeline.sources
+    config.data.label_map = (
+        ''  # class names; two files, separated by a comma, for two label columns
+    )
+    config.data.num_frames = 16  # frames of a clip
+    config.data.image_size = 224  # pixels
+    config.data.sampling = ''  # 'segment' or 'interval'; '' for the data set's own
+    config.data.frame_interval = 8  # frames of a 30 fps video, for interval sampling
+    config.data.crop_area = (
+        0.4,
+        1.0,
+    )  # share of the frame in the random crop; () for a centre crop
+    config.data.crop_aspect = (3 / 4, 4 / 3)  # width / height of the random crop
+    config.data.flip = True  # mirror half of the clips where the data set allows it
+    config.data.grayscale = 0.2  # share of clips turned grey
+    config.data.colour_jitter = 0.0  # share of clips with jittered colours
+    config.data.max_bad_share = 0.01  # share of unreadable videos beyond which a run stops
+    config.data.num_threads = 8  # reader threads of a host
+    config.data.buffer_size = 8  # batches read ahead
+
+    config.mixing = ConfigDict()
+    config.mixing.mixup_alpha = 0.8  # Beta parameter; 0 turns mixup off
+    config.mixing.cutmix_alpha = 1.0  # Beta parameter; 0 turns cutmix off
+    config.mixing.probability = 1.0  # share of batches that are mixed
+    config.mixing.switch_probability = 0.5  # share of cutmix among them
+
+    config.optimizer = ConfigDict()
+    config.optimizer.peak_lr = 3.2e-4  # of AdamW, at the top of the cosine
+    config.optimizer.end_lr = 0.0  # at the last step
+    config.optimizer.warmup_start_lr = 8e-7  # at step 0
+    config.optimizer.warmup_epochs = (
+        6.0  # linear; with num_steps, counted as its share of num_epochs
+    )
+    config.optimizer.weight_decay = 1e-4  # of matrices; biases, norms and tables are not decayed
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.clip_norm = 0.0  # global gradient norm; 0 for no clipping
+    config.optimizer.label_smoothing = 0.1
+    config.optimizer.ema_decay = (
+        0.0  # moving average of the parameters, used in evaluation; 0: none
+    )
+
+    config.eval = ConfigDict()
+    config.eval.every_epochs = 4.0  # between evaluations; the last step is always evaluated
+    config.eval.batch_size = 64  # videos per step, over all devices and hosts
+    config.eval.num_clips = 3  # views along time
+    config.eval.num_crops = 1  # views along the long side, 1 or 3
+    config.eval.fusion = 0.0  # weight of the frozen backbone's own logits
+    config.eval.allow_bad_videos = False  # report unreadable videos instead of stopping
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 500
+    config.checkpoint.keep = 1  # newest checkpoints kept, beside the best one
+
+    config.log = ConfigDict()
+    config.log.every_steps = 20
+    config.log.tensorboard = True
+
+    return config
+
+
+def demo(config: ConfigDict) -> None:
+    """The built-in motion clips and a tiny random backbone, for minutes on two cores."""
+    config.backbone.update(name='tiny', checkpoint='random')
+    config.model.dtype = 'float32'
+    config.batch_size = 16
+    config.num_epochs = 10.0
+    config.data.update(
+        name='motion_clips',
+        num_frames=16,
+        image_size=96,
+        crop_area=(),
+        flip=False,  # directions are classes
+        grayscale=0.0,
+        num_threads=2,
+    )
+    config.mixing.probability = 0.0
+    config.optimizer.update(
+        peak_lr=2e-3, warmup_start_lr=2e-5, warmup_epochs=1.0, label_smoothing=0.0
+    )
+    config.eval.update(every_epochs=5.0, batch_size=20, num_clips=1)
+    config.checkpoint.every_steps = 200
+
+
+def finish(
+    config: ConfigDict,
+    variants: Mapping[str, Mapping[str, object]],
+    variant: str,
+    demo: Callable[[ConfigDict], None],
+) -> ConfigDict:
+    """Applies one row of a table of variants and locks the config.
+
+    Args:
+      config: shared and family fields.
+      variants: name -> row; a row maps 'group.field' to a value, or 'demo' to True.
+      variant: name of the row.
+      demo: what the row 'demo' does.
+
+    Raises:
+      ValueError: no such row; the message lists all.
+    """
+    if variant not in variants:
+        close = difflib.get_close_matches(variant, variants, 1)
+        hint = f'; did you mean {close[0]!r}?' if close else ''
+        raise ValueError(f'no variant {variant!r}{hint} There are: {", ".join(variants)}')
+    config.lock()
+    row = dict(variants[variant])
+    if row.pop('demo', False):
+        demo(config)
+    config.update_from_flattened_dict(row)
+    return config

@@ -1,0 +1,91 @@
+"""DiST: `--config=configs/dist.py:VARIANT`, one variant a released result.
+
+Source: Qing et al., ICCV 2023, tables 5 and 6, and the configurations of the authors' release.
+Figures beside the rows are the paper's top-1 / top-5 (3 views); ours need the real data.
+
+    dist_jax train --config=configs/dist.py:b16_8+16f_k400 --workdir=runs/b16 \\
+        --config.backbone.checkpoint=clip_b16 --config.data.root=/data/k400 \\
+        --config.data.train_list=train.txt --config.data.val_list=val.txt \\
+        --config.data.label_map=labels.txt
+
+Names read backbone_CLIP frames+all frames_data set.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+K400 = {'data.name': 'kinetics400', 'model.ada_pooling_layers': 4}
+SSV2 = {'data.name': 'something_v2', 'model.ada_pooling_layers': 2}
+B16 = {'backbone.name': 'vit_b16'}
+L14 = {'backbone.name': 'vit_l14'}
+
+VARIANTS: dict[str, dict[str, object]] = {
+    'b16_8+16f_k400': {**B16, **K400, 'data.num_frames': 16},  # 83.6 / 96.3
+    'b16_16+32f_k400': {**B16, **K400, 'data.num_frames': 32},  # 84.4 / 96.7
+    'b16_32+64f_k400': {**B16, **K400, 'data.num_frames': 64},  # 85.0 / 97.0
+    'l14_32+64f_k400': {**L14, **K400, 'data.num_frames': 64},  # 88.0 / 97.9
+    'b16_8+16f_ssv2': {**B16, **SSV2, 'data.num_frames': 16},  # 68.7 / 91.1
+    'b16_16+32f_ssv2': {**B16, **SSV2, 'data.num_frames': 32},  # 70.2 / 92.0
+    'b16_32+64f_ssv2': {**B16, **SSV2, 'data.num_frames': 64},  # 70.9 / 92.1
+    'l14_32+64f_ssv2': {**L14, **SSV2, 'data.num_frames': 64},  # 73.1 / 93.2
+    # 89.6 / 98.4 on K400 after the next row. The authors published no recipe for it: this is the
+    # K400 recipe on the larger set.
+    'l14_32+64f_k710': {**L14, **K400, 'data.name': 'kinetics710', 'data.num_frames': 64},
+    # Set init_from to the run of the row above. Learning rate and length are ours.
+    'l14_32+64f_k710_k400': {
+        **L14,
+        **K400,
+        'data.num_frames': 64,
+        'num_epochs': 6.0,
+        'optimizer.peak_lr': 3.2e-5,
+        'optimizer.warmup_epochs': 1.0,
+    },
+    # EPIC-Kitchens-100 with a verb and a noun head; the paper reports the verb.
+    'b16_32+64f_ek100': {
+        **B16,
+        **K400,
+        'data.name': 'epic_kitchens',
+        'data.num_frames': 64,
+        'model.head': 'linear',
+    },
+    'demo': {'demo': True},
+}
+
+
+def get_config(variant: str = 'b16_8+16f_k400') -> ConfigDict:
+    """One row of `VARIANTS` over the shared fields.
+
+    Raises:
+      ValueError: no such row.
+    """
+    config = base.get_config()
+    config.model.head = 'text'  # text: cosine with class names; linear: a classifier
+    config.model.alpha = 2  # the backbone sees every alpha-th frame
+    config.model.selected_layers = ()  # blocks of the backbone that are read; () for all
+    config.model.integration_dim = 384
+    config.model.temporal_dim = 96
+    config.model.temporal_patch = 5  # frames of the stem's kernel
+    config.model.temporal_kernel = 3  # frames of the other temporal kernels
+    config.model.temporal_conv_mlp_ratio = 1.0
+    config.model.integration_mlp_ratio = 1.0
+    config.model.integration_temporal_mlp_ratio = 0.25
+    config.model.ada_pooling_layers = 4
+    config.model.remat = True  # recompute a layer in the backward pass: less memory, more time
+    config.model.unroll = False  # write layers out: faster steps on CPU, longer compilation
+    return base.finish(config, VARIANTS, variant, demo)
+
+
+def demo(config: ConfigDict) -> None:
+    """DiST at a size that two cores train in minutes."""
+    base.demo(config)
+    config.model.update(
+        head='linear',
+        integration_dim=64,
+        temporal_dim=32,
+        ada_pooling_layers=1,
+        remat=False,
+        unroll=True,
+    )

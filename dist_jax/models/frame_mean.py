@@ -1,0 +1,77 @@
+"""The frame-only baseline: what a classifier gets from frozen frames without their order.
+
+Differs: no paper; it measures how much of a data set single frames give away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dist_jax.models import clip, heads
+from dist_jax.models.api import ParamGroup, Tree, VideoModel
+
+PARAM_GROUPS = (
+    ParamGroup(r'/kernel$', weight_decay=1.0),
+    ParamGroup(r'/bias$', weight_decay=0.0),
+)
+
+
+def build(
+    backbone: clip.ClipSpec,
+    *,
+    num_classes: tuple[int, ...],
+    num_frames: int,
+    head: str = 'linear',
+    dtype: Any = jnp.bfloat16,
+    unroll: bool = False,
+) -> VideoModel:
+    """A linear head on the mean of the frozen embeddings of all frames.
+
+    Args:
+      backbone: geometry of the frozen CLIP.
+      num_classes: classes of each label column.
+      num_frames: any.
+      head: 'linear' only; the backbone alone, with class texts, is `eval.fusion=1` of another
+        family.
+      dtype: compute dtype of the backbone.
+      unroll: see `stack`.
+
+    Raises:
+      ValueError: another head.
+    """
+    del num_frames
+    if head != 'linear':
+        raise ValueError(f'model.head={head!r}: frame_mean has a linear head only')
+
+    def features(frozen: Tree, video: jax.Array) -> Tree:
+        frames = video.reshape(-1, *video.shape[2:]).astype(dtype)
+        taps = clip.Taps(embedding=True)
+        found = clip.encode_image(frozen['visual'], frames, backbone, taps, unroll=unroll)
+        embedding = found['embedding'].reshape(*video.shape[:2], -1).mean(1)
+        return jax.lax.stop_gradient({'embedding': embedding})
+
+    return VideoModel(
+        net=FrameMean(heads.Head(head, tuple(num_classes))),
+        prepare=lambda params, _: {'visual': clip.cast(params['visual'], dtype)},
+        features=features,
+        normalize=clip.normalize,
+        reads=('visual',),
+        param_groups=PARAM_GROUPS,
+    )
+
+
+class FrameMean(nn.Module):
+    """The head alone."""
+
+    head: heads.Head
+
+    @nn.compact
+    def __call__(self, features: Tree, *, train: bool = False) -> dict[str, Any]:
+        """`embedding` (B, E) -> `logits`, tuple of (B, num_classes), and the embedding."""
+        del train
+        embedding = features['embedding']
+        return {'embedding': embedding, 'logits': self.head(embedding, features)}
