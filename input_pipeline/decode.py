@@ -293,7 +293,9 @@ class VideoReader:
         video, count = None, 0
         for index, frame in self._pick(wanted, shortcuts):
             with self._failing_as('corrupt'):
-                picture = _upright(self._reformatter.reformat(frame, format='rgb24'), frame)
+                picture = _upright(
+                    self._reformatter.reformat(frame, format='rgb24', threads=1), frame
+                )
             if video is None:
                 video = np.empty((len(indices), *picture.shape), np.uint8)
             if picture.shape != video.shape[1:]:

@@ -25,9 +25,10 @@ Why no single frame, and no unordered set of frames, says anything about the cla
    set of S tuples in which every mechanism takes every number once has probability 1 / (S!)^4. That
    law does not mention c or the direction. A classifier that ignores the order of the frames of a
    whole clip is therefore at chance, 1 / 10, whatever it computes and however it was trained.
-4. The files keep this property: every frame is an intra frame coded at a constant quantiser, so the
-   decoded picture is a function of the drawn one alone. (With predicted frames a coherent mechanism
-   would compress better than a shuffled one, and its sharpness would give the class away.)
+4. The files keep this property: each slot is an intra frame at a constant quantiser and a copy that
+   is predicted from it alone, so the decoded pictures are a function of the drawn one. (Prediction
+   from slot to slot would fit a coherent mechanism better than a shuffled one, and its sharpness
+   would give the class away.)
 
 The statement is about samples that hold every slot equally often. Segment sampling of S of 2 S
 frames takes the second frame of every slot in evaluation, so there it is exact. In training each
@@ -51,6 +52,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 CLASS_NAMES = (
     'moving right',
@@ -188,14 +190,14 @@ def _pictures(mechanism: str, phases: np.ndarray, rng: np.random.Generator, size
 
 
 def render_clip(plan: ClipPlan, size: int) -> np.ndarray:
-    """Draws the frames of a clip.
+    """Draws the slots of a clip.
 
     Args:
       plan: what to draw.
       size: height and width of the frames in pixels, a multiple of 6.
 
     Returns:
-      (num_frames, size, size, 3) uint8 RGB.
+      (S, size, size, 3) uint8 RGB, one picture per slot.
     """
     rng = np.random.default_rng(plan.appearance)
     cell = size // GRID
@@ -214,26 +216,31 @@ def render_clip(plan: ClipPlan, size: int) -> np.ndarray:
         pictures = np.stack(_pictures(mechanism, phases, rng, inner))
         blended = behind + (pictures[..., :3] - behind) * pictures[..., 3:]
         slots[:, top : top + inner, left : left + inner] = (blended + 0.5).astype(np.uint8)
-    return np.repeat(slots, HOLD, 0)
+    return slots
 
 
-def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Writes H.264 in an mp4: intra frames only, constant quantiser, one thread.
+def write_clip(path: Path, slots: np.ndarray, fps: int) -> None:
+    """Writes H.264 in an mp4, each picture for two frames: an intra frame and a copy of it.
 
     Args:
       path: the file to write.
-      frames: (T, H, W, 3) uint8 RGB, H and W even.
+      slots: (S, H, W, 3) uint8 RGB, H and W even.
       fps: frames per second.
     """
     with av.open(str(path), 'w', format='mp4') as container:
         stream = container.add_stream('libx264', rate=fps)
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = slots.shape[1:3]
         stream.pix_fmt = 'yuv420p'
         stream.time_base = Fraction(1, fps)
         stream.codec_context.thread_count = 1
-        stream.options = {'preset': 'ultrafast', 'qp': '26', 'g': '1', 'bf': '0'}
-        for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format='rgb24')))
+        stream.options = {'preset': 'ultrafast', 'qp': '26', 'g': str(HOLD), 'bf': '0'}
+        reformatter = VideoReformatter()
+        for slot, picture in enumerate(slots):
+            frame = av.VideoFrame.from_ndarray(picture, format='rgb24')
+            frame = reformatter.reformat(frame, format='yuv420p', threads=1)
+            for k in range(HOLD):
+                frame.pts = slot * HOLD + k
+                container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 

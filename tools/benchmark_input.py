@@ -74,9 +74,9 @@ def read_all(path: str, indices: np.ndarray) -> np.ndarray:
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = 'NONE'
-        return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(stream)])[
-            indices
-        ]
+        return np.stack(
+            [frame.to_ndarray(format='rgb24', threads=1) for frame in container.decode(stream)]
+        )[indices]
 
 
 def measure_decoders(source: VideoList, num_frames: int, repeats: int) -> dict[str, float]:

@@ -9,7 +9,6 @@ import inspect
 import sys
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.console import Console
@@ -31,17 +30,17 @@ def draw_contact_sheet(out_dir: Path, meta: dict) -> Path:
       The PNG that was written, OUT/contact_sheet.png.
     """
     classes = motion_clips.CLASS_NAMES[: meta['num_val']]
-    slots = np.arange(COLUMNS) * motion_clips.HOLD
+    num_shown = min(COLUMNS, meta['num_frames'] // motion_clips.HOLD)
     cell = meta['size'] // motion_clips.GRID
     height = 0.4 + 1.4 * len(classes)
     figure = Figure(figsize=(1.2 * COLUMNS, height))
-    axes = figure.subplots(len(classes), COLUMNS, squeeze=False)
+    axes = figure.subplots(len(classes), num_shown, squeeze=False)
     for label, row in enumerate(axes):
         plan = motion_clips.plan_clip(meta['seed'], 'val', label, meta['num_frames'], label)
-        frames = motion_clips.render_clip(plan, meta['size'])
+        slots = motion_clips.render_clip(plan, meta['size'])
         top, left = divmod(int(plan.cells[label // 2]), motion_clips.GRID)
-        for k, axis in zip(slots, row):
-            axis.imshow(frames[k])
+        for picture, axis in zip(slots, row):
+            axis.imshow(picture)
             axis.add_patch(
                 Rectangle(
                     (left * cell - 0.5, top * cell - 0.5), cell, cell, fill=False, color='yellow'
@@ -50,7 +49,7 @@ def draw_contact_sheet(out_dir: Path, meta: dict) -> Path:
             axis.set_axis_off()
         row[0].set_title(f'{label}  {classes[label]}', loc='left', fontsize=9)
     figure.suptitle(
-        f'frames 0, 2 .. {slots[-1]} of {meta["num_frames"]}; yellow (not in the clips): '
+        f'frames 0, 2 .. {2 * num_shown - 2} of {meta["num_frames"]}; yellow (not in the clips): '
         'the window that plays in order',
         fontsize=9,
     )
