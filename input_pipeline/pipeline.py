@@ -211,7 +211,11 @@ class Batches:
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
             raise StopIteration
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self.close()
+            raise
         if isinstance(batch, Exception):
             self.close()
             raise batch
