@@ -50,7 +50,7 @@ def build(
     head: str = 'text',
     dtype: Any = jnp.bfloat16,
     alpha: int = 2,
-    selected_layers: tuple[int, ...] | None = None,
+    selected_layers: tuple[int, ...] = (),
     integration_dim: int = 384,
     temporal_dim: int = 96,
     temporal_patch: int = 5,
@@ -71,7 +71,7 @@ def build(
       head: 'text' (cosine with class names) or 'linear'.
       dtype: compute dtype of both networks; norms, softmax, pooled output and loss are float32.
       alpha: sparsity of the frames that the backbone sees.
-      selected_layers: blocks of the backbone that are read, increasing; None for all.
+      selected_layers: blocks of the backbone that are read, increasing; empty for all.
       integration_dim: C, a multiple of 64.
       temporal_dim: S.
       temporal_patch: frames of the stem's kernel, odd.
@@ -98,9 +98,7 @@ def build(
     for name, size in (('temporal_patch', temporal_patch), ('temporal_kernel', temporal_kernel)):
         if size % 2 == 0:
             raise ValueError(f'model.{name}={size} must be odd')
-    selected = tuple(range(backbone.depth)) if selected_layers is None else tuple(selected_layers)
-    if not selected:
-        raise ValueError('model.selected_layers is empty; name at least one block')
+    selected = tuple(selected_layers) or tuple(range(backbone.depth))
     taps = clip.Taps(outputs=selected)
     taps.blocks_needed(backbone.depth)
 

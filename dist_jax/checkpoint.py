@@ -1,0 +1,290 @@
+"""Checkpoints of a run: what is saved, and how a run finds its way back.
+
+    WORKDIR/checkpoints/STEP/state      trainable parameters, optimizer, averages; not the backbone
+    WORKDIR/checkpoints/STEP/metadata   JSON: config, class names, preprocessing, backbone's hash
+
+A save is written beside its place and renamed, so a killed save leaves no step behind. The position
+in the data follows from the step and needs no file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from ml_collections import ConfigDict
+
+from dist_jax.models.api import Tree
+from dist_jax.step import TrainState
+
+log = logging.getLogger('dist_jax')
+
+FORMAT_VERSION = 1
+FOLDER = 'checkpoints'
+
+# Fields that may change when a run is resumed: where things lie (contents are compared by hash)
+# and what leaves the parameters alone.
+FREE_FIELDS = (
+    'backbone.checkpoint',
+    'data.root',
+    'data.train_list',
+    'data.label_map',
+    'data.val_list',
+    'data.val_subset',
+    'data.num_threads',
+    'data.buffer_size',
+    'data.max_bad_share',
+    'eval.',
+    'checkpoint.',
+    'log.',
+)
+
+
+def _metric(metrics: dict[str, float]) -> float:
+    return metrics['val_top1']
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Keeps the newest `keep` and the one with the best validation top-1. Saves run in the background;
+    call `wait` before the process ends.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 1):
+        self._folder = epath.Path(os.fspath(workdir)) / FOLDER
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            policy = ocp.checkpoint_managers.preservation_policy
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    best_fn=_metric,
+                    preservation_policy=policy.AnyPreservationPolicy(
+                        [
+                            policy.LatestN(self._keep),
+                            policy.BestN(get_metric_fn=_metric, n=1, reverse=False),
+                        ]
+                    ),
+                ),
+                item_handlers={
+                    'state': ocp.StandardCheckpointHandler(),
+                    'metadata': ocp.JsonCheckpointHandler(),
+                },
+            )
+        return self._manager
+
+    def save(self, state: TrainState, metadata: dict[str, Any], val_top1: float | None) -> None:
+        """Starts saving the state of this step; returns once the arrays are copied.
+
+        Args:
+          state: what to save; its buffers may be donated right after.
+          metadata: JSON values.
+          val_top1: accuracy in [0, 1] at this very step, if it was measured.
+        """
+        step = int(state.step)
+        manager = self._open()
+        if step in manager.all_steps():
+            return
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
+            ),
+            metrics={'val_top1': -1.0 if val_top1 is None else val_top1},
+        )
+
+    def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that can be read, or None where there is no checkpoint.
+
+        A step that cannot be read is moved to `checkpoints-broken/` and the one before it is
+        tried, so that nothing is lost and the step can be saved again.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+
+        Raises:
+          RuntimeError: there are checkpoints and none can be read.
+        """
+        failures = []
+        for step in sorted(self._open().all_steps(), reverse=True):
+            try:
+                restored = self._open().restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract),
+                        metadata=ocp.args.JsonRestore(),
+                    ),
+                )
+                return restored['state'], restored['metadata']
+            except (ValueError, OSError, KeyError, RuntimeError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                failures.append(f'step {step}: {reason}')
+                log.error('checkpoint %s/%d cannot be read: %s', self._folder, step, reason)
+                self._set_aside(step)
+        if failures:
+            raise RuntimeError(
+                f'no checkpoint in {self._folder} can be read ({"; ".join(failures)}); they were '
+                f'moved to {self._broken()}. Start again with an empty --workdir, or put a good '
+                'copy back.'
+            )
+        return None
+
+    def latest_metadata(self) -> dict[str, Any] | None:
+        """Metadata of the newest readable step, or None."""
+        for step in sorted(self._open().all_steps(), reverse=True):
+            try:
+                return read_metadata(self._folder / str(step))
+            except ValueError:
+                continue
+        return None
+
+    def best_step(self) -> int | None:
+        """The step with the best validation top-1."""
+        return self._open().best_step()
+
+    def wait(self) -> None:
+        """Blocks until running saves are on disk."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the manager."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def _broken(self) -> epath.Path:
+        return self._folder.parent / f'{FOLDER}-broken'
+
+    def _set_aside(self, step: int) -> None:
+        self.close()
+        if jax.process_index() == 0:
+            target = self._broken() / str(step)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            (self._folder / str(step)).rename(target)
+
+
+def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) -> epath.Path:
+    """Folder of a step of a run, the newest unless a step is named.
+
+    Raises:
+      ValueError: no run, or no such step.
+    """
+    folder = epath.Path(os.fspath(workdir)) / FOLDER
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if not steps:
+        raise ValueError(f'{workdir} holds no checkpoints; pass the --workdir of a run')
+    if step is not None and step not in steps:
+        raise ValueError(f'{workdir} has no checkpoint of step {step}; it has {sorted(steps)}')
+    return folder / str(max(steps) if step is None else step)
+
+
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
+    """Metadata of one step.
+
+    Raises:
+      ValueError: not a checkpoint of this library, or of a newer format.
+    """
+    try:
+        metadata = ocp.JsonCheckpointHandler().restore(folder / 'metadata')
+        version = metadata['format_version']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{folder} is not a checkpoint of a dist_jax run ({error})') from error
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f'{folder} has format_version={version}, this library reads up to {FORMAT_VERSION}; '
+            'update dist_jax'
+        )
+    return metadata
+
+
+def read_variables(folder: epath.Path, abstract: Tree, ema: bool) -> Tree:
+    """What evaluation applies: parameters (their average if there is one) and collections.
+
+    Args:
+      folder: of one step.
+      abstract: {'params': ..., **collections} with shapes, dtypes and shardings.
+      ema: whether the run kept an average.
+    """
+    abstract = dict(abstract)
+    params = abstract.pop('params')
+    wanted = {'ema' if ema else 'params': params}
+    if abstract:
+        wanted['extra'] = abstract
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(
+            folder / 'state',
+            args=ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            ),
+        )
+    return {'params': found['ema' if ema else 'params'], **found.get('extra', {})}
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON values: tuples become lists."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [convert(item) for item in value]
+        return value
+
+    return convert(config.to_dict())
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuses to continue a run under other settings.
+
+    Args:
+      saved: metadata of the checkpoint.
+      current: metadata of this process.
+
+    Raises:
+      ValueError: listing every field that differs.
+    """
+    before, now = _flat(saved['config']), _flat(current['config'])
+    differences = [
+        f'  {name}: saved {before.get(name, "absent")!r}, now {now.get(name, "absent")!r}'
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS)
+    ]
+    for name in ('class_names', 'train_list_sha256'):
+        if saved[name] != current[name]:
+            differences.append(f'  {name}: the data set is not the one the run was started with')
+    if saved['backbone']['params_sha256'] != current['backbone']['params_sha256']:
+        differences.append(
+            f'  backbone.checkpoint: weights {saved["backbone"]["params_sha256"][:12]} of '
+            f'{saved["backbone"]["name"]}, now {current["backbone"]["params_sha256"][:12]} of '
+            f'{current["backbone"]["name"]}'
+        )
+    if differences:
+        raise ValueError(
+            'this workdir holds a run with other settings:\n'
+            + '\n'.join(differences)
+            + '\nRestore these fields, or choose another --workdir.'
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f'{prefix}{key}.')
+        else:
+            found[f'{prefix}{key}'] = value
+    return found

@@ -1,0 +1,170 @@
+"""What the console commands do once their arguments are read; see `main`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dist_jax import checkpoint, experiment, report, step
+from dist_jax.evaluate import EvalResult, evaluate
+from dist_jax.logbook import Bar
+from dist_jax.models.api import Tree, VideoModel
+from dist_jax.sharding import check_batch_size, make_mesh, replicated
+from dist_jax.train import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to run.
+
+    Attributes:
+      model: its family's model.
+      frozen: frozen tree, with text features of `class_names` where the head reads them.
+      variables: parameters (their average if there is one) and collections.
+      class_names: of each label column.
+      step: of the checkpoint, -1 for a converted one.
+    """
+
+    model: VideoModel
+    frozen: Tree
+    variables: Tree
+    class_names: experiment.ClassNames
+    step: int
+
+
+def saved_config(workdir: str) -> ConfigDict:
+    """The config of a run, locked, as lists and plain values."""
+    metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))
+    config = ConfigDict(metadata['config'])
+    # JSON keeps no path of the backbone that was made for the run.
+    if config.backbone.checkpoint == experiment.RANDOM:
+        config.backbone.checkpoint = metadata['backbone']['path']
+    return config.lock()
+
+
+def load_trained(
+    config: ConfigDict,
+    workdir: str,
+    step_number: int | None,
+    class_names: experiment.ClassNames | None = None,
+) -> Trained:
+    """Builds the model of a run (or of `config.init_from`) and reads its weights.
+
+    Args:
+      config: the run's, possibly with other paths or another test protocol.
+      workdir: the run; '' to take the weights from `config.init_from`.
+      step_number: of the checkpoint; None for the newest.
+      class_names: another label set, for zero-shot use of a text head; None for the run's own.
+
+    Raises:
+      ValueError: nothing to read, another backbone than the run's, or a label set that the head
+        cannot take.
+    """
+    mesh = make_mesh()
+    if workdir:
+        folder = checkpoint.find_checkpoint(workdir, step_number)
+        metadata = checkpoint.read_metadata(folder)
+        trained_names = tuple(tuple(column) for column in metadata['class_names'])
+    elif config.init_from and class_names is not None:
+        folder, metadata, trained_names = None, None, class_names
+    else:
+        raise ValueError(
+            'no trained model: pass --workdir=RUN, or --config.init_from=CONVERTED together with '
+            'a list to evaluate'
+        )
+    class_names = trained_names if class_names is None else class_names
+    if class_names != trained_names and config.model.head != 'text':
+        raise ValueError(
+            'the label set is not the one of the run, and only model.head=text can take another; '
+            'pass the label map of the run'
+        )
+    backbone = experiment.find_backbone(config, workdir)
+    if metadata is not None and backbone.params_sha256 != metadata['backbone']['params_sha256']:
+        raise ValueError(
+            f'{backbone.path} is {backbone.name} with weights {backbone.params_sha256[:12]}, but '
+            f'the run was trained on {metadata["backbone"]["name"]} with weights '
+            f'{metadata["backbone"]["params_sha256"][:12]}; pass the right one with '
+            '--config.backbone.checkpoint=FOLDER'
+        )
+    num_classes = tuple(map(len, class_names))
+    model = experiment.make_model(config, backbone.spec, num_classes)
+    frozen = experiment.load_frozen(backbone, model, class_names, replicated(mesh))
+    data = config.data
+    video_shape = (1, data.num_frames, data.image_size, data.image_size, 3)
+    features = step.example_features(model, frozen, video_shape)
+    variables = jax.eval_shape(model.net.init, jax.random.key(0), features)
+    variables = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+        dict(variables),
+    )
+    if folder is None:
+        params = experiment.load_trainable(config.init_from, variables['params'])
+        return Trained(model, frozen, {'params': params}, class_names, -1)
+    found = checkpoint.read_variables(folder, variables, config.optimizer.ema_decay > 0)
+    return Trained(model, frozen, found, class_names, int(folder.name))
+
+
+def run_evaluation(
+    config: ConfigDict, workdir: str, step_number: int | None, output: str
+) -> dict[str, Any]:
+    """Evaluates on `config.data.val_list` and writes `evaluation.json` and `evaluation.html`.
+
+    Returns:
+      The figures.
+    """
+    mesh = make_mesh()
+    check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
+    source = experiment.open_split(config, 'val')
+    trained = load_trained(config, workdir, step_number, experiment.class_columns(source))
+    eval_step = step.make_eval_step(trained.model, mesh, config.eval.fusion)
+    with Bar('evaluate', -(-len(source) // config.eval.batch_size)) as bar:
+        result = evaluate(
+            eval_step,
+            trained.variables,
+            trained.frozen,
+            source,
+            experiment.eval_reader(config),
+            mesh,
+            batch_size=config.eval.batch_size,
+            num_threads=config.data.num_threads,
+            allow_bad_videos=config.eval.allow_bad_videos,
+            on_batch=lambda done, _: bar.update(done),
+        )
+    figures = evaluation_figures(result, trained, config)
+    if jax.process_index() == 0:
+        folder = Path(output or workdir or '.')
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / 'evaluation.json', figures)
+        report.write_evaluation(folder, figures, result, trained.class_names)
+    return figures
+
+
+def evaluation_figures(result: EvalResult, trained: Trained, config: ConfigDict) -> dict[str, Any]:
+    """What `evaluation.json` holds: accuracies, protocol, and a row for each class."""
+    return result.scalars() | {
+        'step': trained.step,
+        'list': os.fspath(config.data.val_list),
+        'views': config.eval.num_clips * config.eval.num_crops,
+        'fusion': config.eval.fusion,
+        'seconds': round(result.seconds, 2),
+        'bad_videos': [list(pair) for pair in result.bad_videos],
+        'per_class': [
+            [
+                {
+                    'name': name,
+                    'videos': int(count),
+                    'top1': None if np.isnan(top1) else float(top1),
+                }
+                for name, count, top1 in zip(
+                    names, column['per_class_count'], column['per_class_accuracy']
+                )
+            ]
+            for names, column in zip(trained.class_names, result.columns)
+        ],
+    }

@@ -1,0 +1,174 @@
+"""Multi-view evaluation: every video once, all of its views together."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dist_jax import metrics
+from dist_jax.models.api import Tree
+from dist_jax.sharding import to_global
+from input_pipeline import pipeline
+from input_pipeline.sources import VideoList
+
+EvalStep = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, ...]]
+
+
+class BadVideosError(RuntimeError):
+    """Videos of an evaluation list cannot be read and the settings do not allow that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """Outcome of one evaluation.
+
+    Attributes:
+      columns: `metrics.classification` of each label column.
+      top1: of the list; with several label columns, the share with all of them right.
+      top5: of the first label column.
+      mean_class_accuracy: of the first label column.
+      num_videos: videos that were scored.
+      bad_videos: (path, reason) of those that could not be read; they are in no figure.
+      seconds: duration.
+      scores: (N, num_classes) probabilities of each label column, in the order of `index`.
+      index: (N,) record numbers.
+    """
+
+    columns: tuple[dict[str, Any], ...]
+    top1: float
+    top5: float
+    mean_class_accuracy: float
+    num_videos: int
+    bad_videos: tuple[tuple[str, str], ...]
+    seconds: float
+    scores: tuple[np.ndarray, ...]
+    index: np.ndarray
+
+    def scalars(self) -> dict[str, float]:
+        """The figures for a log."""
+        found = {
+            'top1': self.top1,
+            'top5': self.top5,
+            'mean_class_accuracy': self.mean_class_accuracy,
+            'num_videos': self.num_videos,
+            'num_bad_videos': len(self.bad_videos),
+        }
+        if len(self.columns) > 1:
+            for i, column in enumerate(self.columns):
+                found |= {f'column_{i}_{name}': column[name] for name in ('top1', 'top5')}
+        return found
+
+
+def evaluate(
+    eval_step: EvalStep,
+    variables: Tree,
+    frozen: Tree,
+    source: VideoList,
+    reader: pipeline.EvalReader,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    num_threads: int,
+    allow_bad_videos: bool,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Scores a list of videos.
+
+    Args:
+      eval_step: from `step.make_eval_step`.
+      variables: trainable parameters and collections.
+      frozen: frozen tree.
+      source: the videos.
+      reader: their test views.
+      mesh: devices.
+      batch_size: videos a step over all hosts.
+      num_threads: reader threads of this host.
+      allow_bad_videos: leave out videos that cannot be read, instead of stopping.
+      on_batch: called with (batches done, batches in all).
+
+    Raises:
+      BadVideosError: naming the videos, if there are any and they are not allowed.
+    """
+    start = time.monotonic()
+    batches = pipeline.eval_batches(
+        source,
+        reader,
+        batch_size=batch_size,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+        num_threads=num_threads,
+    )
+    kept: list[tuple[np.ndarray, ...]] = []
+    bad: list[tuple[str, str]] = []
+    for done, batch in enumerate(batches, 1):
+        probabilities = eval_step(
+            variables, frozen, to_global({'video': batch['video']}, mesh)['video']
+        )
+        local = [_local_rows(column) for column in probabilities]
+        rows = batch['mask'] > 0
+        labels = batch['label'].reshape(len(rows), -1)
+        kept.append((batch['index'][rows], labels[rows], *(column[rows] for column in local)))
+        bad += [
+            (str(path), str(error)) for path, error in zip(batch['path'], batch['error']) if error
+        ]
+        if on_batch is not None:
+            on_batch(done, len(batches))
+    batches.close()
+    num_bad = _sum_over_hosts(len(bad))
+    if num_bad and not allow_bad_videos:
+        named = '\n'.join(f'  {path}: {reason}' for path, reason in bad[:50])
+        raise BadVideosError(
+            f'{num_bad} of {len(source)} videos cannot be read, so the accuracy would not be of '
+            'the whole list. Repair the list (`dist_jax check` names all), or pass '
+            f'--config.eval.allow_bad_videos=true to leave them out.\n{named}'
+        )
+    index, labels, *scores = _gather([np.concatenate(parts) for parts in zip(*kept)])
+    columns = tuple(metrics.classification(column, labels[:, i]) for i, column in enumerate(scores))
+    return EvalResult(
+        columns=columns,
+        top1=columns[0]['top1'] if len(columns) == 1 else metrics.joint_top1(scores, labels),
+        top5=columns[0]['top5'],
+        mean_class_accuracy=columns[0]['mean_class_accuracy'],
+        num_videos=len(index),
+        bad_videos=tuple(bad),
+        seconds=time.monotonic() - start,
+        scores=tuple(scores),
+        index=index,
+    )
+
+
+def _local_rows(array: jax.Array) -> np.ndarray:
+    """This host's rows of an array that is split over devices on axis 0."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def _sum_over_hosts(value: int) -> int:
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).sum())
+
+
+def _gather(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Rows of all hosts, in the order of the list. Hosts may hold different numbers of rows."""
+    if jax.process_count() > 1:
+        lengths = multihost_utils.process_allgather(np.int32(len(arrays[0])))
+        longest = int(lengths.max())
+        padded = [
+            np.concatenate([a, np.zeros((longest - len(a), *a.shape[1:]), a.dtype)]) for a in arrays
+        ]
+        arrays = [
+            np.concatenate(
+                [host[:n] for host, n in zip(multihost_utils.process_allgather(a), lengths)]
+            )
+            for a in padded
+        ]
+    order = np.argsort(arrays[0], kind='stable')
+    return [a[order] for a in arrays]

@@ -1,0 +1,323 @@
+"""From a config to the parts of an experiment: sources, readers, backbone, model.
+
+Training, evaluation and prediction all build their parts here, so they agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dist_jax import checkpoint
+from dist_jax.models import FAMILIES, clip, clip_params, converted, layers
+from dist_jax.models.api import Tree, VideoModel
+from input_pipeline import pipeline, transforms
+from input_pipeline.datasets import DATASETS, DatasetInfo
+from input_pipeline.sources import VideoList, open_source
+from input_pipeline.tokenizer import tokenize
+
+log = logging.getLogger('dist_jax')
+
+RANDOM = 'random'
+DTYPES = {'bfloat16': jnp.bfloat16, 'float32': jnp.float32}
+
+ClassNames = tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A frozen backbone that was found on disk.
+
+    Attributes:
+      spec: geometry, at the image size of the experiment.
+      path: of the converted checkpoint.
+      name: as it was converted.
+      params_sha256: of its weights.
+    """
+
+    spec: clip.ClipSpec
+    path: str
+    name: str
+    params_sha256: str
+
+    def summary(self) -> dict[str, str]:
+        """What a checkpoint says about its backbone."""
+        return {'name': self.name, 'path': self.path, 'params_sha256': self.params_sha256}
+
+
+def dataset_info(config: ConfigDict) -> DatasetInfo:
+    """The row of the configured data set.
+
+    Raises:
+      ValueError: no such data set.
+    """
+    if config.data.name not in DATASETS:
+        raise ValueError(f'data.name={config.data.name!r} is not one of {", ".join(DATASETS)}')
+    return DATASETS[config.data.name]
+
+
+def prepare_builtin_data(config: ConfigDict, workdir: str) -> None:
+    """Writes a built-in data set into the workdir and fills in its paths, if one is asked for."""
+    info = dataset_info(config)
+    if info.generate is None or config.data.train_list or config.data.val_list:
+        return
+    root = config.data.root or os.path.join(workdir, 'data')
+    if jax.process_index() == 0:
+        log.info('making the built-in data set %s in %s', config.data.name, root)
+        info.generate(root)
+    if jax.process_count() > 1:
+        jax.experimental.multihost_utils.sync_global_devices('built-in data')
+    config.data.root = root
+    config.data.train_list = os.path.join(root, 'train.txt')
+    config.data.val_list = os.path.join(root, 'val.txt')
+    config.data.label_map = os.path.join(root, 'labels.txt')
+
+
+def open_split(config: ConfigDict, split: str) -> VideoList:
+    """The 'train' or 'val' list of the config.
+
+    Raises:
+      ValueError: a field is missing or a file is wrong; the message names it.
+    """
+    info = dataset_info(config)
+    path = config.data[f'{split}_list']
+    if not path:
+        raise ValueError(
+            f'data.{split}_list is empty; pass --config.data.{split}_list=FILE (a list of videos, '
+            'or a folder of class folders)'
+        )
+    root = config.data.root
+    if root and not os.path.isabs(path) and not os.path.exists(path):
+        path = os.path.join(root, path)
+    label_map = [_under(root, name) for name in config.data.label_map.split(',')]
+    list_format = config.data.list_format or ('folder' if os.path.isdir(path) else '')
+    return open_source(
+        path,
+        list_format or info.list_format,
+        root='' if os.path.isdir(path) else root,
+        label_map=label_map if len(label_map) > 1 else label_map[0],
+        num_classes=info.num_classes,
+        subset=config.data[f'{split}_subset'],
+    )
+
+
+def _under(root: str, name: str) -> str:
+    name = name.strip()
+    if name and root and not os.path.isabs(name) and not os.path.exists(name):
+        return os.path.join(root, name)
+    return name
+
+
+def class_columns(source: VideoList) -> ClassNames:
+    """Class names of every label column."""
+    names = source.class_names
+    return names if names and isinstance(names[0], tuple) else (tuple(names),)
+
+
+def list_sha256(source: VideoList) -> str:
+    """Digest of the ids and labels of a list, in order: the identity of the training stream."""
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        record = source[i]
+        digest.update(
+            json.dumps([record.video_id, record.label, record.start, record.end]).encode()
+        )
+    return digest.hexdigest()
+
+
+def train_reader(config: ConfigDict) -> pipeline.TrainReader:
+    """The training recipe of the config: crop, flip, grey, jitter, one draw for a clip."""
+    data, info = config.data, dataset_info(config)
+    steps: list[transforms.Transform] = []
+    if data.flip and info.flip is not None:
+        steps.append(info.flip)
+    if data.crop_area:
+        steps.append(
+            transforms.RandomResizedCrop(
+                data.image_size, tuple(data.crop_area), tuple(data.crop_aspect)
+            )
+        )
+    else:
+        steps.append(transforms.CentreCrop(data.image_size))
+    if data.colour_jitter:
+        steps.append(transforms.ColourJitter(probability=data.colour_jitter))
+    if data.grayscale:
+        steps.append(transforms.Grayscale(data.grayscale))
+    return pipeline.TrainReader(
+        num_frames=data.num_frames,
+        image_size=data.image_size,
+        sampling=data.sampling or info.sampling,
+        interval=data.frame_interval,
+        transforms=tuple(steps),
+    )
+
+
+def eval_reader(config: ConfigDict) -> pipeline.EvalReader:
+    """The test protocol of the config."""
+    data = config.data
+    return pipeline.EvalReader(
+        num_frames=data.num_frames,
+        image_size=data.image_size,
+        sampling=data.sampling or dataset_info(config).sampling,
+        interval=data.frame_interval,
+        num_clips=config.eval.num_clips,
+        num_crops=config.eval.num_crops,
+    )
+
+
+def find_backbone(config: ConfigDict, workdir: str) -> Backbone:
+    """The converted backbone of the config; a random one is made on first use.
+
+    Raises:
+      ValueError: none named, none found, or one of another geometry.
+    """
+    name, path = config.backbone.name, config.backbone.checkpoint
+    if not path:
+        raise ValueError(
+            'backbone.checkpoint is empty; convert the CLIP weights first '
+            '(`dist_jax convert ViT-B-16.pt clip_b16`) '
+            'and pass --config.backbone.checkpoint=clip_b16'
+        )
+    if path == RANDOM:
+        path = os.path.join(workdir, 'backbone')
+        if not Path(path).exists() and jax.process_index() == 0:
+            write_random_backbone(path, name)
+        if jax.process_count() > 1:
+            jax.experimental.multihost_utils.sync_global_devices('random backbone')
+    metadata = converted.load_metadata(path)
+    spec = clip_params.spec_from_metadata(metadata)
+    expected = _spec(name)
+    unlike = {
+        field: (getattr(expected, field), getattr(spec, field))
+        for field in ('patch_size', 'width', 'depth', 'num_heads')
+        if getattr(expected, field) != getattr(spec, field)
+    }
+    if unlike:
+        raise ValueError(
+            f'{path} is not a {name} (backbone.name): (expected, found) = {unlike}; '
+            'name the geometry that was converted'
+        )
+    spec = dataclasses.replace(spec, image_size=config.data.image_size)
+    return Backbone(spec, str(path), metadata['name'], metadata['params_sha256'])
+
+
+def _spec(name: str) -> clip.ClipSpec:
+    if name not in clip.SPECS:
+        raise ValueError(f'backbone.name={name!r} is not one of {", ".join(clip.SPECS)}')
+    return clip.SPECS[name]
+
+
+def write_random_backbone(path: str, name: str, seed: int = 0) -> None:
+    """A converted checkpoint with random weights, for the demo and for tests."""
+    spec = _spec(name)
+    log.info('writing a random %s backbone to %s: no pretrained weights are used', name, path)
+    params = jax.device_get(clip.init_params(jax.random.key(seed), spec))
+    metadata = {
+        'family': 'clip',
+        'name': f'{name}-random',
+        'spec': dataclasses.asdict(spec),
+        'sources': [],
+        'source_sha256': '',
+        'precision': 'float32',
+        'ignored': [],
+    }
+    converted.save_converted(path, params, metadata)
+
+
+def make_model(config: ConfigDict, spec: clip.ClipSpec, num_classes: tuple[int, ...]) -> VideoModel:
+    """The configured family at the configured size.
+
+    Raises:
+      ValueError: a field of config.model that does not fit.
+    """
+    options = config.model.to_dict()
+    family = options.pop('family')
+    if family not in FAMILIES:
+        raise ValueError(f'model.family={family!r} is not one of {", ".join(FAMILIES)}')
+    dtype = options.pop('dtype')
+    if dtype not in DTYPES:
+        raise ValueError(f'model.dtype={dtype!r} is not one of {", ".join(DTYPES)}')
+    return FAMILIES[family](
+        spec,
+        num_classes=num_classes,
+        num_frames=config.data.num_frames,
+        dtype=DTYPES[dtype],
+        **options,
+    )
+
+
+def load_frozen(
+    backbone: Backbone,
+    model: VideoModel,
+    class_names: ClassNames,
+    sharding: jax.sharding.Sharding,
+) -> Tree:
+    """The frozen tree of the steps, with text features of these classes, on the devices.
+
+    Raises:
+      ValueError: the head needs class texts and the data set has none, or a text is too long.
+    """
+    params = converted.load_params(backbone.path, model.reads, as_numpy=True)
+    visual = params['visual']
+    visual['positional_embedding'] = layers.resize_positions(
+        visual['positional_embedding'], (backbone.spec.grid,) * 2
+    )
+    tokens: tuple[Any, ...] = ()
+    if 'text' in model.reads:
+        tokens = tuple(
+            jnp.asarray(tokenize(_texts(column), backbone.spec.context_length))
+            for column in class_names
+        )
+    frozen = model.prepare(jax.tree.map(jnp.asarray, params), tokens)
+    return jax.device_put(frozen, sharding)
+
+
+def _texts(names: tuple[str, ...]) -> list[str]:
+    """Class names as prompts. Source: DiST uses the bare label text without double quotes."""
+    if all(name.isdigit() for name in names):
+        raise ValueError(
+            'model.head=text needs class names, but the list has numbers only; '
+            'pass --config.data.label_map=FILE with one name a line, or use model.head=linear'
+        )
+    return [name.replace('"', '') for name in names]
+
+
+def abstract_frozen(
+    backbone: clip.ClipSpec, model: VideoModel, num_classes: tuple[int, ...]
+) -> Tree:
+    """Shapes of the frozen tree without any weights: for configuration checks and planning."""
+    params = clip.abstract_params(backbone)
+    tokens = tuple(
+        jax.ShapeDtypeStruct((count, backbone.context_length), np.int32) for count in num_classes
+    )
+    return jax.eval_shape(model.prepare, {name: params[name] for name in model.reads}, tokens)
+
+
+def load_trainable(path: str, params: Tree) -> Tree:
+    """Trainable parameters of a run (its newest step) or of a converted checkpoint.
+
+    Args:
+      path: a run's folder, or one written by `dist_jax convert`.
+      params: leaves with the shapes, dtypes and shardings to read into.
+
+    Raises:
+      ValueError: nothing to read at `path`, or other shapes.
+    """
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    if not os.path.isdir(os.path.join(path, checkpoint.FOLDER)):
+        return converted.load_params(path, abstract=target)
+    folder = checkpoint.find_checkpoint(path)
+    averaged = checkpoint.read_metadata(folder)['config']['optimizer']['ema_decay'] > 0
+    return checkpoint.read_variables(folder, {'params': target}, averaged)['params']

@@ -1,0 +1,258 @@
+"""The `dist_jax` command: one entry point for everything a user runs.
+
+Each command reads its own arguments; fields of a config are set with --config.FIELD=VALUE as in
+other ml_collections programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import absl.logging
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+EXAMPLES = """\
+examples:
+  dist_jax demo
+      make the built-in clips, train DiST and a frame-only baseline on them, compare
+  dist_jax convert ViT-B-16.pt clip_b16
+      turn CLIP weights into the backbone
+  dist_jax check --list train.txt --root /data/k400
+      read every video of a list beforehand
+  dist_jax train --config=configs/dist.py:b16_8+16f_k400 --workdir=runs/b16 \\
+      --config.backbone.checkpoint=clip_b16 --config.data.root=/data/k400 \\
+      --config.data.train_list=train.txt --config.data.val_list=val.txt \\
+      --config.data.label_map=labels.txt
+      train; the same command continues a run that was stopped
+  dist_jax evaluate --workdir=runs/b16
+      test accuracy, per class
+  dist_jax predict --workdir=runs/b16 video.mp4
+      top-5 of single videos, with a picture
+
+`dist_jax COMMAND --help` explains a command.
+"""
+
+TRAIN_HELP = """\
+examples:
+  dist_jax train --config=configs/dist.py:demo --workdir=runs/demo
+  dist_jax train --config=configs/dist.py:b16_8+16f_ssv2 --workdir=gs://bucket/ssv2 \\
+      --config.backbone.checkpoint=clip_b16 --config.data.root=/data/ssv2 \\
+      --config.data.train_list=train.json --config.data.val_list=validation.json \\
+      --config.data.label_map=labels.json --config.batch_size=64
+
+A run that was stopped, even by SIGKILL, is continued by the same command. Every host of a pod runs
+the same command.
+"""
+
+EVALUATE_HELP = """\
+examples:
+  dist_jax evaluate --workdir=runs/b16
+  dist_jax evaluate --workdir=runs/b16 --config.eval.num_crops=3 --config.eval.allow_bad_videos=true
+  dist_jax evaluate --workdir=runs/b16 --output=runs/b16/ucf101 \\
+      --config.data.name=ucf101 --config.data.root=/data/ucf101 \\
+      --config.data.val_list=testlist01.txt --config.data.label_map=classInd.txt \\
+      --config.eval.fusion=0.5
+      zero-shot on another label set, averaged with the frozen CLIP
+  dist_jax evaluate --config=configs/dist.py:b16_8+16f_k400 --config.init_from=dist_b16 \\
+      --config.backbone.checkpoint=clip_b16 --config.data.val_list=val.txt ...
+      the authors' weights, after `dist_jax convert`
+
+Without --config, the config comes from the run.
+"""
+
+
+class UsageError(Exception):
+    """Wrong arguments; the message says which and what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ('-h', '--help', 'help'):
+        print(_overview())
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        hint = f' Did you mean {close[0]!r}?' if close else ''
+        print(
+            f'dist_jax: no command {argv[0]!r}.{hint} There are: {", ".join(COMMANDS)}',
+            file=sys.stderr,
+        )
+        return 2
+    # Orbax tells every step of a save at INFO, through absl; our own messages are the run's.
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    logging.getLogger('dist_jax').setLevel(logging.INFO)
+    try:
+        return COMMANDS[argv[0]][0](argv[1:])
+    except (UsageError, ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
+        if os.environ.get('DIST_JAX_TRACEBACK'):
+            raise
+        print(f'dist_jax {argv[0]}: {error}', file=sys.stderr)
+        print('(set DIST_JAX_TRACEBACK=1 for where it came from)', file=sys.stderr)
+        return 2 if isinstance(error, (UsageError, ValueError)) else 1
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = '\n'.join(f'  {name:{width}}  {text}' for name, (_, text) in COMMANDS.items())
+    return (
+        'Image-to-video transfer with a frozen backbone.\n\n'
+        f'usage: dist_jax COMMAND ...\n\ncommands:\n{rows}\n\n{EXAMPLES}'
+    )
+
+
+def _parser(command: str, text: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f'dist_jax {command}',
+        description=text,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(arguments of the command, arguments about the config)."""
+    rest, config = [], []
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        name = argument.partition('=')[0]
+        if name == '--config' or name.startswith('--config.'):
+            config.append(argument)
+            if '=' not in argument and position + 1 < len(argv):
+                position += 1
+                config[-1] += f'={argv[position]}'
+        else:
+            rest.append(argument)
+        position += 1
+    return rest, config
+
+
+def _read_config(arguments: list[str], default: ConfigDict | None = None) -> ConfigDict:
+    """The config that the arguments name, or `default`, with their overrides.
+
+    Raises:
+      UsageError: no config, no such file or variant, or a field that does not exist.
+    """
+    values = flags.FlagValues()
+    named = any(argument.startswith('--config=') for argument in arguments)
+    if named or default is None:
+        if not named:
+            raise UsageError(
+                'pass --config=FILE:VARIANT, for example --config=configs/dist.py:b16_8+16f_k400'
+            )
+        arguments = [_find_file(a) if a.startswith('--config=') else a for a in arguments]
+        config_flags.DEFINE_config_file('config', flag_values=values)
+    else:
+        config_flags.DEFINE_config_dict('config', default, flag_values=values)
+    try:
+        values(['dist_jax', *arguments])
+        return values.config
+    except (AttributeError, KeyError, flags.Error, TypeError, ValueError, OSError) as error:
+        raise UsageError(_config_message(str(error))) from error
+
+
+def _config_message(text: str) -> str:
+    return f'{text.strip()} (fields and their meaning: configs/base.py)'
+
+
+def _find_file(argument: str) -> str:
+    """Lets 'configs/dist.py' be found from any folder: beside the packages if not here."""
+    path, colon, variant = argument.removeprefix('--config=').partition(':')
+    if not os.path.exists(path):
+        beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), path)
+        if not os.path.exists(beside):
+            raise UsageError(f'--config: no file {path}')
+        path = beside
+    return f'--config={path}{colon}{variant}'
+
+
+def _start_jax() -> None:
+    """Joins the other hosts of a pod, if this is one of several."""
+    import jax
+
+    hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
+    if len(hosts) > 1 or 'JAX_COORDINATOR_ADDRESS' in os.environ:
+        jax.distributed.initialize()
+    logging.getLogger('dist_jax').info(
+        'process %d of %d, %d devices: %s',
+        jax.process_index(),
+        jax.process_count(),
+        jax.device_count(),
+        jax.devices()[0].device_kind,
+    )
+
+
+def _train(argv: Sequence[str]) -> int:
+    parser = _parser('train', 'Train a model, or continue a run.', TRAIN_HELP)
+    parser.add_argument('--workdir', required=True, help='folder of the run')
+    parser.add_argument(
+        '--config',
+        metavar='FILE:VARIANT',
+        help='the experiment; --config.FIELD=VALUE sets a field',
+    )
+    rest, config_arguments = _split(argv)
+    arguments = parser.parse_args(rest)
+    config = _read_config(config_arguments)
+    _start_jax()
+    from dist_jax import report, train
+
+    summary = train.train(config, arguments.workdir)
+    report.print_summary(arguments.workdir, summary)
+    return 0
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    parser = _parser('evaluate', 'Measure the accuracy of a trained model.', EVALUATE_HELP)
+    parser.add_argument('--workdir', default='', help='folder of the run')
+    parser.add_argument('--step', type=int, help='checkpoint to evaluate; the newest by default')
+    parser.add_argument('--output', default='', help='folder of the report; the run by default')
+    parser.add_argument(
+        '--config',
+        metavar='FILE:VARIANT',
+        help="the experiment, if not the run's own; --config.FIELD=VALUE sets a field",
+    )
+    rest, config_arguments = _split(argv)
+    arguments = parser.parse_args(rest)
+    from dist_jax import commands, report
+
+    default = commands.saved_config(arguments.workdir) if arguments.workdir else None
+    config = _read_config(config_arguments, default)
+    _start_jax()
+    figures = commands.run_evaluation(config, arguments.workdir, arguments.step, arguments.output)
+    report.print_evaluation(figures)
+    return 0
+
+
+def _convert(argv: Sequence[str]) -> int:
+    from tools import convert_checkpoint
+
+    return convert_checkpoint.main(list(argv))
+
+
+def _check(argv: Sequence[str]) -> int:
+    from input_pipeline import check
+
+    return check.main(list(argv))
+
+
+# Command -> (function of its arguments, one line for the overview).
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    'train': (_train, 'train a model, or continue a run'),
+    'evaluate': (_evaluate, 'accuracy on a list, per class; zero-shot on another label set'),
+    'convert': (_convert, "turn CLIP or the authors' weights into ours, or ours into theirs"),
+    'check': (_check, 'read every video of a list and report what cannot be read'),
+}
+
+
+if __name__ == '__main__':
+    sys.exit(main())

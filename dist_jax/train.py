@@ -1,0 +1,495 @@
+"""Training: the list of set-up calls, then the loop.
+
+A run is a pure function of its config, data and backbone: started again in its workdir after any
+interruption, it ends with the same parameters, bit for bit, on the same devices.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dist_jax import checkpoint, experiment, optim, report, step
+from dist_jax.evaluate import EvalResult, evaluate
+from dist_jax.logbook import Bar, Logbook, duration
+from dist_jax.mixup import Mixing
+from dist_jax.models import clip
+from dist_jax.models.api import Tree, VideoModel
+from dist_jax.models.params import tree_sha256
+from dist_jax.sharding import check_batch_size, make_mesh, replicated, to_global
+from input_pipeline import pipeline
+from input_pipeline.bad_videos import BadVideoLog
+from input_pipeline.sources import VideoList
+
+log = logging.getLogger('dist_jax')
+
+# Steps that may be on the device while the host goes on; their losses are checked when they end.
+STEPS_IN_FLIGHT = 2
+
+BATCH_KEYS = ('video', 'label', 'mask')  # what goes to the devices
+
+
+class NonFiniteError(FloatingPointError):
+    """Loss or gradients became infinite or NaN; the message names the step and the clips."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Lengths of a run, in optimizer steps."""
+
+    total_steps: int
+    eval_every: int
+    steps_per_epoch: float
+
+
+def make_plan(config: ConfigDict, num_videos: int) -> Plan:
+    """Steps of a run over a list of this length.
+
+    Raises:
+      ValueError: the run would have no step.
+    """
+    per_epoch = num_videos / config.batch_size
+    total = config.num_steps or math.floor(config.num_epochs * per_epoch)
+    if total < 1:
+        raise ValueError(
+            f'{num_videos} videos, num_epochs={config.num_epochs} and batch_size='
+            f'{config.batch_size} make no step; set num_steps, num_epochs or batch_size'
+        )
+    return Plan(total, max(1, round(config.eval.every_epochs * per_epoch)), per_epoch)
+
+
+def optimizer_settings(config: ConfigDict, plan: Plan) -> optim.OptimizerSettings:
+    """The recipe's optimizer at the length of this run."""
+    o = config.optimizer
+    per_epoch = config.num_steps / config.num_epochs if config.num_steps else plan.steps_per_epoch
+    return optim.OptimizerSettings(
+        peak_lr=o.peak_lr,
+        warmup_start_lr=o.warmup_start_lr,
+        warmup_steps=o.warmup_epochs * per_epoch,
+        total_steps=plan.total_steps,
+        end_lr=o.end_lr,
+        weight_decay=o.weight_decay,
+        b1=o.b1,
+        b2=o.b2,
+        clip_norm=o.clip_norm,
+    )
+
+
+def step_settings(config: ConfigDict, num_classes: tuple[int, ...]) -> step.StepSettings:
+    """The part of the recipe that is compiled into the step."""
+    return step.StepSettings(
+        num_classes=num_classes,
+        label_smoothing=config.optimizer.label_smoothing,
+        mixing=Mixing(**config.mixing.to_dict()),
+        accumulation=config.accumulation,
+        ema_decay=config.optimizer.ema_decay,
+        seed=config.seed,
+    )
+
+
+def state_initialiser(
+    config: ConfigDict, model: VideoModel, settings: optim.OptimizerSettings
+) -> Any:
+    """frozen tree -> fresh state."""
+    data = config.data
+    return functools.partial(
+        step.init_state,
+        model,
+        video_shape=(1, data.num_frames, data.image_size, data.image_size, 3),
+        seed=config.seed,
+        make_optimizer=lambda p: optim.make_optimizer(p, model.param_groups, settings),
+        ema=config.optimizer.ema_decay > 0,
+    )
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains to the end of the config, or continues a run that was interrupted.
+
+    Args:
+      config: of one experiment; see `configs/base.py`.
+      workdir: folder of the run. It gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
+        `config.json`, `parameters.txt`, `bad_videos.jsonl` if there are any, and at the end
+        `summary.json` and `report.html`.
+
+    Returns:
+      The summary: step, val_top1, val_top5, params_sha256, seconds and more; with `interrupted`
+      true after SIGTERM.
+
+    Raises:
+      ValueError: a field, a file or an earlier run in the workdir does not fit; the message says
+        what to change.
+      NonFiniteError: the loss stopped being a number.
+      TooManyBadVideos: more unreadable videos than data.max_bad_share allows.
+    """
+    started = time.monotonic()
+    config = ConfigDict(config)
+    mesh = make_mesh()
+    check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
+    check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+
+    with config.unlocked():
+        experiment.prepare_builtin_data(config, workdir)
+    train_source = experiment.open_split(config, 'train')
+    val_source = experiment.open_split(config, 'val') if config.data.val_list else None
+    class_names = experiment.class_columns(train_source)
+    if val_source is not None and experiment.class_columns(val_source) != class_names:
+        raise ValueError(
+            f'{config.data.train_list} and {config.data.val_list} have different classes; '
+            'name one file of class names for both in data.label_map'
+        )
+    num_classes = tuple(map(len, class_names))
+    backbone = experiment.find_backbone(config, workdir)
+    model = experiment.make_model(config, backbone.spec, num_classes)
+    frozen = experiment.load_frozen(backbone, model, class_names, replicated(mesh))
+
+    plan = make_plan(config, len(train_source))
+    optimizer = optimizer_settings(config, plan)
+    initialise = state_initialiser(config, model, optimizer)
+    abstract = jax.eval_shape(initialise, frozen)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), abstract
+    )
+    train_step = step.make_train_step(
+        model,
+        optim.make_optimizer(abstract.params, model.param_groups, optimizer),
+        optim.make_schedule(optimizer),
+        step_settings(config, num_classes),
+        mesh,
+    )
+    metadata = run_metadata(config, class_names, train_source, backbone)
+
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    saved = checkpoints.latest_metadata()
+    if saved is not None:
+        checkpoint.check_same_run(saved, metadata)
+    restored = checkpoints.restore_latest(abstract)
+    if restored is not None:
+        state = restored[0]
+        log.info('continuing from step %d', int(state.step))
+    else:
+        state = jax.jit(initialise, out_shardings=replicated(mesh))(frozen)
+        if config.init_from:
+            state = start_from(state, config.init_from)
+    start = int(state.step)
+
+    logbook = Logbook(workdir, start, config.log.tensorboard)
+    _write_overview(workdir, logbook, config, state, frozen)
+    run = _Loop(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        plan=plan,
+        train_source=train_source,
+        val_source=val_source,
+        frozen=frozen,
+        train_step=train_step,
+        eval_step=step.make_eval_step(model, mesh, config.eval.fusion),
+        checkpoints=checkpoints,
+        metadata=metadata,
+        logbook=logbook,
+    )
+    try:
+        state, result, interrupted = run(state)
+    finally:
+        checkpoints.close()
+        logbook.close()
+    summary = {
+        'step': int(state.step),
+        'total_steps': plan.total_steps,
+        'interrupted': interrupted,
+        'val_top1': result.top1 if result else None,
+        'val_top5': result.top5 if result else None,
+        'val_mean_class_accuracy': result.mean_class_accuracy if result else None,
+        'num_bad_videos': run.num_bad_videos,
+        'params_sha256': tree_sha256(state.params),
+        'trainable_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
+        'devices': mesh.size,
+        'seconds': round(time.monotonic() - started, 2),
+    }
+    if jax.process_index() == 0 and not interrupted:
+        write_json(Path(workdir) / 'summary.json', summary)
+        report.write_report(workdir, summary, result, class_names)
+    return summary
+
+
+def run_metadata(
+    config: ConfigDict,
+    class_names: experiment.ClassNames,
+    source: VideoList,
+    backbone: experiment.Backbone,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, for those who use it without the training data."""
+    reader = experiment.eval_reader(config)
+    return {
+        'format_version': checkpoint.FORMAT_VERSION,
+        'config': checkpoint.plain(config),
+        'class_names': [list(column) for column in class_names],
+        'train_list_sha256': experiment.list_sha256(source),
+        'backbone': backbone.summary() | {'spec': dataclasses.asdict(backbone.spec)},
+        'preprocessing': {
+            'pixels': 'uint8 RGB / 255, minus mean, over std',
+            'mean': list(clip.PIXEL_MEAN),
+            'std': list(clip.PIXEL_STD),
+        },
+        'views': {
+            key: value for key, value in dataclasses.asdict(reader).items() if key != 'max_pixels'
+        },
+    }
+
+
+def start_from(state: step.TrainState, path: str) -> step.TrainState:
+    """A fresh state with the parameters of another run or of a converted checkpoint."""
+    params = experiment.load_trainable(path, state.params)
+    ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+    return state.replace(params=params, ema=ema)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    partial = path.with_name(f'.{path.name}.partial')
+    partial.write_text(json.dumps(value, indent=1) + '\n', encoding='utf-8')
+    os.replace(partial, path)
+
+
+def _write_overview(
+    workdir: str, logbook: Logbook, config: ConfigDict, state: step.TrainState, frozen: Tree
+) -> None:
+    if jax.process_index() != 0:
+        return
+    write_json(Path(workdir) / 'config.json', checkpoint.plain(config))
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    frozen_size = sum(x.size for x in jax.tree.leaves(frozen))
+    overview += f'\nfrozen, beside these: {frozen_size:,}\n'
+    (Path(workdir) / 'parameters.txt').write_text(overview, encoding='utf-8')
+    logbook.write_texts(int(state.step), {'config': str(config), 'parameters': overview})
+
+
+class _StopSignal:
+    """Whether somebody asked this run to stop (SIGTERM), agreed between hosts."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        except ValueError:  # not the main thread
+            self._before = None
+
+    def _note(self, *_: Any) -> None:
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def restore(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+@dataclasses.dataclass
+class _Loop:
+    config: ConfigDict
+    workdir: str
+    mesh: Mesh
+    plan: Plan
+    train_source: VideoList
+    val_source: VideoList | None
+    frozen: Tree
+    train_step: Any
+    eval_step: Any
+    checkpoints: checkpoint.Checkpoints
+    metadata: dict[str, Any]
+    logbook: Logbook
+    num_bad_videos: int = 0
+
+    def __call__(self, state: step.TrainState) -> tuple[step.TrainState, EvalResult | None, bool]:
+        """Runs to the end or to a stop signal: state, last evaluation, whether it was stopped."""
+        config, plan = self.config, self.plan
+        start = int(state.step)
+        batches = pipeline.train_batches(
+            self.train_source,
+            experiment.train_reader(config),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start,
+            num_steps=plan.total_steps,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+            num_threads=config.data.num_threads,
+            buffer_size=config.data.buffer_size,
+        )
+        bad_videos = BadVideoLog(
+            Path(self.workdir) / 'bad_videos.jsonl',
+            config.data.max_bad_share,
+            len(self.train_source),
+        )
+        pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]] = collections.deque()
+        meter = _Meter(config.batch_size)
+        result: EvalResult | None = None
+        stop = _StopSignal()
+        stopped = False
+        try:
+            with Bar('train', plan.total_steps, start) as bar:
+                for number in range(start, plan.total_steps):
+                    with meter.waiting():
+                        batch = next(batches)
+                    bad_videos.add(batch)
+                    device_batch = to_global({k: batch[k] for k in BATCH_KEYS}, self.mesh)
+                    state, metrics = self.train_step(state, self.frozen, device_batch)
+                    names = {k: batch[k] for k in ('index', 'path')}
+                    pending.append((number, names, metrics))
+                    self._settle(pending, STEPS_IN_FLIGHT)
+                    meter.steps += 1
+                    done = number + 1
+                    bar.update(done)
+
+                    if done % config.log.every_steps == 0 or done == plan.total_steps:
+                        # The figures of this step: the loop waits here for the device.
+                        scalars = self._settle(pending, 0) | meter.read()
+                        scalars['epoch'] = done / plan.steps_per_epoch
+                        self.logbook.write_scalars(done, scalars)
+                        bar.line(_line(scalars, plan.total_steps - done))
+                    evaluating = self.val_source is not None and (
+                        done % plan.eval_every == 0 or done == plan.total_steps
+                    )
+                    if evaluating:
+                        self._settle(pending, 0)
+                        with meter.pause():
+                            result = self._evaluate(state, done)
+                        bar.line(_eval_line(result))
+                    stopped = stop.reached(done) and done < plan.total_steps
+                    due = done % config.checkpoint.every_steps == 0
+                    if evaluating or due or stopped or done == plan.total_steps:
+                        self._settle(pending, 0)  # nothing that is not a number is saved
+                        top1 = result.top1 if evaluating and result else None
+                        self.checkpoints.save(state, self.metadata, top1)
+                    if stopped:
+                        bar.line(f'SIGTERM: saved step {done}; the same command continues')
+                        break
+            self.checkpoints.wait()
+        finally:
+            stop.restore()
+            batches.close()
+            self.num_bad_videos = len(bad_videos)
+        if result is None and self.val_source is not None and not stopped:
+            result = self._evaluate(state, plan.total_steps)  # the run was complete already
+        return state, result, stopped
+
+    def _settle(
+        self, pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]], keep: int
+    ) -> dict[str, float]:
+        """Waits for all but the newest `keep` steps; the figures of the last one waited for."""
+        scalars: dict[str, float] = {}
+        while len(pending) > keep:
+            number, names, metrics = pending.popleft()
+            scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not scalars.pop('finite'):
+                clips = [f'{i} {path}' for i, path in zip(names['index'], names['path'])]
+                raise NonFiniteError(
+                    f'step {number}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]}. '
+                    f'The run stopped; the newest checkpoint is from before. Records of this '
+                    f'batch on this host: {clips}. Lower optimizer.peak_lr, set '
+                    'optimizer.clip_norm, or look at these videos.'
+                )
+        return scalars
+
+    def _evaluate(self, state: step.TrainState, done: int) -> EvalResult:
+        config = self.config
+        total = math.ceil(len(self.val_source) / config.eval.batch_size)
+        with Bar('evaluate', total) as bar:
+            result = evaluate(
+                self.eval_step,
+                state.eval_variables,
+                self.frozen,
+                self.val_source,
+                experiment.eval_reader(config),
+                self.mesh,
+                batch_size=config.eval.batch_size,
+                num_threads=config.data.num_threads,
+                allow_bad_videos=config.eval.allow_bad_videos,
+                on_batch=lambda batch, _: bar.update(batch),
+            )
+        self.logbook.write_scalars(
+            done, {f'val_{name}': value for name, value in result.scalars().items()}
+        )
+        return result
+
+
+class _Meter:
+    """Splits time into waiting for data and the rest."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps = 0
+        self._waited = self._paused = 0.0
+        self._since = time.monotonic()
+
+    def waiting(self) -> _Timer:
+        return _Timer(self, '_waited')
+
+    def pause(self) -> _Timer:
+        return _Timer(self, '_paused')
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last reading: clips a second, seconds a step by kind."""
+        spent = time.monotonic() - self._since - self._paused
+        steps = max(self.steps, 1)
+        figures = {
+            'clips_per_second': self._batch_size * steps / spent,
+            'step_seconds': spent / steps,
+            'data_wait_seconds': self._waited / steps,
+            'compute_seconds': (spent - self._waited) / steps,
+        }
+        self._reset()
+        return figures
+
+
+class _Timer:
+    def __init__(self, meter: _Meter, field: str):
+        self._meter, self._field = meter, field
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        spent = time.monotonic() - self._start
+        setattr(self._meter, self._field, getattr(self._meter, self._field) + spent)
+
+
+def _line(scalars: dict[str, float], steps_left: int) -> str:
+    return (
+        f'epoch {scalars["epoch"]:.2f}  loss {scalars["loss"]:.4f}  '
+        f'lr {scalars["learning_rate"]:.2e}  {scalars["clips_per_second"]:.1f} clips/s  '
+        f'step {scalars["step_seconds"]:.3f} s (data {scalars["data_wait_seconds"]:.3f})  '
+        f'ETA {duration(scalars["step_seconds"] * steps_left)}'
+    )
+
+
+def _eval_line(result: EvalResult) -> str:
+    bad = f', {len(result.bad_videos)} unreadable' if result.bad_videos else ''
+    return (
+        f'validation: top-1 {100 * result.top1:.2f} %  top-5 {100 * result.top5:.2f} %  '
+        f'mean class {100 * result.mean_class_accuracy:.2f} %  '
+        f'({result.num_videos} videos{bad}, {result.seconds:.1f} s)'
+    )
