@@ -72,10 +72,20 @@ class _Row:
     end: float | None = None
 
 
-class _Classes:
-    """The classes of one head: names in order, and what a list may call them."""
+class ClassMap:
+    """The classes of one head: names in order, and what a list may call them.
+
+    Attributes:
+      names: class names by index.
+      where: the file they come from, for messages.
+    """
 
     def __init__(self, names: Sequence[str], ids: Sequence[int], where: str):
+        """Numbers the classes in the given order; `ids` are the numbers that lists use for them.
+
+        Raises:
+          ValueError: if a name or an id is repeated or a name is empty.
+        """
         for name in names:
             if not name:
                 raise ValueError(f'{where}: empty class name')
@@ -89,7 +99,7 @@ class _Classes:
         self._by_name = {name: k for k, name in enumerate(names)}
 
     def find(self, label: str, where: str) -> int:
-        """Class index of an id or a name in a list."""
+        """Class index of a name or an id in a list; raises ValueError beginning with `where`."""
         if label in self._by_name:
             return self._by_name[label]
         number = _integer(label)
@@ -137,7 +147,7 @@ def _read_json(path: Path):
         raise ValueError(f'{path}:{error.lineno}: not valid JSON: {error.msg}') from error
 
 
-def read_label_map(path: str | os.PathLike) -> _Classes:
+def read_label_map(path: str | os.PathLike) -> ClassMap:
     """Reads class names and ids.
 
     Args:
@@ -174,7 +184,7 @@ def read_label_map(path: str | os.PathLike) -> _Classes:
         raise ValueError(f'{path}: no class names')
     pairs.sort(key=lambda pair: pair[0])
     ids, names = zip(*pairs)
-    return _Classes(names, ids, str(path))
+    return ClassMap(names, ids, str(path))
 
 
 def _label_pairs_json(path: Path) -> list[tuple[int, str]]:
@@ -531,16 +541,18 @@ def open_source(
         if len(row.labels) != num_heads or not row.path:
             raise ValueError(f'{row.where}: expected a path and {num_heads} label(s) as above it')
     maps = [label_map] if isinstance(label_map, (str, os.PathLike)) else list(label_map)
+    if maps == ['']:
+        # The subfolders are the classes, those without a video too.
+        maps = [path if list_format == 'folder' else ''] * num_heads
     counts = num_classes if isinstance(num_classes, tuple) else (num_classes,) * num_heads
-    if len(maps) != num_heads and maps != ['']:
-        raise ValueError(f'{path}: {num_heads} label(s) per video but {len(maps)} label maps')
-    if len(counts) != num_heads:
-        raise ValueError(f'{path}: {num_heads} label(s) per video but num_classes={num_classes}')
+    if len(maps) != num_heads or len(counts) != num_heads:
+        raise ValueError(
+            f'{path}: {num_heads} label(s) per video, but label_map has {len(maps)} and '
+            f'num_classes={num_classes}'
+        )
     heads = []
-    for head, (name, count) in enumerate(zip(maps * (num_heads if maps == [''] else 1), counts)):
+    for head, (name, count) in enumerate(zip(maps, counts)):
         classes = read_label_map(name) if name else _collect_classes(path, rows, head, count)
-        if list_format == 'folder' and not name:
-            classes = read_label_map(path)
         if count and len(classes.names) != count:
             raise ValueError(
                 f'{classes.where}: {len(classes.names)} classes, expected num_classes={count}'
@@ -563,15 +575,15 @@ def open_source(
     return VideoList(records, names if num_heads > 1 else names[0])
 
 
-def _collect_classes(path: Path, rows: Sequence[_Row], head: int, count: int) -> _Classes:
+def _collect_classes(path: Path, rows: Sequence[_Row], head: int, count: int) -> ClassMap:
     """Classes of a list that comes without a label map."""
     numbers = [_integer(row.labels[head]) for row in rows]
     if None in numbers:
         names = sorted({row.labels[head] for row in rows})
-        return _Classes(names, range(len(names)), str(path))
+        return ClassMap(names, range(len(names)), str(path))
     for row, number in zip(rows, numbers):
         if number < 0 or (count and number >= count):
             limit = f'0 to {count - 1}' if count else '0 or more'
             raise ValueError(f'{row.where}: label {number} is out of range, expected {limit}')
     names = [str(number) for number in range(count or max(numbers) + 1)]
-    return _Classes(names, range(len(names)), str(path))
+    return ClassMap(names, range(len(names)), str(path))
