@@ -113,6 +113,22 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
+class CentreCrop:
+    """Resizes the short side and cuts the centre, as the test view does; draws nothing.
+
+    Attributes:
+      image_size: height and width of the result in pixels.
+    """
+
+    image_size: int
+
+    def __call__(
+        self, video: np.ndarray, label: Label, rng: np.random.Generator
+    ) -> tuple[np.ndarray, Label]:
+        return ShortSideCrops(self.image_size)(video)[0], label
+
+
+@dataclass(frozen=True)
 class Grayscale:
     """Turns a whole clip grey (ITU-R 601 luma in all three channels) with some probability."""
 
