@@ -36,7 +36,6 @@ _FORMATS = (
     'mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,ivf,mxf,rm,dv,'
     'h264,hevc,m4v,obu,av1,wtv,swf,nut'
 )
-_IMAGE_CODECS = ('png', 'mjpeg', 'bmp', 'webp', 'tiff')
 # VP8 hides reference frames in packets of their own: packets are not frames.
 _COUNT_BY_DECODING = ('vp8',)
 # Decoders in which leaving out frames that are never referred to was checked to be exact.
