@@ -44,6 +44,6 @@ DATASETS: dict[str, DatasetInfo] = {
     'hmdb51': DatasetInfo(51, 'hmdb51', sampling='interval'),
     'epic_kitchens': DatasetInfo((97, 300), 'csv', sampling='interval'),
     # Directions are its classes.
-    'motion_clips': DatasetInfo(10, 'kinetics', flip=None, generate=motion_clips.generate),
+    'motion_clips': DatasetInfo(8, 'kinetics', flip=None, generate=motion_clips.generate),
     'custom': DatasetInfo(0, 'auto'),
 }

@@ -1,41 +1,37 @@
-"""The built-in data set: H.264 clips whose ten classes differ in the order of their frames only.
+"""The built-in data set: H.264 clips whose eight classes differ in the order of their frames only.
 
-Each clip shows five independent mechanisms, each in a window of its own (five random windows of a
-3 x 3 grid): an object that moves horizontally, one that moves vertically, one that turns, one that
-changes size, and a lamp that flashes a disc and a ring. A mechanism m has a phase in [0, 1) that
-decides its picture, and a clip of 2 S frames shows every mechanism at the S phases
+A clip shows four textured objects that move together over a plain ground; what leaves the frame at
+one side comes back at the other. It has two acts of n frames each: the objects go once around the
+frame to the right or to the left, and once around it down or up. A class says which way, and which
+act comes first: 'moves right, then down', 'moves down, then right', and so on. A clip is drawn in
+three steps:
 
-    P_m = {phase_m + k * cycles_m / S mod 1 : k = 0 .. S - 1},
+    picture, start (x, y)      drawn without regard to the class, x and y uniform over the columns
+                               and rows of the frame
+    horizontal act, frame k    the picture shifted by (x +- k * size / n, y),  k = 0 .. n - 1
+    vertical act, frame k      the picture shifted by (x, y +- k * size / n)
 
-whole periods of it, each phase held for two frames. A class is a pair (mechanism, direction). The
-mechanism of the class goes through P_m in order, upwards or downwards; each of the other four goes
-through its P_m in an order drawn uniformly from all S! orders.
+(modulo the size, the multiples of size / n rounded to pixels).
 
-Why no single frame, and no unordered set of frames, says anything about the class:
+What is uninformative, exactly:
 
-1. All draws of a clip (windows, textures, phase_m, cycles_m) are independent of the class, and the
-   mechanisms are independent of each other.
-2. Let slot j of the clip show phase number q_m(j) of mechanism m. For the other mechanisms q_m is a
-   uniform permutation of 0 .. S - 1. Let c be the mechanism of the class; q_c is the identity (or
-   the reversal, whose composition with the argument below is the same). Frames as a set are the
-   tuples (q_1(j), ..., q_5(j)) over j, and sorting the slots by q_c turns them into
-   (q_1(q_c^-1(i)), ..., i, ..., q_5(q_c^-1(i))): for the other four mechanisms a uniform
-   permutation composed with a fixed one, so again four independent uniform permutations.
-3. So the set is distributed like S tuples that match five orderings of 0 .. S - 1 at random: each
-   set of S tuples in which every mechanism takes every number once has probability 1 / (S!)^4. That
-   law does not mention c or the direction. A classifier that ignores the order of the frames of a
-   whole clip is therefore at chance, 1 / 10, whatever it computes and however it was trained.
-4. The files keep this property: each slot is an intra frame at a constant quantiser and a copy that
-   is predicted from it alone, so the decoded pictures are a function of the drawn one. (Prediction
-   from slot to slot would fit a coherent mechanism better than a shuffled one, and its sharpness
-   would give the class away.)
+1. The unordered set of frames. An act is a whole turn, so that both directions visit the same n
+   shifts, once each, and the next act begins at the start again. The 2 n frames are therefore the
+   same pictures for all eight classes, whatever the draws. A classifier that ignores the order of
+   the frames, such as one on the mean of their features, sees eight identical clips with eight
+   labels: it is at chance, 1 / 8, whatever it computes and however it was trained.
+2. The frames that evaluation samples. Segment sampling of n of 2 n frames takes the odd k of each
+   act, and k -> n - k maps odd to odd (n is even): again the same pictures for all classes.
+3. Every single frame, even with its time known. At any time the shift is the uniform start plus a
+   constant modulo the size: uniform, whatever the class.
+4. The files. Every frame is an intra frame coded at a constant quantiser, so the decoded picture
+   is a function of the drawn one alone. (Predicted frames would be sharper or softer by the motion
+   that leads to them.)
 
-The statement is about samples that hold every slot equally often. Segment sampling of S of 2 S
-frames takes the second frame of every slot in evaluation, so there it is exact. In training each
-position is jittered inside its segment, so a slot may be missed and its neighbour be taken twice;
-what a model picks up from that cannot help it in evaluation.
-
-Single frames are uninformative for any sampling: one frame shows five independent uniform phases.
+Not covered: in training each position is jittered inside its segment, so the sampled frames of one
+clip differ at random between epochs. By 3 each of them alone says nothing, and what a classifier
+makes of their combination without the order cannot help it in evaluation, by 2. Two frames whose
+times are known do tell the class: that is the task.
 """
 
 import json
@@ -55,22 +51,17 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 CLASS_NAMES = (
-    'moving right',
-    'moving left',
-    'moving down',
-    'moving up',
-    'turning clockwise',
-    'turning counter-clockwise',
-    'approaching',
-    'receding',
-    'disc flash then ring flash',
-    'ring flash then disc flash',
+    'moves right, then down',
+    'moves down, then right',
+    'moves right, then up',
+    'moves up, then right',
+    'moves left, then down',
+    'moves down, then left',
+    'moves left, then up',
+    'moves up, then left',
 )
-MECHANISMS = ('horizontal', 'vertical', 'rotation', 'zoom', 'lamp')
-GRID = 3
-HOLD = 2  # frames per slot
-CYCLES = (1, 2)  # whole periods in a clip
-FORMAT_VERSION = 1  # raise when the pixels of a clip change: sets of another version are not reused
+NUM_OBJECTS = 4
+FORMAT_VERSION = 2  # raise when the pixels of a clip change: sets of another version are not reused
 SPLITS = ('train', 'val')
 
 
@@ -79,44 +70,45 @@ class ClipPlan:
     """Everything that decides the pixels of one clip.
 
     Attributes:
-      label: class, 0 to 9; mechanism `label // 2`, upwards if `label % 2 == 0`.
-      phases: (5, S) float64 in [0, 1), the phase of each mechanism in each slot.
-      cells: (5,) int64, the window of each mechanism, 0 to 8 in reading order, all different.
-      appearance: seed of textures, shapes and colours.
+      label: class, 0 to 7: 4 * leftwards + 2 * upwards + whether the vertical act comes first.
+      shifts: (num_frames, 2) int64, right and down, in pixels modulo the size of the frame.
+      appearance: seed of shapes, textures, colours and places.
     """
 
     label: int
-    phases: np.ndarray
-    cells: np.ndarray
+    shifts: np.ndarray
     appearance: int
 
 
-def plan_clip(seed: int, split: str, index: int, num_frames: int, label: int) -> ClipPlan:
-    """Draws a clip; the draws are the same for every label, only the order of phases differs.
+def plan_clip(
+    seed: int, split: str, index: int, num_frames: int, size: int, label: int
+) -> ClipPlan:
+    """Draws a clip; the draws are the same for every label, only the order of shifts differs.
 
     Args:
       seed: seed of the data set.
       split: 'train' or 'val'.
       index: number of the clip in its split.
-      num_frames: frames in the clip, a multiple of 2.
-      label: class, 0 to 9.
+      num_frames: frames in the clip, a multiple of 4.
+      size: height and width of the frames in pixels.
+      label: class, 0 to 7.
 
     Returns:
-      The plan of the clip, with `num_frames // 2` slots.
+      The plan of the clip.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    num_slots = num_frames // HOLD
-    start = rng.random(len(MECHANISMS))
-    cycles = rng.choice(CYCLES, len(MECHANISMS))
-    orders = np.stack([rng.permutation(num_slots) for _ in MECHANISMS])
-    cells = rng.permutation(GRID * GRID)[: len(MECHANISMS)]
+    start = rng.integers(size, size=2)
     appearance = int(rng.integers(2**31))
 
-    upwards = np.arange(num_slots)
-    orders[label // 2] = upwards if label % 2 == 0 else upwards[::-1]
-    # In integer steps of the clip, so that a phase is the same number wherever it is visited.
-    phases = (start[:, None] + (orders * cycles[:, None] % num_slots) / num_slots) % 1.0
-    return ClipPlan(label, phases, cells, appearance)
+    turn = num_frames // 2
+    acts = np.zeros((2, turn, 2), np.int64)
+    for axis, backwards in enumerate((label & 4, label & 2)):
+        steps = np.arange(turn)
+        # Rounded after the sign is taken off, so that both directions visit the same pixels.
+        steps = -steps % turn if backwards else steps
+        acts[axis, :, axis] = np.rint(steps * size / turn).astype(np.int64)
+    ordered = acts[::-1] if label & 1 else acts
+    return ClipPlan(label, (start + ordered.reshape(num_frames, 2)) % size, appearance)
 
 
 def _texture(rng: np.random.Generator, size: int, coarse: int) -> np.ndarray:
@@ -147,100 +139,55 @@ def _sprite(rng: np.random.Generator, size: int, radius: float) -> np.ndarray:
     return np.dstack([np.clip(colour, 0, 255), alpha]).astype(np.float32)
 
 
-def _warp(sprite: np.ndarray, degrees: float, scale: float) -> np.ndarray:
-    """Turns clockwise by `degrees` and scales about the centre of the window."""
-    centre = (sprite.shape[0] - 1) / 2
-    matrix = cv2.getRotationMatrix2D((centre, centre), -degrees, scale)
-    size = sprite.shape[:2]
-    return cv2.warpAffine(
-        sprite, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
-
-
-def _lamp(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Disc flash, ring flash and dark lamp, (size, size, 4) float32 RGBA each."""
-    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
-    distance = np.hypot(rows, columns)
-    light = rng.uniform(200, 255, 3)
-    dark = rng.uniform(20, 60, 3)
-    radius = 0.42 * size
-    inside = np.clip(radius - distance + 0.5, 0, 1)[..., None]
-    core = np.clip(0.5 * radius - distance + 0.5, 0, 1)[..., None]
-    rim = np.clip(distance - 0.65 * radius + 0.5, 0, 1)[..., None] * inside
-    disc = np.dstack([dark + (light - dark) * core, inside])
-    ring = np.dstack([dark + (light - dark) * rim, inside])
-    off = np.dstack([np.broadcast_to(dark, (size, size, 3)), inside])
-    return tuple(picture.astype(np.float32) for picture in (disc, ring, off))
-
-
-def _pictures(mechanism: str, phases: np.ndarray, rng: np.random.Generator, size: int):
-    """One (size, size, 4) RGBA picture per phase; the picture is a function of the phase alone."""
-    if mechanism == 'lamp':
-        disc, ring, off = _lamp(rng, size)
-        return [disc if p < 0.25 else ring if p < 0.5 else off for p in phases]
-    if mechanism == 'rotation':
-        sprite = _sprite(rng, size, 0.48 * size)
-        return [_warp(sprite, 360 * p, 1.0) for p in phases]
-    if mechanism == 'zoom':
-        sprite = _sprite(rng, size, 0.48 * size)
-        return [_warp(sprite, 0, 0.25 * 4.0**p) for p in phases]
-    axis = 1 if mechanism == 'horizontal' else 0
-    sprite = _sprite(rng, size, 0.34 * size)
-    return [np.roll(sprite, round(p * size) % size, axis) for p in phases]
+def _picture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Objects on a plain ground, (size, size, 3) uint8; opposite sides of the picture join."""
+    picture = np.empty((size, size, 3), np.float32)
+    picture[:] = rng.uniform(50, 130, 3)
+    box = size // 2
+    for k in range(NUM_OBJECTS):  # one in each quarter, off its centre
+        radius = 0.2 * size * rng.uniform(0.9, 1.2)
+        layer = np.zeros((size, size, 4), np.float32)
+        layer[:box, :box] = _sprite(rng, box, radius)
+        corner = np.array(divmod(k, 2)) * box + rng.uniform(-0.08, 0.08, 2) * size
+        layer = np.roll(layer, np.rint(corner).astype(int), (0, 1))
+        picture += (layer[..., :3] - picture) * layer[..., 3:]
+    return (picture + 0.5).astype(np.uint8)
 
 
 def render_clip(plan: ClipPlan, size: int) -> np.ndarray:
-    """Draws the slots of a clip.
+    """Draws the frames of a clip.
 
     Args:
       plan: what to draw.
-      size: height and width of the frames in pixels, a multiple of 6.
+      size: height and width of the frames in pixels, as in the plan.
 
     Returns:
-      (S, size, size, 3) uint8 RGB, one picture per slot.
+      (num_frames, size, size, 3) uint8 RGB.
     """
-    rng = np.random.default_rng(plan.appearance)
-    cell = size // GRID
-    num_slots = plan.phases.shape[1]
-    background = np.clip(rng.uniform(70, 185, 3) + 35 * _texture(rng, size, 9), 0, 255)
-    background = background.astype(np.float32)
-    for k in range(GRID):  # thin frames around the windows
-        background[k * cell] *= 0.6
-        background[:, k * cell] *= 0.6
-    slots = np.repeat(background.round().astype(np.uint8)[None], num_slots, 0)
-    for mechanism, phases, position in zip(MECHANISMS, plan.phases, plan.cells):
-        row, column = divmod(int(position), GRID)
-        # One pixel of the window frame stays visible.
-        top, left, inner = row * cell + 1, column * cell + 1, cell - 1
-        behind = background[top : top + inner, left : left + inner]
-        pictures = np.stack(_pictures(mechanism, phases, rng, inner))
-        blended = behind + (pictures[..., :3] - behind) * pictures[..., 3:]
-        slots[:, top : top + inner, left : left + inner] = (blended + 0.5).astype(np.uint8)
-    return slots
+    picture = _picture(np.random.default_rng(plan.appearance), size)
+    return np.stack([np.roll(picture, (down, right), (0, 1)) for right, down in plan.shifts])
 
 
-def write_clip(path: Path, slots: np.ndarray, fps: int) -> None:
-    """Writes H.264 in an mp4, each picture for two frames: an intra frame and a copy of it.
+def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Writes H.264 in an mp4: intra frames only, constant quantiser, one thread.
 
     Args:
       path: the file to write.
-      slots: (S, H, W, 3) uint8 RGB, H and W even.
+      frames: (T, H, W, 3) uint8 RGB, H and W even.
       fps: frames per second.
     """
     with av.open(str(path), 'w', format='mp4') as container:
         stream = container.add_stream('libx264', rate=fps)
-        stream.height, stream.width = slots.shape[1:3]
+        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = 'yuv420p'
         stream.time_base = Fraction(1, fps)
         stream.codec_context.thread_count = 1
-        stream.options = {'preset': 'ultrafast', 'qp': '26', 'g': str(HOLD), 'bf': '0'}
+        stream.options = {'preset': 'ultrafast', 'qp': '26', 'g': '1', 'bf': '0'}
         reformatter = VideoReformatter()
-        for slot, picture in enumerate(slots):
+        for picture in frames:
             frame = av.VideoFrame.from_ndarray(picture, format='rgb24')
             frame = reformatter.reformat(frame, format='yuv420p', threads=1)
-            for k in range(HOLD):
-                frame.pts = slot * HOLD + k
-                container.mux(stream.encode(frame))
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
@@ -274,7 +221,7 @@ def generate(
     out_dir: str | os.PathLike,
     num_train: int = 1000,
     num_val: int = 200,
-    size: int = 96,
+    size: int = 48,
     num_frames: int = 32,
     fps: int = 16,
     seed: int = 0,
@@ -291,8 +238,8 @@ def generate(
         paths relative to the folder), labels.txt and meta.json.
       num_train: training clips; classes are balanced to within one clip.
       num_val: validation clips.
-      size: frame height and width in pixels, a multiple of 6.
-      num_frames: frames per clip, a multiple of 2 and at least 8.
+      size: frame height and width in pixels, a multiple of 8.
+      num_frames: frames per clip, a multiple of 4 and at least 8.
       fps: frames per second.
       seed: seed of all draws.
       num_threads: clips written at the same time.
@@ -304,10 +251,10 @@ def generate(
     Raises:
       ValueError: if an argument is out of range or the folder holds something else.
     """
-    if size % 6 or size < 48:
-        raise ValueError(f'size={size} must be a multiple of 6 and at least 48 pixels')
-    if num_frames % HOLD or num_frames < 8:
-        raise ValueError(f'num_frames={num_frames} must be a multiple of {HOLD} and at least 8')
+    if size % 8 or size < 32:
+        raise ValueError(f'size={size} must be a multiple of 8 and at least 32 pixels')
+    if num_frames % 4 or num_frames < 8:
+        raise ValueError(f'num_frames={num_frames} must be a multiple of 4 and at least 8')
     if num_train < 1 or num_val < 1:
         raise ValueError(f'num_train={num_train} and num_val={num_val} must be at least 1')
     out_dir = Path(out_dir)
@@ -351,9 +298,9 @@ def _write_set(
 
     def write(clip: tuple[str, int]) -> str:
         split, index = clip
-        # Balanced: every run of ten clips holds each class once.
+        # Balanced: every run of eight clips holds each class once.
         label = index % len(CLASS_NAMES)
-        plan = plan_clip(meta['seed'], split, index, meta['num_frames'], label)
+        plan = plan_clip(meta['seed'], split, index, meta['num_frames'], meta['size'], label)
         name = f'{split}/{index:06d}.mp4'
         write_clip(folder / name, render_clip(plan, meta['size']), meta['fps'])
         return f'{name} {label}'

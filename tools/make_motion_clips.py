@@ -10,17 +10,16 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from input_pipeline import motion_clips
 
-COLUMNS = 8  # frames of a clip on the contact sheet
+COLUMNS = 16  # frames of a clip on the contact sheet
 
 
 def draw_contact_sheet(out_dir: Path, meta: dict) -> Path:
-    """Draws frames of one validation clip per class; the window of the class has a frame.
+    """Draws frames of one validation clip per class.
 
     Args:
       out_dir: folder of the data set.
@@ -30,29 +29,19 @@ def draw_contact_sheet(out_dir: Path, meta: dict) -> Path:
       The PNG that was written, OUT/contact_sheet.png.
     """
     classes = motion_clips.CLASS_NAMES[: meta['num_val']]
-    num_shown = min(COLUMNS, meta['num_frames'] // motion_clips.HOLD)
-    cell = meta['size'] // motion_clips.GRID
+    num_frames, size = meta['num_frames'], meta['size']
+    shown = range(0, num_frames, max(1, num_frames // COLUMNS))
     height = 0.4 + 1.4 * len(classes)
-    figure = Figure(figsize=(1.2 * COLUMNS, height))
-    axes = figure.subplots(len(classes), num_shown, squeeze=False)
+    figure = Figure(figsize=(1.2 * len(shown), height))
+    axes = figure.subplots(len(classes), len(shown), squeeze=False)
     for label, row in enumerate(axes):
-        plan = motion_clips.plan_clip(meta['seed'], 'val', label, meta['num_frames'], label)
-        slots = motion_clips.render_clip(plan, meta['size'])
-        top, left = divmod(int(plan.cells[label // 2]), motion_clips.GRID)
-        for picture, axis in zip(slots, row):
-            axis.imshow(picture)
-            axis.add_patch(
-                Rectangle(
-                    (left * cell - 0.5, top * cell - 0.5), cell, cell, fill=False, color='yellow'
-                )
-            )
+        plan = motion_clips.plan_clip(meta['seed'], 'val', label, num_frames, size, label)
+        frames = motion_clips.render_clip(plan, size)
+        for k, axis in zip(shown, row):
+            axis.imshow(frames[k])
             axis.set_axis_off()
         row[0].set_title(f'{label}  {classes[label]}', loc='left', fontsize=9)
-    figure.suptitle(
-        f'frames 0, 2 .. {2 * num_shown - 2} of {meta["num_frames"]}; yellow (not in the clips): '
-        'the window that plays in order',
-        fontsize=9,
-    )
+    figure.suptitle(f'frames {shown[0]}, {shown[1]} .. {shown[-1]} of {num_frames}', fontsize=9)
     figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.3 / height))
     path = out_dir / 'contact_sheet.png'
     figure.savefig(path, dpi=110)
@@ -71,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in {
         'num_train': 'training clips',
         'num_val': 'validation clips',
-        'size': 'frame height and width in pixels, a multiple of 6',
-        'num_frames': 'frames per clip, even',
+        'size': 'frame height and width in pixels, a multiple of 8',
+        'num_frames': 'frames per clip, a multiple of 4',
         'fps': 'frames per second',
         'seed': 'seed of all draws',
         'num_threads': 'clips written at the same time',
