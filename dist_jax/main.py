@@ -67,6 +67,17 @@ examples:
 Without --config, the config comes from the run.
 """
 
+PREDICT_HELP = """\
+examples:
+  dist_jax predict --workdir=runs/b16 video.mp4
+  dist_jax predict --workdir=runs/b16 --output=pictures --json=top5.json videos/*.mp4
+  dist_jax predict --workdir=runs/b16 --labels=my_classes.txt --config.eval.fusion=0.5 video.mp4
+      choose among other class names, one a line, averaged with the frozen CLIP (text head only)
+
+Needs the run and its backbone, not the training data; if the backbone has moved, pass
+--config.backbone.checkpoint=FOLDER. Exit code 1: a video could not be read.
+"""
+
 
 class UsageError(Exception):
     """Wrong arguments; the message says which and what to do."""
@@ -233,6 +244,35 @@ def _evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+def _predict(argv: Sequence[str]) -> int:
+    parser = _parser('predict', 'Top-5 of single videos, with a picture of each.', PREDICT_HELP)
+    parser.add_argument('videos', nargs='+', metavar='VIDEO', help='video files')
+    parser.add_argument('--workdir', required=True, help='folder of the run')
+    parser.add_argument('--step', type=int, help='checkpoint to use; the newest by default')
+    parser.add_argument(
+        '--output', default='', help='folder of the pictures; WORKDIR/predictions by default'
+    )
+    parser.add_argument(
+        '--labels', default='', metavar='FILE', help='other class names; text head only'
+    )
+    parser.add_argument('--json', default='', metavar='FILE', help='write the top-5 as JSON')
+    rest, config_arguments = _split(argv)
+    arguments = parser.parse_args(rest)
+    from dist_jax import commands, predict
+
+    config = _read_config(config_arguments, commands.saved_config(arguments.workdir))
+    _start_jax()
+    return predict.run(
+        config,
+        arguments.workdir,
+        arguments.step,
+        arguments.videos,
+        arguments.output,
+        arguments.labels,
+        arguments.json,
+    )
+
+
 def _convert(argv: Sequence[str]) -> int:
     from tools import convert_checkpoint
 
@@ -249,6 +289,7 @@ def _check(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     'train': (_train, 'train a model, or continue a run'),
     'evaluate': (_evaluate, 'accuracy on a list, per class; zero-shot on another label set'),
+    'predict': (_predict, 'top-5 of single videos, with a picture of each'),
     'convert': (_convert, "turn CLIP or the authors' weights into ours, or ours into theirs"),
     'check': (_check, 'read every video of a list and report what cannot be read'),
 }
