@@ -415,6 +415,7 @@ class _Loop:
         config = self.config
         total = math.ceil(len(self.val_source) / config.eval.batch_size)
         with Bar('evaluate', total) as bar:
+            bar.line(f'{len(self.val_source)} videos')
             result = evaluate(
                 self.eval_step,
                 state.eval_variables,

@@ -1,0 +1,40 @@
+"""Settings of every test: CPU, quick compilation, a tiny data set and a tiny experiment."""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Tests compile far more than they compute.
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
+
+import pytest
+
+from configs import dist
+from input_pipeline import motion_clips
+
+
+@pytest.fixture(scope='session')
+def clips(tmp_path_factory):
+    """A folder with a few of the built-in clips: train.txt, val.txt, labels.txt."""
+    folder = tmp_path_factory.mktemp('clips') / 'motion'
+    motion_clips.generate(folder, num_train=18, num_val=10, size=48, num_frames=16)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(clips):
+    """DiST at the smallest sizes, on the clips: a step takes milliseconds."""
+    config = dist.get_config('demo')
+    config.data.update(
+        root=str(clips),
+        train_list='train.txt',
+        val_list='val.txt',
+        label_map='labels.txt',
+        num_frames=4,
+        image_size=48,
+    )
+    config.model.update(temporal_dim=8, head='linear', unroll=False)
+    config.update(batch_size=4, num_steps=6)
+    config.eval.update(batch_size=4, every_epochs=100.0)
+    config.checkpoint.every_steps = 2
+    config.log.update(every_steps=1, tensorboard=False)
+    return config

@@ -1,0 +1,186 @@
+"""The frozen towers: taps, ranges, precision, position tables, text."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dist_jax.models import clip
+from dist_jax.models.layers import resize_positions
+
+SPEC = clip.ClipSpec(32, 8, 32, 5, 2, 16, 24, 2, 2, vocab_size=50, context_length=8)
+
+
+@pytest.fixture(scope='module')
+def params():
+    return clip.init_params(jax.random.key(0), SPEC)
+
+
+@pytest.fixture(scope='module')
+def pixels():
+    return jax.random.normal(jax.random.key(1), (3, 32, 32, 3))
+
+
+@pytest.fixture(scope='module')
+def everything(params, pixels):
+    blocks = tuple(range(SPEC.depth))
+    taps = clip.Taps(outputs=blocks, attention=blocks, stem=True, embedding=True)
+    return encode(params, pixels, SPEC, taps)
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'taps', 'unroll'))
+def encode(params, pixels, spec, taps, unroll=False):
+    return clip.encode_image(params['visual'], pixels, spec, taps, unroll=unroll)
+
+
+def test_shapes_of_all_taps(everything):
+    shapes = {name: value.shape for name, value in everything.items()}
+    assert shapes == {
+        'stem': (3, 17, 32),
+        'outputs': (5, 3, 17, 32),
+        'queries': (5, 3, 17, 2, 16),
+        'keys': (5, 3, 17, 2, 16),
+        'embedding': (3, 16),
+    }
+
+
+@pytest.mark.parametrize('unroll', [False, True])
+@pytest.mark.parametrize(
+    'taps',
+    [
+        clip.Taps(outputs=(4,)),
+        clip.Taps(outputs=(0, 2, 3), attention=(1, 3)),
+        clip.Taps(attention=(0,), stem=True),
+        clip.Taps(embedding=True),
+        clip.Taps(stem=True),
+    ],
+)
+def test_any_taps_equal_the_slices_of_all(params, pixels, everything, taps, unroll):
+    found = encode(params, pixels, SPEC, taps, unroll)
+    expected = {
+        'outputs': everything['outputs'][np.array(taps.outputs)] if taps.outputs else None,
+        'queries': everything['queries'][np.array(taps.attention)] if taps.attention else None,
+        'keys': everything['keys'][np.array(taps.attention)] if taps.attention else None,
+        'stem': everything['stem'] if taps.stem else None,
+        'embedding': everything['embedding'] if taps.embedding else None,
+    }
+    assert found.keys() == {name for name, value in expected.items() if value is not None}
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_blocks_after_the_last_tap_do_not_run(params, pixels):
+    def flops(taps):
+        run = jax.jit(lambda p, x: clip.encode_image(p, x, SPEC, taps, unroll=True))
+        return run.lower(params['visual'], pixels).compile().cost_analysis()['flops']
+
+    assert flops(clip.Taps(outputs=(0,))) < 0.35 * flops(clip.Taps(outputs=(4,)))
+
+
+@pytest.mark.parametrize(
+    ('taps', 'message'),
+    [
+        (clip.Taps(outputs=(5,)), 'blocks 0..4'),
+        (clip.Taps(attention=(-1,)), 'blocks 0..4'),
+        (clip.Taps(outputs=(2, 1)), 'increasing'),
+    ],
+)
+def test_wrong_taps_are_named(params, pixels, taps, message):
+    with pytest.raises(ValueError, match=message):
+        clip.encode_image(params['visual'], pixels, SPEC, taps)
+
+
+def test_wrong_image_size_is_named(params):
+    with pytest.raises(ValueError, match='image_size=32'):
+        clip.encode_image(
+            params['visual'], jnp.zeros((1, 48, 48, 3)), SPEC, clip.Taps(embedding=True)
+        )
+
+
+def test_bfloat16_keeps_norms_in_float32(params, pixels, everything):
+    cast = clip.cast(params, jnp.bfloat16)
+    assert cast['visual']['ln_pre']['bias'].dtype == jnp.float32
+    assert cast['visual']['blocks']['ln_1']['scale'].dtype == jnp.float32
+    assert cast['visual']['blocks']['attn']['qkv']['bias'].dtype == jnp.bfloat16
+    assert cast['logit_scale'].dtype == jnp.float32
+    taps = clip.Taps(outputs=(4,), embedding=True)
+    found = encode(cast, pixels.astype(jnp.bfloat16), SPEC, taps)
+    assert found['outputs'].dtype == jnp.bfloat16 and found['embedding'].dtype == jnp.float32
+    scale = np.abs(everything['embedding']).max()
+    assert np.abs(found['embedding'] - everything['embedding']).max() < 0.05 * scale
+
+
+def test_normalize_is_clips_standardisation():
+    video = jnp.asarray([[[[0, 128, 255]]]], jnp.uint8)
+    expected = (np.array([0, 128, 255]) / 255 - clip.PIXEL_MEAN) / clip.PIXEL_STD
+    np.testing.assert_allclose(clip.normalize(video)[0, 0, 0], expected, rtol=1e-5)
+
+
+def test_gelu_and_quick_gelu_differ(params, pixels, everything):
+    exact = dataclasses.replace(SPEC, activation='gelu')
+    taps = clip.Taps(embedding=True)
+    found = encode(params, pixels, exact, taps)['embedding']
+    assert np.abs(found - everything['embedding']).max() > 1e-3
+
+
+def test_text_reads_the_end_token_and_ignores_what_follows(params):
+    tokens = jnp.asarray([[1, 5, 49, 0, 0, 0, 0, 0], [1, 6, 7, 49, 0, 0, 0, 0]])
+    found = clip.encode_text(params['text'], tokens, SPEC)
+    padded_differently = tokens.at[0, 3:].set(3)
+    again = clip.encode_text(params['text'], padded_differently, SPEC)
+    assert found.shape == (2, 16)
+    np.testing.assert_allclose(found[0], again[0], rtol=1e-5, atol=1e-6)
+    shorter = clip.encode_text(params['text'], tokens[:, :4], SPEC)
+    np.testing.assert_allclose(found, shorter, rtol=1e-5, atol=1e-6)
+
+
+def test_too_long_text_is_an_error(params):
+    with pytest.raises(ValueError, match='at most 8'):
+        clip.encode_text(params['text'], jnp.zeros((1, 9), jnp.int32), SPEC)
+
+
+def test_resized_positions_keep_class_row_and_planes():
+    rows, columns = np.mgrid[:4, :4]
+    plane = np.stack([rows, columns], -1).reshape(16, 2).astype(np.float32)
+    table = np.concatenate([[[7.0, -7.0]], plane]).astype(np.float32)
+    same = resize_positions(table, (4, 4))
+    np.testing.assert_array_equal(same, table)
+    larger = resize_positions(table, (8, 6))
+    assert larger.shape == (49, 2)
+    np.testing.assert_array_equal(larger[0], table[0])
+    grid = larger[1:].reshape(8, 6, 2)
+    # What torch's interpolate(mode='bicubic', align_corners=False) gives for a ramp: with
+    # a = -0.75 the kernel does not reproduce it exactly.
+    np.testing.assert_allclose(grid[3:5, 2, 0], [1.296875, 1.703125], atol=1e-6)
+    constant = resize_positions(np.full((17, 3), 2.5), (7, 7))
+    np.testing.assert_allclose(constant, 2.5, rtol=1e-6)
+
+
+def test_positions_of_no_square_are_refused():
+    with pytest.raises(ValueError, match='1 \\+ a square'):
+        resize_positions(np.zeros((18, 3)), (4, 4))
+
+
+def test_published_sizes():
+    def count(name):
+        return sum(x.size for x in jax.tree.leaves(clip.abstract_params(clip.SPECS[name])))
+
+    # Image and text tower of the released models.
+    assert {name: count(name) for name in clip.SPECS if name != 'tiny'} == {
+        'vit_b32': 151_277_313,
+        'vit_b16': 149_620_737,
+        'vit_l14': 427_616_513,
+        'vit_l14_336': 427_944_193,
+    }
+
+
+def test_bad_geometry_is_named():
+    with pytest.raises(ValueError, match='patch_size=7'):
+        dataclasses.replace(SPEC, patch_size=7)
+    with pytest.raises(ValueError, match='activation'):
+        dataclasses.replace(SPEC, activation='relu')
+    with pytest.raises(ValueError, match='num_heads=3'):
+        dataclasses.replace(SPEC, num_heads=3)

@@ -1,0 +1,197 @@
+"""DiST: shapes, options, gradients. Agreement with the authors is tested through check_parity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dist_jax.models import clip, dist
+
+SPEC = clip.ClipSpec(16, 8, 32, 3, 1, 24, 16, 1, 1, vocab_size=20, context_length=6)
+OPTIONS = {
+    'num_classes': (4,),
+    'num_frames': 4,
+    'dtype': jnp.float32,
+    'integration_dim': 64,
+    'temporal_dim': 8,
+    'ada_pooling_layers': 1,
+}
+
+
+@pytest.fixture(scope='module')
+def backbone():
+    return clip.init_params(jax.random.key(0), SPEC)
+
+
+def video(num_frames=4, clips=2):
+    return jax.random.normal(jax.random.key(1), (clips, num_frames, 16, 16, 3))
+
+
+def tokens(*counts):
+    return tuple(
+        jax.random.randint(jax.random.key(i), (count, 6), 1, 20) for i, count in enumerate(counts)
+    )
+
+
+def run(backbone, **options):
+    """(model, frozen, features, variables, outputs) of a build with these options."""
+    options = OPTIONS | options
+    model = dist.build(SPEC, **options)
+    frozen = jax.jit(model.prepare)(backbone, tokens(*options['num_classes']))
+    features = jax.jit(model.features)(frozen, video(options['num_frames']))
+    variables = jax.jit(model.net.init)(jax.random.key(2), features)
+    return model, frozen, features, variables, jax.jit(model.net.apply)(variables, features)
+
+
+@pytest.fixture(scope='module')
+def plain(backbone):
+    return run(backbone)
+
+
+def test_outputs(plain):
+    *_, outputs = plain
+    assert outputs['embedding'].shape == (2, 24)
+    assert [logits.shape for logits in outputs['logits']] == [(2, 4)]
+    assert outputs['logits'][0].dtype == jnp.float32
+    # Cosine times the scale of 100.
+    assert np.abs(outputs['logits'][0]).max() <= 100.01
+
+
+@pytest.mark.parametrize(
+    'changed', [{'unroll': True}, {'remat': True}, {'unroll': True, 'remat': True}]
+)
+def test_scan_and_remat_change_nothing(plain, changed):
+    model, _, features, variables, _ = plain
+    other = dist.build(SPEC, **OPTIONS, **changed)
+
+    def loss(net):
+        return lambda p: (net.apply(p, features)['logits'][0] ** 2).mean()
+
+    (value, ours), (other_value, theirs) = (
+        jax.jit(jax.value_and_grad(loss(m.net)))(variables) for m in (model, other)
+    )
+    np.testing.assert_allclose(value, other_value, rtol=1e-5)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max() + 1e-7)
+
+
+def test_selected_layers_read_those_blocks(backbone, plain):
+    _, _, all_features, _, _ = plain
+    _, _, features, variables, _ = run(backbone, selected_layers=(0, 2))
+    np.testing.assert_allclose(features['taps'], all_features['taps'][np.array([0, 2])], atol=1e-5)
+    assert variables['params']['layers']['input_linear']['kernel'].shape[0] == 1
+
+
+def test_one_layer_has_no_stack(backbone):
+    *_, variables, outputs = run(backbone, selected_layers=(1,))
+    assert 'layers' not in variables['params'] and 'last_layer' in variables['params']
+    assert np.isfinite(outputs['logits'][0]).all()
+
+
+def test_backbone_sees_every_alpha_th_frame(plain):
+    model, frozen, features, *_ = plain
+    other = video().at[:, 1::2].set(0.0)
+    np.testing.assert_array_equal(features['taps'], jax.jit(model.features)(frozen, other)['taps'])
+    assert features['taps'].shape[:3] == (3, 2, 2)
+
+
+def test_no_gradient_reaches_the_backbone(plain):
+    model, frozen, _, variables, _ = plain
+
+    def loss(frozen):
+        return model.net.apply(variables, model.features(frozen, video()))['logits'][0].sum()
+
+    grads = jax.jit(jax.grad(loss))(frozen)
+    assert all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_only_the_last_integration_map_has_no_gradient(plain):
+    model, _, features, variables, _ = plain
+    loss = lambda p: (model.net.apply(p, features)['logits'][0] ** 2).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(variables)
+    silent = {
+        jax.tree_util.keystr(path, simple=True, separator='/')
+        for path, g in jax.tree_util.tree_leaves_with_path(grads['params'])
+        if not np.any(g)
+    }
+    assert silent == {
+        'last_layer/integration2temporal/kernel',
+        'last_layer/integration2temporal/bias',
+    }
+
+
+def test_order_of_frames_matters(plain):
+    model, frozen, _, variables, outputs = plain
+    reversed_features = jax.jit(model.features)(frozen, video()[:, ::-1])
+    other = jax.jit(model.net.apply)(variables, reversed_features)
+    assert np.abs(other['embedding'] - outputs['embedding']).max() > 1e-4
+
+
+def test_linear_and_two_label_columns(backbone):
+    *_, variables, outputs = run(backbone, head='linear', num_classes=(3, 5))
+    assert [logits.shape for logits in outputs['logits']] == [(2, 3), (2, 5)]
+    assert variables['params']['head']['column_1']['classifier']['kernel'].shape == (24, 5)
+    _, frozen, *_, outputs = run(backbone, num_classes=(3, 5))
+    assert [text.shape for text in frozen['text']] == [(3, 24), (5, 24)]
+    assert [logits.shape for logits in outputs['logits']] == [(2, 3), (2, 5)]
+
+
+def test_frozen_logits_are_the_mean_cosine_of_the_frames(backbone, plain):
+    model, frozen, *_ = plain
+    frames = video()[:, ::2].reshape(-1, 16, 16, 3)
+    embedding = clip.encode_image(backbone['visual'], frames, SPEC, clip.Taps(embedding=True))
+    unit = clip.l2_normalize(embedding['embedding'])
+    text = clip.l2_normalize(clip.encode_text(backbone['text'], tokens(4)[0], SPEC))
+    expected = (100 * unit @ text.T).reshape(2, 2, 4).mean(1)
+    found = jax.jit(model.frozen_logits)(frozen, video())[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('size', [(5, 3), (3, 5)])
+def test_time_conv_equals_a_convolution(size):
+    kernel_size, frames = size
+    x = jax.random.normal(jax.random.key(0), (2, frames, 3, 4))
+    conv = dist.TimeConv(6, kernel_size, jnp.float32)
+    variables = conv.init(jax.random.key(1), x)
+    kernel = variables['params']['kernel']
+    expected = jax.lax.conv_general_dilated(
+        x, kernel[:, None], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    np.testing.assert_allclose(conv.apply(variables, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_space_conv_equals_a_convolution():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4, 6))
+    conv = dist.SpaceConv(7, jnp.float32)
+    variables = conv.init(jax.random.key(1), x)
+    expected = jax.lax.conv_general_dilated(
+        x.reshape(6, 5, 4, 6),
+        variables['params']['kernel'],
+        (1, 1),
+        'SAME',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    found = conv.apply(variables, x).reshape(6, 5, 4, 7)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'num_frames': 5}, 'num_frames=5'),
+        ({'integration_dim': 100}, 'integration_dim=100'),
+        ({'temporal_kernel': 4}, 'temporal_kernel=4'),
+        ({'head': 'cosine'}, "head='cosine'"),
+        ({'selected_layers': (0, 3)}, 'blocks 0..2'),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        dist.build(SPEC, **(OPTIONS | options))
+
+
+def test_clip_of_another_length_is_named(plain):
+    model, _, features, variables, _ = plain
+    with pytest.raises(ValueError, match='num_frames=4'):
+        model.net.apply(variables, features | {'video': video(8)})
