@@ -219,6 +219,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         'val_mean_class_accuracy': result.mean_class_accuracy if result else None,
         'num_bad_videos': run.num_bad_videos,
         'params_sha256': tree_sha256(state.params),
+        'num_classes': list(num_classes),
         'trainable_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
         'devices': mesh.size,
         'seconds': round(time.monotonic() - started, 2),
