@@ -1,0 +1,155 @@
+"""Predictions agree with the evaluation, and need the run and the backbone only."""
+
+import json
+import shutil
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from configs import dist as dist_config
+from dist_jax import commands, experiment, main, predict, step, train
+from dist_jax.evaluate import evaluate
+from dist_jax.sharding import make_mesh
+from input_pipeline import motion_clips
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """(workdir, videos, scores of the evaluation); the data folder that trained it is gone."""
+    folder = tmp_path_factory.mktemp('predict')
+    data = folder / 'data'
+    motion_clips.generate(data, num_train=8, num_val=3, size=48, num_frames=8)
+    config = dist_config.get_config('demo')
+    config.update(batch_size=8, num_steps=2)
+    config.data.update(
+        root=str(data),
+        train_list='train.txt',
+        label_map='labels.txt',
+        num_frames=4,
+        image_size=48,
+    )
+    config.model.update(head='text', integration_dim=64, temporal_dim=8, unroll=False)
+    config.eval.update(num_clips=2, batch_size=8)
+    config.optimizer.peak_lr = 1e-2  # scores that differ between videos
+    config.log.tensorboard = False
+    workdir = str(folder / 'run')
+    train.train(config, workdir)
+
+    mesh = make_mesh()
+    saved = commands.saved_config(workdir)
+    with saved.unlocked():
+        saved.data.val_list = 'val.txt'
+    source = experiment.open_split(saved, 'val')
+    trained = commands.load_trained(saved, workdir, None)
+    result = evaluate(
+        step.make_eval_step(trained.model, mesh),
+        trained.variables,
+        trained.frozen,
+        source,
+        experiment.eval_reader(saved),
+        mesh,
+        batch_size=8,
+        num_threads=1,
+        allow_bad_videos=False,
+    )
+    videos = folder / 'videos'
+    videos.mkdir()
+    paths = []
+    for i in range(len(source)):
+        paths.append(str(shutil.copy(source[i].path, videos / f'clip {i}.mp4')))
+    shutil.rmtree(data)
+    return workdir, paths, result.scores[0]
+
+
+@pytest.fixture
+def console(monkeypatch):
+    """Runs a command as the console does, where config flags look at the process's arguments."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['dist_jax', *arguments])
+        return main.main()
+
+    return call
+
+
+def test_scores_equal_those_of_the_evaluation(run):
+    workdir, paths, scores = run
+    config = commands.saved_config(workdir)
+    trained = commands.load_trained(config, workdir, None)
+    found = list(predict.predict_videos(trained, config, paths))
+    assert [prediction.path for prediction in found] == paths
+    for prediction, expected in zip(found, scores):
+        np.testing.assert_allclose(prediction.scores[0], expected, atol=1e-6)
+        assert prediction.video.shape == (2, 4, 48, 48, 3)
+        (ranking,) = prediction.top
+        assert ranking[0][0] == trained.class_names[0][int(expected.argmax())]
+        shares = [share for _, share in ranking]
+        assert len(shares) == 5 and shares == sorted(shares, reverse=True)
+    assert np.ptp(scores, axis=0).max() > 1e-4  # the videos are told apart at all
+
+
+def test_command_goes_on_after_an_unreadable_video(run, tmp_path, console, capsys):
+    workdir, paths, scores = run
+    broken = tmp_path / 'broken.mp4'
+    broken.write_bytes(b'nothing')
+    report = tmp_path / 'new' / 'top5.json'
+    output = tmp_path / 'pictures'
+    arguments = [f'--workdir={workdir}', f'--output={output}', f'--json={report}']
+    code = console('predict', *arguments, paths[0], str(broken), paths[1])
+    assert code == 1
+    out = capsys.readouterr().out
+    assert 'cannot be read' in out and 'not a video' in out
+    rows = json.loads(report.read_text())
+    assert [bool(row['error']) for row in rows] == [False, True, False]
+    assert rows[1]['top'] == [] and rows[1]['picture'] == ''
+    for row, expected in ((rows[0], scores[0]), (rows[2], scores[1])):
+        assert row['top'][0][0]['probability'] == pytest.approx(expected.max(), abs=1e-6)
+        assert row['top'][0][0]['label'] in out
+        sheet = cv2.imread(row['picture'])
+        assert sheet.shape[1] > 800 and sheet.std() > 5
+    assert sorted(file.name for file in output.iterdir()) == ['clip 0.png', 'clip 1.png']
+
+
+def test_other_labels_can_be_asked_for(run, tmp_path, console):
+    workdir, paths, _ = run
+    labels, report = tmp_path / 'labels.txt', tmp_path / 'top.json'
+    labels.write_text('running\nwalking\n')
+    code = console(
+        'predict',
+        f'--workdir={workdir}',
+        f'--labels={labels}',
+        f'--json={report}',
+        '--config.eval.num_clips=1',
+        '--config.eval.fusion=0.5',
+        paths[0],
+    )
+    assert code == 0
+    (row,) = json.loads(report.read_text())
+    assert row['picture'] == f'{workdir}/predictions/clip 0.png'
+    (ranking,) = row['top']
+    assert {entry['label'] for entry in ranking} == {'running', 'walking'}
+    assert sum(entry['probability'] for entry in ranking) == pytest.approx(1)
+
+
+def test_missing_run_is_named(tmp_path, capsys):
+    assert main.main(['predict', f'--workdir={tmp_path / "none"}', 'a.mp4']) in (1, 2)
+    assert 'none' in capsys.readouterr().err
+
+
+def test_two_videos_of_one_name_get_two_pictures():
+    names = predict.picture_names(['a/x.mp4', 'b/x.mp4', 'x.avi', 'y.mp4'])
+    assert names == ['x.png', 'x-2.png', 'x-3.png', 'y.png']
+
+
+def test_sheet_takes_any_views_frames_and_label_columns(tmp_path):
+    rng = np.random.default_rng(0)
+    ranking = tuple((f'$label {i}$ ' + 'long ' * 30, 0.2) for i in range(5))
+    for views, frames, columns in ((1, 1, 1), (3, 33, 2)):
+        video = rng.integers(0, 255, (views, frames, 32, 32, 3), np.uint8)
+        path = tmp_path / f'{frames}.png'
+        predict.write_contact_sheet(
+            path, predict.Prediction('v.mp4', (ranking,) * columns, (), video)
+        )
+        assert cv2.imread(str(path)).shape[1] > 800
