@@ -30,7 +30,7 @@ def run(tmp_path_factory):
         num_frames=4,
         image_size=48,
     )
-    config.model.update(head='text', integration_dim=64, temporal_dim=8, unroll=False)
+    config.model.update(head='text', temporal_dim=8)
     config.eval.update(num_clips=2, batch_size=8)
     config.optimizer.peak_lr = 1e-2  # scores that differ between videos
     config.log.tensorboard = False
