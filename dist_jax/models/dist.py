@@ -196,13 +196,25 @@ class TimeConv(nn.Module):
 
 
 def _conv_time(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Zero-padded cross-correlation of axis 1 of (B, T, ..., in) with `kernel` (k, in, out)."""
-    size, num_frames = kernel.shape[0], x.shape[1]
+    """Zero-padded cross-correlation of axis 1 of (B, T, ..., in) with `kernel` (k, in, out).
+
+    A shift costs a copy, so the narrower side is shifted: inputs before the products, or, where
+    there are fewer output channels (the stem), outputs after one product for all taps.
+    """
+    size, channels, features = kernel.shape
+    num_frames = x.shape[1]
     padding = [(0, 0)] * x.ndim
     padding[1] = (size // 2, size // 2)
-    padded = jnp.pad(x, padding)
+    if channels <= features:
+        padded = jnp.pad(x, padding)
+        return sum(
+            jnp.einsum('bt...i,io->bt...o', padded[:, tap : tap + num_frames], kernel[tap])
+            for tap in range(size)
+        )
+    joined = kernel.transpose(1, 0, 2).reshape(channels, size * features)
+    padded = jnp.pad(jnp.einsum('bt...i,io->bt...o', x, joined), padding)
     return sum(
-        jnp.einsum('bt...i,io->bt...o', padded[:, tap : tap + num_frames], kernel[tap])
+        padded[:, tap : tap + num_frames, ..., tap * features : (tap + 1) * features]
         for tap in range(size)
     )
 
