@@ -257,7 +257,7 @@ def _sheet(prediction: Prediction) -> Figure:
         )
     columns = bars_part.subplots(1, len(prediction.top), squeeze=False)[0]
     for axis, ranking in zip(columns, prediction.top):
-        _draw_ranking(axis, ranking, int(100 / len(prediction.top)))
+        _draw_ranking(axis, ranking, int(130 / len(prediction.top)))
     return figure
 
 
