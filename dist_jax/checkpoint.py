@@ -20,6 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dist_jax.models.api import Tree
+from dist_jax.models.converted import absolute_path, read_tree
 from dist_jax.step import TrainState
 
 log = logging.getLogger('dist_jax')
@@ -57,7 +58,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int = 1):
-        self._folder = epath.Path(os.fspath(workdir)) / FOLDER
+        self._folder = _folder(workdir)
         self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
 
@@ -175,13 +176,17 @@ class Checkpoints:
             (self._folder / str(step)).rename(target)
 
 
+def _folder(workdir: str | os.PathLike[str]) -> epath.Path:
+    return absolute_path(workdir) / FOLDER
+
+
 def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) -> epath.Path:
     """Folder of a step of a run, the newest unless a step is named.
 
     Raises:
       ValueError: no run, or no such step.
     """
-    folder = epath.Path(os.fspath(workdir)) / FOLDER
+    folder = _folder(workdir)
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
     if not steps:
         raise ValueError(f'{workdir} holds no checkpoints; pass the --workdir of a run')
@@ -222,16 +227,22 @@ def read_variables(folder: epath.Path, abstract: Tree, ema: bool) -> Tree:
     wanted = {'ema' if ema else 'params': params}
     if abstract:
         wanted['extra'] = abstract
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = checkpointer.restore(
-            folder / 'state',
-            args=ocp.args.PyTreeRestore(
-                item=wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=True,
-            ),
-        )
+    found = read_tree(folder / 'state', wanted)
     return {'params': found['ema' if ema else 'params'], **found.get('extra', {})}
+
+
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds the checkpoints of a run."""
+    return _folder(path).exists()
+
+
+def read_host_params(folder: epath.Path) -> Tree:
+    """Trainable parameters of one step in host memory: their average if the run kept one."""
+    stored = ocp.PyTreeCheckpointHandler().metadata(folder / 'state').tree
+    averaged = read_metadata(folder)['config']['optimizer']['ema_decay'] > 0
+    name = 'ema' if averaged else 'params'
+    item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {name: stored[name]})
+    return read_tree(folder / 'state', item, as_numpy=True)[name]
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

@@ -41,11 +41,7 @@ class Trained:
 def saved_config(workdir: str) -> ConfigDict:
     """The config of a run, locked, as lists and plain values."""
     metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))
-    config = ConfigDict(metadata['config'])
-    # JSON keeps no path of the backbone that was made for the run.
-    if config.backbone.checkpoint == experiment.RANDOM:
-        config.backbone.checkpoint = metadata['backbone']['path']
-    return config.lock()
+    return ConfigDict(metadata['config']).lock()
 
 
 def load_trained(

@@ -316,7 +316,7 @@ def load_trainable(path: str, params: Tree) -> Tree:
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
-    if not os.path.isdir(os.path.join(path, checkpoint.FOLDER)):
+    if not checkpoint.is_run(path):
         return converted.load_params(path, abstract=target)
     folder = checkpoint.find_checkpoint(path)
     averaged = checkpoint.read_metadata(folder)['config']['optimizer']['ema_decay'] > 0

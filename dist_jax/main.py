@@ -42,7 +42,7 @@ examples:
 TRAIN_HELP = """\
 examples:
   dist_jax train --config=configs/dist.py:demo --workdir=runs/demo
-  dist_jax train --config=configs/dist.py:b16_8+16f_ssv2 --workdir=gs://bucket/ssv2 \\
+  dist_jax train --config=configs/dist.py:b16_8+16f_ssv2 --workdir=runs/ssv2 \\
       --config.backbone.checkpoint=clip_b16 --config.data.root=/data/ssv2 \\
       --config.data.train_list=train.json --config.data.val_list=validation.json \\
       --config.data.label_map=labels.json --config.batch_size=64
@@ -173,11 +173,15 @@ def _read_config(arguments: list[str], default: ConfigDict | None = None) -> Con
                 'pass --config=FILE:VARIANT, for example --config=configs/dist.py:b16_8+16f_k400'
             )
         arguments = [_find_file(a) if a.startswith('--config=') else a for a in arguments]
-        config_flags.DEFINE_config_file('config', flag_values=values)
+        command_line = ['dist_jax', *arguments]
+        config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=command_line)
     else:
-        config_flags.DEFINE_config_dict('config', default, flag_values=values)
+        command_line = ['dist_jax', *arguments]
+        config_flags.DEFINE_config_dict(
+            'config', default, flag_values=values, sys_argv=command_line
+        )
     try:
-        values(['dist_jax', *arguments])
+        values(command_line)
         return values.config
     except (AttributeError, KeyError, flags.Error, TypeError, ValueError, OSError) as error:
         raise UsageError(_config_message(error)) from error

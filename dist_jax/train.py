@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def state_initialiser(
     )
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: str, also: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Trains to the end of the config, or continues a run that was interrupted.
 
     Args:
@@ -126,6 +129,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       workdir: folder of the run. It gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
         `config.json`, `parameters.txt`, `bad_videos.jsonl` if there are any, and at the end
         `summary.json` and `report.html`.
+      also: figures from elsewhere that belong into the summary and the report.
 
     Returns:
       The summary: step, val_top1, val_top5, params_sha256, seconds and more; with `interrupted`
@@ -223,6 +227,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         'trainable_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
         'devices': mesh.size,
         'seconds': round(time.monotonic() - started, 2),
+        **(also or {}),
     }
     if jax.process_index() == 0 and not interrupted:
         write_json(Path(workdir) / 'summary.json', summary)

@@ -1,1 +1,1 @@
-"""Command-line tools. They may import everything; only dist_jax.main reaches them, to offer them as commands."""
+"""Command-line tools. They may import everything; only `dist_jax.main` imports them."""

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dist_jax.checkpoint import find_checkpoint, is_run, read_host_params, read_metadata
 from dist_jax.models import clip, clip_params, converted, dist_params
 from dist_jax.models.dist_params import export_dist
 from dist_jax.models.params import Row, Tree, count, flatten, import_tree, with_precision
@@ -44,6 +45,9 @@ examples:
   # DiST of the authors, there and back
   python -m tools.convert_checkpoint DIST_K400_B16.pyth dist_k400
   python -m tools.convert_checkpoint --export dist_k400 dist_k400.safetensors
+
+  # a trained run under the authors' names
+  python -m tools.convert_checkpoint --export runs/b16 mine.safetensors
 """
 
 
@@ -306,23 +310,44 @@ def export(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, np.ndarray]:
-    """Writes a converted DiST checkpoint as safetensors under the authors' names.
+    """Writes a DiST, a run's newest or a converted one, as safetensors under the authors' names.
 
     Raises:
-      ValueError: `source` is no converted DiST checkpoint.
+      ValueError: `source` is no DiST.
       OSError: nothing at `source`, or `dest` exists.
     """
-    metadata = converted.load_metadata(source)
-    if metadata['family'] != 'dist':
-        raise ValueError(
-            f'{source} is of family {metadata["family"]!r}; only dist checkpoints are exported'
-        )
-    params = converted.load_params(source, as_numpy=True)
-    tensors = export_dist(params, metadata['spec'], dest, overwrite=overwrite)
+    params, hparams = _trained(source) if is_run(source) else _converted(source)
+    tensors = export_dist(params, hparams, dest, overwrite=overwrite)
     if console:
         size = os.path.getsize(dest) / 1e6
         console.print(f'{len(tensors)} tensors, {size:,.1f} MB written to {os.fspath(dest)}')
     return tensors
+
+
+def _converted(source: str | os.PathLike[str]) -> tuple[Tree, dict[str, Any]]:
+    metadata = converted.load_metadata(source)
+    _check_family(source, metadata['family'])
+    return converted.load_params(source, as_numpy=True), metadata['spec']
+
+
+def _trained(source: str | os.PathLike[str]) -> tuple[Tree, dict[str, Any]]:
+    """Parameters of the newest step of a run (their average if it kept one), and their sizes."""
+    folder = find_checkpoint(source)
+    metadata = read_metadata(folder)
+    model = metadata['config']['model']
+    _check_family(source, model['family'])
+    depth = metadata['backbone']['spec']['depth']
+    hparams = {
+        'integration_dim': model['integration_dim'],
+        'num_layers': len(model['selected_layers']) or depth,
+        'ada_pooling_layers': model['ada_pooling_layers'],
+    }
+    return read_host_params(folder), hparams
+
+
+def _check_family(source: str | os.PathLike[str], family: str) -> None:
+    if family != 'dist':
+        raise ValueError(f'{source} is of family {family!r}; only dist checkpoints are exported')
 
 
 def _parser() -> argparse.ArgumentParser:

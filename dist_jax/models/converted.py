@@ -51,7 +51,7 @@ def save_converted(
       FileExistsError: `path` exists and is not to be, or must not be, replaced.
       ValueError: metadata keys are missing.
     """
-    path = _absolute(path)
+    path = absolute_path(path)
     missing = [key for key in REQUIRED if key not in metadata]
     if missing:
         raise ValueError(f'metadata lacks {missing}; needed are {list(REQUIRED)}')
@@ -87,7 +87,7 @@ def save_converted(
 
 def check_destination(path: PathLike, *, overwrite: bool = False) -> None:
     """Raises FileExistsError if `save_converted` would refuse this path."""
-    path = _absolute(path)
+    path = absolute_path(path)
     if not path.exists():
         return
     if not overwrite:
@@ -107,7 +107,7 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
       FileNotFoundError: nothing at `path`.
       ValueError: something else than a converted checkpoint, or one of a newer format.
     """
-    path = _absolute(path)
+    path = absolute_path(path)
     if not path.exists():
         raise FileNotFoundError(f'{path}: no such directory; make it with `dist_jax convert`')
     wrong = (
@@ -133,7 +133,7 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
 def stored_shapes(path: PathLike) -> Tree:
     """The stored tree as `jax.ShapeDtypeStruct` leaves, without reading any weights."""
     load_metadata(path)
-    tree = ocp.PyTreeCheckpointHandler().metadata(_absolute(path) / 'params').tree
+    tree = ocp.PyTreeCheckpointHandler().metadata(absolute_path(path) / 'params').tree
     return map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
@@ -190,6 +190,20 @@ def load_params(
         place = getattr(leaf, 'sharding', None) or default
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
+    item = unflatten({name: target(leaf) for name, leaf in wanted.items()})
+    return read_tree(absolute_path(path) / 'params', item, as_numpy=as_numpy)
+
+
+def read_tree(folder: epath.Path, item: Tree, *, as_numpy: bool = False) -> Tree:
+    """Reads a tree that orbax saved, or a part of it.
+
+    Args:
+      folder: of the item.
+      item: `jax.ShapeDtypeStruct` leaves with dtype and sharding to read into; a part of the stored
+        tree is enough.
+      as_numpy: read into host memory; the shardings are not looked at.
+    """
+
     def restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
         if as_numpy:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
@@ -200,10 +214,9 @@ def load_params(
             dtype=leaf.dtype,
         )
 
-    item = unflatten({name: target(leaf) for name, leaf in wanted.items()})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(
-            _absolute(path) / 'params',
+            folder,
             args=ocp.args.PyTreeRestore(
                 item=item,
                 restore_args=jax.tree.map(restore_args, item),
@@ -228,7 +241,8 @@ def _inside(name: str, part: str) -> bool:
     return name == part or name.startswith(f'{part}/')
 
 
-def _absolute(path: PathLike) -> epath.Path:
+def absolute_path(path: PathLike) -> epath.Path:
+    """A path that orbax takes: absolute, or a bucket URL as it is."""
     text = os.fspath(path)
     return epath.Path(text if '://' in text else os.path.abspath(os.path.expanduser(text)))
 
