@@ -159,7 +159,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, config
 
 
-def _read_config(arguments: list[str], default: ConfigDict | None = None) -> ConfigDict:
+def read_config(arguments: list[str], default: ConfigDict | None = None) -> ConfigDict:
     """The config that the arguments name, or `default`, with their overrides.
 
     Raises:
@@ -234,7 +234,7 @@ def _train(argv: Sequence[str]) -> int:
     )
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
-    config = _read_config(config_arguments)
+    config = read_config(config_arguments)
     _start_jax()
     from dist_jax import report, train
 
@@ -258,7 +258,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     from dist_jax import commands, report
 
     default = commands.saved_config(arguments.workdir) if arguments.workdir else None
-    config = _read_config(config_arguments, default)
+    config = read_config(config_arguments, default)
     _start_jax()
     figures = commands.run_evaluation(config, arguments.workdir, arguments.step, arguments.output)
     report.print_evaluation(figures)
@@ -281,7 +281,7 @@ def _predict(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(rest)
     from dist_jax import commands, predict
 
-    config = _read_config(config_arguments, commands.saved_config(arguments.workdir))
+    config = read_config(config_arguments, commands.saved_config(arguments.workdir))
     _start_jax()
     return predict.run(
         config,
