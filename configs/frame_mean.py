@@ -33,3 +33,4 @@ def demo(config: ConfigDict) -> None:
     """On the built-in clips."""
     base.demo(config)
     config.model.unroll = True
+    config.data.num_frames = 8  # as many as DiST's backbone sees

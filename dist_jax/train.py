@@ -55,8 +55,13 @@ class Plan:
     """Lengths of a run, in optimizer steps."""
 
     total_steps: int
-    eval_every: int
+    eval_every: float
     steps_per_epoch: float
+
+    def evaluates_after(self, done: int) -> bool:
+        """Whether an evaluation follows after this many steps; one follows the last."""
+        passed = math.floor(done / self.eval_every) > math.floor((done - 1) / self.eval_every)
+        return passed or done == self.total_steps
 
 
 def make_plan(config: ConfigDict, num_videos: int) -> Plan:
@@ -72,7 +77,7 @@ def make_plan(config: ConfigDict, num_videos: int) -> Plan:
             f'{num_videos} videos, num_epochs={config.num_epochs} and batch_size='
             f'{config.batch_size} make no step; set num_steps, num_epochs or batch_size'
         )
-    return Plan(total, max(1, round(config.eval.every_epochs * per_epoch)), per_epoch)
+    return Plan(total, max(1.0, config.eval.every_epochs * per_epoch), per_epoch)
 
 
 def optimizer_settings(config: ConfigDict, plan: Plan) -> optim.OptimizerSettings:
@@ -373,9 +378,7 @@ class _Loop:
                         scalars['epoch'] = done / plan.steps_per_epoch
                         self.logbook.write_scalars(done, scalars)
                         bar.line(_line(scalars, plan.total_steps - done))
-                    evaluating = self.val_source is not None and (
-                        done % plan.eval_every == 0 or done == plan.total_steps
-                    )
+                    evaluating = self.val_source is not None and plan.evaluates_after(done)
                     if evaluating:
                         self._settle(pending, 0)
                         with meter.pause():
