@@ -1,0 +1,129 @@
+"""What a run writes while it runs: JSON Lines that continue, TensorBoard, a progress bar."""
+
+import json
+import math
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from dist_jax import logbook
+
+
+def written(workdir):
+    return [json.loads(line) for line in (workdir / logbook.METRICS_FILE).read_text().splitlines()]
+
+
+@pytest.fixture
+def first_session(tmp_path):
+    """A workdir whose metrics file has steps 1 to 5, the validation of step 4 among them."""
+    book = logbook.Logbook(tmp_path, 0, tensorboard=False)
+    for step in range(1, 6):
+        book.write_scalars(step, {'loss': 1 / step})
+        if step == 4:
+            book.write_scalars(step, {'val_top1': 0.5})
+    book.close()
+    return tmp_path
+
+
+def test_rows_are_there_while_the_run_goes_on(tmp_path):
+    book = logbook.Logbook(tmp_path / 'new' / 'run', 0, tensorboard=False)
+    book.write_scalars(1, {'loss': 2.5, 'clips': 4})
+    assert written(tmp_path / 'new' / 'run') == [{'step': 1, 'loss': 2.5, 'clips': 4}]
+    book.close()
+
+
+def test_a_restored_run_drops_what_it_measures_again(first_session):
+    before = written(first_session)
+    book = logbook.Logbook(first_session, 4, tensorboard=False)
+    assert written(first_session) == before[:-1]
+    book.write_scalars(5, {'loss': 0.1})
+    book.close()
+    assert [row['step'] for row in written(first_session)] == [1, 2, 3, 4, 4, 5]
+    assert written(first_session)[-1] == {'step': 5, 'loss': 0.1}
+    assert [path.name for path in first_session.iterdir()] == [logbook.METRICS_FILE]
+
+
+def test_a_run_from_the_start_begins_a_new_file(first_session):
+    logbook.Logbook(first_session, 0, tensorboard=False).close()
+    assert written(first_session) == []
+
+
+@pytest.mark.parametrize('tail', ['{"step": 6, "lo', '{"step": 6', '{', '\x00\x00\x00'])
+def test_a_half_written_last_line_is_left_out(first_session, tail):
+    path = first_session / logbook.METRICS_FILE
+    before = written(first_session)
+    with path.open('a') as file:
+        file.write(tail)
+    assert logbook.read_metrics(path) == before
+    book = logbook.Logbook(first_session, 5, tensorboard=False)
+    book.write_scalars(6, {'loss': 0.0})
+    book.close()
+    assert written(first_session) == [*before, {'step': 6, 'loss': 0.0}]
+
+
+def test_what_is_no_number_is_written_as_text(tmp_path):
+    book = logbook.Logbook(tmp_path, 0)
+    book.write_scalars(1, {'loss': math.nan, 'grad_norm': math.inf, 'low': -math.inf, 'lr': 0.1})
+    book.close()
+    (row,) = written(tmp_path)
+    assert row == {'step': 1, 'loss': 'nan', 'grad_norm': 'inf', 'low': '-inf', 'lr': 0.1}
+    assert math.isnan(float(row['loss']))
+
+
+def events(folder):
+    """Every event of the TensorBoard files: records of length, checksum, message, checksum."""
+    found = []
+    for path in sorted(folder.glob('*tfevents*')):
+        data, position = path.read_bytes(), 0
+        while position < len(data):
+            length = int.from_bytes(data[position : position + 8], 'little')
+            found.append(Event.FromString(data[position + 12 : position + 12 + length]))
+            position += 16 + length
+    return found
+
+
+def test_tensorboard_has_scalars_and_texts(tmp_path):
+    book = logbook.Logbook(tmp_path, 0)
+    book.write_scalars(3, {'loss': 0.25, 'val_top1': 0.5})
+    book.write_texts(0, {'config': 'seed: 7'})
+    book.close()
+    found = {
+        value.tag: (event.step, value)
+        for event in events(tmp_path / 'tensorboard')
+        for value in event.summary.value
+    }
+    assert found['loss'][0] == 3 and found['loss'][1].simple_value == 0.25
+    assert found['val_top1'][1].simple_value == 0.5
+    (text,) = (value for name, (_, value) in found.items() if name.startswith('config'))
+    assert b'seed: 7' in text.tensor.string_val[0]
+
+
+def test_tensorboard_of_a_restored_run_hides_later_steps(tmp_path):
+    logbook.Logbook(tmp_path, 0).close()
+    logbook.Logbook(tmp_path, 4).close()
+    starts = [e.step for e in events(tmp_path / 'tensorboard') if e.session_log.status == 1]
+    assert starts == [5]
+
+
+def test_tensorboard_can_be_left_out(tmp_path):
+    book = logbook.Logbook(tmp_path, 0, tensorboard=False)
+    book.write_texts(0, {'config': 'seed: 7'})
+    book.close()
+    assert not (tmp_path / 'tensorboard').exists()
+
+
+def test_without_a_terminal_the_bar_prints_lines(capsys):
+    with logbook.Bar('train', 10, completed=2) as bar:
+        bar.update(3)
+        bar.line('loss 0.5')
+    assert capsys.readouterr().err == 'train 3/10 loss 0.5\n'
+
+
+def test_durations_read_as_on_a_clock():
+    assert [logbook.duration(s) for s in (0, 59.6, 61, 3600, 36061)] == [
+        '0:00',
+        '1:00',
+        '1:01',
+        '1:00:00',
+        '10:01:01',
+    ]
