@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     config.data.label_map = (
         ''  # class names; two files, separated by a comma, for two label columns
     )
+    config.data.truncate_texts = False  # cut class names that are too long for the text tower
     config.data.num_frames = 16  # frames of a clip
     config.data.image_size = 224  # pixels
     config.data.sampling = ''  # 'segment' or 'interval'; '' for the data set's own

@@ -90,7 +90,9 @@ def load_trained(
         )
     num_classes = tuple(map(len, class_names))
     model = experiment.make_model(config, backbone.spec, num_classes)
-    frozen = experiment.load_frozen(backbone, model, class_names, replicated(mesh))
+    frozen = experiment.load_frozen(
+        backbone, model, class_names, replicated(mesh), config.data.truncate_texts
+    )
     data = config.data
     video_shape = (1, data.num_frames, data.image_size, data.image_size, 3)
     features = step.example_features(model, frozen, video_shape)

@@ -261,8 +261,16 @@ def load_frozen(
     model: VideoModel,
     class_names: ClassNames,
     sharding: jax.sharding.Sharding,
+    truncate_texts: bool = False,
 ) -> Tree:
     """The frozen tree of the steps, with text features of these classes, on the devices.
+
+    Args:
+      backbone: where the weights are.
+      model: decides what is read and in which precision.
+      class_names: of each label column.
+      sharding: of every leaf.
+      truncate_texts: cut class names that are too long for the text tower.
 
     Raises:
       ValueError: the head needs class texts and the data set has none, or a text is too long.
@@ -275,7 +283,7 @@ def load_frozen(
     tokens: tuple[Any, ...] = ()
     if 'text' in model.reads:
         tokens = tuple(
-            jnp.asarray(tokenize(_texts(column), backbone.spec.context_length))
+            jnp.asarray(tokenize(_texts(column), backbone.spec.context_length, truncate_texts))
             for column in class_names
         )
     frozen = model.prepare(jax.tree.map(jnp.asarray, params), tokens)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dist_jax import losses
 from dist_jax.mixup import Mixing, mix
 from dist_jax.models.api import Tree, VideoModel
+from dist_jax.models.layers import exact_float32
 from dist_jax.optim import Schedule
 from dist_jax.sharding import batched, replicated
 
@@ -181,7 +182,7 @@ def make_train_step(
 
     whole, split = replicated(mesh), batched(mesh)
     return jax.jit(
-        step,
+        exact_float32(step),
         in_shardings=(whole, whole, split),
         out_shardings=(whole, whole),
         donate_argnums=0,
@@ -246,4 +247,4 @@ def make_eval_step(
         return tuple(s.reshape(clips, views, -1).mean(1) for s in scores)
 
     whole, split = replicated(mesh), batched(mesh)
-    return jax.jit(step, in_shardings=(whole, whole, split), out_shardings=split)
+    return jax.jit(exact_float32(step), in_shardings=(whole, whole, split), out_shardings=split)

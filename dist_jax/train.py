@@ -166,7 +166,9 @@ def train(
     num_classes = tuple(map(len, class_names))
     backbone = experiment.find_backbone(config, workdir)
     model = experiment.make_model(config, backbone.spec, num_classes)
-    frozen = experiment.load_frozen(backbone, model, class_names, replicated(mesh))
+    frozen = experiment.load_frozen(
+        backbone, model, class_names, replicated(mesh), config.data.truncate_texts
+    )
 
     plan = make_plan(config, len(train_source))
     optimizer = optimizer_settings(config, plan)

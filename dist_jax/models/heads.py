@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dist_jax.models import clip
 from dist_jax.models.api import Tree
-from dist_jax.models.layers import LinearHead
+from dist_jax.models.layers import LinearHead, exact_float32
 
 HEADS = ('text', 'linear')
 
@@ -64,7 +64,9 @@ def text_features(
     Source: the DiST release encodes the bare label text. Run once before training, in blocks of
     `batch_size` rows so that a long label list needs little memory.
     """
-    encode = jax.jit(lambda rows: clip.l2_normalize(clip.encode_text(params, rows, spec)))
+    encode = jax.jit(
+        exact_float32(lambda rows: clip.l2_normalize(clip.encode_text(params, rows, spec)))
+    )
     return tuple(
         jnp.concatenate(
             [encode(tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]

@@ -23,6 +23,21 @@ Initializer = Callable[..., jax.Array]
 trunc_normal = nn.initializers.truncated_normal(stddev=0.02)
 
 
+def exact_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes products of float32 arrays exact on TPU, where they are rounded to bfloat16 otherwise.
+
+    Products of bfloat16 arrays are the same and cost the same (checked on compiled v4 programs).
+    A cosine times 100, for one, is a logit that a rounded product moves by 0.4.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with jax.default_matmul_precision('highest'):
+            return function(*args)
+
+    return run
+
+
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x * sigmoid(1.702 x), the activation of the OpenAI CLIP weights."""
     return x * jax.nn.sigmoid(1.702 * x)
