@@ -349,8 +349,9 @@ class _Loop:
             num_threads=config.data.num_threads,
             buffer_size=config.data.buffer_size,
         )
+        host = f'_{jax.process_index()}' if jax.process_count() > 1 else ''
         bad_videos = BadVideoLog(
-            Path(self.workdir) / 'bad_videos.jsonl',
+            Path(self.workdir) / f'bad_videos{host}.jsonl',
             config.data.max_bad_share,
             len(self.train_source),
         )
