@@ -380,6 +380,7 @@ class _Loop:
                         scalars = self._settle(pending, 0) | meter.read()
                         scalars['epoch'] = done / plan.steps_per_epoch
                         self.logbook.write_scalars(done, scalars)
+                        bar.update(done, f'{scalars["clips_per_second"]:.1f} clips/s')
                         bar.line(_line(scalars, plan.total_steps - done))
                     evaluating = self.val_source is not None and plan.evaluates_after(done)
                     if evaluating:
