@@ -1,0 +1,248 @@
+"""Evaluation: exact figures, views together, and what a run needs to be evaluated elsewhere."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import dist as dist_config
+from dist_jax import checkpoint, commands, experiment, main, step, train
+from dist_jax.evaluate import BadVideosError, evaluate
+from dist_jax.sharding import make_mesh, to_global
+from input_pipeline import pipeline
+from input_pipeline.sources import open_source
+
+NUM_VIDEOS = 10
+VIEWS = 2
+
+
+def shaken(*_):
+    """A train step that learns nothing and moves everything: a trained model for tests, at once."""
+
+    def train_step(state, frozen, batch):
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(
+            lambda x: jnp.asarray(x + rng.normal(0, 0.1, x.shape), x.dtype), state.params
+        )
+        names = ('loss', 'grad_norm', 'learning_rate', 'clips', 'finite')
+        return state.replace(step=state.step + 1, params=params), dict.fromkeys(names, 1.0)
+
+    return train_step
+
+
+@pytest.fixture(scope='module')
+def make_run(clips, tmp_path_factory):
+    """Makes a run with a head; its training data is gone, and the run has moved."""
+
+    def make(head):
+        folder = tmp_path_factory.mktemp(head)
+        data = shutil.copytree(clips, folder / 'data')
+        config = dist_config.get_config('demo')
+        config.update(batch_size=4, num_steps=1)
+        config.data.update(
+            root=str(data),
+            train_list='train.txt',
+            label_map='labels.txt',
+            num_frames=4,
+            image_size=48,
+        )
+        config.model.update(temporal_dim=8, head=head, unroll=False)
+        config.eval.update(num_clips=VIEWS, batch_size=4)
+        config.log.tensorboard = False
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.step, 'make_train_step', shaken)
+            patch.setattr(train.report, 'write_report', lambda *_: None)
+            train.train(config, str(folder / 'first'))
+        shutil.rmtree(data)
+        return shutil.move(folder / 'first', folder / 'moved')
+
+    return make
+
+
+@pytest.fixture(scope='module')
+def text_run(make_run):
+    return make_run('text')
+
+
+@dataclasses.dataclass
+class Scorer:
+    """A trained model with one compiled eval step."""
+
+    config: object
+    trained: commands.Trained
+    eval_step: object
+
+    def __call__(self, source, **options):
+        options = {'batch_size': 4, 'allow_bad_videos': False, 'num_threads': 1} | options
+        return evaluate(
+            self.eval_step,
+            self.trained.variables,
+            self.trained.frozen,
+            source,
+            experiment.eval_reader(self.config),
+            make_mesh(jax.devices()[:1]),
+            **options,
+        )
+
+
+@pytest.fixture(scope='module')
+def score(text_run):
+    config = commands.saved_config(str(text_run))
+    trained = commands.load_trained(config, str(text_run), None)
+    mesh = make_mesh(jax.devices()[:1])
+    return Scorer(config, trained, step.make_eval_step(trained.model, mesh))
+
+
+def open_list(folder):
+    return open_source(folder / 'val.txt', 'kinetics', root=folder, label_map=folder / 'labels.txt')
+
+
+@pytest.fixture(scope='module')
+def scored(score, clips):
+    return score(open_list(clips))
+
+
+@pytest.mark.slow
+def test_a_partial_last_batch_counts_exactly(score, scored, clips):
+    alone = score(open_list(clips), batch_size=1)
+    for result in (scored, alone):
+        assert result.num_videos == NUM_VIDEOS and result.bad_videos == ()
+        np.testing.assert_array_equal(result.index, np.arange(NUM_VIDEOS))
+    np.testing.assert_allclose(scored.scores[0], alone.scores[0], atol=1e-6)
+    assert scored.scalars() == alone.scalars()
+    assert np.ptp(scored.scores[0], axis=0).max() > 1e-3  # the model tells videos apart
+
+    labels = np.array([open_list(clips)[i].label for i in range(NUM_VIDEOS)])
+    ranks = np.argsort(-scored.scores[0], axis=1)
+    right = ranks[:, 0] == labels
+    assert scored.top1 == pytest.approx(right.mean())
+    assert scored.top5 == pytest.approx((ranks[:, :5] == labels[:, None]).any(1).mean())
+    present = np.unique(labels)
+    per_class = [right[labels == label].mean() for label in present]
+    assert scored.mean_class_accuracy == pytest.approx(np.mean(per_class))
+
+
+@pytest.mark.slow
+def test_the_views_of_a_video_stay_together(score, scored, clips):
+    batch = next(
+        pipeline.eval_batches(
+            open_list(clips), experiment.eval_reader(score.config), batch_size=4, num_threads=0
+        )
+    )
+    assert batch['video'].shape[:2] == (4, VIEWS)
+    assert (batch['video'][:, 0] != batch['video'][:, 1]).any()
+    each = []
+    for view in range(VIEWS):
+        # The same program, fed with one view several times.
+        video = np.repeat(batch['video'][:, view : view + 1], VIEWS, axis=1)
+        placed = to_global({'video': video}, make_mesh(jax.devices()[:1]))['video']
+        (scores,) = score.eval_step(score.trained.variables, score.trained.frozen, placed)
+        each.append(np.asarray(scores))
+    np.testing.assert_allclose(np.mean(each, axis=0), scored.scores[0][:4], atol=1e-6)
+    np.testing.assert_allclose(scored.scores[0].sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_bad_video_is_an_error_unless_allowed(score, scored, clips, tmp_path):
+    folder = shutil.copytree(clips, tmp_path / 'clips')
+    bad = open_list(folder)[3].path
+    with open(bad, 'wb') as file:
+        file.write(b'no video')
+    with pytest.raises(BadVideosError) as error:
+        score(open_list(folder))
+    message = str(error.value)
+    assert f'1 of {NUM_VIDEOS} videos' in message and str(bad) in message
+    assert 'eval.allow_bad_videos' in message
+
+    progress = []
+    result = score(
+        open_list(folder), allow_bad_videos=True, on_batch=lambda *done: progress.append(done)
+    )
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+    ((path, reason),) = result.bad_videos
+    assert path == str(bad) and reason
+    others = [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert result.num_videos == 9 and result.scalars()['num_bad_videos'] == 1
+    np.testing.assert_array_equal(result.index, others)
+    np.testing.assert_allclose(result.scores[0], scored.scores[0][others], atol=1e-6)
+    labels = np.array([open_list(folder)[i].label for i in others])
+    assert result.top1 == pytest.approx((result.scores[0].argmax(1) == labels).mean())
+
+
+def evaluate_command(*arguments):
+    return main.main(['evaluate', *map(str, arguments)])
+
+
+@pytest.mark.slow
+def test_the_command_needs_the_run_and_its_backbone_only(text_run, scored, clips, tmp_path, capsys):
+    data = [f'--config.data.root={clips}', '--config.data.val_list=val.txt']
+    assert evaluate_command(f'--workdir={text_run}', *data) == 0
+    found = json.loads((text_run / 'evaluation.json').read_text())
+    assert found['top1'] == pytest.approx(scored.top1)
+    assert found['top5'] == pytest.approx(scored.top5)
+    assert (found['num_videos'], found['num_bad_videos']) == (NUM_VIDEOS, 0)
+    assert (found['views'], found['step'], found['list']) == (VIEWS, 1, 'val.txt')
+    (table,) = found['per_class']
+    assert sum(row['videos'] for row in table) == NUM_VIDEOS
+    assert [row['name'] for row in table] == list(score_names(text_run))
+    page = (text_run / 'evaluation.html').read_text()
+    assert '</html>' in page and table[0]['name'] in page
+    assert f'{found["top1"]:.2%}'.removesuffix('%') in ''.join(capsys.readouterr())
+
+
+def score_names(workdir):
+    return checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))['class_names'][0]
+
+
+@pytest.mark.slow
+def test_zero_shot_on_another_label_set_fused_with_the_backbone(text_run, clips, tmp_path):
+    (tmp_path / 'labels.txt').write_text('sideways\nup\ndown\n')
+    paths = [line.rsplit(maxsplit=1)[0] for line in (clips / 'val.txt').open()][:4]
+    rows = ''.join(f'{path} {i % 3}\n' for i, path in enumerate(paths))
+    (tmp_path / 'val.txt').write_text(rows)
+    arguments = [
+        f'--workdir={text_run}',
+        f'--output={tmp_path / "zero-shot"}',
+        '--config.data.name=custom',
+        f'--config.data.root={clips}',
+        f'--config.data.val_list={tmp_path / "val.txt"}',
+        f'--config.data.label_map={tmp_path / "labels.txt"}',
+        '--config.eval.fusion=0.5',
+    ]
+    assert evaluate_command(*arguments) == 0
+    found = json.loads((tmp_path / 'zero-shot' / 'evaluation.json').read_text())
+    assert found['num_videos'] == 4 and found['fusion'] == 0.5 and found['top5'] == 1
+    assert [row['name'] for row in found['per_class'][0]] == ['sideways', 'up', 'down']
+    assert [row['videos'] for row in found['per_class'][0]] == [2, 1, 1]
+
+
+@pytest.mark.slow
+def test_what_cannot_be_evaluated_is_said(text_run, make_run, clips, tmp_path, capsys):
+    data = [f'--config.data.root={clips}', '--config.data.val_list=val.txt']
+    before = sorted(text_run.iterdir())
+
+    def refused(workdir, *arguments):
+        assert evaluate_command(f'--workdir={workdir}', *arguments) == 2
+        return capsys.readouterr().err
+
+    other = str(tmp_path / 'other')
+    experiment.write_random_backbone(other, 'tiny', seed=1)
+    message = refused(text_run, *data, f'--config.backbone.checkpoint={other}')
+    assert other in message and 'tiny-random' in message and '--config.backbone' in message
+    message = refused(text_run, *data, '--step=7')
+    assert 'no checkpoint of step 7' in message and '[1]' in message
+    assert 'data.val_list' in refused(text_run)
+    assert 'none.txt' in refused(text_run, data[0], '--config.data.val_list=none.txt')
+
+    linear = make_run('linear')
+    message = refused(linear, *data, '--config.eval.fusion=0.5')
+    assert 'eval.fusion=0.5' in message and 'model.head=text' in message
+    labels = tmp_path / 'labels.txt'
+    labels.write_text(''.join(f'class {i}\n' for i in range(8)))
+    message = refused(linear, *data, f'--config.data.label_map={labels}')
+    assert 'only model.head=text can take another' in message
+    assert sorted(text_run.iterdir()) == before
