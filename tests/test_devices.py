@@ -88,8 +88,8 @@ assert metrics1['clips'] == 7 and metrics1['loss'] > 0 and metrics1['grad_norm']
 close(metrics8['loss'], metrics1['loss'], 1e-6)
 close(metrics8['grad_norm'], metrics1['grad_norm'], 1e-5)
 close(state8.opt_state, state1.opt_state, 1e-5)  # the gradients
-close(state8.params, state1.params, 1e-6)
-close(state8.ema, state1.ema, 1e-6)
+close(state8.params, state1.params, 1e-5)  # what starts at zero is gradient alone
+close(state8.ema, state1.ema, 1e-5)
 print('step: equal')
 
 # Partners of the reversed batch live on other devices.
