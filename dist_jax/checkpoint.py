@@ -9,6 +9,7 @@ in the data follows from the step and needs no file.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -46,6 +47,10 @@ FREE_FIELDS = (
 )
 
 
+class NewerFormatError(ValueError):
+    """A checkpoint that a newer version of this library wrote."""
+
+
 def _metric(metrics: dict[str, float]) -> float:
     return metrics['val_top1']
 
@@ -64,6 +69,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+            self._set_damaged_aside()
             policy = ocp.checkpoint_managers.preservation_policy
             self._manager = ocp.CheckpointManager(
                 self._folder,
@@ -126,7 +132,7 @@ class Checkpoints:
                     ),
                 )
                 return restored['state'], restored['metadata']
-            except (ValueError, OSError, KeyError, RuntimeError) as error:
+            except Exception as error:  # orbax raises bare Exceptions for damaged arrays
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 failures.append(f'step {step}: {reason}')
                 log.error('checkpoint %s/%d cannot be read: %s', self._folder, step, reason)
@@ -144,8 +150,10 @@ class Checkpoints:
         for step in sorted(self._open().all_steps(), reverse=True):
             try:
                 return read_metadata(self._folder / str(step))
+            except NewerFormatError:
+                raise
             except ValueError:
-                continue
+                continue  # `restore_latest` will set it aside
         return None
 
     def best_step(self) -> int | None:
@@ -166,6 +174,15 @@ class Checkpoints:
     def _broken(self) -> epath.Path:
         return self._folder.parent / f'{FOLDER}-broken'
 
+    def _set_damaged_aside(self) -> None:
+        """Bare folders, and steps with damaged metrics: with these the manager would not open."""
+        for step in _step_folders(self._folder):
+            try:
+                json.loads((step / 'metrics' / 'metrics').read_text())
+            except (ValueError, OSError) as error:
+                log.error('checkpoint %s is damaged: %s', step, str(error).splitlines()[0])
+                self._set_aside(int(step.name))
+
     def _set_aside(self, step: int) -> None:
         self.close()
         if jax.process_index() == 0:
@@ -174,6 +191,13 @@ class Checkpoints:
             if target.exists():
                 shutil.rmtree(target)
             (self._folder / str(step)).rename(target)
+
+
+def _step_folders(folder: epath.Path) -> list[epath.Path]:
+    """Folders named like a step, the newest last."""
+    if not folder.exists():
+        return []
+    return sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
 
 
 def _folder(workdir: str | os.PathLike[str]) -> epath.Path:
@@ -187,12 +211,12 @@ def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) ->
       ValueError: no run, or no such step.
     """
     folder = _folder(workdir)
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    steps = [int(p.name) for p in _step_folders(folder) if (p / 'metadata').exists()]
     if not steps:
         raise ValueError(f'{workdir} holds no checkpoints; pass the --workdir of a run')
     if step is not None and step not in steps:
-        raise ValueError(f'{workdir} has no checkpoint of step {step}; it has {sorted(steps)}')
-    return folder / str(max(steps) if step is None else step)
+        raise ValueError(f'{workdir} has no checkpoint of step {step}; it has {steps}')
+    return folder / str(steps[-1] if step is None else step)
 
 
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
@@ -207,7 +231,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{folder} is not a checkpoint of a dist_jax run ({error})') from error
     if version > FORMAT_VERSION:
-        raise ValueError(
+        raise NewerFormatError(
             f'{folder} has format_version={version}, this library reads up to {FORMAT_VERSION}; '
             'update dist_jax'
         )

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger('dist_jax').setLevel(logging.INFO)
     try:
         return COMMANDS[argv[0]][0](argv[1:])
-    except (UsageError, ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
+    except (UsageError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get('DIST_JAX_TRACEBACK'):
             raise
         print(f'dist_jax {argv[0]}: {error}', file=sys.stderr)

@@ -386,7 +386,9 @@ class _Loop:
                     if evaluating:
                         self._settle(pending, 0)
                         with meter.pause():
-                            result = self._evaluate(state, done)
+                            result = self._evaluate(state)
+                        figures = {f'val_{k}': v for k, v in result.scalars().items()}
+                        self.logbook.write_scalars(done, figures)
                         bar.line(_eval_line(result))
                     stopped = stop.reached(done) and done < plan.total_steps
                     due = done % config.checkpoint.every_steps == 0
@@ -403,7 +405,7 @@ class _Loop:
             batches.close()
             self.num_bad_videos = len(bad_videos)
         if result is None and self.val_source is not None and not stopped:
-            result = self._evaluate(state, plan.total_steps)  # the run was complete already
+            result = self._evaluate(state)  # the run was complete already
         return state, result, stopped
 
     def _settle(
@@ -424,7 +426,7 @@ class _Loop:
                 )
         return scalars
 
-    def _evaluate(self, state: step.TrainState, done: int) -> EvalResult:
+    def _evaluate(self, state: step.TrainState) -> EvalResult:
         config = self.config
         total = math.ceil(len(self.val_source) / config.eval.batch_size)
         with Bar('evaluate', total) as bar:
@@ -441,9 +443,6 @@ class _Loop:
                 allow_bad_videos=config.eval.allow_bad_videos,
                 on_batch=lambda batch, _: bar.update(batch),
             )
-        self.logbook.write_scalars(
-            done, {f'val_{name}': value for name, value in result.scalars().items()}
-        )
         return result
 
 

@@ -1,5 +1,6 @@
 """Reads a whole list of videos before a run and reports those that cannot be read.
 
+examples:
   dist_jax check --list k400/train.txt --root /data/k400
   dist_jax check --list videos/ --format folder --full
   dist_jax check --list trainlist01.txt --label_map classInd.txt --root UCF-101 --report bad.jsonl

@@ -555,7 +555,8 @@ def open_source(
         classes = read_label_map(name) if name else _collect_classes(path, rows, head, count)
         if count and len(classes.names) != count:
             raise ValueError(
-                f'{classes.where}: {len(classes.names)} classes, expected num_classes={count}'
+                f'{classes.where}: {len(classes.names)} classes, expected num_classes={count}; '
+                'name the right label map, or use the data set "custom" for other classes'
             )
         heads.append(classes)
 

@@ -6,10 +6,19 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests compile far more than they compute.
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 
+import jax
 import pytest
 
 from configs import dist
 from input_pipeline import motion_clips
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compiled_once(tmp_path_factory):
+    """Tests of a session read each other's compiled programs."""
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 @pytest.fixture(scope='session')

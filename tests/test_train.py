@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import dist
@@ -25,23 +24,6 @@ from input_pipeline.motion_clips import CLASS_NAMES
 
 NUM_STEPS = 6
 SAVE_EVERY = 2
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of this file read each other's compiled programs: most of a tiny run is compilation."""
-    wanted = {
-        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-        'jax_persistent_cache_min_compile_time_secs': 0,
-        'jax_persistent_cache_min_entry_size_bytes': -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for values in (wanted, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is wanted:
-            yield
 
 
 @pytest.fixture(scope='module')

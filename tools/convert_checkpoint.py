@@ -33,21 +33,21 @@ PRECISIONS = ('float32', 'bfloat16', 'float16')
 EXAMPLES = """\
 examples:
   # OpenAI's archive; activation and heads belong to it
-  python -m tools.convert_checkpoint ViT-B-16.pt clip_b16
+  dist_jax convert ViT-B-16.pt clip_b16
 
   # a Hugging Face folder (config.json, safetensors or .bin, sharded or not)
-  python -m tools.convert_checkpoint clip-vit-base-patch16/ clip_b16 --precision bfloat16
+  dist_jax convert clip-vit-base-patch16/ clip_b16 --precision bfloat16
 
   # OpenCLIP with open_clip_config.json beside the file, or with the activation said by hand
-  python -m tools.convert_checkpoint CLIP-ViT-B-16-laion2B/ clip_b16_laion
-  python -m tools.convert_checkpoint epoch_32.pt clip_b16_own --activation gelu
+  dist_jax convert CLIP-ViT-B-16-laion2B/ clip_b16_laion
+  dist_jax convert epoch_32.pt clip_b16_own --activation gelu
 
   # DiST of the authors, there and back
-  python -m tools.convert_checkpoint DIST_K400_B16.pyth dist_k400
-  python -m tools.convert_checkpoint --export dist_k400 dist_k400.safetensors
+  dist_jax convert DIST_K400_B16.pyth dist_k400
+  dist_jax convert --export dist_k400 dist_k400.safetensors
 
   # a trained run under the authors' names
-  python -m tools.convert_checkpoint --export runs/b16 mine.safetensors
+  dist_jax convert --export runs/b16 mine.safetensors
 """
 
 
@@ -352,7 +352,7 @@ def _check_family(source: str | os.PathLike[str], family: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='python -m tools.convert_checkpoint',
+        prog='dist_jax convert',
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
