@@ -246,6 +246,25 @@ def dist_rows(hparams: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+BUILD_OPTIONS = (
+    'num_frames',
+    'alpha',
+    'integration_dim',
+    'temporal_dim',
+    'temporal_patch',
+    'temporal_kernel',
+    'temporal_conv_mlp_ratio',
+    'integration_mlp_ratio',
+    'integration_temporal_mlp_ratio',
+    'ada_pooling_layers',
+)
+
+
+def build_options(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `dist.build` among the hyper-parameters of `infer_hparams`."""
+    return {name: hparams[name] for name in BUILD_OPTIONS}
+
+
 def abstract_params(hparams: Mapping[str, Any]) -> Tree:
     """The trainable tree of a text-head DiST as float32 `jax.ShapeDtypeStruct` leaves."""
     width, patch = hparams['width'], hparams['patch_size']
@@ -260,21 +279,7 @@ def abstract_params(hparams: Mapping[str, Any]) -> Tree:
         text_depth=1,
         text_num_heads=1,
     )
-    options = {
-        name: hparams[name]
-        for name in (
-            'num_frames',
-            'alpha',
-            'integration_dim',
-            'temporal_dim',
-            'temporal_patch',
-            'temporal_kernel',
-            'temporal_conv_mlp_ratio',
-            'integration_mlp_ratio',
-            'integration_temporal_mlp_ratio',
-            'ada_pooling_layers',
-        )
-    }
+    options = build_options(hparams)
     net = dist.build(backbone, num_classes=(1,), dtype=jnp.float32, **options).net
     frames = hparams['num_frames']
     features = {

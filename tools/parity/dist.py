@@ -58,7 +58,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
         num_classes=(len(tokens),),
         dtype=jnp.float32,
         selected_layers=selected,
-        **{name: value for name, value in hparams.items() if name in _BUILD_OPTIONS},
+        **dist_params.build_options(hparams),
     )
     frozen = model.prepare(jax.tree.map(jnp.asarray, frozen_tree), (tokens,))
     targets = losses.smooth_one_hot(labels, len(tokens), config.get('label_smoothing', 0.0))
@@ -111,17 +111,3 @@ def _recorded_blocks(golden: Golden, selected: tuple[int, ...], depth: int) -> d
     if not numbers >= set(selected) and numbers == set(range(len(selected))):
         return dict(enumerate(selected))
     return {block: block for block in range(depth)}
-
-
-_BUILD_OPTIONS = (
-    'num_frames',
-    'alpha',
-    'integration_dim',
-    'temporal_dim',
-    'temporal_patch',
-    'temporal_kernel',
-    'temporal_conv_mlp_ratio',
-    'integration_mlp_ratio',
-    'integration_temporal_mlp_ratio',
-    'ada_pooling_layers',
-)
