@@ -67,12 +67,13 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
 
 
 def prepare_builtin_data(config: ConfigDict, workdir: str) -> None:
-    """Writes a built-in data set into the workdir and fills in its paths, if one is asked for."""
+    """Makes a built-in data set, in `data.root` or the workdir, and fills in its paths."""
     info = dataset_info(config)
     if info.generate is None or config.data.train_list or config.data.val_list:
         return
     root = config.data.root or os.path.join(workdir, 'data')
-    if jax.process_index() == 0:
+    # The folder appears whole or not at all, so a list in it means that all of it is there.
+    if jax.process_index() == 0 and not os.path.exists(os.path.join(root, 'train.txt')):
         log.info('making the built-in data set %s in %s', config.data.name, root)
         info.generate(root)
     if jax.process_count() > 1:
