@@ -21,6 +21,7 @@ setup(
         'av>=14.0',  # FFmpeg decoders and encoders in one wheel, releases the GIL
         'clu>=0.0.12',
         'einops>=0.8',
+        'etils[epath]>=1.5',  # paths that may be bucket URLs
         'flax>=0.12',
         'ftfy>=6.2',  # CLIP's text cleaning
         'grain>=0.2.18',
@@ -28,6 +29,7 @@ setup(
         'jax>=0.10',
         'matplotlib>=3.8',  # curves, contact sheets, confusion pictures
         'ml_collections>=1.0',
+        'ml_dtypes>=0.4',  # bfloat16 tensors in safetensors and torch files
         'numpy>=2.0',
         'opencv-python-headless>=4.10',  # resize and colour conversion of uint8 frames
         'optax>=0.2.5',
