@@ -1,4 +1,4 @@
-"""Settings of every test: CPU, quick compilation, a tiny data set and a tiny experiment."""
+"""Settings of every test: CPU, quick compilation and a tiny data set."""
 
 import os
 
@@ -9,7 +9,6 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_opti
 import jax
 import pytest
 
-from configs import dist
 from input_pipeline import motion_clips
 
 
@@ -27,23 +26,3 @@ def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp('clips') / 'motion'
     motion_clips.generate(folder, num_train=18, num_val=10, size=48, num_frames=16)
     return folder
-
-
-@pytest.fixture
-def tiny_config(clips):
-    """DiST at the smallest sizes, on the clips: a step takes milliseconds."""
-    config = dist.get_config('demo')
-    config.data.update(
-        root=str(clips),
-        train_list='train.txt',
-        val_list='val.txt',
-        label_map='labels.txt',
-        num_frames=4,
-        image_size=48,
-    )
-    config.model.update(temporal_dim=8, head='linear', unroll=False)
-    config.update(batch_size=4, num_steps=6)
-    config.eval.update(batch_size=4, every_epochs=100.0)
-    config.checkpoint.every_steps = 2
-    config.log.update(every_steps=1, tensorboard=False)
-    return config
