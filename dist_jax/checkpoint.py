@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -238,21 +239,26 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     return metadata
 
 
-def read_variables(folder: epath.Path, abstract: Tree, ema: bool) -> Tree:
+def _trained_name(folder: epath.Path) -> str:
+    """Where a step keeps the parameters that are used: their average if the run kept one."""
+    averaged = read_metadata(folder)['config']['optimizer']['ema_decay'] > 0
+    return 'ema' if averaged else 'params'
+
+
+def read_variables(folder: epath.Path, abstract: Tree) -> Tree:
     """What evaluation applies: parameters (their average if there is one) and collections.
 
     Args:
       folder: of one step.
       abstract: {'params': ..., **collections} with shapes, dtypes and shardings.
-      ema: whether the run kept an average.
     """
-    abstract = dict(abstract)
-    params = abstract.pop('params')
-    wanted = {'ema' if ema else 'params': params}
-    if abstract:
-        wanted['extra'] = abstract
+    name = _trained_name(folder)
+    extra = dict(abstract)
+    wanted = {name: extra.pop('params')}
+    if extra:
+        wanted['extra'] = extra
     found = read_tree(folder / 'state', wanted)
-    return {'params': found['ema' if ema else 'params'], **found.get('extra', {})}
+    return {'params': found[name], **found.get('extra', {})}
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
@@ -263,8 +269,7 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 def read_host_params(folder: epath.Path) -> Tree:
     """Trainable parameters of one step in host memory: their average if the run kept one."""
     stored = ocp.PyTreeCheckpointHandler().metadata(folder / 'state').tree
-    averaged = read_metadata(folder)['config']['optimizer']['ema_decay'] > 0
-    name = 'ema' if averaged else 'params'
+    name = _trained_name(folder)
     item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {name: stored[name]})
     return read_tree(folder / 'state', item, as_numpy=True)[name]
 
@@ -292,7 +297,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
       ValueError: listing every field that differs.
     """
-    before, now = _flat(saved['config']), _flat(current['config'])
+    before, now = flat(saved['config']), flat(current['config'])
     differences = [
         f'  {name}: saved {before.get(name, "absent")!r}, now {now.get(name, "absent")!r}'
         for name in sorted(before.keys() | now.keys())
@@ -315,11 +320,12 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """A nested config as 'group.field' names."""
     found = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= _flat(value, f'{prefix}{key}.')
+            found |= flat(value, f'{prefix}{key}.')
         else:
             found[f'{prefix}{key}'] = value
     return found

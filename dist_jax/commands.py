@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint, experiment, report, step
-from dist_jax.evaluate import EvalResult, evaluate
+from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.sharding import check_batch_size, make_mesh, replicated
@@ -104,7 +104,7 @@ def load_trained(
     if folder is None:
         params = experiment.load_trainable(config.init_from, variables['params'])
         return Trained(model, frozen, {'params': params}, class_names, -1)
-    found = checkpoint.read_variables(folder, variables, config.optimizer.ema_decay > 0)
+    found = checkpoint.read_variables(folder, variables)
     return Trained(model, frozen, found, class_names, int(folder.name))
 
 
@@ -122,17 +122,8 @@ def run_evaluation(
     trained = load_trained(config, workdir, step_number, experiment.class_columns(source))
     eval_step = step.make_eval_step(trained.model, mesh, config.eval.fusion)
     with Bar('evaluate', -(-len(source) // config.eval.batch_size)) as bar:
-        result = evaluate(
-            eval_step,
-            trained.variables,
-            trained.frozen,
-            source,
-            experiment.eval_reader(config),
-            mesh,
-            batch_size=config.eval.batch_size,
-            num_threads=config.data.num_threads,
-            allow_bad_videos=config.eval.allow_bad_videos,
-            on_batch=lambda done, _: bar.update(done),
+        result = evaluate_config(
+            config, eval_step, trained.variables, trained.frozen, source, mesh, bar
         )
     figures = evaluation_figures(result, trained, config)
     if jax.process_index() == 0:

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from dist_jax import metrics
+from dist_jax import experiment, metrics
+from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree
 from dist_jax.sharding import to_global
 from input_pipeline import pipeline
@@ -141,6 +143,30 @@ def evaluate(
         seconds=time.monotonic() - start,
         scores=tuple(scores),
         index=index,
+    )
+
+
+def evaluate_config(
+    config: ConfigDict,
+    eval_step: EvalStep,
+    variables: Tree,
+    frozen: Tree,
+    source: VideoList,
+    mesh: Mesh,
+    bar: Bar,
+) -> EvalResult:
+    """`evaluate` with the views, the batch size and the rules of a config, moving a bar."""
+    return evaluate(
+        eval_step,
+        variables,
+        frozen,
+        source,
+        experiment.eval_reader(config),
+        mesh,
+        batch_size=config.eval.batch_size,
+        num_threads=config.data.num_threads,
+        allow_bad_videos=config.eval.allow_bad_videos,
+        on_batch=lambda done, _: bar.update(done),
     )
 
 

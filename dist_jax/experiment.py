@@ -98,8 +98,7 @@ def open_split(config: ConfigDict, split: str) -> VideoList:
             'or a folder of class folders)'
         )
     root = config.data.root
-    if root and not os.path.isabs(path) and not os.path.exists(path):
-        path = os.path.join(root, path)
+    path = _under(root, path)
     label_map = [_under(root, name) for name in config.data.label_map.split(',')]
     list_format = config.data.list_format or ('folder' if os.path.isdir(path) else '')
     return open_source(
@@ -113,6 +112,7 @@ def open_split(config: ConfigDict, split: str) -> VideoList:
 
 
 def _under(root: str, name: str) -> str:
+    """A file that is named as it is, or from the data root."""
     name = name.strip()
     if name and root and not os.path.isabs(name) and not os.path.exists(name):
         return os.path.join(root, name)
@@ -328,5 +328,4 @@ def load_trainable(path: str, params: Tree) -> Tree:
     if not checkpoint.is_run(path):
         return converted.load_params(path, abstract=target)
     folder = checkpoint.find_checkpoint(path)
-    averaged = checkpoint.read_metadata(folder)['config']['optimizer']['ema_decay'] > 0
-    return checkpoint.read_variables(folder, {'params': target}, averaged)['params']
+    return checkpoint.read_variables(folder, {'params': target})['params']

@@ -167,16 +167,15 @@ def read_config(arguments: list[str], default: ConfigDict | None = None) -> Conf
     """
     values = flags.FlagValues()
     named = any(argument.startswith('--config=') for argument in arguments)
-    if named or default is None:
-        if not named:
-            raise UsageError(
-                'pass --config=FILE:VARIANT, for example --config=configs/dist.py:b16_8+16f_k400'
-            )
-        arguments = [_find_file(a) if a.startswith('--config=') else a for a in arguments]
-        command_line = ['dist_jax', *arguments]
+    if not named and default is None:
+        raise UsageError(
+            'pass --config=FILE:VARIANT, for example --config=configs/dist.py:b16_8+16f_k400'
+        )
+    arguments = [_find_file(a) if a.startswith('--config=') else a for a in arguments]
+    command_line = ['dist_jax', *arguments]
+    if named:
         config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=command_line)
     else:
-        command_line = ['dist_jax', *arguments]
         config_flags.DEFINE_config_dict(
             'config', default, flag_values=values, sys_argv=command_line
         )

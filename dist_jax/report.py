@@ -24,6 +24,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from dist_jax.checkpoint import flat
 from dist_jax.evaluate import EvalResult
 from dist_jax.logbook import METRICS_FILE, duration, read_metrics
 from dist_jax.metrics import worst_confusions
@@ -78,7 +79,7 @@ def write_report(
     sections.append('<h2>Summary</h2>' + _table(('field', 'value'), _summary_rows(summary)))
     config = _read(folder / 'config.json')
     if config:
-        fields = [(name, json.dumps(value)) for name, value in _flat(json.loads(config))]
+        fields = [(name, json.dumps(value)) for name, value in flat(json.loads(config)).items()]
         sections.append(_details('Config', _table(('field', 'value'), fields)))
     overview = _read(folder / 'parameters.txt')
     if overview:
@@ -283,14 +284,6 @@ def _short(count: int) -> str:
         if count >= size:
             return f'{count / size:.3g} {unit}'
     return str(count)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f'{prefix}{name}.')
-        else:
-            yield prefix + name, value
 
 
 def _read(path: epath.Path) -> str:

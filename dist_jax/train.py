@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint, experiment, optim, report, step
-from dist_jax.evaluate import EvalResult, evaluate
+from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.logbook import Bar, Logbook, duration
 from dist_jax.mixup import Mixing
 from dist_jax.models import clip
@@ -431,19 +431,15 @@ class _Loop:
         total = math.ceil(len(self.val_source) / config.eval.batch_size)
         with Bar('evaluate', total) as bar:
             bar.line(f'{len(self.val_source)} videos')
-            result = evaluate(
+            return evaluate_config(
+                config,
                 self.eval_step,
                 state.eval_variables,
                 self.frozen,
                 self.val_source,
-                experiment.eval_reader(config),
                 self.mesh,
-                batch_size=config.eval.batch_size,
-                num_threads=config.data.num_threads,
-                allow_bad_videos=config.eval.allow_bad_videos,
-                on_batch=lambda batch, _: bar.update(batch),
+                bar,
             )
-        return result
 
 
 class _Meter:
