@@ -49,6 +49,11 @@ class VideoModel:
       param_groups: must cover every trainable parameter.
       frozen_logits: (frozen tree, video) -> tuple of (B, num_classes), the backbone's own
         prediction for fusion and zero-shot reports; None where the family has no text features.
+      attention: (variables of `net`, frozen tree, video as for `features`) -> float32
+        (B, t, g, g), the share of the query's attention on each patch of each frame that the
+        backbone sees. Non-negative; the sum over (t, g, g) is at most 1, class tokens have the
+        rest. t divides T, and map i belongs to input frame i * T // t. None where no query looks
+        at patches.
     """
 
     net: nn.Module
@@ -58,3 +63,4 @@ class VideoModel:
     reads: tuple[str, ...]
     param_groups: tuple[ParamGroup, ...]
     frozen_logits: Callable[[Tree, jax.Array], tuple[jax.Array, ...]] | None = None
+    attention: Callable[[Tree, Tree, jax.Array], jax.Array] | None = None

@@ -73,6 +73,11 @@ def attend(
     Returns:
       (N, Q, h, d) in the dtype of `value`.
     """
+    return weighted_values(attention_weights(query, key, mask), value)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The float32 softmax of `attend`: (N, h, Q, L), of sum 1 over L. Arguments as there."""
     logits = jnp.einsum(
         'nqhd,nlhd->nhql',
         query * query.shape[-1] ** -0.5,
@@ -81,8 +86,12 @@ def attend(
     )
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum('nhql,nlhd->nqhd', weights, value)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """The product of `attend`: weights (N, h, Q, L), value (N, L, h, d) -> (N, Q, h, d)."""
+    return jnp.einsum('nhql,nlhd->nqhd', weights.astype(value.dtype), value)
 
 
 def resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -175,7 +184,8 @@ class MultiHeadAttention(nn.Module):
     """Attention of `query` over `memory`, of equal widths; parameters `qkv` and `out`.
 
     The three input projections are one parameter, `qkv/kernel` (C, 3, h, d), as in the packed
-    layout of the checkpoints it is filled from.
+    layout of the checkpoints it is filled from. Sows `weights`, float32 (N, h, Q, L), into
+    'intermediates': nothing is computed or kept for it unless a caller makes that mutable.
     """
 
     num_heads: int
@@ -192,7 +202,9 @@ class MultiHeadAttention(nn.Module):
             jnp.einsum('nlc,chd->nlhd', memory.astype(self.dtype), kernel[:, i]) + bias[i]
             for i in (1, 2)
         )
-        return _MergeHeads(width, dtype=self.dtype, name='out')(attend(q, k, v))
+        weights = attention_weights(q, k)
+        self.sow('intermediates', 'weights', weights)
+        return _MergeHeads(width, dtype=self.dtype, name='out')(weighted_values(weights, v))
 
 
 class _PackedProjection(nn.Module):
