@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,12 +105,15 @@ class Taps:
     Attributes:
       outputs: blocks whose output stream is returned.
       attention: blocks whose queries and keys are returned (bias included, not scaled).
+      summary: applied to queries and keys (N, L, h, d) inside each of these blocks; its result is
+        returned in their place, so that they are not kept. None returns them.
       stem: whether the stream after `ln_pre` is returned.
       embedding: whether the projected class embedding is returned; it needs every block.
     """
 
     outputs: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
+    summary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     stem: bool = False
     embedding: bool = False
 
@@ -191,8 +195,8 @@ def encode_image(
 
     Returns:
       Only what was asked for, of: `stem` (N, L, W); `outputs` (K, N, L, W); `queries` and `keys`
-      (K, N, L, h, d); `embedding` (N, E), not L2-normalised. L = 1 + g*g, class token first,
-      patches row-major.
+      (K, N, L, h, d), or `attention` (K, ...) where the taps have a summary of them; `embedding`
+      (N, E), not L2-normalised. L = 1 + g*g, class token first, patches row-major.
 
     Raises:
       ValueError: the image size is not the spec's, or a tap names a block that is not there.
@@ -213,7 +217,7 @@ def encode_image(
     x = jnp.concatenate([cls, x], axis=1) + params['positional_embedding'].astype(dtype)
     x = layers.layer_norm(x, **params['ln_pre'])
 
-    found: dict[str, list[jax.Array]] = {'outputs': [], 'queries': [], 'keys': []}
+    found: dict[str, list[jax.Array]] = {}
     result = {'stem': x} if taps.stem else {}
     wanted = [
         (i in taps.outputs, i in taps.attention) for i in range(taps.blocks_needed(spec.depth))
@@ -227,17 +231,19 @@ def encode_image(
             x: jax.Array, one: Tree, output: bool = output, attention: bool = attention
         ) -> tuple[jax.Array, Tree]:
             x, q, k = _block(x, one, spec.activation)
-            return x, ({'outputs': x} if output else {}) | (
-                {'queries': q, 'keys': k} if attention else {}
-            )
+            tapped = {'outputs': x} if output else {}
+            if attention and taps.summary:
+                tapped['attention'] = taps.summary(q, k)
+            elif attention:
+                tapped |= {'queries': q, 'keys': k}
+            return x, tapped
 
         x, tapped = scan_frozen(block, x, params['blocks'], start, stop, unroll=unroll)
         for name, value in tapped.items():
-            found[name].append(value)
+            found.setdefault(name, []).append(value)
         start = stop
     for name, parts in found.items():
-        if parts:
-            result[name] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        result[name] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     if taps.embedding:
         result['embedding'] = project_image(params, x[:, 0])
     return result
