@@ -64,7 +64,7 @@ def scan_trainable(
       num_scanned: how many of the arguments after the carry are sliced on axis 0, one a layer.
 
     Returns:
-      The lifted class; `params` and `batch_stats` carry the layer on axis 0.
+      The lifted class; `params`, `batch_stats` and `intermediates` carry the layer on axis 0.
     """
     if remat:
         # Inside a loop the compiler cannot merge the recomputation with the forward pass; written
@@ -72,7 +72,7 @@ def scan_trainable(
         block = nn.remat(block, prevent_cse=unroll)
     return nn.scan(
         block,
-        variable_axes={'params': 0, 'batch_stats': 0},
+        variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0,) * num_scanned,
         length=length,
