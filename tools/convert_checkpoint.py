@@ -22,11 +22,16 @@ from rich.table import Table
 
 from dist_jax.checkpoint import find_checkpoint, is_run, read_host_params, read_metadata
 from dist_jax.models import clip, clip_params, converted, dist_params
-from dist_jax.models.dist_params import export_dist
-from dist_jax.models.params import Row, Tree, count, flatten, import_tree, with_precision
+from dist_jax.models.params import (
+    Row,
+    Tree,
+    count,
+    export_file,
+    flatten,
+    import_tree,
+    with_precision,
+)
 from dist_jax.models.source_files import SourceFiles, open_source, sources_record
-
-__all__ = ['KINDS', 'convert', 'export_dist', 'main']
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 
@@ -46,7 +51,7 @@ examples:
   dist_jax convert DIST_K400_B16.pyth dist_k400
   dist_jax convert --export dist_k400 dist_k400.safetensors
 
-  # a trained run under the authors' names
+  # a trained run under its authors' names
   dist_jax convert --export runs/b16 mine.safetensors
 """
 
@@ -160,6 +165,26 @@ KINDS: dict[str, Kind] = {
         _plan_openai,
     ),
     'openclip': Kind(lambda source: clip_params.is_openai_naming(source.tensors), _plan_openclip),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """How a family goes back under its authors' names.
+
+    Attributes:
+      rows: sizes -> table.
+      run_sizes: the `model` fields and the backbone's spec of a run -> sizes.
+      prefix: of the names in the released files.
+    """
+
+    rows: Callable[[Any], list[Row]]
+    run_sizes: Callable[[Any, Any], dict[str, Any]]
+    prefix: str
+
+
+EXPORTS: dict[str, Export] = {
+    'dist': Export(dist_params.dist_rows, dist_params.run_hparams, dist_params.RELEASE_PREFIX),
 }
 
 
@@ -310,44 +335,39 @@ def export(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, np.ndarray]:
-    """Writes a DiST, a run's newest or a converted one, as safetensors under the authors' names.
+    """Writes a run's newest step or a converted checkpoint under the authors' names.
+
+    Returns:
+      The tensors as written.
 
     Raises:
-      ValueError: `source` is no DiST.
+      ValueError: `source` is of a family without such names, or holds parameters without one.
       OSError: nothing at `source`, or `dest` exists.
     """
-    params, hparams = _trained(source) if is_run(source) else _converted(source)
-    tensors = export_dist(params, hparams, dest, overwrite=overwrite)
+    if is_run(source):  # the newest step, the average of its parameters if it kept one
+        folder = find_checkpoint(source)
+        metadata = read_metadata(folder)
+        model = metadata['config']['model']
+        way = _way_back(source, model['family'])
+        sizes = way.run_sizes(model, metadata['backbone']['spec'])
+        params = read_host_params(folder)
+    else:
+        metadata = converted.load_metadata(source)
+        way, sizes = _way_back(source, metadata['family']), metadata['spec']
+        params = converted.load_params(source, as_numpy=True)
+    tensors = export_file(params, way.rows(sizes), way.prefix, dest, overwrite=overwrite)
     if console:
         size = os.path.getsize(dest) / 1e6
         console.print(f'{len(tensors)} tensors, {size:,.1f} MB written to {os.fspath(dest)}')
     return tensors
 
 
-def _converted(source: str | os.PathLike[str]) -> tuple[Tree, dict[str, Any]]:
-    metadata = converted.load_metadata(source)
-    _check_family(source, metadata['family'])
-    return converted.load_params(source, as_numpy=True), metadata['spec']
-
-
-def _trained(source: str | os.PathLike[str]) -> tuple[Tree, dict[str, Any]]:
-    """Parameters of the newest step of a run (their average if it kept one), and their sizes."""
-    folder = find_checkpoint(source)
-    metadata = read_metadata(folder)
-    model = metadata['config']['model']
-    _check_family(source, model['family'])
-    depth = metadata['backbone']['spec']['depth']
-    hparams = {
-        'integration_dim': model['integration_dim'],
-        'num_layers': len(model['selected_layers']) or depth,
-        'ada_pooling_layers': model['ada_pooling_layers'],
-    }
-    return read_host_params(folder), hparams
-
-
-def _check_family(source: str | os.PathLike[str], family: str) -> None:
-    if family != 'dist':
-        raise ValueError(f'{source} is of family {family!r}; only dist checkpoints are exported')
+def _way_back(source: str | os.PathLike[str], family: str) -> Export:
+    if family not in EXPORTS:
+        raise ValueError(
+            f'{source} is of family {family!r}; only {", ".join(EXPORTS)} checkpoints are exported'
+        )
+    return EXPORTS[family]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -359,7 +379,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('source', metavar='SOURCE', help='file or folder to convert')
     parser.add_argument('dest', metavar='DEST', help='directory (with --export: file) to write')
-    parser.add_argument('--export', action='store_true', help='DiST: orbax -> safetensors')
+    parser.add_argument('--export', action='store_true', help='orbax -> safetensors')
     parser.add_argument('--kind', default='auto', choices=('auto', *KINDS), help='naming')
     parser.add_argument(
         '--activation',

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_jax.models.clip import ClipSpec
-from dist_jax.models.params import ALL, Row, hidden_ratio
+from dist_jax.models.params import ALL, Row, hidden_ratio, numbered
 
 # Buffers that carry no weights; OpenAI files keep the first three, other exports the rest.
 OPENAI_IGNORE = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask')
@@ -426,17 +426,10 @@ def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def _depth(tensors: Mapping[str, Any], prefix: str) -> int:
-    """One more than the largest block number, so that a gap shows as unfilled."""
-    numbers = [
-        int(name.removeprefix(prefix).split('.')[0])
-        for name in tensors
-        if name.startswith(prefix) and name.removeprefix(prefix).split('.')[0].isdecimal()
-    ]
-    if not numbers:
+    depth = numbered(tensors, prefix)
+    if not depth:
         raise ValueError(f'no tensor {prefix}N.…; this is no complete CLIP checkpoint')
-    if max(numbers) >= len(tensors):
-        raise ValueError(f'{prefix}{max(numbers)}: more blocks than tensors')
-    return max(numbers) + 1
+    return depth
 
 
 def _whole(width: int, head_width: int, what: str) -> int:

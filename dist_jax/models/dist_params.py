@@ -1,4 +1,4 @@
-"""DiST checkpoints of the authors: names, geometry, table; import and export.
+"""DiST checkpoints of the authors: names, geometry, table.
 
 Source: names of the released `.pyth` files (`model_state`, prefix `backbone.base_encoder.`), and
 the older `ladder_net` names, which differ in the first two components only.
@@ -8,15 +8,12 @@ A file also holds a copy of the frozen CLIP; those tensors are recognised by nam
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from dist_jax.models import clip, dist
 from dist_jax.models.clip_params import (
@@ -26,7 +23,7 @@ from dist_jax.models.clip_params import (
     norm_rows,
     openai_rows,
 )
-from dist_jax.models.params import Row, Tree, export_tree, hidden_ratio, with_precision
+from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, with_precision
 
 RELEASE_PREFIX = 'backbone.base_encoder.'
 
@@ -122,16 +119,6 @@ def infer_hparams(tensors: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f'{name}: shape {found}, expected {rank} axes')
         return found
 
-    def count(prefix: str) -> int:
-        """One more than the largest number, so that a gap shows as unfilled."""
-        starts = [
-            name.removeprefix(prefix).split('.')[0] for name in tensors if name.startswith(prefix)
-        ]
-        largest = max((int(start) for start in starts if start.isdecimal()), default=-1)
-        if largest >= len(tensors):
-            raise ValueError(f'{prefix}{largest}: more modules than tensors')
-        return largest + 1
-
     stem = shape('dist_net.temporal_stem.weight', 5)
     temporal_dim, _, temporal_patch, _, patch_size = stem
     integration_dim, width = shape('dist_net.input_linears.0.weight', 2)
@@ -148,11 +135,11 @@ def infer_hparams(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {
         'integration_dim': integration_dim,
         'temporal_dim': temporal_dim,
-        'num_layers': count('dist_net.input_linears.'),
+        'num_layers': numbered(tensors, 'dist_net.input_linears.'),
         'num_frames': frozen_frames * alpha,
         'alpha': alpha,
         'patch_size': patch_size,
-        'ada_pooling_layers': count('dist_net.adapooling_nets.'),
+        'ada_pooling_layers': numbered(tensors, 'dist_net.adapooling_nets.'),
         'embed_dim': shape('dist_net.proj', 2)[1],
         'width': width,
         'temporal_patch': temporal_patch,
@@ -265,6 +252,15 @@ def build_options(hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {name: hparams[name] for name in BUILD_OPTIONS}
 
 
+def run_hparams(model: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """What `dist_rows` reads, from the `model` fields and the backbone's spec of a run."""
+    return {
+        'integration_dim': model['integration_dim'],
+        'num_layers': len(model['selected_layers']) or backbone['depth'],
+        'ada_pooling_layers': model['ada_pooling_layers'],
+    }
+
+
 def abstract_params(hparams: Mapping[str, Any]) -> Tree:
     """The trainable tree of a text-head DiST as float32 `jax.ShapeDtypeStruct` leaves."""
     width, patch = hparams['width'], hparams['patch_size']
@@ -292,42 +288,3 @@ def abstract_params(hparams: Mapping[str, Any]) -> Tree:
     }
     variables = jax.eval_shape(net.init, jax.random.key(0), features)
     return with_precision(variables['params'], jnp.float32)
-
-
-def export_dist(
-    params: Mapping[str, Any],
-    hparams: Mapping[str, Any],
-    out_path: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-) -> dict[str, np.ndarray]:
-    """Writes a trainable tree as safetensors under the names of the released files.
-
-    Args:
-      params: the trainable tree of a DiST with a text head.
-      hparams: integration_dim, num_layers and ada_pooling_layers at least.
-      out_path: file to write; it appears whole or not at all.
-      overwrite: replace an existing file.
-
-    Returns:
-      The tensors as written.
-
-    Raises:
-      ConversionError: parameters without a place in the authors' files (a linear head).
-      FileExistsError: the file exists.
-    """
-    out_path = Path(out_path)
-    if out_path.is_dir() or (out_path.exists() and not overwrite):
-        raise FileExistsError(f'{out_path} exists; pass --overwrite to replace it')
-    tensors = {
-        f'{RELEASE_PREFIX}{name}': value
-        for name, value in export_tree(params, dist_rows(hparams)).items()
-    }
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_path.with_name(f'.{out_path.name}.partial')
-    try:
-        save_file(tensors, partial, metadata={'format': 'pt'})
-        os.replace(partial, out_path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return tensors

@@ -18,13 +18,16 @@ import dataclasses
 import fnmatch
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 Tree = dict[str, Any]
 
@@ -278,6 +281,44 @@ def export_tree(tree: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, np.nd
     return tensors
 
 
+def export_file(
+    tree: Mapping[str, Any],
+    rows: Iterable[Row],
+    prefix: str,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> dict[str, np.ndarray]:
+    """Writes a tree as safetensors under the names of a table.
+
+    Args:
+      tree: what the table exports, all of it.
+      rows: the table.
+      prefix: set before every name.
+      path: file to write; it appears whole or not at all.
+      overwrite: replace an existing file.
+
+    Returns:
+      The tensors as written.
+
+    Raises:
+      ConversionError: parameters without a place in the table.
+      FileExistsError: the file exists.
+    """
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise FileExistsError(f'{path} exists; pass --overwrite to replace it')
+    tensors = {f'{prefix}{name}': value for name, value in export_tree(tree, rows).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        save_file(tensors, partial, metadata={'format': 'pt'})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return tensors
+
+
 class _Coverage:
     """Which slots of which targets a table names, and which of them were filled."""
 
@@ -364,6 +405,22 @@ def _cast_problem(value: np.ndarray, kind: np.dtype) -> str:
         if largest > np.finfo(np.float16).max:
             return f'a value of {float(largest):.3g} overflows float16; use bfloat16 or float32'
     return ''
+
+
+def numbered(names: Iterable[str], prefix: str) -> int:
+    """How many blocks `prefix`0, `prefix`1, … there are: one more than the largest number.
+
+    A gap then shows as unfilled when the tree is filled.
+
+    Raises:
+      ValueError: a number that no complete file can reach.
+    """
+    names = list(names)
+    starts = [name.removeprefix(prefix).split('.')[0] for name in names if name.startswith(prefix)]
+    largest = max((int(start) for start in starts if start.isdecimal()), default=-1)
+    if largest >= len(names):
+        raise ValueError(f'{prefix}{largest}: more blocks than tensors')
+    return largest + 1
 
 
 def hidden_ratio(hidden: int, width: int) -> float:

@@ -8,7 +8,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from dist_jax.models import dist_params
-from dist_jax.models.params import ConversionError, flatten, import_tree, tree_sha256
+from dist_jax.models.params import (
+    ConversionError,
+    export_file,
+    flatten,
+    import_tree,
+    tree_sha256,
+)
 from dist_jax.models.source_files import read_safetensors
 
 GOLDEN = Path(__file__).parent.parent / 'golden' / 'dist_small.safetensors'
@@ -42,6 +48,11 @@ def _import(tensors):
     return import_tree(tensors, rows, dist_params.abstract_params(hparams), ignore), hparams
 
 
+def _export(tree, hparams, path, **options):
+    rows, prefix = dist_params.dist_rows(hparams), dist_params.RELEASE_PREFIX
+    return export_file(tree, rows, prefix, path, **options)
+
+
 def test_sizes_come_from_shapes(released):
     assert dist_params.infer_hparams(released) == {
         'integration_dim': 128,
@@ -64,7 +75,7 @@ def test_sizes_come_from_shapes(released):
 def test_export_writes_the_released_names_bit_equal(released, tmp_path):
     tree, hparams = _import(released)
     path = tmp_path / 'out.safetensors'
-    dist_params.export_dist(tree, hparams, path)
+    _export(tree, hparams, path)
     written = load_file(path)
     assert {f'backbone.base_encoder.{name}' for name in released} == set(written)
     for name, value in released.items():
@@ -72,8 +83,8 @@ def test_export_writes_the_released_names_bit_equal(released, tmp_path):
     again, _ = _import(written)
     assert tree_sha256(again) == tree_sha256(tree)
     with pytest.raises(FileExistsError):
-        dist_params.export_dist(tree, hparams, path)
-    dist_params.export_dist(tree, hparams, path, overwrite=True)
+        _export(tree, hparams, path)
+    _export(tree, hparams, path, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ['out.safetensors']
 
 
@@ -147,7 +158,7 @@ def test_other_geometries_round_trip(hparams, tmp_path):
     abstract = dist_params.abstract_params(hparams)
     tree = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract)
     assert ('layers' in tree) == (hparams['num_layers'] > 1)
-    tensors = dist_params.export_dist(tree, hparams, tmp_path / 'out.safetensors')
+    tensors = _export(tree, hparams, tmp_path / 'out.safetensors')
     again, found = _import(tensors)
     assert found == hparams
     assert tree_sha256(again) == tree_sha256(tree)
@@ -182,5 +193,5 @@ def test_a_linear_head_has_no_place_in_the_authors_format(released, tmp_path):
     tree, hparams = _import(released)
     tree['head'] = {'column_0': {'kernel': np.zeros((64, 5), np.float32)}}
     with pytest.raises(ConversionError, match='head/column_0/kernel'):
-        dist_params.export_dist(tree, hparams, tmp_path / 'out.safetensors')
+        _export(tree, hparams, tmp_path / 'out.safetensors')
     assert not list(tmp_path.iterdir())
