@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dist_jax.models import clip
 from dist_jax.models.api import Tree
-from dist_jax.models.layers import LinearHead, exact_float32
+from dist_jax.models.layers import Initializer, LinearHead, exact_float32, trunc_normal
 
 HEADS = ('text', 'linear')
 
@@ -27,17 +27,20 @@ class Head(nn.Module):
     Attributes:
       kind: 'text' or 'linear'.
       num_classes: classes of each label column.
+      kernel_init, bias_init: of the classifiers.
     """
 
     kind: str
     num_classes: tuple[int, ...]
+    kernel_init: Initializer = trunc_normal
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, embedding: jax.Array, features: Tree) -> tuple[jax.Array, ...]:
         if self.kind == 'text':
             return cosine_logits(embedding, features['text'], features['logit_scale'])
         return tuple(
-            LinearHead(classes, name=f'column_{i}')(embedding)
+            LinearHead(classes, self.kernel_init, self.bias_init, name=f'column_{i}')(embedding)
             for i, classes in enumerate(self.num_classes)
         )
 

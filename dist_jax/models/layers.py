@@ -156,6 +156,7 @@ class Linear(nn.Module):
     features: int
     use_bias: bool = True
     kernel_init: Initializer = trunc_normal
+    bias_init: Initializer = nn.initializers.zeros
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -163,7 +164,7 @@ class Linear(nn.Module):
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
         x = jnp.einsum('...i,io->...o', x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            bias = self.param('bias', nn.initializers.zeros, (self.features,))
+            bias = self.param('bias', self.bias_init, (self.features,))
             x = x + bias.astype(self.dtype)
         return x
 
@@ -238,7 +239,15 @@ class LinearHead(nn.Module):
     """Classifier on a clip embedding (B, E) -> float32 logits (B, num_classes)."""
 
     num_classes: int
+    kernel_init: Initializer = trunc_normal
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, embedding: jax.Array) -> jax.Array:
-        return Linear(self.num_classes, name='classifier')(embedding.astype(jnp.float32))
+        classifier = Linear(
+            self.num_classes,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            name='classifier',
+        )
+        return classifier(embedding.astype(jnp.float32))
