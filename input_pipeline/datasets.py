@@ -21,7 +21,7 @@ class DatasetInfo:
         map or the list says.
       list_format: of its usual lists, see `sources.open_source`.
       flip: mirroring in training, with the labels that it swaps; None where it would lie.
-      sampling: 'segment' or 'interval', the protocol of DiST for it.
+      sampling: a key of `sampling.PROTOCOLS`, the one of DiST for it.
       generate: writes a built-in set into a folder: train.txt, val.txt, labels.txt and the videos.
     """
 

@@ -17,12 +17,10 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from input_pipeline import sampling
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
+from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
 from input_pipeline.sources import Record
 from input_pipeline.transforms import Label, ShortSideCrops, Transform, apply
-
-SAMPLING = ('segment', 'interval')
 
 
 class Source(Protocol):
@@ -34,11 +32,13 @@ class Source(Protocol):
 
 
 def _check_reader(reader: 'TrainReader | EvalReader') -> None:
-    if reader.sampling not in SAMPLING:
-        raise ValueError(f'sampling={reader.sampling!r} must be one of {SAMPLING}')
+    if reader.sampling not in PROTOCOLS:
+        raise ValueError(f'sampling={reader.sampling!r} must be one of {tuple(PROTOCOLS)}')
     for name in ('num_frames', 'image_size', 'interval'):
         if getattr(reader, name) < 1:
             raise ValueError(f'{name}={getattr(reader, name)} must be at least 1')
+    # The protocol itself refuses what it cannot use: here, not in a thread.
+    PROTOCOLS[reader.sampling].test(1, reader.num_frames, 1, reader.interval, REFERENCE_FPS)
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ class TrainReader:
     Attributes:
       num_frames: frames per clip, T.
       image_size: height and width of the clip in pixels; the transforms must produce it.
-      sampling: 'segment' or 'interval', see `sampling`.
-      interval: spacing for 'interval', in frames of a 30 fps video.
+      sampling: a key of `sampling.PROTOCOLS`.
+      interval: spacing of frames; for 'interval' in frames of a 30 fps video, for 'stride' in
+        frames of the file.
       transforms: run in order on the clip.
       max_pixels: larger frames are refused.
     """
@@ -84,12 +85,8 @@ class TrainReader:
         """
         with VideoReader(record.path, self.max_pixels) as video:
             first, total = video.frame_range(record.start, record.end)
-            if self.sampling == 'segment':
-                indices = sampling.segment_train(total, self.num_frames, rng)
-            else:
-                indices = sampling.interval_train(
-                    total, video.fps, self.num_frames, self.interval, rng
-                )
+            choose = PROTOCOLS[self.sampling].train
+            indices = choose(total, self.num_frames, rng, self.interval, video.fps)
             frames = video.frames(first + indices)
         return apply(self.transforms, frames, record.label, rng)
 
@@ -101,8 +98,9 @@ class EvalReader:
     Attributes:
       num_frames: frames per view, T.
       image_size: height and width of the views in pixels.
-      sampling: 'segment' or 'interval', see `sampling`.
-      interval: spacing for 'interval', in frames of a 30 fps video.
+      sampling: a key of `sampling.PROTOCOLS`.
+      interval: spacing of frames; for 'interval' in frames of a 30 fps video, for 'stride' in
+        frames of the file.
       num_clips: views along time.
       num_crops: 1 or 3 views along the long side, of each clip.
       short_side: short side before the crop in pixels; None means `image_size`.
@@ -120,7 +118,10 @@ class EvalReader:
 
     def __post_init__(self):
         _check_reader(self)
-        ShortSideCrops(self.image_size, self.num_crops, self.short_side)  # checks its fields
+        self._cut()  # checks its fields
+
+    def _cut(self) -> ShortSideCrops:
+        return ShortSideCrops(self.image_size, self.num_crops, self.short_side)
 
     @property
     def num_views(self) -> int:
@@ -146,15 +147,11 @@ class EvalReader:
         """
         with VideoReader(record.path, self.max_pixels) as video:
             first, total = video.frame_range(record.start, record.end)
-            if self.sampling == 'segment':
-                indices = sampling.segment_test(total, self.num_frames, self.num_clips)
-            else:
-                indices = sampling.interval_test(
-                    total, video.fps, self.num_frames, self.interval, self.num_clips
-                )
+            choose = PROTOCOLS[self.sampling].test
+            indices = choose(total, self.num_frames, self.num_clips, self.interval, video.fps)
             wanted, where = np.unique(first + indices, return_inverse=True)
             frames = video.frames(wanted)
-        crops = ShortSideCrops(self.image_size, self.num_crops, self.short_side)(frames)
+        crops = self._cut()(frames)
         views = crops[:, where.reshape(indices.shape)]  # (crops, clips, T, H, W, 3)
         return views.swapaxes(0, 1).reshape(self.shape), record.label
 

@@ -10,6 +10,7 @@ from input_pipeline.pipeline import (
     record_rng,
     train_batches,
 )
+from input_pipeline.sampling import PROTOCOLS
 from input_pipeline.sources import Record, VideoList
 from input_pipeline.transforms import Flip, Grayscale, RandomResizedCrop
 
@@ -192,6 +193,9 @@ def test_wrong_readers_are_errors():
         EvalReader(0, 32)
     with pytest.raises(ValueError, match='num_crops=2'):
         EvalReader(4, 32, num_crops=2)
+    for reader in (TrainReader, EvalReader):
+        with pytest.raises(ValueError, match=r'interval=1\.5 must be a whole number'):
+            reader(4, 32, 'stride', 1.5)
 
 
 def test_close_ends_the_stream(source):
@@ -222,12 +226,23 @@ def test_part_of_a_video_is_read_when_times_say_so(source):
     assert batch['error'][0].startswith('zero frames: no frame from 7.0 to 8.0 s')
 
 
-def test_interval_sampling_reads(source):
-    reader = TrainReader(4, 32, 'interval', 2, (RandomResizedCrop(32),))
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_every_sampling_reads(source, protocol):
+    reader = TrainReader(4, 32, protocol, 2, (RandomResizedCrop(32),))
     batch = next(train_batches(source, reader, batch_size=7, seed=0, num_steps=1))
     assert batch['mask'].sum() == 6
-    batch = next(eval_batches(source, EvalReader(4, 32, 'interval', 2, 2), batch_size=7))
+    batch = next(eval_batches(source, EvalReader(4, 32, protocol, 2, 2), batch_size=7))
     assert batch['video'].shape == (7, 2, 4, 32, 32, 3)
+
+
+def test_strided_views_are_frames_of_the_file(source):
+    views, _ = EvalReader(4, 48, 'stride', 2, num_clips=3).read(source[6])
+    everything = decode_everything(source[6].path)  # 16 frames, 48 x 64
+    for view, start in zip(views, (0, 4, 9)):
+        frames = everything[start : start + 7 : 2, :, 8:56]
+        np.testing.assert_array_equal(view, frames)
+    views, _ = EvalReader(4, 48, 'stride', 6).read(source[6])
+    np.testing.assert_array_equal(views[0], everything[[0, 6, 12, 15], :, 8:56])
 
 
 @pytest.mark.parametrize('hosts', [1, 2])

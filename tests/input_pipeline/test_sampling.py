@@ -6,7 +6,9 @@ import pytest
 
 from input_pipeline import sampling
 
-GOLDEN = json.loads((Path(__file__).parents[1] / 'golden' / 'dist_sampling.json').read_text())
+FOLDER = Path(__file__).parents[1] / 'golden'
+GOLDEN = json.loads((FOLDER / 'dist_sampling.json').read_text())
+EVL = json.loads((FOLDER / 'evl_sampling.json').read_text())
 
 
 def test_segment_views_equal_all_recorded_rows():
@@ -18,29 +20,97 @@ def test_segment_views_equal_all_recorded_rows():
 def test_interval_views_equal_all_recorded_rows():
     for row in GOLDEN['interval']:
         views = sampling.interval_test(
-            row['video_length'], row['fps'], row['num_frames'], row['interval'], row['num_views']
+            row['video_length'], row['num_frames'], row['num_views'], row['interval'], row['fps']
         )
         assert views[row['view']].tolist() == row['index'], row
 
 
+def test_stride_views_equal_all_recorded_rows():
+    for row in EVL['eval_temporal']:
+        views = sampling.stride_test(
+            row['video_len'], row['num_frames'], row['num_temporal_views'], row['sampling_rate']
+        )
+        assert views.tolist() == row['indices'], row
+
+
+def test_stride_views_beside_crops_equal_the_recorded_ones():
+    row = EVL['eval_view_order']
+    recorded = {tuple(view['frames']) for view in row['views']}
+    views = sampling.stride_test(
+        row['video_len'], row['num_frames'], row['num_temporal_views'], row['sampling_rate']
+    )
+    assert {tuple(view) for view in views.tolist()} == recorded
+
+
+def test_stride_training_of_short_videos_equals_all_recorded_rows():
+    for row in EVL['train_short']:
+        indices = sampling.stride_train(
+            row['video_len'], row['num_frames'], np.random.default_rng(0), row['sampling_rate']
+        )
+        assert indices.tolist() == row['indices'], row
+
+
+def test_stride_training_starts_where_the_recorded_draws_do():
+    rng = np.random.default_rng(0)
+    for row in EVL['train_start']:
+        draws = np.stack(
+            [
+                sampling.stride_train(
+                    row['video_len'], row['num_frames'], rng, row['sampling_rate'], 25.0
+                )
+                for _ in range(300)
+            ]
+        )
+        assert (np.diff(draws) == row['sampling_rate']).all(), row
+        assert draws[:, 0].min() == row['start_min'], row
+        assert draws[:, 0].max() == row['start_max_inclusive'], row
+
+
+def test_tsn_training_fills_the_recorded_ranges():
+    rng = np.random.default_rng(0)
+    for row in EVL['train_tsn']:
+        low, high = np.array(row['low_high_inclusive']).T
+        draws = np.stack(
+            [sampling.tsn_train(row['video_len'], row['num_frames'], rng) for _ in range(600)]
+        )
+        assert (draws >= low).all() and (draws <= high).all(), row
+        narrow = high - low < 60  # 600 draws reach both ends of these
+        np.testing.assert_array_equal(draws.min(0)[narrow], low[narrow])
+        np.testing.assert_array_equal(draws.max(0)[narrow], high[narrow])
+
+
+def test_tsn_views_lie_in_the_parts_that_training_draws_from_and_spread():
+    for row in EVL['train_tsn']:
+        low, high = np.array(row['low_high_inclusive']).T
+        for num_views in (1, 2, 5):
+            views = sampling.tsn_test(row['video_len'], row['num_frames'], num_views)
+            assert views.shape == (num_views, row['num_frames'])
+            assert (views >= low).all() and (views <= high).all(), row
+            assert (np.diff(views, axis=0) >= 0).all()
+    assert sampling.tsn_test(81, 4, 1).tolist() == [[10, 30, 50, 70]]
+    assert sampling.tsn_test(81, 4, 2).tolist() == [[5, 25, 45, 65], [15, 35, 55, 75]]
+
+
+@pytest.mark.parametrize('protocol', sampling.PROTOCOLS.values(), ids=sampling.PROTOCOLS)
 @pytest.mark.parametrize('num_total', [1, 5, 16, 75, 300])
 @pytest.mark.parametrize('num_frames', [1, 8, 16])
-def test_training_indices_are_in_range_ordered_and_seeded(num_total, num_frames):
+def test_indices_are_in_range_ordered_and_seeded(protocol, num_total, num_frames):
+    def check(indices, shape):
+        assert indices.shape == shape
+        assert indices.dtype == np.int64
+        assert indices.min() >= 0
+        assert indices.max() < num_total
+        assert (np.diff(indices) >= 0).all()
+
     for seed in range(20):
-        draws = [
-            (
-                sampling.segment_train(num_total, num_frames, rng),
-                sampling.interval_train(num_total, 25.0, num_frames, 4, rng),
-            )
-            for rng in (np.random.default_rng(seed), np.random.default_rng(seed))
-        ]
-        for first, second in zip(*draws):
-            assert first.shape == (num_frames,)
-            assert first.dtype == np.int64
-            assert first.min() >= 0
-            assert first.max() < num_total
-            assert (np.diff(first) >= 0).all()
-            np.testing.assert_array_equal(first, second)
+        first, second = (
+            protocol.train(num_total, num_frames, np.random.default_rng(seed), 4, 25.0)
+            for _ in range(2)
+        )
+        check(first, (num_frames,))
+        np.testing.assert_array_equal(first, second)
+    for num_views in (1, 3):
+        check(protocol.test(num_total, num_frames, num_views, 4, 25.0), (num_views, num_frames))
 
 
 def test_training_draws_reach_every_place_of_each_segment():
@@ -53,12 +123,27 @@ def test_training_draws_reach_every_place_of_each_segment():
 
 
 def test_interval_follows_the_frame_rate():
-    at_30 = sampling.interval_test(300, 30.0, 8, 8, 1)[0]
-    at_60 = sampling.interval_test(600, 60.0, 8, 8, 1)[0]
+    at_30 = sampling.interval_test(300, 8, 1, 8, 30.0)[0]
+    at_60 = sampling.interval_test(600, 8, 1, 8, 60.0)[0]
     assert np.abs(at_60 / 60 - at_30 / 30).max() < 1 / 30
 
 
+def test_stride_does_not_follow_the_frame_rate():
+    at_30, at_60 = (sampling.stride_test(300, 8, 3, 8, fps) for fps in (30.0, 60.0))
+    np.testing.assert_array_equal(at_30, at_60)
+
+
+@pytest.mark.parametrize('protocol', sampling.PROTOCOLS.values(), ids=sampling.PROTOCOLS)
 @pytest.mark.parametrize('arguments', [(0, 8, 1), (10, 0, 1), (10, 8, 0)])
-def test_empty_requests_are_errors(arguments):
+def test_empty_requests_are_errors(protocol, arguments):
     with pytest.raises(ValueError, match='=0 must be at least 1'):
-        sampling.segment_test(*arguments)
+        protocol.test(*arguments, 1.0, 30.0)
+    if arguments[2]:
+        with pytest.raises(ValueError, match='=0 must be at least 1'):
+            protocol.train(*arguments[:2], np.random.default_rng(0), 1.0, 30.0)
+
+
+@pytest.mark.parametrize('interval', [0, 2.5])
+def test_a_stride_is_a_whole_number_of_frames(interval):
+    with pytest.raises(ValueError, match=f'interval={interval} must be a whole number'):
+        sampling.stride_test(100, 8, 1, interval)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from input_pipeline.datasets import DATASETS
+from input_pipeline.sampling import PROTOCOLS
 from input_pipeline.sources import LIST_FORMATS, Record, guess_format, open_source, read_label_map
 
 
@@ -271,7 +272,7 @@ def test_missing_list_number_of_classes_and_format_are_checked(tmp_path):
 def test_every_data_set_names_a_known_format():
     for name, info in DATASETS.items():
         assert info.list_format in LIST_FORMATS, name
-        assert info.sampling in ('segment', 'interval'), name
+        assert info.sampling in PROTOCOLS, name
     assert DATASETS['something_v2'].flip.label_pairs == ((86, 87), (93, 94), (166, 167))
 
 
