@@ -104,6 +104,7 @@ class EvalReader:
       num_clips: views along time.
       num_crops: 1 or 3 views along the long side, of each clip.
       short_side: short side before the crop in pixels; None means `image_size`.
+      rounding: of sizes and corners, a key of `transforms.ROUNDING`.
       max_pixels: larger frames are refused.
     """
 
@@ -114,6 +115,7 @@ class EvalReader:
     num_clips: int = 1
     num_crops: int = 1
     short_side: int | None = None
+    rounding: str = 'nearest'
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
@@ -121,7 +123,7 @@ class EvalReader:
         self._cut()  # checks its fields
 
     def _cut(self) -> ShortSideCrops:
-        return ShortSideCrops(self.image_size, self.num_crops, self.short_side)
+        return ShortSideCrops(self.image_size, self.num_crops, self.short_side, self.rounding)
 
     @property
     def num_views(self) -> int:

@@ -5,7 +5,8 @@ is (T, H, W, 3) uint8 RGB and label the class of the clip (or one per head). Pip
 tuples, see `apply`. Test views draw nothing and return (crops, T, H, W, 3); see `ShortSideCrops`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,9 @@ import cv2
 import numpy as np
 
 Label = int | tuple[int, ...]
+
+# What becomes of a fraction of a pixel in the test views. DiST: 'nearest'; EVL: 'down'.
+ROUNDING: dict[str, Callable[[float], int]] = {'nearest': round, 'down': math.floor}
 
 # OpenCV would start threads of its own inside every reader thread.
 cv2.setNumThreads(1)
@@ -118,14 +122,19 @@ class CentreCrop:
 
     Attributes:
       image_size: height and width of the result in pixels.
+      rounding: as of the test view.
     """
 
     image_size: int
+    rounding: str = 'nearest'
+
+    def __post_init__(self):
+        ShortSideCrops(self.image_size, rounding=self.rounding)  # checks its fields
 
     def __call__(
         self, video: np.ndarray, label: Label, rng: np.random.Generator
     ) -> tuple[np.ndarray, Label]:
-        return ShortSideCrops(self.image_size)(video)[0], label
+        return ShortSideCrops(self.image_size, rounding=self.rounding)(video)[0], label
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class Grayscale:
     ) -> tuple[np.ndarray, Label]:
         if rng.random() >= self.probability:
             return video, label
-        return np.repeat(_luma(video)[..., None], 3, -1), label
+        return np.repeat(luma(video)[..., None], 3, -1), label
 
 
 @dataclass(frozen=True)
@@ -168,17 +177,17 @@ class ColourJitter:
         shift = rng.uniform(-self.hue, self.hue)
         for step in rng.permutation(4):
             if step == 0:  # brightness
-                video = cv2.LUT(_flat(video), _ramp(factors[0], 0)).reshape(video.shape)
+                video = cv2.LUT(flat(video), _ramp(factors[0], 0)).reshape(video.shape)
             elif step == 1:  # contrast, about the mean luma of the clip
-                mean = float(_luma(video).mean())
+                mean = float(luma(video).mean())
                 ramp = _ramp(factors[1], mean * (1 - factors[1]))
-                video = cv2.LUT(_flat(video), ramp).reshape(video.shape)
+                video = cv2.LUT(flat(video), ramp).reshape(video.shape)
             elif step == 2:  # saturation
-                grey = np.repeat(_luma(video)[..., None], 3, -1)
-                mixed = cv2.addWeighted(_flat(video), factors[2], _flat(grey), 1 - factors[2], 0)
+                grey = np.repeat(luma(video)[..., None], 3, -1)
+                mixed = cv2.addWeighted(flat(video), factors[2], flat(grey), 1 - factors[2], 0)
                 video = mixed.reshape(video.shape)
             else:  # hue; OpenCV counts 180 steps to a turn in uint8
-                hsv = cv2.cvtColor(_flat(video), cv2.COLOR_RGB2HSV)
+                hsv = cv2.cvtColor(flat(video), cv2.COLOR_RGB2HSV)
                 hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(shift * 180)) % 180
                 video = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).reshape(video.shape)
         return video, label
@@ -192,13 +201,16 @@ class ShortSideCrops:
       image_size: height and width of the crops in pixels.
       num_crops: 1 (centre) or 3 (both ends and centre, in order along the long side).
       short_side: short side after resizing in pixels; None means `image_size`.
+      rounding: a key of `ROUNDING`, for the long side after resizing and for the corners.
 
-    Source: DiST recipe, test (short side 224, centre crop).
+    Source: the recipes of DiST (short side 224, centre crop, 'nearest') and of EVL (one or three
+      crops, 'down'; agrees with the reference on every recorded size and corner).
     """
 
     image_size: int
     num_crops: int = 1
     short_side: int | None = None
+    rounding: str = 'nearest'
 
     def __post_init__(self):
         if self.num_crops not in (1, 3):
@@ -207,6 +219,27 @@ class ShortSideCrops:
             raise ValueError(
                 f'short_side={self.short_side} is smaller than image_size={self.image_size}'
             )
+        if self.rounding not in ROUNDING:
+            raise ValueError(f'rounding={self.rounding!r} must be one of {tuple(ROUNDING)}')
+
+    def layout(
+        self, height: int, width: int
+    ) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
+        """Where the views of a frame of that size lie, in pixels.
+
+        Returns:
+          (height, width) after resizing, and the (top, left) corner of each crop in it.
+        """
+        whole = ROUNDING[self.rounding]
+        short, shorter = self.short_side or self.image_size, min(height, width)
+        height, width = (max(short, whole(side * short / shorter)) for side in (height, width))
+        size = self.image_size
+        top, left = whole((height - size) / 2), whole((width - size) / 2)
+        if self.num_crops == 1:
+            return (height, width), ((top, left),)
+        if width >= height:
+            return (height, width), ((top, 0), (top, left), (top, width - size))
+        return (height, width), ((0, left), (top, left), (height - size, left))
 
     def __call__(self, video: np.ndarray) -> np.ndarray:
         """Cuts the views.
@@ -217,28 +250,19 @@ class ShortSideCrops:
         Returns:
           (num_crops, T, image_size, image_size, 3) uint8.
         """
-        height, width = video.shape[1:3]
-        short = self.short_side or self.image_size
-        scale = short / min(height, width)
-        height, width = (max(short, round(side * scale)) for side in (height, width))
-        video = _resize(video, height, width)
-        size = self.image_size
-        top, left = round((height - size) / 2), round((width - size) / 2)
-        corners = [(top, left)]
-        if self.num_crops == 3:
-            wide = width >= height
-            ends = (0, left, width - size) if wide else (0, top, height - size)
-            corners = [(top, end) if wide else (end, left) for end in ends]
+        resized, corners = self.layout(*video.shape[1:3])
+        video, size = _resize(video, *resized), self.image_size
         return np.stack([video[:, y : y + size, x : x + size] for y, x in corners])
 
 
-def _flat(video: np.ndarray) -> np.ndarray:
+def flat(video: np.ndarray) -> np.ndarray:
     """(T, H, W, 3) as one tall picture (T * H, W, 3), which is what OpenCV works on."""
     return np.ascontiguousarray(video).reshape(-1, *video.shape[2:])
 
 
-def _luma(video: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(_flat(video), cv2.COLOR_RGB2GRAY).reshape(video.shape[:3])
+def luma(video: np.ndarray) -> np.ndarray:
+    """ITU-R 601 luma of (T, H, W, 3) uint8, (T, H, W) uint8."""
+    return cv2.cvtColor(flat(video), cv2.COLOR_RGB2GRAY).reshape(video.shape[:3])
 
 
 def _ramp(factor: float, offset: float) -> np.ndarray:

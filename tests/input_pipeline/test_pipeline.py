@@ -193,6 +193,8 @@ def test_wrong_readers_are_errors():
         EvalReader(0, 32)
     with pytest.raises(ValueError, match='num_crops=2'):
         EvalReader(4, 32, num_crops=2)
+    with pytest.raises(ValueError, match="rounding='up'"):
+        EvalReader(4, 32, rounding='up')
     for reader in (TrainReader, EvalReader):
         with pytest.raises(ValueError, match=r'interval=1\.5 must be a whole number'):
             reader(4, 32, 'stride', 1.5)
@@ -243,6 +245,13 @@ def test_strided_views_are_frames_of_the_file(source):
         np.testing.assert_array_equal(view, frames)
     views, _ = EvalReader(4, 48, 'stride', 6).read(source[6])
     np.testing.assert_array_equal(views[0], everything[[0, 6, 12, 15], :, 8:56])
+
+
+def test_rounding_moves_the_test_crops(source):
+    nearest, down = (
+        EvalReader(4, 33, rounding=rounding).read(source[0])[0] for rounding in ('nearest', 'down')
+    )
+    assert (nearest != down).any()
 
 
 @pytest.mark.parametrize('hosts', [1, 2])

@@ -1,8 +1,12 @@
+import json
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 
 from input_pipeline.transforms import (
+    CentreCrop,
     ColourJitter,
     Flip,
     Grayscale,
@@ -10,6 +14,8 @@ from input_pipeline.transforms import (
     ShortSideCrops,
     apply,
 )
+
+EVL = json.loads((Path(__file__).parents[1] / 'golden' / 'evl_sampling.json').read_text())
 
 
 def clip(num_frames=4, height=40, width=60):
@@ -144,7 +150,36 @@ def test_three_crops_are_both_ends_and_the_centre():
     np.testing.assert_array_equal(ShortSideCrops(40, 3)(tall), views.transpose(0, 1, 3, 2, 4))
 
 
+def test_views_rounded_down_equal_all_recorded_sizes_and_corners():
+    for row in EVL['eval_spatial']:
+        cut = ShortSideCrops(row['spatial_size'], row['num_spatial_views'], rounding='down')
+        resized, corners = cut.layout(row['source_height'], row['source_width'])
+        assert resized == (row['resized_height'], row['resized_width']), row
+        assert [list(corner) for corner in corners] == row['offsets_top_left'], row
+
+
+def test_views_rounded_to_nearest_may_lie_a_pixel_further():
+    # 3/4 of 117 is 87.75.
+    assert ShortSideCrops(60).layout(80, 117) == ((60, 88), ((0, 14),))
+    assert ShortSideCrops(60, rounding='down').layout(80, 117) == ((60, 87), ((0, 13),))
+
+
+@pytest.mark.parametrize('rounding', ['nearest', 'down'])
+def test_views_are_cut_where_the_layout_says(rounding):
+    video = clip(2, 45, 79)
+    cut = ShortSideCrops(32, 3, rounding=rounding)
+    (height, width), corners = cut.layout(45, 79)
+    resized = cv2.resize(video[1], (width, height))
+    for view, (top, left) in zip(cut(video), corners):
+        np.testing.assert_array_equal(view[1], resized[top : top + 32, left : left + 32])
+    centre, _ = CentreCrop(32, rounding)(video, 0, np.random.default_rng(0))
+    np.testing.assert_array_equal(centre, cut(video)[1])
+
+
 def test_wrong_views_are_errors():
+    for transform in (ShortSideCrops, CentreCrop):
+        with pytest.raises(ValueError, match=r"rounding='up' must be one of \('nearest', 'down'\)"):
+            transform(32, rounding='up')
     with pytest.raises(ValueError, match='num_crops=2 must be 1 or 3'):
         ShortSideCrops(32, 2)
     with pytest.raises(ValueError, match='short_side=30 is smaller than image_size=32'):
