@@ -47,13 +47,19 @@ def get_config() -> ConfigDict:
     config.data.truncate_texts = False  # cut class names that are too long for the text tower
     config.data.num_frames = 16  # frames of a clip
     config.data.image_size = 224  # pixels
-    config.data.sampling = ''  # 'segment' or 'interval'; '' for the data set's own
-    config.data.frame_interval = 8  # frames of a 30 fps video, for interval sampling
+    # segment, interval, stride or tsn, see input_pipeline.sampling; '' for the data set's own.
+    config.data.sampling = ''
+    # Frames of a 30 fps video for interval sampling, of the file itself for stride sampling.
+    config.data.frame_interval = 8
+    # Policy such as 'rand-m7-n4-mstd0.5-inc1', on whole frames before the crop; '' for none.
+    config.data.rand_augment = ''
     config.data.crop_area = (
         0.4,
         1.0,
     )  # share of the frame in the random crop; () for a centre crop
     config.data.crop_aspect = (3 / 4, 4 / 3)  # width / height of the random crop
+    # What becomes of fractions of a pixel in centre and test crops: nearest or down.
+    config.data.crop_rounding = 'nearest'
     config.data.flip = True  # mirror half of the clips where the data set allows it
     config.data.grayscale = 0.2  # share of clips turned grey
     config.data.colour_jitter = 0.0  # share of clips with jittered colours

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from dist_jax import checkpoint
 from dist_jax.models import FAMILIES, clip, clip_params, converted, layers
 from dist_jax.models.api import Tree, VideoModel
-from input_pipeline import pipeline, transforms
+from input_pipeline import pipeline, randaugment, transforms
 from input_pipeline.datasets import DATASETS, DatasetInfo
 from input_pipeline.sources import VideoList, open_source
 from input_pipeline.tokenizer import tokenize
@@ -137,9 +137,15 @@ def list_sha256(source: VideoList) -> str:
 
 
 def train_reader(config: ConfigDict) -> pipeline.TrainReader:
-    """The training recipe of the config: crop, flip, grey, jitter, one draw for a clip."""
+    """The training recipe of the config: whole frames, crop, colours; one draw for a clip.
+
+    Raises:
+      ValueError: a field of config.data that does not fit.
+    """
     data, info = config.data, dataset_info(config)
     steps: list[transforms.Transform] = []
+    if data.rand_augment:
+        steps.append(randaugment.parse(data.rand_augment))
     if data.flip and info.flip is not None:
         steps.append(info.flip)
     if data.crop_area:
@@ -149,7 +155,7 @@ def train_reader(config: ConfigDict) -> pipeline.TrainReader:
             )
         )
     else:
-        steps.append(transforms.CentreCrop(data.image_size))
+        steps.append(transforms.CentreCrop(data.image_size, data.crop_rounding))
     if data.colour_jitter:
         steps.append(transforms.ColourJitter(probability=data.colour_jitter))
     if data.grayscale:
@@ -173,6 +179,7 @@ def eval_reader(config: ConfigDict) -> pipeline.EvalReader:
         interval=data.frame_interval,
         num_clips=config.eval.num_clips,
         num_crops=config.eval.num_crops,
+        rounding=data.crop_rounding,
     )
 
 
