@@ -35,6 +35,8 @@ examples:
       test accuracy, per class
   dist_jax predict --workdir=runs/b16 video.mp4
       top-5 of single videos, with a picture
+  dist_jax plan --config=configs/dist.py:b16_8+16f_k400 --topology=v4:2x2x2
+      memory and time of a step on a TPU that is not here
 
 `dist_jax COMMAND --help` explains a command.
 """
@@ -82,9 +84,20 @@ examples:
   dist_jax predict --workdir=runs/b16 --output=pictures --json=top5.json videos/*.mp4
   dist_jax predict --workdir=runs/b16 --labels=my_classes.txt --config.eval.fusion=0.5 video.mp4
       choose among other class names, one a line, averaged with the frozen CLIP (text head only)
+  dist_jax predict --workdir=runs/b16 --attention video.mp4
+      where the model's query looked, as a sheet of frames and as an animation
 
 Needs the run and its backbone, not the training data; if the backbone has moved, pass
 --config.backbone.checkpoint=FOLDER. Exit code 1: a video could not be read.
+"""
+
+PLAN_HELP = """\
+examples:
+  dist_jax plan --config=configs/dist.py:b16_8+16f_k400 --topology=v4:2x2x2 --config.batch_size=256
+  dist_jax plan --config=configs/dist.py:l14_32+64f_k400 --topology=v4:4x4x8 --json=plan.json
+
+Compiles the train step for the topology, on this machine and without a TPU: memory of a chip by
+kind, and the cycles that the compiler expects, by module. They are estimates.
 """
 
 
@@ -276,6 +289,9 @@ def _predict(argv: Sequence[str]) -> int:
         '--labels', default='', metavar='FILE', help='other class names; text head only'
     )
     parser.add_argument('--json', default='', metavar='FILE', help='write the top-5 as JSON')
+    parser.add_argument(
+        '--attention', action='store_true', help="also draw where the model's query looked"
+    )
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
     from dist_jax import commands, predict
@@ -290,6 +306,7 @@ def _predict(argv: Sequence[str]) -> int:
         arguments.output,
         arguments.labels,
         arguments.json,
+        arguments.attention,
     )
 
 
@@ -318,6 +335,28 @@ def _check(argv: Sequence[str]) -> int:
     return check.main(list(argv))
 
 
+def _plan(argv: Sequence[str]) -> int:
+    parser = _parser('plan', 'Memory and time of a step on a TPU that is not here.', PLAN_HELP)
+    parser.add_argument('--topology', required=True, metavar='CHIP:SHAPE', help='as in v4:4x4x8')
+    parser.add_argument('--num_slices', type=int, default=1, help='slices of it (%(default)s)')
+    parser.add_argument('--json', default='', metavar='FILE', help='write the figures')
+    parser.add_argument(
+        '--config',
+        metavar='FILE:VARIANT',
+        help='the experiment; --config.FIELD=VALUE sets a field',
+    )
+    rest, config_arguments = _split(argv)
+    arguments = parser.parse_args(rest)
+    from dist_jax.plan import topology
+
+    asked = topology.parse_topology(arguments.topology, arguments.num_slices)
+    config = read_config(config_arguments)
+    topology.prepare_environment()
+    from dist_jax.plan import command
+
+    return command.run(config, asked, arguments.json)
+
+
 # Command -> (function of its arguments, one line for the overview).
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     'demo': (_demo, 'make clips, train DiST and a frame-only baseline, compare'),
@@ -325,6 +364,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     'evaluate': (_evaluate, 'accuracy on a list, per class; zero-shot on another label set'),
     'predict': (_predict, 'top-5 of single videos, with a picture of each'),
     'convert': (_convert, "turn CLIP or the authors' weights into ours, or ours into theirs"),
+    'plan': (_plan, 'memory and time of a step on a TPU that is not here'),
     'check': (_check, 'read every video of a list and report what cannot be read'),
 }
 

@@ -132,6 +132,7 @@ class Taps:
         return depth if self.embedding else max(asked, default=-1) + 1
 
 
+@jax.named_scope('normalize')
 def normalize(video: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """uint8 RGB (..., H, W, 3), 0 to 255 -> CLIP's standardised pixels in `dtype`."""
     scale = 1.0 / (255.0 * np.asarray(PIXEL_STD, np.float32))
@@ -155,19 +156,21 @@ def _block(
     """One pre-norm block. Returns the stream (N, L, W) and the block's q and k (N, L, h, d)."""
     dtype = x.dtype
     qkv, out = params['attn']['qkv'], params['attn']['out']
-    z = layers.layer_norm(x, **params['ln_1'])
-    q, k, v = jnp.einsum('nlw,wchd->cnlhd', z, qkv['kernel'].astype(dtype)) + qkv['bias'].astype(
-        dtype
-    ).reshape(3, 1, 1, *qkv['bias'].shape[-2:])
-    heads = layers.attend(q, k, v, mask)
-    x = (
-        x
-        + jnp.einsum('nlhd,hdw->nlw', heads, out['kernel'].astype(dtype))
-        + out['bias'].astype(dtype)
-    )
-    z = layers.layer_norm(x, **params['ln_2'])
-    z = layers.ACTIVATIONS[activation](_linear(z, params['mlp']['c_fc']))
-    return x + _linear(z, params['mlp']['c_proj']), q, k
+    with jax.named_scope('attention'):
+        z = layers.layer_norm(x, **params['ln_1'])
+        q, k, v = jnp.einsum('nlw,wchd->cnlhd', z, qkv['kernel'].astype(dtype)) + qkv[
+            'bias'
+        ].astype(dtype).reshape(3, 1, 1, *qkv['bias'].shape[-2:])
+        heads = layers.attend(q, k, v, mask)
+        x = (
+            x
+            + jnp.einsum('nlhd,hdw->nlw', heads, out['kernel'].astype(dtype))
+            + out['bias'].astype(dtype)
+        )
+    with jax.named_scope('mlp'):
+        z = layers.layer_norm(x, **params['ln_2'])
+        z = layers.ACTIVATIONS[activation](_linear(z, params['mlp']['c_fc']))
+        return x + _linear(z, params['mlp']['c_proj']), q, k
 
 
 def _linear(x: jax.Array, params: Tree) -> jax.Array:
@@ -176,6 +179,22 @@ def _linear(x: jax.Array, params: Tree) -> jax.Array:
     )
 
 
+@jax.named_scope('patch_embedding')
+def _embed_patches(params: Tree, pixels: jax.Array, spec: ClipSpec) -> jax.Array:
+    """Normalised pixels (N, H, W, 3) -> the stream (N, L, W) after `ln_pre`."""
+    dtype = pixels.dtype
+    p, g = spec.patch_size, spec.grid
+    # A stride-p convolution is a matrix product over p x p x 3 patches.
+    patches = (
+        pixels.reshape(-1, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, g * g, p * p * 3)
+    )
+    x = patches @ params['conv1']['kernel'].reshape(p * p * 3, spec.width).astype(dtype)
+    cls = jnp.broadcast_to(params['class_embedding'].astype(dtype), (x.shape[0], 1, spec.width))
+    x = jnp.concatenate([cls, x], axis=1) + params['positional_embedding'].astype(dtype)
+    return layers.layer_norm(x, **params['ln_pre'])
+
+
+@jax.named_scope('image_tower')
 def encode_image(
     params: Tree,
     pixels: jax.Array,
@@ -206,17 +225,7 @@ def encode_image(
             f'frames of {pixels.shape[1]}x{pixels.shape[2]} pixels for a backbone of image_size='
             f'{spec.image_size}; set data.image_size or resize the position table'
         )
-    dtype = pixels.dtype
-    p, g = spec.patch_size, spec.grid
-    # A stride-p convolution is a matrix product over p x p x 3 patches.
-    patches = (
-        pixels.reshape(-1, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, g * g, p * p * 3)
-    )
-    x = patches @ params['conv1']['kernel'].reshape(p * p * 3, spec.width).astype(dtype)
-    cls = jnp.broadcast_to(params['class_embedding'].astype(dtype), (x.shape[0], 1, spec.width))
-    x = jnp.concatenate([cls, x], axis=1) + params['positional_embedding'].astype(dtype)
-    x = layers.layer_norm(x, **params['ln_pre'])
-
+    x = _embed_patches(params, pixels, spec)
     found: dict[str, list[jax.Array]] = {}
     result = {'stem': x} if taps.stem else {}
     wanted = [
@@ -255,6 +264,7 @@ def project_image(params: Tree, class_token: jax.Array) -> jax.Array:
     return jnp.einsum('nw,we->ne', z, params['proj']['kernel'].astype(z.dtype)).astype(jnp.float32)
 
 
+@jax.named_scope('text_tower')
 def encode_text(
     params: Tree,
     tokens: jax.Array,
