@@ -169,7 +169,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(argument)
         position += 1
-    return rest, config
+    # The file comes first, in whatever order the arguments were given: its fields are set after.
+    return rest, sorted(config, key=lambda argument: not argument.startswith('--config='))
 
 
 def read_config(arguments: list[str], default: ConfigDict | None = None) -> ConfigDict:
