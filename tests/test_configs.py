@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import dist, frame_mean
+from configs import dist, evl, frame_mean
 from dist_jax import experiment, optim, step, train
 from dist_jax.models import clip
 from dist_jax.sharding import make_mesh
@@ -27,14 +27,28 @@ TRAINABLE = {
     'b16_32+64f_ek100': 26_456_301,
     'demo': 175_080,
 }
+# The release counts B/16 and L/14; L/14@336 has larger tables of offsets.
+EVL = {
+    'b16_8f_k400': 33_183_376,
+    'b16_16f_k400': 33_207_952,
+    'b16_32f_k400': 33_257_104,
+    'l14_8f_k400': 58_727_824,
+    'l14_16f_k400': 58_760_592,
+    'l14_32f_k400': 58_826_128,
+    'l14_336_32f_k400': 69_049_744,
+    'demo': 67_592,
+}
 BASELINE = {'b16_8f_k400': 205_200, 'demo': 520}
-ROWS = [(dist, name, count) for name, count in TRAINABLE.items()] + [
-    (frame_mean, name, count) for name, count in BASELINE.items()
+ROWS = [
+    (file, name, count)
+    for file, counts in ((dist, TRAINABLE), (evl, EVL), (frame_mean, BASELINE))
+    for name, count in counts.items()
 ]
 
 
 def test_no_row_is_missing():
     assert dist.VARIANTS.keys() == TRAINABLE.keys()
+    assert evl.VARIANTS.keys() == EVL.keys()
     assert frame_mean.VARIANTS.keys() == BASELINE.keys()
 
 
@@ -86,6 +100,31 @@ def test_rows_follow_the_released_recipe():
     assert config.batch_size == 256 and plan.total_steps == 36 * 240_000 // 256
     np.testing.assert_allclose(settings.warmup_steps, 6 * 240_000 / 256)
     assert (settings.peak_lr, settings.weight_decay, settings.b2) == (3.2e-4, 1e-4, 0.999)
+
+
+def test_evl_rows_follow_the_released_recipe():
+    for name in evl.VARIANTS:
+        if name == 'demo':
+            continue
+        config = evl.get_config(name)
+        settings = train.optimizer_settings(config, train.make_plan(config, 240_000))
+        schedule = optim.make_schedule(settings)
+        assert (config.batch_size, settings.total_steps) == (256, 50_000)
+        rates = [float(schedule(s)) for s in (0, 25_000, 50_000)]
+        np.testing.assert_allclose(rates, [4e-4, 2e-4, 0.0], atol=1e-10)
+        assert (settings.weight_decay, settings.b2, settings.clip_norm) == (0.05, 0.999, 0.0)
+        data = config.data
+        assert data.num_frames == int(name.split('_')[-2].removesuffix('f'))
+        assert data.frame_interval == (8 if data.num_frames == 32 else 16)
+        assert config.eval.num_clips * config.eval.num_crops == 3
+        assert (config.eval.num_clips == 3) == (data.num_frames == 8)
+        assert not (data.flip or data.grayscale or config.mixing.probability)
+        assert config.optimizer.label_smoothing == 0
+        reader = experiment.train_reader(config)
+        assert [type(step).__name__ for step in reader.transforms] == [
+            'RandAugment',
+            'RandomResizedCrop',
+        ]
 
 
 def test_backbone_reads_the_frames_of_the_name():

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tools.parity import clip, dist
+from tools.parity import clip, dist, evl
 from tools.parity.golden import Golden, is_gradient, read_golden
 
 FORWARD_BOUND = 1e-5
@@ -50,6 +50,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     'clip': Family(clip.matches, clip.run),
     'dist': Family(dist.matches, dist.run),
+    'evl': Family(evl.matches, evl.run),
 }
 
 

@@ -1,8 +1,8 @@
 """Converts downloaded checkpoints into the form that training reads, and exports ours back.
 
-CLIP (OpenAI, Hugging Face, OpenCLIP) and DiST files become one orbax directory with parameters,
-geometry, activation and the hash of the source. PyTorch is not needed and no code from a file is
-run; a file that holds more than tensors is refused with the way out.
+CLIP (OpenAI, Hugging Face, OpenCLIP), DiST and EVL files become one orbax directory with
+parameters, geometry, activation and the hash of the source. PyTorch is not needed and no code from
+a file is run; a file that holds more than tensors is refused with the way out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dist_jax.checkpoint import find_checkpoint, is_run, read_host_params, read_metadata
-from dist_jax.models import clip, clip_params, converted, dist_params
+from dist_jax.models import clip, clip_params, converted, dist_params, evl_params
 from dist_jax.models.params import (
     Row,
     Tree,
@@ -50,6 +50,9 @@ examples:
   # DiST of the authors, there and back
   dist_jax convert DIST_K400_B16.pyth dist_k400
   dist_jax convert --export dist_k400 dist_k400.safetensors
+
+  # EVL of the authors; the backbone is converted on its own
+  dist_jax convert k400_vitb16_8f_dec4x768.pth evl_k400
 
   # a trained run under its authors' names
   dist_jax convert --export runs/b16 mine.safetensors
@@ -154,9 +157,26 @@ def _plan_dist(source: SourceFiles, options: Options) -> Plan:
     )
 
 
+def _plan_evl(source: SourceFiles, options: Options) -> Plan:
+    options.refuse(
+        'evl', 'an EVL decoder has no activation to choose; set model.num_heads to train'
+    )
+    hparams = evl_params.infer_hparams(source.tensors)
+    frames = '' if hparams['num_frames'] is None else f'_{hparams["num_frames"]}f'
+    return Plan(
+        family='evl',
+        name=f'evl{frames}_dec{hparams["depth"]}x{hparams["qkv_dim"]}',
+        spec=hparams,
+        tensors=source.tensors,
+        rows=evl_params.evl_rows(hparams),
+        abstract=evl_params.abstract_params(hparams),
+    )
+
+
 # Asked in this order; a DiST file also holds the tensors of a CLIP.
 KINDS: dict[str, Kind] = {
     'dist': Kind(lambda source: dist_params.is_dist_naming(source.tensors), _plan_dist),
+    'evl': Kind(lambda source: evl_params.is_evl_naming(source.tensors), _plan_evl),
     'huggingface': Kind(
         lambda source: clip_params.is_huggingface_naming(source.tensors), _plan_huggingface
     ),
@@ -185,6 +205,7 @@ class Export:
 
 EXPORTS: dict[str, Export] = {
     'dist': Export(dist_params.dist_rows, dist_params.run_hparams, dist_params.RELEASE_PREFIX),
+    'evl': Export(evl_params.evl_rows, evl_params.run_hparams, evl_params.RELEASE_PREFIX),
 }
 
 

@@ -33,14 +33,15 @@ def test_clip_container_reproduces_its_recording(name):
 
 
 @pytest.mark.slow
-def test_dist_reproduces_its_recording(tmp_path, capsys):
+@pytest.mark.parametrize('family', ['dist', 'evl'])
+def test_family_reproduces_its_recording(family, tmp_path, capsys):
     report = tmp_path / 'rows.json'
-    path = GOLDEN / 'dist_small.safetensors'
+    path = GOLDEN / f'{family}_small.safetensors'
     assert check_parity.main([str(path), '--json', str(report)]) == 0
     rows = json.loads(report.read_text())
     recorded = [n for n in load_file(path) if n.startswith(('outputs/', 'grads/'))]
     assert sorted(row['name'] for row in rows) == sorted(recorded)
-    assert all(row['ok'] and row['family'] == 'dist' for row in rows)
+    assert all(row['ok'] and row['family'] == family for row in rows)
     assert max(row['error'] for row in rows if row['kind'] == 'forward') < 1e-5
     assert max(row['error'] for row in rows if row['kind'] == 'gradient') < 1e-4
     printed = capsys.readouterr().out

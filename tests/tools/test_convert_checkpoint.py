@@ -245,7 +245,7 @@ def test_dist_file_converts_and_exports_bit_equal(tmp_path, capsys):
     assert _main('--export', tmp_path / 'dist', out, '--overwrite') == 0
 
 
-def test_only_dist_is_exported(openai, tmp_path, capsys):
+def test_a_backbone_is_not_exported(openai, tmp_path, capsys):
     assert _main('--export', openai, tmp_path / 'out.safetensors') == 2
     assert "family 'clip'" in capsys.readouterr().err
 

@@ -1,0 +1,458 @@
+"""EVL: a learned query reads the last blocks of a frozen CLIP through a light decoder.
+
+Source: Lin et al., "Frozen CLIP Models are Efficient Video Learners", ECCV 2022
+(arXiv:2208.03550), section 3; released code of the authors.
+
+    x = cls token                                          (B, C)
+    for the last `depth` blocks, F the frozen output (B, T, L, C), q and k from inside the block:
+        Y = F + conv_time(F) + positions + relative(q, k)  local temporal modules
+        x = x + attention of LN x over all tokens of LN Y
+        x = x + FC2 dropout(quick_gelu(FC1 LN x))
+    logits = linear(dropout(LN x))
+
+`relative` weighs learned vectors of the 2-D offset between patches of neighbouring frames with the
+frozen attention between them, mean over heads (paper section 3.3, "temporal cross attention").
+
+Differs: with one query a clip, the key projection is applied to the query and the value projection
+to the mixture, so no token is projected; the key bias then drops out exactly. Relative sums are
+matrix products, see `relative_sum`. In bfloat16 mode memory tokens are rounded to bfloat16, where
+the release keeps float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dist_jax.models import clip, heads
+from dist_jax.models.api import ParamGroup, Tree, VideoModel
+from dist_jax.models.layers import (
+    Dtype,
+    Initializer,
+    LayerNorm,
+    Linear,
+    attention_weights,
+    quick_gelu,
+)
+from dist_jax.models.stack import scan_trainable
+
+# Source: the release decays every trained tensor: biases, norms, tables and the class token too.
+PARAM_GROUPS = (ParamGroup(r'.', weight_decay=1.0),)
+
+xavier_uniform = nn.initializers.xavier_uniform()
+
+
+def build(
+    backbone: clip.ClipSpec,
+    *,
+    num_classes: tuple[int, ...],
+    num_frames: int,
+    head: str = 'linear',
+    dtype: Any = jnp.bfloat16,
+    depth: int = 4,
+    qkv_dim: int = 768,
+    num_heads: int = 12,
+    mlp_ratio: float = 4.0,
+    mlp_dropout: float = 0.5,
+    head_dropout: float = 0.5,
+    temporal_conv: bool = True,
+    temporal_positions: bool = True,
+    temporal_cross_attention: bool = True,
+    cls_token_std: float = 0.0,
+    remat: bool = False,
+    unroll: bool = False,
+) -> VideoModel:
+    """EVL on a frozen CLIP.
+
+    Args:
+      backbone: geometry of the frozen CLIP.
+      num_classes: classes of each label column.
+      num_frames: T, frames of a clip; the backbone sees all.
+      head: 'linear' only; EVL has no text tower.
+      dtype: compute dtype of both networks; norms, softmax, sums, query and loss are float32.
+      depth: D, decoder layers; they read the last D blocks of the backbone, shallow to deep.
+      qkv_dim: E, width of the decoder's attention.
+      num_heads: of the decoder's attention.
+      mlp_ratio: hidden width of the decoder's MLPs over the backbone's width.
+      mlp_dropout: inside the decoder's MLPs.
+      head_dropout: before the classifier.
+      temporal_conv: add the depthwise convolution over time.
+      temporal_positions: add a table of frame positions.
+      temporal_cross_attention: add the relative sums over neighbouring frames.
+      cls_token_std: of the initial query; the release starts from zeros (its routine for 0.02 is
+        never called).
+      remat: recompute a layer in the backward pass.
+      unroll: see `stack`.
+
+    Raises:
+      ValueError: an option that does not fit; the message names the field.
+    """
+    if head != 'linear':
+        raise ValueError(f'model.head={head!r}: EVL has a linear head only')
+    if not 1 <= depth <= backbone.depth:
+        raise ValueError(
+            f'model.depth={depth}: the backbone has {backbone.depth} blocks to read, and a decoder '
+            'layer reads one'
+        )
+    if num_heads < 1 or qkv_dim % num_heads:
+        raise ValueError(
+            f'model.qkv_dim={qkv_dim} is not a multiple of model.num_heads={num_heads}'
+        )
+    for name, rate in (('mlp_dropout', mlp_dropout), ('head_dropout', head_dropout)):
+        if not 0 <= rate < 1:
+            raise ValueError(f'model.{name}={rate} must be at least 0 and below 1')
+    blocks = tuple(range(backbone.depth - depth, backbone.depth))
+
+    def neighbours(queries: jax.Array, keys: jax.Array) -> jax.Array:
+        return neighbour_attention(queries, keys, num_frames).astype(dtype)
+
+    taps = clip.Taps(
+        outputs=blocks,
+        attention=blocks if temporal_cross_attention else (),
+        summary=neighbours,
+    )
+    net = EvlNet(
+        depth=depth,
+        num_frames=num_frames,
+        grid=(backbone.grid, backbone.grid),
+        qkv_dim=qkv_dim,
+        num_heads=num_heads,
+        mlp_hidden=round(mlp_ratio * backbone.width),
+        mlp_dropout=mlp_dropout,
+        head_dropout=head_dropout,
+        temporal_conv=temporal_conv,
+        temporal_positions=temporal_positions,
+        temporal_cross_attention=temporal_cross_attention,
+        cls_token_std=cls_token_std,
+        head=heads.Head(
+            head,
+            tuple(num_classes),
+            kernel_init=_uniform(backbone.width),
+            bias_init=_uniform(backbone.width),
+        ),
+        dtype=dtype,
+        remat=remat,
+        unroll=unroll,
+    )
+
+    def features(frozen: Tree, video: jax.Array) -> Tree:
+        frames = video.reshape(-1, *video.shape[2:]).astype(dtype)
+        found = clip.encode_image(frozen['visual'], frames, backbone, taps, unroll=unroll)
+        stream = found['outputs']
+        found['outputs'] = stream.reshape(depth, video.shape[0], -1, *stream.shape[2:])
+        return jax.lax.stop_gradient(found)
+
+    def attention(variables: Tree, frozen: Tree, video: jax.Array) -> jax.Array:
+        _, seen = net.apply(variables, features(frozen, video), mutable=['intermediates'])
+        weights = seen['intermediates']['layers']['attn']['weights'][0]  # (D, B, h, T*L)
+        shares = weights.mean((0, 2)).reshape(video.shape[0], num_frames, backbone.num_tokens)
+        return shares[..., 1:].reshape(*shares.shape[:2], backbone.grid, backbone.grid)
+
+    return VideoModel(
+        net=net,
+        prepare=lambda params, _: {'visual': clip.cast(params['visual'], dtype)},
+        features=features,
+        normalize=clip.normalize,
+        reads=('visual',),
+        param_groups=PARAM_GROUPS,
+        attention=attention,
+    )
+
+
+def _uniform(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for any shape. Source: the release's defaults."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
+
+
+def neighbour_attention(queries: jax.Array, keys: jax.Array, num_frames: int) -> jax.Array:
+    """Attention from patches of a frame to patches of the frames before and after it.
+
+    Source: paper section 3.3; queries and keys are those of the frozen block, which were made for
+    attention within a frame. Softmax over the patches of the neighbour, class token excluded; mean
+    over heads. One frame of all clips at a time, so that the logits of all heads (twice as many as
+    the block's own) are never in memory together.
+
+    Args:
+      queries: (B*T, L, h, d), class token first, not scaled.
+      keys: (B*T, L, h, d).
+      num_frames: T.
+
+    Returns:
+      float32 (B, T, 2, N, N), N = L - 1: [b, t, 0] looks at frame t - 1, [b, t, 1] at frame t + 1;
+      zero where there is no such frame.
+    """
+    q, k = (x.reshape(-1, num_frames, *x.shape[1:]) for x in (queries, keys))
+    is_patch = jnp.arange(q.shape[2]) > 0
+
+    def frame(t: jax.Array) -> jax.Array:
+        query = jax.lax.dynamic_index_in_dim(q, t, axis=1, keepdims=False)
+        maps = []
+        for neighbour in (t - 1, t + 1):
+            inside = (neighbour >= 0) & (neighbour < num_frames)
+            key = jax.lax.dynamic_index_in_dim(
+                k, jnp.clip(neighbour, 0, num_frames - 1), axis=1, keepdims=False
+            )
+            # Masking the class token moves less memory than cutting it off before.
+            weights = attention_weights(query, key, is_patch).mean(1)[:, 1:, 1:]
+            maps.append(weights * inside)
+        return jnp.stack(maps, axis=1)
+
+    return jax.lax.map(frame, jnp.arange(num_frames)).swapaxes(0, 1)
+
+
+def relative_sum(attention: jax.Array, tables: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Sums of learned vectors of the offset between two patches, weighted by attention.
+
+    X[m] = sum over directions s and key patches n of attention[s, m, n] tables[s, offset(m, n)],
+    offset(m, n) = (i_m - i_n + rows - 1) (2 columns - 1) + (j_m - j_n + columns - 1).
+
+    Never builds the (N, N, C) vectors of all pairs. A product with constant zeros and ones moves
+    the weights of a row of keys to their column offsets, (columns) -> (2 columns - 1); for one row
+    of queries the rows of keys are then neighbouring rows of the table, so that what is left is
+    one product a row with a slice of the table.
+
+    Args:
+      attention: (B, T, 2, N, N), N = rows * columns, row-major.
+      tables: (2, (2 rows - 1) (2 columns - 1), C).
+      grid: (rows, columns).
+
+    Returns:
+      float32 (B, T, N, C).
+    """
+    rows, columns = grid
+    batch, num_frames = attention.shape[:2]
+    dtype, channels = attention.dtype, tables.shape[-1]
+    weights = attention.reshape(batch, num_frames, 2, rows, columns, rows, columns)
+    # Tables reversed in both axes: the key's position minus the query's then counts upwards.
+    place = np.zeros((columns, columns, 2 * columns - 1), np.float32)
+    query, key = np.indices((columns, columns))
+    place[query, key, key - query + columns - 1] = 1
+    weights = jnp.einsum('btsijkl,jlo->btsijko', weights, jnp.asarray(place, dtype))
+    tables = tables[:, ::-1].reshape(2, 2 * rows - 1, 2 * columns - 1, channels).astype(dtype)
+    slices = jnp.stack([tables[:, rows - 1 - i : 2 * rows - 1 - i] for i in range(rows)], axis=1)
+    summed = jnp.einsum(
+        'btsijko,sikoc->btijc', weights, slices, preferred_element_type=jnp.float32
+    )
+    return summed.reshape(batch, num_frames, rows * columns, channels)
+
+
+class TemporalModules(nn.Module):
+    """Frozen tokens of one block -> memory of one decoder layer.
+
+    Parameters: `conv` with kernel (3, C) and bias (C,); `positions` (T, C); `relative` (2, M, C),
+    of the frame before and the frame after.
+    """
+
+    grid: tuple[int, int]
+    conv: bool
+    positions: bool
+    cross_attention: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, features: Tree) -> jax.Array:
+        """Args: `outputs` (B, T, L, C), `attention` (B, T, 2, N, N). Returns (B, T, L, C)."""
+        frozen = features['outputs'].astype(jnp.float32)
+        num_frames, channels = frozen.shape[1], frozen.shape[-1]
+        # All terms read the frozen tokens, none another term.
+        total = frozen
+        if self.conv:
+            total += DepthwiseTimeConv(name='conv')(frozen)
+        if self.positions:
+            table = self.param('positions', nn.initializers.zeros, (num_frames, channels))
+            total += table[:, None]
+        if self.cross_attention:
+            rows, columns = self.grid
+            shape = (2, (2 * rows - 1) * (2 * columns - 1), channels)
+            tables = self.param('relative', nn.initializers.zeros, shape)
+            moved = relative_sum(features['attention'], tables, self.grid)
+            total += jnp.pad(moved, [(0, 0), (0, 0), (1, 0), (0, 0)])  # no class row
+        return total.astype(self.dtype)
+
+
+class DepthwiseTimeConv(nn.Module):
+    """Depthwise convolution of 3 frames over axis 1 of (B, T, L, C), zero padded.
+
+    Three shifted products: cheaper than a grouped convolution on TPU, and fast on CPU.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param('kernel', _uniform(3), (3, x.shape[-1]))
+        bias = self.param('bias', _uniform(3), x.shape[-1:])
+        padded = jnp.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0)])
+        taps = (padded[:, tap : tap + x.shape[1]] * kernel[tap] for tap in range(3))
+        return sum(taps) + bias
+
+
+class QueryAttention(nn.Module):
+    """Attention of one query a clip, (B, C), over memory tokens (B, M, C) -> (B, C).
+
+    Parameters `q`, `k`, `v` with kernel (C, E) and bias (E,), heads being contiguous channels;
+    `out` with kernel (E, C) and bias (C,). Sows `weights`, float32 (B, h, M), into 'intermediates'.
+    """
+
+    qkv_dim: int
+    num_heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+        width, head_dim = x.shape[-1], self.qkv_dim // self.num_heads
+        q_kernel, q_bias = self._projection('q', width)
+        k_kernel, _ = self._projection('k', width)
+        v_kernel, v_bias = self._projection('v', width)
+        # The key bias adds the same to the logits of all tokens: softmax does not see it.
+        q = (jnp.einsum('bc,che->bhe', x.astype(self.dtype), q_kernel) + q_bias) * head_dim**-0.5
+        q = jnp.einsum('bhe,che->bhc', q, k_kernel)
+        logits = jnp.einsum('bhc,bmc->bhm', q, memory, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits, axis=-1)
+        self.sow('intermediates', 'weights', weights)
+        mixed = jnp.einsum('bhm,bmc->bhc', weights.astype(self.dtype), memory)
+        v = jnp.einsum('bhc,che->bhe', mixed, v_kernel) + v_bias
+        out = Linear(width, kernel_init=xavier_uniform, dtype=self.dtype, name='out')
+        return out(v.reshape(v.shape[0], self.qkv_dim))
+
+    def _projection(self, name: str, width: int) -> tuple[jax.Array, jax.Array]:
+        """Kernel (C, h, e) and bias (h, e) in the compute dtype."""
+        kernel, bias = _Affine(self.qkv_dim, name=name)(width)
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        return kernel.reshape(width, self.num_heads, -1), bias.reshape(self.num_heads, -1)
+
+
+class _Affine(nn.Module):
+    """The parameters of a linear map, for callers that do not apply it as it stands."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
+        kernel = self.param('kernel', xavier_uniform, (width, self.features))
+        return kernel, self.param('bias', nn.initializers.zeros, (self.features,))
+
+
+class DecoderMlp(nn.Module):
+    """Two linear maps with QuickGELU and dropout between: parameters `c_fc` and `c_proj`."""
+
+    hidden_dim: int
+    dropout: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        options = {
+            'kernel_init': xavier_uniform,
+            'bias_init': nn.initializers.normal(1e-6),
+            'dtype': self.dtype,
+        }
+        hidden = quick_gelu(Linear(self.hidden_dim, **options, name='c_fc')(x))
+        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        return Linear(x.shape[-1], **options, name='c_proj')(hidden)
+
+
+class DecoderLayer(nn.Module):
+    """One decoder layer beside one frozen block; the carry is the query x (B, C) float32."""
+
+    grid: tuple[int, int]
+    qkv_dim: int
+    num_heads: int
+    mlp_hidden: int
+    mlp_dropout: float
+    temporal_conv: bool
+    temporal_positions: bool
+    temporal_cross_attention: bool
+    train: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, features: Tree) -> tuple[jax.Array, jax.Array]:
+        """x, features of one block (see `TemporalModules`) -> x twice: carry and output."""
+        memory = TemporalModules(
+            self.grid,
+            self.temporal_conv,
+            self.temporal_positions,
+            self.temporal_cross_attention,
+            self.dtype,
+            name='temporal',
+        )(features)
+        memory = LayerNorm(name='norm3')(memory)
+        memory = memory.reshape(memory.shape[0], -1, memory.shape[-1])
+        attention = QueryAttention(self.qkv_dim, self.num_heads, self.dtype, name='attn')
+        x = x + attention(LayerNorm(name='norm1')(x), memory)
+        mlp = DecoderMlp(self.mlp_hidden, self.mlp_dropout, self.dtype, name='mlp')
+        x = x + mlp(LayerNorm(name='norm2')(x), train=self.train)
+        return x, x
+
+
+class EvlNet(nn.Module):
+    """The trainable part of EVL. See `build` for the options and the module for the equations."""
+
+    depth: int
+    num_frames: int
+    grid: tuple[int, int]
+    qkv_dim: int
+    num_heads: int
+    mlp_hidden: int
+    mlp_dropout: float
+    head_dropout: float
+    temporal_conv: bool
+    temporal_positions: bool
+    temporal_cross_attention: bool
+    cls_token_std: float
+    head: heads.Head
+    dtype: Dtype
+    remat: bool
+    unroll: bool
+
+    @nn.compact
+    def __call__(
+        self, features: Tree, *, train: bool = False, intermediates: bool = False
+    ) -> dict[str, Any]:
+        """Runs the decoder and the head.
+
+        Args:
+          features: `outputs` (D, B, T, L, C), and with cross-attention `attention`
+            (D, B, T, 2, N, N), see `neighbour_attention`.
+          train: dropout on; needs the rng 'dropout'.
+          intermediates: also return the query after every layer.
+
+        Returns:
+          `logits`, tuple of float32 (B, num_classes); `embedding` float32 (B, C), after the head's
+          norm; with `intermediates` also `queries` (D, B, C).
+        """
+        batch, num_frames, _, width = features['outputs'].shape[1:]
+        if num_frames != self.num_frames:
+            raise ValueError(
+                f'a clip of {num_frames} frames for a model of num_frames={self.num_frames}'
+            )
+        init = nn.initializers.normal(self.cls_token_std)
+        query = self.param('cls_token', init, (width,))
+        x = jnp.broadcast_to(query, (batch, width))
+        layers = scan_trainable(
+            DecoderLayer, self.depth, remat=self.remat, unroll=self.unroll, num_scanned=1
+        )
+        x, queries = layers(
+            grid=self.grid,
+            qkv_dim=self.qkv_dim,
+            num_heads=self.num_heads,
+            mlp_hidden=self.mlp_hidden,
+            mlp_dropout=self.mlp_dropout,
+            temporal_conv=self.temporal_conv,
+            temporal_positions=self.temporal_positions,
+            temporal_cross_attention=self.temporal_cross_attention,
+            train=train,
+            dtype=self.dtype,
+            name='layers',
+        )(x, features)
+        embedding = LayerNorm(name='head_norm')(x)
+        kept = nn.Dropout(self.head_dropout, deterministic=not train)(embedding)
+        outputs: dict[str, Any] = {'embedding': embedding, 'logits': self.head(kept, features)}
+        return outputs | ({'queries': queries} if intermediates else {})
