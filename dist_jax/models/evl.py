@@ -230,17 +230,18 @@ def relative_sum(attention: jax.Array, tables: jax.Array, grid: tuple[int, int])
     rows, columns = grid
     batch, num_frames = attention.shape[:2]
     dtype, channels = attention.dtype, tables.shape[-1]
-    weights = attention.reshape(batch, num_frames, 2, rows, columns, rows, columns)
+    width = 2 * columns - 1
     # Tables reversed in both axes: the key's position minus the query's then counts upwards.
-    place = np.zeros((columns, columns, 2 * columns - 1), np.float32)
-    query, key = np.indices((columns, columns))
-    place[query, key, key - query + columns - 1] = 1
-    weights = jnp.einsum('btsijkl,jlo->btsijko', weights, jnp.asarray(place, dtype))
-    tables = tables[:, ::-1].reshape(2, 2 * rows - 1, 2 * columns - 1, channels).astype(dtype)
+    place = np.zeros((columns, rows, columns, rows, width), np.float32)
+    query, row, key = np.indices((columns, rows, columns))
+    place[query, row, key, row, key - query + columns - 1] = 1
+    place = place.reshape(columns, rows * columns, rows * width)
+    weights = attention.reshape(batch, num_frames, 2, rows, columns, rows * columns)
+    weights = jnp.einsum('btsijn,jno->btsijo', weights, jnp.asarray(place, dtype))
+    tables = tables[:, ::-1].reshape(2, 2 * rows - 1, width, channels).astype(dtype)
     slices = jnp.stack([tables[:, rows - 1 - i : 2 * rows - 1 - i] for i in range(rows)], axis=1)
-    summed = jnp.einsum(
-        'btsijko,sikoc->btijc', weights, slices, preferred_element_type=jnp.float32
-    )
+    slices = slices.reshape(2, rows, rows * width, channels)
+    summed = jnp.einsum('btsijo,sioc->btijc', weights, slices, preferred_element_type=jnp.float32)
     return summed.reshape(batch, num_frames, rows * columns, channels)
 
 
