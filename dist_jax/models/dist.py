@@ -19,6 +19,7 @@ axis 0 for scan, the last one apart, because its integration-to-temporal map fee
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -157,6 +158,11 @@ def build(
         columns = heads.cosine_logits(frames, frozen['text'], frozen['logit_scale'])
         return tuple(column.mean(1) for column in columns)
 
+    def attention(variables: Tree, frozen: Tree, video: jax.Array) -> jax.Array:
+        inputs = features(frozen, video)
+        _, sown = net.apply(variables, inputs, mutable=['intermediates'])
+        return pooling_attention(sown['intermediates'][f'adapooling_{ada_pooling_layers - 1}'])
+
     return VideoModel(
         net=net,
         prepare=prepare,
@@ -165,6 +171,7 @@ def build(
         reads=('visual', 'text', 'logit_scale') if head == 'text' else ('visual',),
         param_groups=PARAM_GROUPS,
         frozen_logits=frozen_logits if head == 'text' else None,
+        attention=attention if ada_pooling_layers else None,
     )
 
 
@@ -408,6 +415,23 @@ class AdaptivePooling(nn.Module):
         hidden = ADA_POOLING_MLP_RATIO * x.shape[-1]
         normed = LayerNorm(name=f'ln_out_{norm_name}')(x)
         return Mlp(hidden, dtype=self.dtype, name=f'output_map_{map_name}')(normed)
+
+
+def pooling_attention(sown: Tree) -> jax.Array:
+    """Where one block of adaptive pooling looks.
+
+    A frame's share in the clip query, times a patch's share in the frame's query; means over heads.
+
+    Args:
+      sown: the 'intermediates' of an `AdaptivePooling`, for L = 1 + g*g tokens.
+
+    Returns:
+      float32 (B, t, g, g); the class tokens have what is left to a sum of 1.
+    """
+    frames = sown['temporal_transformer']['attn']['weights'][0].mean(1)[:, 0]  # (B, t)
+    patches = sown['spatial_transformer']['attn']['weights'][0].mean(1)[:, 0, 1:]  # (B*t, g*g)
+    side = math.isqrt(patches.shape[-1])
+    return frames[:, :, None, None] * patches.reshape(*frames.shape, side, side)
 
 
 class CrossAttention(nn.Module):
