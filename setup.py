@@ -34,6 +34,7 @@ setup(
         'opencv-python-headless>=4.10',  # resize and colour conversion of uint8 frames
         'optax>=0.2.5',
         'orbax-checkpoint>=0.11.30',
+        'pillow>=10.0',  # animations
         'rich>=13.7',  # tables and progress bars
         'safetensors>=0.5',
         'tensorboardX>=2.6.2',  # event files without TensorFlow

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from dist_jax import commands, experiment, report, step
+from dist_jax import attention_map, commands, contact_sheet, experiment, report, step
 from dist_jax.logbook import Bar
 from dist_jax.sharding import batched, make_mesh
 from dist_jax.train import write_json
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 Ranking = tuple[tuple[str, float], ...]  # (class name, probability), best first
 
-SHEET_COLUMNS = 8
-SHEET_FRAMES = 16  # frames of a view that a contact sheet shows at most
+# What `run` writes of a video, after its name: the field of the JSON row and the ending.
+PICTURES = {'picture': '.png'}
+ATTENTION_PICTURES = {'attention': '-attention.png', 'attention_animation': '-attention.gif'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Prediction:
       top: the most probable classes of each label column; empty if the video cannot be read.
       scores: (num_classes,) probabilities of each label column; likewise.
       video: (V, T, H, W, 3) uint8 RGB, the views as the model got them; None likewise.
+      attention: (V, t, g, g) float32, see `VideoModel.attention`; None if it was not asked for, and
+        likewise.
       error: '' or why the video cannot be read.
     """
 
@@ -52,6 +55,7 @@ class Prediction:
     top: tuple[Ranking, ...] = ()
     scores: tuple[np.ndarray, ...] = ()
     video: np.ndarray | None = None
+    attention: np.ndarray | None = None
     error: str = ''
 
     def summary(self) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def predict_videos(
     config: ConfigDict,
     paths: Sequence[str | os.PathLike[str]],
     most: int = 5,
+    attention: bool = False,
 ) -> Iterator[Prediction]:
     """Predicts videos one after the other.
 
@@ -79,23 +84,34 @@ def predict_videos(
       config: of its run; `eval` holds the views and the fusion with the frozen backbone.
       paths: video files.
       most: classes in a ranking.
+      attention: also say where the model's query looked; another pass over each video.
 
     Yields:
       One prediction a path, in order. A video that cannot be read gets one with an error.
 
     Raises:
-      ValueError: fusion is asked of a model without text features.
+      ValueError: fusion is asked of a model without text features, or attention of one in which
+        no query looks at patches.
     """
+    if attention and trained.model.attention is None:
+        raise ValueError(
+            f'model.family={config.model.family!r} with the options of this run has no query that '
+            'looks at patches, so there is no attention to show: predict without --attention, or '
+            'take a run of a model that pools by attention'
+        )
     mesh = make_mesh()
     reader = experiment.eval_reader(config)
     eval_step = step.make_eval_step(trained.model, mesh, config.eval.fusion)
-    return _predictions(trained, reader, eval_step, mesh, [os.fspath(path) for path in paths], most)
+    attention_step = attention_map.make_attention_step(trained.model, mesh) if attention else None
+    names = [os.fspath(path) for path in paths]
+    return _predictions(trained, reader, eval_step, attention_step, mesh, names, most)
 
 
 def _predictions(
     trained: commands.Trained,
     reader: Any,
     eval_step: Any,
+    attention_step: Any,
     mesh: jax.sharding.Mesh,
     paths: Sequence[str],
     most: int,
@@ -109,13 +125,17 @@ def _predictions(
         # A batch has at least one row for each device.
         batch = np.zeros((mesh.size, *video.shape), np.uint8)
         batch[0] = video
-        columns = eval_step(trained.variables, trained.frozen, jax.device_put(batch, batched(mesh)))
+        batch = jax.device_put(batch, batched(mesh))
+        columns = eval_step(trained.variables, trained.frozen, batch)
         scores = tuple(np.asarray(column)[0] for column in columns)
         top = tuple(
             tuple((names[i], float(column[i])) for i in np.argsort(-column, kind='stable')[:most])
             for names, column in zip(trained.class_names, scores)
         )
-        yield Prediction(path, top, scores, video)
+        maps = None
+        if attention_step is not None:
+            maps = np.asarray(attention_step(trained.variables, trained.frozen, batch))[0]
+        yield Prediction(path, top, scores, video, maps)
 
 
 def run(
@@ -126,8 +146,9 @@ def run(
     output: str = '',
     labels: str = '',
     json_file: str = '',
+    attention: bool = False,
 ) -> int:
-    """The command `predict`: prints a table, writes a picture of each video.
+    """The command `predict`: prints a table, writes pictures of each video.
 
     Args:
       config: the run's, possibly with other paths or views.
@@ -137,27 +158,34 @@ def run(
       output: folder of the pictures; '' for WORKDIR/predictions.
       labels: file of class names to choose from instead of the run's; text head only.
       json_file: where the rankings are written as JSON; '' for nowhere.
+      attention: also draw where the model's query looked, as a sheet and an animation.
 
     Returns:
       The exit code: 0, or 1 if a video could not be read.
 
     Raises:
-      ValueError: the run, the backbone or the labels do not fit.
+      ValueError: the run, the backbone or the labels do not fit, or the model has no attention to
+        draw.
     """
     if jax.process_count() > 1:
         raise ValueError('predict runs in one process; start it on a single host')
     class_names = (read_label_map(labels).names,) if labels else None
     trained = commands.load_trained(config, workdir, step_number, class_names)
+    predictions = predict_videos(trained, config, paths, attention=attention)
     folder = Path(output or os.path.join(workdir, 'predictions'))
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = picture_names(paths)
+    endings = PICTURES | (ATTENTION_PICTURES if attention else {})
+    stems = picture_stems(paths, tuple(endings.values()))
     rows: list[dict[str, Any]] = []
     with Bar('predict', len(paths)) as bar:
-        for prediction, name in zip(predict_videos(trained, config, paths), pictures):
-            row = prediction.summary() | {'picture': ''}
+        for prediction, stem in zip(predictions, stems):
+            files = {field: '' for field in PICTURES | ATTENTION_PICTURES}
             if not prediction.error:
-                row['picture'] = os.fspath(folder / name)
-                write_contact_sheet(row['picture'], prediction)
+                files |= {field: os.fspath(folder / (stem + end)) for field, end in endings.items()}
+                write_contact_sheet(files['picture'], prediction)
+                if attention:
+                    write_attention(files['attention'], files['attention_animation'], prediction)
+            row = prediction.summary() | files
             rows.append(row)
             bar.update(len(rows))
     if json_file:
@@ -168,21 +196,28 @@ def run(
     return 1 if any(row['error'] for row in rows) else 0
 
 
-def picture_names(paths: Sequence[str]) -> list[str]:
-    """A file name for each video, after its own, numbered where two would be the same."""
-    names: list[str] = []
+def picture_stems(paths: Sequence[str], endings: Sequence[str]) -> list[str]:
+    """What the file names of each video start with: its own, numbered where two would be the same.
+
+    Args:
+      paths: videos.
+      endings: what follows, for each file of a video.
+    """
+    stems: list[str] = []
+    taken: set[str] = set()
     for path in paths:
-        stem = Path(path).stem or 'video'
-        name, number = f'{stem}.png', 1
-        while name in names:
+        own = Path(path).stem or 'video'
+        stem, number = own, 1
+        while not taken.isdisjoint(stem + ending for ending in endings):
             number += 1
-            name = f'{stem}-{number}.png'
-        names.append(name)
-    return names
+            stem = f'{own}-{number}'
+        stems.append(stem)
+        taken.update(stem + ending for ending in endings)
+    return stems
 
 
 def print_predictions(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows of `Prediction.summary`, each with its `picture`, as one table."""
+    """Prints rows of `Prediction.summary`, each with its pictures, as one table."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     columns = max((len(row['top']) for row in rows), default=1)
     table = Table()
@@ -202,10 +237,13 @@ def print_predictions(rows: Sequence[dict[str, Any]]) -> None:
             table.add_row(*cells)
         table.add_section()
     console.print(table)
-    pictures = [row['picture'] for row in rows if row['picture']]
-    if pictures:
-        text = pictures[0] if len(pictures) == 1 else f'{os.path.dirname(pictures[0])}/*.png'
-        console.print(f'pictures: {text}', soft_wrap=True, highlight=False, markup=False)
+    for title, fields in (('pictures', PICTURES), ('attention', ATTENTION_PICTURES)):
+        for field, ending in fields.items():
+            files = [row[field] for row in rows if row[field]]
+            if files:
+                several = f'{os.path.dirname(files[0])}/*{ending}'
+                text = files[0] if len(files) == 1 else several
+                console.print(f'{title}: {text}', soft_wrap=True, highlight=False, markup=False)
 
 
 def write_contact_sheet(path: str | os.PathLike[str], prediction: Prediction) -> None:
@@ -219,42 +257,46 @@ def write_contact_sheet(path: str | os.PathLike[str], prediction: Prediction) ->
         _sheet(prediction).savefig(path, dpi=110)
 
 
+def write_attention(
+    sheet: str | os.PathLike[str], animation: str | os.PathLike[str], prediction: Prediction
+) -> None:
+    """Draws where the model's query looked in the view that `write_contact_sheet` shows.
+
+    Args:
+      sheet: PNG to write.
+      animation: GIF to write.
+      prediction: with attention.
+    """
+    view = _view(prediction)
+    video, maps = prediction.video[view], prediction.attention[view]
+    attention_map.write_sheet(sheet, video, maps, _name(prediction))
+    attention_map.write_animation(animation, video, maps)
+
+
+def _view(prediction: Prediction) -> int:
+    """The view that pictures show: the one in the middle."""
+    return len(prediction.video) // 2
+
+
+def _name(prediction: Prediction) -> str:
+    """What a picture says it shows."""
+    name = report.cut(os.path.basename(prediction.path), 60)
+    views = len(prediction.video)
+    return name if views == 1 else f'{name}, view {_view(prediction) + 1} of {views}'
+
+
 def _sheet(prediction: Prediction) -> Figure:
     from matplotlib.figure import Figure
 
-    views, num_frames = prediction.video.shape[:2]
-    view = views // 2
-    shown = np.unique(np.linspace(0, num_frames - 1, min(num_frames, SHEET_FRAMES)).round())
-    shown = shown.astype(int)
-    down = -(-len(shown) // SHEET_COLUMNS)
+    video = prediction.video[_view(prediction)]
+    shown = contact_sheet.choose(len(video))
     most = max(len(ranking) for ranking in prediction.top)
-    cell, bar, head = 1.25, 0.42, 0.35  # inches
-    width = cell * SHEET_COLUMNS
-    figure = Figure(figsize=(width, head + cell * down + bar * most + 0.35), layout='constrained')
+    heights = (contact_sheet.height(len(shown)), 0.42 * most + 0.35)  # inches
+    figure = Figure(figsize=(contact_sheet.WIDTH, sum(heights)), layout='constrained')
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.03, wspace=0.0, hspace=0.0)
-    frames_part, bars_part = figure.subfigures(
-        2, 1, height_ratios=(head + cell * down, bar * most + 0.35)
-    )
-    of = f'{len(shown)} of {num_frames}' if len(shown) < num_frames else f'{num_frames}'
-    title = f'{os.path.basename(prediction.path)}: {of} frames'
-    if views > 1:
-        title += f' of view {view + 1} of {views}'
-    frames_part.suptitle(report.cut(title, 110), fontsize=9.5, x=0.01, ha='left')
-    grid = frames_part.subplots(down, SHEET_COLUMNS, squeeze=False)
-    for axis in grid.flat:
-        axis.set_axis_off()
-    for axis, number in zip(grid.flat, shown):
-        axis.imshow(prediction.video[view, number])
-        axis.text(
-            0.03,
-            0.96,
-            str(number),
-            transform=axis.transAxes,
-            va='top',
-            fontsize=7,
-            color='white',
-            bbox={'facecolor': 'black', 'alpha': 0.55, 'pad': 1.2, 'linewidth': 0},
-        )
+    frames_part, bars_part = figure.subfigures(2, 1, height_ratios=heights)
+    title = f'{_name(prediction)}: {contact_sheet.count(len(shown), len(video))}'
+    contact_sheet.draw(frames_part, title, video[shown], shown)
     columns = bars_part.subplots(1, len(prediction.top), squeeze=False)[0]
     for axis, ranking in zip(columns, prediction.top):
         _draw_ranking(axis, ranking, int(130 / len(prediction.top)))

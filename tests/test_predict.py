@@ -1,5 +1,6 @@
 """Predictions agree with the evaluation, and need the run and the backbone only."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -133,14 +134,58 @@ def test_other_labels_can_be_asked_for(run, tmp_path, console):
     assert sum(entry['probability'] for entry in ranking) == pytest.approx(1)
 
 
+def test_attention_is_of_the_frames_that_the_model_got(run):
+    workdir, paths, scores = run
+    config = commands.saved_config(workdir)
+    trained = commands.load_trained(config, workdir, None)
+    found = list(predict.predict_videos(trained, config, paths[:2], attention=True))
+    assert all(prediction.attention.shape == (2, 2, 6, 6) for prediction in found)
+    for prediction, expected in zip(found, scores):
+        np.testing.assert_allclose(prediction.scores[0], expected, atol=1e-6)
+        maps = trained.model.attention(
+            trained.variables, trained.frozen, trained.model.normalize(prediction.video)
+        )
+        np.testing.assert_allclose(prediction.attention, maps, atol=1e-6)
+        total = prediction.attention.sum((1, 2, 3))
+        assert prediction.attention.min() >= 0 and 0.5 < total.min() <= total.max() <= 1
+    blind = dataclasses.replace(trained, model=dataclasses.replace(trained.model, attention=None))
+    with pytest.raises(ValueError, match='without --attention'):
+        predict.predict_videos(blind, config, paths, attention=True)
+
+
+def test_attention_is_drawn_as_a_sheet_and_an_animation(run, tmp_path, console, capsys):
+    workdir, paths, _ = run
+    broken = tmp_path / 'broken.mp4'
+    broken.write_bytes(b'nothing')
+    output, report = tmp_path / 'pictures', tmp_path / 'top.json'
+    arguments = [f'--workdir={workdir}', f'--output={output}', f'--json={report}', '--attention']
+    assert console('predict', *arguments, paths[0], str(broken), paths[1]) == 1
+    out = capsys.readouterr().out
+    assert f'{output}/*-attention.png' in out and f'{output}/*-attention.gif' in out
+    first, unreadable, _ = json.loads(report.read_text())
+    assert first['attention'] == f'{output}/clip 0-attention.png'
+    assert first['attention_animation'] == f'{output}/clip 0-attention.gif'
+    assert unreadable['attention'] == unreadable['attention_animation'] == ''
+    endings = ('-attention.gif', '-attention.png', '.png')
+    expected = sorted(f'clip {i}{ending}' for i in range(2) for ending in endings)
+    assert sorted(file.name for file in output.iterdir()) == expected
+    assert cv2.imread(first['attention']).shape[1] > 800
+
+
 def test_missing_run_is_named(tmp_path, capsys):
     assert main.main(['predict', f'--workdir={tmp_path / "none"}', 'a.mp4']) in (1, 2)
     assert 'none' in capsys.readouterr().err
 
 
 def test_two_videos_of_one_name_get_two_pictures():
-    names = predict.picture_names(['a/x.mp4', 'b/x.mp4', 'x.avi', 'y.mp4'])
-    assert names == ['x.png', 'x-2.png', 'x-3.png', 'y.png']
+    paths = ['a/x.mp4', 'b/x.mp4', 'x.avi', 'y.mp4', 'x-2.mp4']
+    assert predict.picture_stems(paths, ['.png']) == ['x', 'x-2', 'x-3', 'y', 'x-2-2']
+    # One video's second picture is not another's first.
+    endings = ['.png', '-attention.png']
+    stems = predict.picture_stems(['x.mp4', 'x-attention.mp4', 'x.avi'], endings)
+    assert stems == ['x', 'x-attention-2', 'x-2']
+    names = [stem + ending for stem in stems for ending in endings]
+    assert len(set(names)) == len(names)
 
 
 def test_sheet_takes_any_views_frames_and_label_columns(tmp_path):
