@@ -10,6 +10,7 @@ import argparse
 import difflib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -93,11 +94,27 @@ Needs the run and its backbone, not the training data; if the backbone has moved
 
 PLAN_HELP = """\
 examples:
-  dist_jax plan --config=configs/dist.py:b16_8+16f_k400 --topology=v4:2x2x2 --config.batch_size=256
-  dist_jax plan --config=configs/dist.py:l14_32+64f_k400 --topology=v4:4x4x8 --json=plan.json
+  dist_jax plan --topology=v4:2x2x2 --config=configs/dist.py:b16_8+16f_k400 --config.batch_size=256
+  dist_jax plan --topology=v5e:4x4 --search_batch --config=configs/dist.py:l14_32+64f_k400 \\
+      --config.batch_size=128 --json=plan.json --plot=plan.png
+  dist_jax plan --topology=v4:2x2x1 --config.batch_size=64 --plot=remat.png --compare \\
+      configs/dist.py:b16_8+16f_k400 'configs/dist.py:b16_8+16f_k400 config.model.remat=False'
+  dist_jax plan --topology=v4:2x2x1 --config=configs/dist.py:b16_8+16f_k400 \\
+      --config.batch_size=16 --gradients frozen through_backbone full
+      what keeping the backbone frozen saves
 
-Compiles the train step for the topology, on this machine and without a TPU: memory of a chip by
-kind, and the cycles that the compiler expects, by module. They are estimates.
+Compiles the steps that `train` and `evaluate` would run, for a TPU, on this machine: no TPU, no
+weights, no data, no network. batch_size counts the clips of all chips.
+
+memory   of a chip, by kind, as the compiler places it. Reliable: what does not fit here does not
+         fit there.
+cycles   the compiler's own estimates, bodies of loops times their turns. A kernel of one's own
+         counts by the cost it declares, a collective that the chip waits for by its bytes, as a
+         ring on all links. Copies and collectives that run beside the products count nothing.
+         Estimates: read them next to the calibration, and to compare. Nothing here was measured.
+MFU      model FLOPs (products of the model, each once, none recomputed) over time and peak.
+
+Compiled programs are kept in --cache. A program takes minutes on two cores.
 """
 
 
@@ -340,22 +357,80 @@ def _plan(argv: Sequence[str]) -> int:
     parser = _parser('plan', 'Memory and time of a step on a TPU that is not here.', PLAN_HELP)
     parser.add_argument('--topology', required=True, metavar='CHIP:SHAPE', help='as in v4:4x4x8')
     parser.add_argument('--num_slices', type=int, default=1, help='slices of it (%(default)s)')
+    parser.add_argument(
+        '--compare',
+        nargs='+',
+        default=[],
+        metavar='CONFIG',
+        help="configs side by side: 'FILE:VARIANT config.FIELD=VALUE ... gradients=full'",
+    )
+    parser.add_argument(
+        '--gradients',
+        nargs='+',
+        default=['frozen'],
+        metavar='HOW',
+        help='frozen, through_backbone or full; several: side by side (%(default)s)',
+    )
+    parser.add_argument('--search_batch', action='store_true', help='largest batch that fits')
+    parser.add_argument('--no_eval', action='store_true', help='leave the eval step out')
     parser.add_argument('--json', default='', metavar='FILE', help='write the figures')
+    parser.add_argument('--plot', default='', metavar='FILE.png', help='draw them')
+    parser.add_argument('--cache', metavar='DIR', help="compiled programs; '' for none")
     parser.add_argument(
         '--config',
         metavar='FILE:VARIANT',
-        help='the experiment; --config.FIELD=VALUE sets a field',
+        help='the experiment; --config.FIELD=VALUE sets a field (of all compared)',
     )
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
     from dist_jax.plan import topology
 
     asked = topology.parse_topology(arguments.topology, arguments.num_slices)
-    config = read_config(config_arguments)
+    wanted = _wanted_plans(arguments.compare, arguments.gradients, config_arguments)
     topology.prepare_environment()
-    from dist_jax.plan import command
+    from dist_jax.plan import cache, command
 
-    return command.run(config, asked, arguments.json)
+    folder = cache.default_folder() if arguments.cache is None else arguments.cache
+    options = command.Options(
+        # Compared are train steps.
+        evaluate=not arguments.no_eval and len(wanted) == 1,
+        search_batch=arguments.search_batch,
+        cache=folder,
+    )
+    requests = [command.Request(*one) for one in wanted]
+    return command.run(requests, asked, options, arguments.json, arguments.plot)
+
+
+def _wanted_plans(
+    compare: Sequence[str], gradients: Sequence[str], config_arguments: list[str]
+) -> list[tuple[str, ConfigDict, str]]:
+    """(label, config, gradients) of every plan that the arguments ask for."""
+    named = [a for a in config_arguments if a.startswith('--config=')]
+    common = [a for a in config_arguments if not a.startswith('--config=')]
+    if named and compare:
+        raise UsageError('pass --config or --compare, not both')
+    wanted = []
+    for text in compare or [' '.join(a.removeprefix('--config=') for a in named)]:
+        file, *settings = shlex.split(text) or ['']
+        fields, own = [], []
+        for setting in settings:
+            name, equals, value = setting.removeprefix('--').partition('=')
+            if name == 'gradients':
+                own.append(value)
+            elif name.startswith('config.') and equals:
+                fields.append(f'--{name}={value}')
+            else:
+                raise UsageError(
+                    f'--compare: cannot read {setting!r}; write config.FIELD=VALUE or gradients=HOW'
+                )
+        base = [f'--config={file}'] if file else []
+        for how in own or gradients:
+            label = os.path.basename(file).replace('.py:', ' ').removesuffix('.py')
+            for field in fields:
+                label += f' {field.removeprefix("--config.").rpartition(".")[2]}'
+            label += '' if how == 'frozen' else f' {how}'
+            wanted.append((label, read_config([*base, *common, *fields]), how))
+    return wanted
 
 
 # Command -> (function of its arguments, one line for the overview).

@@ -2,61 +2,210 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.table import Table
 
-from dist_jax.plan import compiling, figures
+from dist_jax import checkpoint
+from dist_jax.plan import cache, compiling, figures, flops, report, search
 from dist_jax.plan.topology import Topology, devices
 from dist_jax.sharding import make_mesh
+from dist_jax.train import write_json
 
-GIB = 2**30
+log = logging.getLogger('dist_jax')
 
-
-def plan_config(config: ConfigDict, topology: Topology) -> dict[str, Any]:
-    """Compiles the train step of a config and returns its figures."""
-    mesh = make_mesh(devices(topology))
-    one = compiling.train_step(config, mesh)
-    compiled = compiling.compile_step(one)
-    return {'topology': str(topology), 'chips': topology.num_chips} | figures.step_figures(
-        compiled, topology, one.clips
-    )
+FORMAT_VERSION = 1
 
 
-def run(config: ConfigDict, topology: Topology, json_file: str = '') -> int:
-    """Prints the plan and writes it; returns the exit code."""
-    found = plan_config(config, topology)
-    show(found)
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One config to plan.
+
+    Attributes:
+      label: how it is called in tables.
+      config: of the experiment.
+      gradients: where gradients flow; see `gradients`.
+    """
+
+    label: str
+    config: ConfigDict
+    gradients: str = 'frozen'
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to plan.
+
+    Attributes:
+      evaluate: also the eval step.
+      search_batch: also the largest batch that fits.
+      cache: folder of compiled programs; '' for none.
+    """
+
+    evaluate: bool = True
+    search_batch: bool = False
+    cache: str = ''
+
+
+def run(
+    requests: Sequence[Request],
+    topology: Topology,
+    options: Options,
+    json_file: str = '',
+    picture: str = '',
+) -> int:
+    """Plans, prints, writes; returns the exit code."""
+    planner = Planner(topology, options.cache)
+    plans = [planner.plan(request, options) for request in requests]
+    if len(plans) == 1:
+        report.print_plan(plans[0])
+    else:
+        report.print_comparison(plans)
     if json_file:
-        Path(json_file).write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+        written = plans[0] if len(plans) == 1 else planner.context() | {'plans': plans}
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(json_file), written)
+    if picture:
+        Path(picture).parent.mkdir(parents=True, exist_ok=True)
+        report.draw(plans, picture)
     return 0
 
 
-def show(found: dict[str, Any]) -> None:
-    """Prints the figures as tables."""
-    console = Console()
-    title = f'{found["topology"]}: train step, {found["clips_per_chip"]:g} clips a chip'
-    table = Table('HBM of a chip', 'GiB', title=title)
-    for kind, size in found.get('hbm_bytes_per_chip', {}).items():
-        table.add_row(kind, f'{size / GIB:.3f}')
-    needed = found['hbm_bytes_needed']
-    table.add_row('needed', f'{needed / GIB:.3f}' if needed else '?', style='bold')
-    table.add_row('allowed', f'{found["hbm_limit_bytes"] / GIB:.3f}')
-    table.add_row('fits', 'yes' if found['fits'] else 'NO', style='bold')
-    console.print(table)
-    if 'estimated_cycles' not in found:
-        return
-    table = Table('estimate', 'value')
-    for name in ('estimated_cycles', 'estimated_seconds', 'clips_per_second_per_chip'):
-        table.add_row(name, f'{found[name]:.6g}')
-    console.print(table)
-    table = Table('module', 'pass', 'M cycles', 'share', title='where the cycles go')
-    for row in found['groups'][:20]:
-        table.add_row(
-            row['name'], row['pass'], f'{row["cycles"] / 1e6:.2f}', f'{100 * row["share"]:.1f} %'
+class Planner:
+    """Compiles for one topology."""
+
+    def __init__(self, topology: Topology, cache_folder: str = ''):
+        self.topology = topology
+        self._cache = cache_folder
+        # It cannot read programs back for devices that are not there, and warns each time.
+        jax.config.update('jax_enable_compilation_cache', False)
+        self._devices = devices(topology)
+        self._mesh = make_mesh(self._devices)
+        self._calibration: dict[str, Any] = {}
+
+    def context(self) -> dict[str, Any]:
+        """What all plans share: topology, chip, versions, calibration."""
+        return {
+            'format_version': FORMAT_VERSION,
+            'topology': str(self.topology),
+            'chips': self.topology.num_chips,
+            'num_slices': self.topology.num_slices,
+            'chip': dataclasses.asdict(self.topology.chip),
+            'versions': cache.versions(),
+            'calibration': self.calibration(),
+        }
+
+    def calibration(self) -> dict[str, Any]:
+        """What the estimate says of a plain product, where one knows what to expect."""
+        if not self._calibration:
+            chip = self.topology.chip
+            compiled = self._compile('calibration', compiling.calibration_step(self._devices))
+            found = figures.cycles(figures.hlo.read_program(compiled.text), chip)
+            seconds = found['estimated_cycles'] / chip.clock
+            self._calibration = {
+                'size': compiling.CALIBRATION_SIZE,
+                'cycles': found['estimated_cycles'],
+                'seconds': seconds,
+                'share_of_peak': 2 * compiling.CALIBRATION_SIZE**3 / seconds / chip.peak_flops,
+            }
+        return self._calibration
+
+    def plan(self, request: Request, options: Options) -> dict[str, Any]:
+        """The figures of one config; see `dist_jax plan --help`.
+
+        Raises:
+          ValueError: a field of the config does not fit the model or the topology.
+        """
+        config = request.config
+        found = self.context() | {
+            'label': request.label,
+            'gradients': request.gradients,
+            'config': checkpoint.plain(config),
+            'step': 'train',
+        }
+        one = compiling.train_step(config, self._mesh, request.gradients)
+        counted = self._count(one, config)
+        found |= self._figures(f'{request.label}, train step', one, counted.total)
+        found['model_flops_parts'] = dataclasses.asdict(counted)
+        found['eval'] = self._evaluation(request, found) if options.evaluate else None
+        found['search'] = self._search(request, found) if options.search_batch else None
+        return found
+
+    def _evaluation(self, request: Request, trained: dict[str, Any]) -> dict[str, Any]:
+        try:
+            one = compiling.eval_step(request.config, self._mesh)
+        except ValueError as error:  # the train step is a plan all the same
+            return {'error': str(error)}
+        counted = self._count(one, request.config)
+        found = self._figures(
+            f'{request.label}, eval step', one, counted.features + counted.forward
         )
-    console.print(table)
+        found['model_flops_parts'] = dataclasses.asdict(counted)
+        # While a run evaluates, what only training needs stays where it is.
+        memory = trained['hbm_bytes_per_chip']
+        held = sum(memory.get(kind, 0) for kind in ('optimizer', 'average', 'other_state'))
+        found['hbm_bytes_per_chip']['held_for_training'] = held
+        if found['hbm_bytes_needed'] is not None:
+            found['hbm_bytes_needed'] += held
+            found['fits'] = found['fits'] and found['hbm_bytes_needed'] <= found['hbm_bytes_limit']
+        return found
+
+    def _search(self, request: Request, found: dict[str, Any]) -> dict[str, Any]:
+        chips, granule = self.topology.num_chips, request.config.accumulation
+        known = {
+            int(found['clips_per_chip']): (found['fits'], found['hbm_bytes_needed']),
+        }
+
+        def attempt(size: int) -> search.Trial:
+            if size not in known:
+                config = copy.deepcopy(request.config)
+                config.batch_size = size * chips
+                one = compiling.train_step(config, self._mesh, request.gradients)
+                figure = self._figures(f'{request.label}, {size} clips a chip', one, 0.0)
+                known[size] = (figure['fits'], figure['hbm_bytes_needed'])
+            return search.Trial(size, *known[size])
+
+        trials = search.largest_fitting(
+            attempt, int(found['clips_per_chip']), found['hbm_bytes_limit'], granule=granule
+        )
+        failing = [trial.size for trial in trials if not trial.fits]
+        return {
+            'largest_clips_per_chip': search.best(trials),
+            'smallest_that_does_not_fit': min(failing, default=None),
+            'trials': [
+                {
+                    'clips_per_chip': trial.size,
+                    'fits': trial.fits,
+                    'hbm_bytes_needed': trial.needed,
+                }
+                for trial in trials
+            ],
+        }
+
+    def _count(self, one: compiling.Step, config: ConfigDict) -> flops.ModelFlops:
+        data = config.data
+        clip_shape = (data.num_frames, data.image_size, data.image_size, 3)
+        return flops.count_model(one.model, one.arguments['frozen'], clip_shape)
+
+    def _figures(self, what: str, one: compiling.Step, flops_per_clip: float) -> dict[str, Any]:
+        compiled = self._compile(what, one)
+        return figures.step_figures(one, compiled, self.topology, flops_per_clip)
+
+    def _compile(self, what: str, one: compiling.Step) -> compiling.Compiled:
+        lowered = one.function.lower(*one.arguments.values())
+        name = cache.key(lowered.as_text(debug_info=True), str(self.topology))
+        found = cache.read(self._cache, name)
+        if found is None:
+            started = time.monotonic()
+            log.info('compiling for %s: %s', self.topology, what)
+            found = compiling.compile_lowered(lowered)
+            log.info('compiled in %.0f s', time.monotonic() - started)
+            cache.write(self._cache, name, found)
+        return found

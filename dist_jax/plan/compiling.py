@@ -10,17 +10,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
 from dist_jax import experiment, optim, step, train
 from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
-from dist_jax.sharding import check_batch_size
+from dist_jax.plan.gradients import with_gradients
+from dist_jax.sharding import batched, check_batch_size, replicated
 
-# Length of a run decides only numbers of the schedule, not the program.
+# The length of a run decides numbers of the schedule, not the program.
 ASSUMED_VIDEOS = 100_000
-ASSUMED_CLASSES = 400  # for data sets whose classes come from a list
+ASSUMED_CLASSES = 400  # where the classes come from a list
+
+CALIBRATION_SIZE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,29 +33,31 @@ class Step:
 
     Attributes:
       function: jitted.
-      arguments: trees of `jax.ShapeDtypeStruct`, by name, in order.
+      arguments: trees of `jax.ShapeDtypeStruct` with shardings, by name, in order.
       clips: clips that one call works on, over all devices.
-      model: the family's model.
-      num_classes: of each label column.
+      model: the family's model; None for the calibration.
     """
 
     function: Callable[..., Any]
     arguments: dict[str, Tree]
     clips: int
-    model: VideoModel
-    num_classes: tuple[int, ...]
+    model: VideoModel | None
 
 
-def train_step(config: ConfigDict, mesh: Mesh) -> Step:
+def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Step:
     """The train step of a config, as `train.train` would compile it, without weights or data.
+
+    Args:
+      config: of one experiment.
+      mesh: the devices.
+      gradients: where gradients flow; see `gradients`.
 
     Raises:
       ValueError: a field that does not fit, or a batch that the mesh does not divide.
     """
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
-    model, frozen, num_classes = _model(config)
-    settings = train.optimizer_settings(config, train.make_plan(config, ASSUMED_VIDEOS))
-    state = jax.eval_shape(train.state_initialiser(config, model, settings), frozen)
+    model, frozen, state, num_classes = _model(config, gradients)
+    settings = _optimizer_settings(config)
     function = step.make_train_step(
         model,
         optim.make_optimizer(state.params, model.param_groups, settings),
@@ -59,8 +65,20 @@ def train_step(config: ConfigDict, mesh: Mesh) -> Step:
         train.step_settings(config, num_classes),
         mesh,
     )
-    arguments = {'state': state, 'frozen': frozen, 'batch': _batch(config, num_classes)}
-    return Step(function, arguments, config.batch_size, model, num_classes)
+    data, clips = config.data, config.batch_size
+    labels = (clips, len(num_classes)) if len(num_classes) > 1 else (clips,)
+    video = (clips, data.num_frames, data.image_size, data.image_size, 3)
+    batch = {
+        'video': jax.ShapeDtypeStruct(video, jnp.uint8),
+        'label': jax.ShapeDtypeStruct(labels, jnp.int32),
+        'mask': jax.ShapeDtypeStruct((clips,), jnp.float32),
+    }
+    arguments = {
+        'state': _placed(state, replicated(mesh)),
+        'frozen': _placed(frozen, replicated(mesh)),
+        'batch': _placed(batch, batched(mesh)),
+    }
+    return Step(function, arguments, clips, model)
 
 
 def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
@@ -70,21 +88,38 @@ def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
       ValueError: a field that does not fit, or a batch that the mesh does not divide.
     """
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-    model, frozen, num_classes = _model(config)
-    settings = train.optimizer_settings(config, train.make_plan(config, ASSUMED_VIDEOS))
-    state = jax.eval_shape(train.state_initialiser(config, model, settings), frozen)
+    model, frozen, state, _ = _model(config, 'frozen')
     data, views = config.data, config.eval.num_clips * config.eval.num_crops
     shape = (config.eval.batch_size, views, data.num_frames, data.image_size, data.image_size, 3)
     arguments = {
-        'variables': state.eval_variables,
-        'frozen': frozen,
-        'video': jax.ShapeDtypeStruct(shape, jnp.uint8),
+        'variables': _placed(state.eval_variables, replicated(mesh)),
+        'frozen': _placed(frozen, replicated(mesh)),
+        'video': _placed(jax.ShapeDtypeStruct(shape, jnp.uint8), batched(mesh)),
     }
     function = step.make_eval_step(model, mesh, config.eval.fusion)
-    return Step(function, arguments, config.eval.batch_size * views, model, num_classes)
+    return Step(function, arguments, config.eval.batch_size * views, model)
 
 
-def _model(config: ConfigDict) -> tuple[VideoModel, Tree, tuple[int, ...]]:
+def calibration_step(devices: list[Any]) -> Step:
+    """A plain square bfloat16 product on one chip, whose cycles are easy to judge."""
+    place = replicated(Mesh(np.asarray(devices[:1]), ('data',)))
+    shape = (CALIBRATION_SIZE, CALIBRATION_SIZE)
+    one = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    return Step(jax.jit(jnp.matmul), {'a': one, 'b': one}, 1, None)
+
+
+def _placed(tree: Tree, sharding: Sharding) -> Tree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _optimizer_settings(config: ConfigDict) -> optim.OptimizerSettings:
+    return train.optimizer_settings(config, train.make_plan(config, ASSUMED_VIDEOS))
+
+
+def _model(
+    config: ConfigDict, gradients: str
+) -> tuple[VideoModel, Tree, step.TrainState, tuple[int, ...]]:
+    """Model, frozen tree, state (both as shapes), classes of each label column."""
     classes = experiment.dataset_info(config).num_classes or ASSUMED_CLASSES
     num_classes = classes if isinstance(classes, tuple) else (classes,)
     if config.backbone.name not in clip.SPECS:
@@ -93,18 +128,10 @@ def _model(config: ConfigDict) -> tuple[VideoModel, Tree, tuple[int, ...]]:
         )
     spec = dataclasses.replace(clip.SPECS[config.backbone.name], image_size=config.data.image_size)
     model = experiment.make_model(config, spec, num_classes)
-    return model, experiment.abstract_frozen(spec, model, num_classes), num_classes
-
-
-def _batch(config: ConfigDict, num_classes: tuple[int, ...]) -> Tree:
-    data, clips = config.data, config.batch_size
-    labels = (clips, len(num_classes)) if len(num_classes) > 1 else (clips,)
-    video = (clips, data.num_frames, data.image_size, data.image_size, 3)
-    return {
-        'video': jax.ShapeDtypeStruct(video, jnp.uint8),
-        'label': jax.ShapeDtypeStruct(labels, jnp.int32),
-        'mask': jax.ShapeDtypeStruct((clips,), jnp.float32),
-    }
+    frozen = experiment.abstract_frozen(spec, model, num_classes)
+    model, frozen = with_gradients(model, frozen, gradients)
+    initialise = train.state_initialiser(config, model, _optimizer_settings(config))
+    return model, frozen, jax.eval_shape(initialise, frozen), num_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,29 +142,32 @@ class Compiled:
       text: of the program; '' where it does not fit.
       memory: bytes on a chip: arguments, outputs, aliased (outputs in place of arguments),
         temporaries and program; empty where it does not fit.
-      needed_bytes: HBM that the compiler would need, where it does not fit.
-      limit_bytes: HBM that the compiler allows, where it said so.
+      fits: whether the compiler found room in the HBM.
+      needed_bytes: HBM that it would need, where it does not fit and said so.
+      limit_bytes: HBM that it allows, likewise.
+      largest: the largest allocations, likewise: (bytes, name stack, shape).
       seconds: of compilation.
     """
 
     text: str
     memory: dict[str, int]
+    fits: bool = True
     needed_bytes: float | None = None
     limit_bytes: float | None = None
+    largest: tuple[tuple[float, str, str], ...] = ()
     seconds: float = 0.0
 
 
-def compile_step(one: Step) -> Compiled:
-    """Compiles a step; a program that is too large for the HBM is a result, not an error."""
+def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles; a program that is too large for the HBM is a result, not an error."""
     started = time.monotonic()
-    lowered = one.function.lower(*one.arguments.values())
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        sizes = out_of_memory(str(error))
-        if sizes is None:
+        found = out_of_memory(str(error))
+        if found is None:
             raise
-        return Compiled('', {}, *sizes, seconds=time.monotonic() - started)
+        return dataclasses.replace(found, seconds=time.monotonic() - started)
     found = compiled.memory_analysis()
     memory = {
         'arguments': found.argument_size_in_bytes,
@@ -149,23 +179,32 @@ def compile_step(one: Step) -> Compiled:
     return Compiled(compiled.as_text(), memory, seconds=time.monotonic() - started)
 
 
-_SIZE = r'([\d.]+)([KMGT]?)'
+_SIZE = r'([\d.]+)([KMGT]?)i?B?'
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-# "the total memory required for HLO temporaries (36.10G) exceeds available HBM (30.75G)", and in
-# other versions "Ran out of memory in memory space hbm. Used 48.1G of 30.75G hbm".
+# "the total memory required for HLO temporaries (36.10G) exceeds available HBM (30.75G)" counts
+# arguments too; "Ran out of memory in memory space hbm. Used 48.1G of 30.75G hbm" comes with a list
+# of the largest allocations.
 _OUT_OF_MEMORY = (
-    re.compile(rf'required for [\w ]+ \({_SIZE}i?B?\) exceeds available HBM \({_SIZE}i?B?\)'),
-    re.compile(rf'Used {_SIZE}i?B? of {_SIZE}i?B? hbm'),
+    re.compile(rf'required for [\w ]+ \({_SIZE}\) exceeds available HBM \({_SIZE}\)'),
+    re.compile(rf'Used {_SIZE} of {_SIZE} hbm'),
+)
+_ALLOCATION = re.compile(
+    rf'\d+\. Size: {_SIZE}\s*\n\s*Operator: op_name="([^"]*)"\s*\n(?:\s*Shape: (\S+))?'
 )
 
 
-def out_of_memory(message: str) -> tuple[float, float] | None:
-    """(bytes needed, bytes allowed) of the compiler's message; None for any other error."""
-    if 'RESOURCE_EXHAUSTED' not in message and 'HbmOom' not in message:
+def out_of_memory(message: str) -> Compiled | None:
+    """What the compiler's message says of a program that is too large; None for other errors."""
+    if 'CompileTimeHbmOom' not in message and 'memory space hbm' not in message:
         return None
+    needed = limit = None
     for pattern in _OUT_OF_MEMORY:
         found = pattern.search(message)
         if found:
-            used, used_unit, limit, limit_unit = found.groups()
-            return float(used) * _UNITS[used_unit], float(limit) * _UNITS[limit_unit]
-    return None
+            needed, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+            break
+    largest = tuple(
+        (float(size) * _UNITS[unit], name, shape)
+        for size, unit, name, shape in _ALLOCATION.findall(message)
+    )
+    return Compiled('', {}, False, needed, limit, largest)

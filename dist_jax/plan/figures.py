@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
-from dist_jax.plan import hlo
+import jax
+
+from dist_jax.plan import gradients, hlo
 from dist_jax.plan.chips import Chip
-from dist_jax.plan.compiling import Compiled
+from dist_jax.plan.compiling import Compiled, Step
 from dist_jax.plan.topology import Topology
 
 # Arguments of the steps, by how their names begin in the program -> kind.
@@ -19,36 +20,72 @@ KINDS = (
     ('variables', 'trainable'),
     ('state.opt_state', 'optimizer'),
     ('state.ema', 'average'),
-    ('state', 'other state'),
+    ('state', 'other_state'),
     ('frozen', 'frozen'),
     ('batch', 'batch'),
     ('video', 'batch'),
 )
-TOP = 12  # operations that are listed
+FIRST = ('frozen', 'trainable', 'optimizer', 'batch', 'temporaries')
+TOP = 15  # operations and collectives that are listed
 
 
 def kind_of(argument: str) -> str:
-    """'state.params['layers']...' -> 'trainable'."""
+    """ "state.params['layers']..." -> 'trainable'."""
     return next((kind for prefix, kind in KINDS if argument.startswith(prefix)), 'other')
 
 
-def step_figures(compiled: Compiled, topology: Topology, clips: int) -> dict[str, Any]:
-    """The figures of one step; see `dist_jax plan --help` for what is estimated how.
+def step_figures(
+    one: Step, compiled: Compiled, topology: Topology, flops_per_clip: float
+) -> dict[str, Any]:
+    """The figures of one step; `dist_jax plan --help` says what is estimated how.
 
     Args:
+      one: the step.
       compiled: the compiler's answer.
       topology: what it was compiled for.
-      clips: worked on by one call, over all chips.
+      flops_per_clip: of the model, without recomputation.
+
+    Returns:
+      What goes into JSON: bytes, seconds, cycles and FLOPs of one chip and one step, if nothing
+      else is said. Without a program, because it does not fit, there are no times.
     """
     chip = topology.chip
+    per_chip = one.clips / topology.num_chips
     limit = compiled.limit_bytes or chip.hbm_bytes
     figures: dict[str, Any] = {
-        'clips_per_chip': clips / topology.num_chips,
-        'hbm_limit_bytes': limit,
+        'clips_per_chip': per_chip,
+        'fits': compiled.fits,
+        'hbm_bytes_limit': limit,
+        'model_flops': flops_per_clip * per_chip,
+        'model_flops_per_clip': flops_per_clip,
         'compile_seconds': round(compiled.seconds, 2),
     }
     if not compiled.text:
-        return figures | {'fits': False, 'hbm_bytes_needed': compiled.needed_bytes}
+        memory = argument_bytes(one)
+        if compiled.needed_bytes is not None:
+            memory['temporaries'] = max(compiled.needed_bytes - sum(memory.values()), 0)
+        unknown = (
+            'compiled_flops',
+            'hbm_bytes_accessed',
+            'estimated_cycles',
+            'estimated_seconds',
+            'clips_per_second_per_chip',
+            'estimated_mfu',
+            'collective_bytes',
+        )
+        return (
+            figures
+            | {
+                'hbm_bytes_per_chip': memory,
+                'hbm_bytes_needed': compiled.needed_bytes,
+                'temp_bytes': memory.get('temporaries'),
+                'largest_allocations': [
+                    {'bytes': size, 'op_name': name, 'shape': shape}
+                    for size, name, shape in compiled.largest
+                ],
+            }
+            | dict.fromkeys(unknown)
+        )
     program = hlo.read_program(compiled.text)
     memory = hbm_bytes(compiled.memory, program)
     estimate = cycles(program, chip)
@@ -56,7 +93,6 @@ def step_figures(compiled: Compiled, topology: Topology, clips: int) -> dict[str
     return (
         figures
         | {
-            'fits': sum(memory.values()) <= limit,
             'hbm_bytes_per_chip': memory,
             'hbm_bytes_needed': sum(memory.values()),
             'temp_bytes': compiled.memory['temporaries'],
@@ -68,8 +104,8 @@ def step_figures(compiled: Compiled, topology: Topology, clips: int) -> dict[str
         | estimate
         | {
             'estimated_seconds': seconds,
-            'clips_per_second_per_chip': clips / topology.num_chips / seconds,
-            'compiled_flops_utilisation': program.flops / seconds / chip.peak_flops,
+            'clips_per_second_per_chip': per_chip / seconds,
+            'estimated_mfu': figures['model_flops'] / seconds / chip.peak_flops,
             'groups': groups(program, chip),
             'top_operations': top_operations(program, chip),
             'loops_of_unknown_length': sorted(set(program.unknown_loops)),
@@ -77,15 +113,26 @@ def step_figures(compiled: Compiled, topology: Topology, clips: int) -> dict[str
     )
 
 
-def hbm_bytes(memory: dict[str, int], program: hlo.Program) -> dict[str, int]:
-    """Bytes of a chip's HBM by kind; padding of the layouts is in them."""
-    found = dict.fromkeys(('frozen', 'trainable', 'optimizer', 'batch', 'temporaries'), 0)
+def hbm_bytes(memory: dict[str, int], program: hlo.Program) -> dict[str, float]:
+    """Bytes of a chip's HBM by kind, as the compiler lays them out (padding included)."""
+    found: dict[str, float] = dict.fromkeys(FIRST, 0)
     for name, size in program.parameters:
         found[kind_of(name)] = found.get(kind_of(name), 0) + size
     rest = memory['arguments'] - sum(size for _, size in program.parameters)
     found['temporaries'] = memory['temporaries']
-    found['outputs'] = memory['outputs'] - memory['aliased'] + max(rest, 0)
+    found['outputs'] = max(memory['outputs'] - memory['aliased'] + rest, 0)
     found['program'] = memory['program']
+    return found
+
+
+def argument_bytes(one: Step) -> dict[str, float]:
+    """Bytes of a step's arguments on a chip by kind, from their shapes alone (no padding)."""
+    found: dict[str, float] = dict.fromkeys(FIRST[:-1], 0)
+    for name, tree in one.arguments.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            kind = kind_of(name + jax.tree_util.keystr(path))
+            size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            found[kind] = found.get(kind, 0) + size
     return found
 
 
@@ -98,9 +145,12 @@ def declared_seconds(declared: dict[str, int], chip: Chip) -> float:
 
 
 def wire_seconds(op: hlo.Operation, chip: Chip) -> float:
-    """Time of a collective on all links of a chip, as rings: a lower bound."""
+    """Time of a collective as rings on all links of a chip: a lower bound.
+
+    What is sent between slices takes no time here: nothing is published to reckon with.
+    """
     n = op.group_size
-    passes = {'all-reduce': 2 * (n - 1) / n, 'collective-permute': 1.0}.get(
+    passes = {'all-reduce': 2 * (n - 1) / n, 'collective-permute': 1.0, 'send': 0.0}.get(
         op.collective, (n - 1) / n
     )
     return passes * op.payload_bytes / chip.ici_bytes_per_second
@@ -112,19 +162,24 @@ def cycles_of(op: hlo.Operation, chip: Chip) -> float:
         return 0.0
     if op.collective:
         return wire_seconds(op, chip) * chip.clock
-    if op.declared is not None and not op.cycles:
+    if _declares(op):
         return declared_seconds(op.declared, chip) * chip.clock
     return float(op.cycles)
 
 
 def cycles(program: hlo.Program, chip: Chip) -> dict[str, Any]:
     """Where the cycles of a step come from, and what runs beside them."""
-    kernels = [op for op in program.operations if op.declared is not None and not op.cycles]
+    kernels = [op for op in program.operations if _declares(op)]
     waits = [op for op in program.operations if op.collective and not op.asynchronous]
     beside = [op for op in program.operations if op.collective and op.asynchronous]
     kernel = sum(declared_seconds(op.declared or {}, chip) * op.count for op in kernels)
     wire = sum(wire_seconds(op, chip) * op.count for op in waits)
     hidden = sum(wire_seconds(op, chip) * op.count for op in beside)
+    copied = sum(
+        op.hbm_bytes * op.count
+        for op in program.operations
+        if op.asynchronous and not op.collective
+    )
     return {
         'estimated_cycles': program.compiler_cycles + (kernel + wire) * chip.clock,
         'compiler_cycles': program.compiler_cycles,
@@ -132,6 +187,7 @@ def cycles(program: hlo.Program, chip: Chip) -> dict[str, Any]:
         'kernels': sum(op.count for op in kernels),
         'collective_cycles': wire * chip.clock,
         'asynchronous_collective_seconds': hidden,
+        'asynchronous_copy_seconds': copied / chip.hbm_bytes_per_second,
         'hbm_seconds': program.hbm_bytes / chip.hbm_bytes_per_second,
     }
 
@@ -146,21 +202,26 @@ def collective_bytes(program: hlo.Program) -> dict[str, int]:
 
 
 def collectives(program: hlo.Program) -> list[dict[str, Any]]:
-    """Every collective, largest first."""
-    rows = [
-        {
-            'kind': op.collective,
-            'bytes': op.payload_bytes,
-            'count': op.count,
-            'chips': op.group_size,
-            'asynchronous': op.asynchronous,
-            'op_name': op.op_name,
-            'source': short_source(op.source),
-        }
-        for op in program.operations
-        if op.collective
-    ]
-    return sorted(rows, key=lambda row: -row['bytes'] * row['count'])
+    """The largest collectives; those of the same origin together."""
+    table: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for op in program.operations:
+        if op.collective:
+            key = (op.collective, op.op_name, op.source, op.asynchronous, op.group_size)
+            row = table.setdefault(
+                key,
+                {
+                    'kind': op.collective,
+                    'bytes': 0,
+                    'count': 0,
+                    'chips': op.group_size,
+                    'asynchronous': op.asynchronous,
+                    'op_name': op.op_name,
+                    'source': short_source(op.source),
+                },
+            )
+            row['bytes'] += op.payload_bytes * op.count
+            row['count'] += op.count
+    return sorted(table.values(), key=lambda row: -row['bytes'])[:TOP]
 
 
 # Parts of a name stack that say how something runs, not what it is.
@@ -171,11 +232,12 @@ _PLUMBING = re.compile(
 _WRAPPED = re.compile(r'^(?:transpose|jvp|checkpoint|rematted_computation)\((.*)\)$')
 
 
-def group_of(op_name: str, source: str = '') -> tuple[str, str]:
+def group_of(op_name: str, source: str = '', opcode: str = 'unknown') -> tuple[str, str]:
     """(module, pass) of an operation.
 
-    The module is made of the first two names of jax's name stack (Flax modules, named scopes);
-    where there are none, of the source file in brackets. The pass is 'forward', 'backward',
+    The module is made of the first two names of jax's name stack (Flax modules, named scopes).
+    Where there are none, brackets hold the source file, or the kind of an operation that the
+    compiler added by itself. The pass is 'forward', 'backward',
     'recompute' (forward again, for the backward pass), or '' outside the differentiated part.
     """
     parts = op_name.split('/')
@@ -185,17 +247,21 @@ def group_of(op_name: str, source: str = '') -> tuple[str, str]:
         direction = 'backward'
     else:
         direction = 'forward' if 'jvp(' in op_name else ''
-    names: list[str] = []
+    names: list[str] = []  # 'module.method', which Flax adds to the module's name, is left out
     for part in parts[:-1]:
         wrapped = False
         while found := _WRAPPED.match(part):
             part, wrapped = found[1], True
         # The outermost name of a differentiated part is the whole network.
-        if part and not wrapped and not _PLUMBING.match(part):
+        if part and not wrapped and not _PLUMBING.match(part) and '.' not in part:
             names.append(re.sub(r'_\d+$', '_*', part))
+    if len(names) > 1 and names[0] == gradients.NET:
+        del names[0]
     if names:
         return '/'.join(names[:2]), direction
-    return (f'({short_source(source).partition(":")[0]})' if source else '(other)'), direction
+    if source:
+        return f'({short_source(source).partition(":")[0]})', direction
+    return f'({opcode})', direction
 
 
 def short_source(source: str) -> str:
@@ -214,11 +280,13 @@ def groups(program: hlo.Program, chip: Chip) -> list[dict[str, Any]]:
     for op in program.operations:
         spent = cycles_of(op, chip) * op.count
         total += spent
-        row = table.setdefault(group_of(op.op_name, op.source), collections.defaultdict(float))
+        row = table.setdefault(
+            group_of(op.op_name, op.source, op.opcode), collections.defaultdict(float)
+        )
         row['cycles'] += spent
         row['flops'] += op.flops * op.count
         row['hbm_bytes'] += op.hbm_bytes * op.count
-        if op.declared is not None:
+        if _declares(op):
             row['kernels'] += op.count
     rows = [
         {
@@ -238,24 +306,28 @@ def groups(program: hlo.Program, chip: Chip) -> list[dict[str, Any]]:
 
 def top_operations(program: hlo.Program, chip: Chip, most: int = TOP) -> list[dict[str, Any]]:
     """The operations with the most cycles."""
-    ranked: Iterable[hlo.Operation] = sorted(
-        program.operations, key=lambda op: -cycles_of(op, chip) * op.count
-    )[:most]
-    return [
-        {
-            'name': op.name,
-            'cycles': cycles_of(op, chip) * op.count,
-            'count': op.count,
-            'estimated_by': 'declared cost'
-            if op.declared is not None and not op.cycles
-            else 'bytes on the links'
-            if op.collective
-            else 'compiler',
-            'flops': op.flops * op.count,
-            'hbm_bytes': op.hbm_bytes * op.count,
-            'op_name': op.op_name,
-            'source': short_source(op.source),
-        }
-        for op in ranked
-        if math.isfinite(op.cycles)
-    ]
+
+    def spent(op: hlo.Operation) -> float:
+        return cycles_of(op, chip) * op.count
+
+    rows = []
+    for op in sorted(program.operations, key=lambda op: -spent(op))[:most]:
+        by = 'bytes on the links' if op.collective else 'compiler'
+        rows.append(
+            {
+                'name': op.name,
+                'cycles': spent(op),
+                'count': op.count,
+                'estimated_by': 'declared cost' if _declares(op) else by,
+                'flops': op.flops * op.count,
+                'hbm_bytes': op.hbm_bytes * op.count,
+                'op_name': op.op_name,
+                'source': short_source(op.source),
+            }
+        )
+    return rows
+
+
+def _declares(op: hlo.Operation) -> bool:
+    """Whether an operation counts by the cost that it declares: a kernel of one's own."""
+    return op.declared is not None and not op.cycles

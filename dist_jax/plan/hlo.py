@@ -31,6 +31,7 @@ COLLECTIVES = (
     'ragged-all-to-all',
     'collective-permute',
     'collective-broadcast',
+    'send',  # between slices, through the hosts
 )
 # Operations that move or name values without work of their own.
 FREE = frozenset(
@@ -42,6 +43,7 @@ FREE = frozenset(
         'opt-barrier',
         'parameter',
         'partition-id',
+        'recv',
         'replica-id',
         'tuple',
     }
@@ -220,10 +222,15 @@ def _frames(lines: list[str]) -> dict[int, str]:
         numbers = dict(re.findall(r'(\w+)=(\d+)', text))
         path = files.get(int(numbers.get('file_name_id', 0)), '')
         places[i] = f'{path}:{numbers.get("line", "?")}'
-    frames = {}
+    frames, parents = {}, {}
     for i, text in tables.get('StackFrames', {}).items():
         numbers = dict(re.findall(r'(\w+)=(\d+)', text))
         frames[i] = places.get(int(numbers.get('file_location_id', 0)), '')
+        parents[i] = int(numbers.get('parent_frame_id', 1)) - 1  # 0: no parent
+    # Flax's lifting says nothing; who called it does.
+    for i in sorted(frames):
+        if '/flax/' in frames[i] and parents[i] in frames:
+            frames[i] = frames[parents[i]]
     return frames
 
 
@@ -365,7 +372,9 @@ def _operation(
     base = opcode.removesuffix('-start')
     collective = base if base in COLLECTIVES else ''
     payload = 0
-    if collective:
+    if opcode == 'send':
+        payload = sum(a.bytes for a in arrays(computation[instruction.operands[0]].shape))
+    elif collective:
         inputs = sum(
             a.bytes for o in instruction.operands if o in computation
             for a in arrays(computation[o].shape)
@@ -374,7 +383,7 @@ def _operation(
         # The value of a start names its operands too.
         payload = max(inputs, outputs - inputs if opcode.endswith('-start') else outputs)
     frame = re.search(r'stack_frame_id=(\d+)', instruction.rest)
-    asynchronous = opcode.endswith('-start')
+    asynchronous = opcode.endswith('-start') or opcode == 'send'
     return Operation(
         name=instruction.name,
         opcode=opcode,
@@ -589,6 +598,8 @@ def _hbm_bytes(
     A fusion that takes a slice of an operand reads the slice, one that updates a slice in place
     writes the slice.
     """
+    if instruction.opcode == 'send':
+        return sum(a.bytes for a in arrays(computation[instruction.operands[0]].shape))
     if instruction.opcode == 'custom-call' and instruction.target != 'tpu_custom_call':
         return 0  # names a buffer, moves nothing
     sources = [arrays(computation[o].shape) for o in instruction.operands if o in computation]

@@ -1,0 +1,70 @@
+"""Compiled programs on disk, so that the same plan asked twice compiles once.
+
+jax's own compilation cache does not serve here: it cannot read a program back for devices that
+are not there. So the compiler's answer is kept instead: the text of the program and its memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+from dist_jax.plan.compiling import Compiled
+
+VERSION = 1
+
+
+def default_folder() -> str:
+    """Where programs are kept if nobody says."""
+    base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return os.path.join(base, 'dist_jax', 'plan')
+
+
+def versions() -> dict[str, str]:
+    """Of what turns a config into a program."""
+    found = {}
+    for name in ('jax', 'jaxlib', 'libtpu'):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ''
+    return found
+
+
+def key(lowered_text: str, topology: str) -> str:
+    """Name of a program: everything that decides what the compiler answers."""
+    flags = {name: os.environ.get(name, '') for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')}
+    digest = hashlib.sha256(
+        json.dumps([VERSION, topology, versions(), flags], sort_keys=True).encode()
+    )
+    digest.update(lowered_text.encode())
+    return digest.hexdigest()
+
+
+def read(folder: str, name: str) -> Compiled | None:
+    """The compiler's answer, if it was kept; None if not, or if the file is damaged."""
+    if not folder:
+        return None
+    try:
+        with gzip.open(Path(folder) / f'{name}.json.gz', 'rt', encoding='utf-8') as file:
+            fields = json.load(file)
+        fields['largest'] = tuple(map(tuple, fields['largest']))
+        return Compiled(**fields)
+    except (OSError, EOFError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write(folder: str, name: str, compiled: Compiled) -> None:
+    """Keeps an answer; the file appears whole or not at all."""
+    if not folder:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    partial = Path(folder) / f'.{name}.{os.getpid()}.partial'
+    with gzip.open(partial, 'wt', encoding='utf-8', compresslevel=4) as file:
+        json.dump(dataclasses.asdict(compiled), file)
+    os.replace(partial, Path(folder) / f'{name}.json.gz')

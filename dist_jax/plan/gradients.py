@@ -1,0 +1,136 @@
+"""The same model trained in other ways, to see what keeping the backbone frozen saves.
+
+For plans only: nothing here is meant to train. The step, the optimizer and the family's network
+are the real ones; what differs is where gradients flow.
+
+- 'frozen': as the family does it. No activation of the backbone is kept.
+- 'through_backbone': the backbone is not updated, but a parameter sits below it (an offset of the
+  pixels' channels, in place of prompts or adapters), so gradients flow through all of it.
+- 'full': the backbone is trained as well: float32 weights, their gradients and AdamW's moments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from dist_jax.models.api import ParamGroup, Tree, VideoModel
+
+MODES = ('frozen', 'through_backbone', 'full')
+TOWER = 'visual'  # subtree of the frozen tree that is the image backbone
+NET = 'net'  # name that the family's network gets inside the whole
+
+
+def with_gradients(model: VideoModel, frozen: Tree, mode: str) -> tuple[VideoModel, Tree]:
+    """A model whose gradients flow as `mode` says, and its frozen tree.
+
+    Args:
+      model: of any family that reads an image tower.
+      frozen: its frozen tree, as shapes.
+      mode: one of `MODES`.
+
+    Raises:
+      ValueError: no such mode, or a family without an image tower.
+    """
+    if mode not in MODES:
+        raise ValueError(f'--gradients={mode!r} is not one of {", ".join(MODES)}')
+    if mode == 'frozen':
+        return model, frozen
+    if TOWER not in frozen:
+        raise ValueError(f'--gradients={mode}: this family has no frozen image tower')
+    rest = {name: part for name, part in frozen.items() if name != TOWER}
+    trained = mode == 'full'
+    net = _Whole(
+        net=model.net,
+        features=without_stop_gradient(model.features),
+        tower=_Shapes.of(frozen[TOWER]) if trained else None,
+    )
+    whole = dataclasses.replace(
+        model,
+        net=net,
+        features=lambda kept, video: jax.lax.stop_gradient({'frozen': kept, 'video': video}),
+        # Who is decayed changes neither memory nor time.
+        param_groups=(ParamGroup(''),),
+        frozen_logits=None,
+    )
+    return whole, rest if trained else frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+    """A tree of shapes that can be an attribute of a module."""
+
+    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, tree: Tree) -> _Shapes:
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(tuple((leaf.shape, leaf.dtype) for leaf in leaves), structure)
+
+    def master(self) -> Tree:
+        """Zeros in float32, the weights an optimizer updates."""
+        return jax.tree.unflatten(
+            self.structure, [jnp.zeros(shape, jnp.float32) for shape, _ in self.leaves]
+        )
+
+    def cast(self, tree: Tree) -> Tree:
+        """The dtypes that the model computes in."""
+        leaves = zip(jax.tree.leaves(tree), self.leaves)
+        return jax.tree.unflatten(
+            self.structure, [leaf.astype(dtype) for leaf, (_, dtype) in leaves]
+        )
+
+
+class _Whole(nn.Module):
+    """Backbone and network as one differentiated module."""
+
+    net: nn.Module
+    features: Callable[[Tree, jax.Array], Tree]
+    tower: _Shapes | None
+
+    @nn.compact
+    def __call__(self, inputs: Tree, *, train: bool = False) -> Any:
+        frozen, video = inputs['frozen'], inputs['video']
+        if self.tower is None:
+            offset = self.param('pixel_offset', nn.initializers.zeros, video.shape[-1:])
+            video = video + offset.astype(video.dtype)
+        else:
+            tower = self.param('backbone', lambda _: self.tower.master())
+            frozen = {**frozen, TOWER: self.tower.cast(tower)}
+        return self.net(self.features(frozen, video), train=train)
+
+
+def without_stop_gradient(function: Callable[..., Tree]) -> Callable[..., Tree]:
+    """The same function with gradients flowing where it cuts them off."""
+
+    def run(*arguments: Tree) -> Tree:
+        closed, out = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        opened = core.ClosedJaxpr(_opened(closed.jaxpr), closed.consts)
+        flat = core.jaxpr_as_fun(opened)(*jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(out), flat)
+
+    return run
+
+
+def _opened(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """Names the operand of every `stop_gradient` where its result was named."""
+    same: dict[Any, Any] = {}
+
+    def before(atoms: list[Any]) -> list[Any]:
+        return [a if isinstance(a, core.Literal) else same.get(a, a) for a in atoms]
+
+    equations = []
+    for equation in jaxpr.eqns:
+        inputs = before(equation.invars)
+        if equation.primitive.name == 'stop_gradient':
+            same.update(zip(equation.outvars, inputs))
+        else:
+            equations.append(equation.replace(invars=inputs))
+    return jaxpr.replace(eqns=equations, outvars=before(jaxpr.outvars))
