@@ -41,7 +41,13 @@ setup(
         'tensorflow-datasets>=4.9.7',
     ],
     extras_require={
-        'test': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.8'],
+        # jax[tpu]: libtpu, which compiles for TPUs on any Linux machine (205 MB).
+        'test': [
+            'pytest>=8.0',
+            'pytest-xdist>=3.5',
+            'ruff>=0.8',
+            'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
+        ],
         'benchmark': ['decord>=0.6', 'psutil>=5.9'],
         'tpu': ['jax[tpu]>=0.10', 'gcsfs>=2024.6'],  # gcsfs: gs:// paths without TensorFlow
         'cuda': ['jax[cuda12]>=0.10'],

@@ -245,6 +245,12 @@ def _start_jax() -> None:
     hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
     if len(hosts) > 1 or 'JAX_COORDINATOR_ADDRESS' in os.environ:
         jax.distributed.initialize()
+    elif os.environ.get('TPU_SKIP_MDS_QUERY') == '1':
+        # jax saw no TPU; libtpu may be here as a compiler and need not look for one at length.
+        from dist_jax.plan import topology
+
+        for name, value in topology.ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
     logging.getLogger('dist_jax').info(
         'process %d of %d, %d devices: %s',
         jax.process_index(),

@@ -48,6 +48,8 @@ FREE = frozenset(
         'tuple',
     }
 )
+# Operations that touch a part of their first operand.
+_PARTIAL = ('dynamic-slice', 'slice', 'gather', 'dynamic-update-slice')
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = ')
 _OPCODE = re.compile(r'([a-z][\w-]*)\(')
@@ -638,12 +640,13 @@ def _fusion_bytes(
             continue
         whole = sum(a.bytes for a in sources[_number(one)] if a.space == 0)
         read = 0
-        for user in _users(users, one.name):
-            if user.opcode in ('dynamic-slice', 'slice', 'gather'):
-                read += sum(a.bytes for a in arrays(user.shape))
-            elif user.opcode != 'dynamic-update-slice':
+        for user, name in _users(users, one.name):
+            if user.operands[0] != name or user.opcode not in _PARTIAL:
                 read = whole
                 break
+            # An update in place reads nothing of what it updates.
+            if user.opcode != 'dynamic-update-slice':
+                read += sum(a.bytes for a in arrays(user.shape))
         total += min(whole, read)
     root = next((i for i in inner.values() if i.is_root), None)
     parts = [root] if root is not None else []
@@ -659,11 +662,10 @@ def _fusion_bytes(
     return total
 
 
-def _users(users: dict[str, list[Instruction]], name: str) -> Iterator[Instruction]:
+def _users(users: dict[str, list[Instruction]], name: str) -> Iterator[tuple[Instruction, str]]:
+    """Instructions that use a value, and the name they use; bitcasts are looked through."""
     for user in users.get(name, ()):
-        if user.opcode == 'bitcast' or (
-            user.opcode == 'fusion' and 'kind=kLoop' in user.rest and 'bitcast' in user.name
-        ):
+        if user.opcode == 'bitcast' or (user.opcode == 'fusion' and 'bitcast' in user.name):
             yield from _users(users, user.name)
         else:
-            yield user
+            yield user, name

@@ -115,3 +115,178 @@ def test_arguments_are_measured_as_they_lie_in_memory():
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match='ENTRY'):
         hlo.read_program('HloModule x\n')
+
+
+def entry(*lines, before=''):
+    """A program with these instructions, the last one its result."""
+    *rest, last = lines
+    body = '\n'.join([f'  {line}' for line in rest] + [f'  ROOT {last}'])
+    return f'HloModule m, is_scheduled=true\n{before}\nENTRY %main () -> f32[] {{\n{body}\n}}\n'
+
+
+FUSED = """
+%fused (a: bf16[64,128], b: bf16[128,32]) -> bf16[64,32] {
+  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[128,32]{1,0:T(8,128)(2,1)} parameter(1)
+  %inner = bf16[64,128]{1,0} negate(%a), backend_config={"window_config":{"estimated_cycles":"99"}}
+  ROOT %c = bf16[64,32]{1,0} convolution(%inner, %b), dim_labels=bf_io->bf
+}
+"""
+OPERANDS = (
+    '%a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)',
+    '%b = bf16[128,32]{1,0:T(8,128)(2,1)} parameter(1)',
+)
+
+
+def test_a_fusion_counts_once_with_its_own_cycles_and_the_products_in_it():
+    fusion = '%f = bf16[64,32]{1,0:T(8,128)(2,1)} fusion(%a, %b), kind=kOutput, calls=%fused, '
+    program = hlo.read_program(entry(*OPERANDS, fusion + config(50), before=FUSED))
+    assert program.compiler_cycles == 50
+    assert program.flops == 2 * 64 * 128 * 32
+    # Columns are padded to tiles of 128.
+    assert program.hbm_bytes == 2 * (64 * 128 + 128 * 128 + 64 * 128)
+
+
+def test_arrays_outside_the_hbm_are_no_traffic():
+    fusion = '%f = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %b), kind=kOutput, calls=%fused'
+    program = hlo.read_program(entry(*OPERANDS, fusion, before=FUSED))
+    assert program.hbm_bytes == 2 * (64 * 128 + 128 * 128)
+
+
+@pytest.mark.parametrize(
+    ('shapes', 'attributes', 'expected'),
+    [
+        # 3 x 3 with padding: the corners of the frame see 4 taps, the edges 6, the rest 9.
+        (
+            ('f32[2,4,4,5]', 'f32[3,3,5,7]', 'f32[2,4,4,7]'),
+            'window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f',
+            2 * 2 * 5 * 7 * (4 * 4 + 8 * 6 + 4 * 9),
+        ),
+        # A batch of 12 products, written as a dilated window over the batch.
+        (
+            ('f32[12,30,8]', 'f32[12,8,6]', 'f32[12,30,6]'),
+            'window={size=12 stride=11 pad=0_0 lhs_dilate=12}, dim_labels=0bf_0io->0bf',
+            2 * 12 * 30 * 8 * 6,
+        ),
+        (
+            ('f32[2,9,4]', 'f32[3,2,4]', 'f32[2,9,4]'),
+            'window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f, feature_group_count=2',
+            2 * 2 * 2 * 4 * (7 * 3 + 2 * 2),
+        ),
+    ],
+    ids=['padded', 'batched', 'grouped'],
+)
+def test_convolutions_count_what_they_multiply(shapes, attributes, expected):
+    left, right, out = shapes
+    text = entry(
+        f'%a = {left} parameter(0)',
+        f'%b = {right} parameter(1)',
+        f'%c = {out} convolution(%a, %b), {attributes}',
+    )
+    assert hlo.read_program(text).flops == expected
+
+
+def test_the_dearest_branch_counts():
+    branches = ''.join(
+        f"""
+%branch{i} (p: f32[8]) -> f32[8] {{
+  %p = f32[8] parameter(0)
+  ROOT %x{i} = f32[8] negate(%p), {config(cycles)}
+}}
+"""
+        for i, cycles in enumerate((5, 40, 6))
+    )
+    text = entry(
+        '%x = f32[8] parameter(0)',
+        '%i = s32[] parameter(1)',
+        '%c = f32[8] conditional(%i, %x, %x, %x), '
+        'branch_computations={%branch0, %branch1, %branch2}',
+        before=branches,
+    )
+    assert hlo.read_program(text).compiler_cycles == 40
+
+
+def test_calls_are_followed():
+    called = f"""
+%callee (p: f32[8]) -> f32[8] {{
+  %p = f32[8] parameter(0)
+  ROOT %x = f32[8] negate(%p), {config(5)}
+}}
+"""
+    text = entry(
+        '%x = f32[8] parameter(0)', '%c = f32[8] call(%x), to_apply=%callee', before=called
+    )
+    assert hlo.read_program(text).compiler_cycles == 5
+
+
+def test_kernels_are_known_by_the_cost_they_declare():
+    text = entry(
+        '%x = f32[8] parameter(0)',
+        '%k = f32[8] custom-call(%x), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"body":"abc","cost_estimate":{"flops":"300",'
+        '"transcendentals":"7","bytes_accessed":"64","remote_bytes_transferred":"0"}}}',
+        '%b = f32[8] custom-call(%k), custom_call_target="ConcatBitcast"',
+    )
+    kernel, named = hlo.read_program(text).operations
+    assert kernel.declared == {
+        'flops': 300,
+        'transcendentals': 7,
+        'bytes_accessed': 64,
+        'remote_bytes_transferred': 0,
+    }
+    assert kernel.cycles == 0 and named.declared is None and named.hbm_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ('groups', 'chips'),
+    [
+        ('{{0,1,2,3},{4,5,6,7}}', 4),
+        ('[2,8]<=[16]', 8),
+        ("mesh['data'=4,'model'=2] {'data'}", 4),
+        ("mesh['data'=4,'model'=2] {'data','model'}", 8),
+    ],
+)
+def test_collectives_say_their_bytes_and_their_chips(groups, chips):
+    text = entry(
+        '%x = f32[1024]{0:T(1024)} parameter(0)',
+        f'%r = f32[1024]{{0:T(1024)}} all-reduce(%x), replica_groups={groups}, to_apply=%add',
+    )
+    (op,) = hlo.read_program(text).operations
+    assert (op.collective, op.payload_bytes, op.group_size) == ('all-reduce', 4096, chips)
+    assert not op.asynchronous
+
+
+def test_what_runs_beside_the_core_is_counted_once_and_marked():
+    text = entry(
+        '%x = f32[1024]{0:T(1024)} parameter(0)',
+        '%s = (f32[1024]{0:T(1024)}, f32[4096]{0:T(1024)}) all-gather-start(%x), '
+        'replica_groups={{0,1,2,3}}, dimensions={0}',
+        '%c = (f32[1024]{0:T(1024)S(3)}, f32[1024]{0:T(1024)}, u32[]{:S(2)}) copy-start(%x)',
+        '%d = f32[1024]{0:T(1024)S(3)} copy-done(%c)',
+        '%g = f32[4096]{0:T(1024)} all-gather-done(%s)',
+    )
+    gather, copy = hlo.read_program(text).operations
+    assert gather.asynchronous and copy.asynchronous
+    assert gather.payload_bytes == 4 * 4096
+    assert copy.hbm_bytes == 4096 and copy.collective == ''
+
+
+def test_slices_and_updates_in_place_move_the_slice_only():
+    fused = """
+%fused (whole: f32[100,1024], i: s32[], new: f32[1,1024]) -> f32[100,1024] {
+  %whole = f32[100,1024]{1,0:T(8,128)} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %new = f32[1,1024]{1,0:T(1,128)} parameter(2)
+  ROOT %u = f32[100,1024]{1,0:T(8,128)} dynamic-update-slice(%whole, %new, %i, %zero)
+}
+"""
+    text = entry(
+        '%whole = f32[100,1024]{1,0:T(8,128)} parameter(0)',
+        '%i = s32[] parameter(1)',
+        '%new = f32[1,1024]{1,0:T(1,128)} parameter(2)',
+        '%f = f32[100,1024]{1,0:T(8,128)} fusion(%whole, %i, %new), kind=kLoop, calls=%fused',
+        before=fused,
+    )
+    (op,) = hlo.read_program(text).operations
+    assert op.hbm_bytes == 2 * 4096 + 4  # the index too

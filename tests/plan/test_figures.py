@@ -1,0 +1,132 @@
+"""From a program to figures: kinds of memory, names of modules, times of what has no cycles."""
+
+import dataclasses
+
+import pytest
+
+from dist_jax.plan import compiling, figures, hlo
+from dist_jax.plan.chips import CHIPS
+
+V4 = CHIPS['v4']
+
+
+@pytest.mark.parametrize(
+    ('op_name', 'expected'),
+    [
+        (
+            'jit(step)/image_tower/while/body/closed_call/attention/nlw,wchd->cnlhd/dot_general',
+            ('image_tower/attention', ''),
+        ),
+        (
+            'jit(step)/jvp(DistNet)/while/body/closed_call/layers/temporal_net/c_fc1/add',
+            ('layers/temporal_net', 'forward'),
+        ),
+        (
+            'jit(step)/transpose(jvp(DistNet))/while/body/closed_call/checkpoint/'
+            'rematted_computation/layers/integration_net/ffn/c_fc/mul',
+            ('layers/integration_net', 'recompute'),
+        ),
+        (
+            'jit(step)/transpose(jvp(DistNet))/while/body/checkpoint/layers/ln/mul',
+            ('layers/ln', 'backward'),
+        ),
+        (
+            'jit(step)/transpose(jvp(DistNet))/adapooling_3/adapooling_3._feed_forward/ln/mul',
+            ('adapooling_*/ln', 'backward'),
+        ),
+        ('jit(step)/jvp(Whole)/net/layers/ffn/mul', ('layers/ffn', 'forward')),
+        ('jit(step)/jit(clip)/mul', ('(mixup.py)', '')),
+    ],
+)
+def test_operations_belong_to_modules(op_name, expected):
+    assert figures.group_of(op_name, '/x/dist_jax/mixup.py:3') == expected
+
+
+def test_operations_without_a_name_are_named_by_their_kind():
+    assert figures.group_of('', '', 'copy') == ('(copy)', '')
+    assert figures.short_source('/a/site-packages/optax/_src/x.py:3') == 'optax/_src/x.py:3'
+
+
+@pytest.mark.parametrize(
+    ('argument', 'kind'),
+    [
+        ("state.params['layers']['kernel']", 'trainable'),
+        ("state.opt_state[0].mu['a']", 'optimizer'),
+        ("state.ema['a']", 'average'),
+        ('state.step', 'other_state'),
+        ("frozen['visual']['a']", 'frozen'),
+        ("batch['video']", 'batch'),
+        ("variables['params']['a']", 'trainable'),
+        ('video', 'batch'),
+        ('x', 'other'),
+    ],
+)
+def test_arguments_are_of_a_kind(argument, kind):
+    assert figures.kind_of(argument) == kind
+
+
+def test_kernels_take_the_slower_of_products_and_traffic():
+    op = hlo.Operation('k', 'custom-call', '', declared={'flops': 550, 'bytes_accessed': 1})
+    assert figures.cycles_of(op, V4) == pytest.approx(550 / V4.peak_flops * V4.clock)
+    op = dataclasses.replace(op, declared={'flops': 1, 'bytes_accessed': 10**6})
+    assert figures.cycles_of(op, V4) == pytest.approx(1e6 / V4.hbm_bytes_per_second * V4.clock)
+
+
+def test_only_collectives_that_are_waited_for_take_time():
+    op = hlo.Operation(
+        'r', 'all-reduce', '', collective='all-reduce', payload_bytes=3 * 10**8, group_size=4
+    )
+    assert figures.cycles_of(op, V4) / V4.clock == pytest.approx(1.5e-3)
+    gather = dataclasses.replace(op, collective='all-gather')
+    assert figures.cycles_of(gather, V4) / V4.clock == pytest.approx(0.75e-3)
+    beside = dataclasses.replace(op, asynchronous=True, count=2)
+    program = hlo.Program((op, beside), (), ())
+    found = figures.cycles(program, V4)
+    assert found['estimated_cycles'] == pytest.approx(1.5e-3 * V4.clock)
+    assert found['asynchronous_collective_seconds'] == pytest.approx(3e-3)
+    assert figures.collective_bytes(program) == {'all-reduce': 9 * 10**8}
+
+
+GIB = 2**30
+SHORT = (
+    'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory '
+    'required for HLO temporaries (36.10G) exceeds available HBM (30.75G). HLO module: jit_step.\n'
+)
+LONG = """\
+RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of memory \
+in memory space hbm. Used 30.76G of 30.75G hbm. Exceeded hbm capacity by 3.18M.
+
+  Largest program allocations in hbm:
+
+  1. Size: 28.03G
+     Operator: op_name="jit(step)/slice"
+     Shape: f32[8500,8,48,48,3]{1,0,3,4,2:T(8,128)}
+     Unpadded size: 1.75G
+     ==========================
+
+  2. Size: 59.28M
+     XLA label: overlays
+     Allocation type: overlays
+"""
+
+
+def test_too_large_a_program_is_a_result():
+    found = compiling.out_of_memory(SHORT)
+    assert not found.fits
+    assert found.needed_bytes == pytest.approx(36.10 * GIB)
+    assert found.limit_bytes == pytest.approx(30.75 * GIB)
+    found = compiling.out_of_memory(LONG)
+    assert found.needed_bytes == pytest.approx(30.76 * GIB)
+    assert found.largest == (
+        (28.03 * GIB, 'jit(step)/slice', 'f32[8500,8,48,48,3]{1,0,3,4,2:T(8,128)}'),
+    )
+
+
+def test_a_message_of_another_form_still_says_that_it_does_not_fit():
+    found = compiling.out_of_memory('RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: too large')
+    assert not found.fits and found.needed_bytes is None
+
+
+def test_other_errors_are_errors():
+    assert compiling.out_of_memory('RESOURCE_EXHAUSTED: vmem') is None
+    assert compiling.out_of_memory('INTERNAL: Mosaic failed') is None
