@@ -24,6 +24,13 @@ def get_config() -> ConfigDict:
     # Trainable parameters to start from: a run's folder or a converted checkpoint; '' for none.
     config.init_from = ''
 
+    # Devices are data x fsdp x tensor. Batches are split over data and fsdp, weights over fsdp and
+    # tensor; slices of a pod follow each other on data.
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1: the devices that the others leave
+    config.mesh.fsdp = 1  # weights in this many parts, a layer gathered where it is used
+    config.mesh.tensor = 1  # heads and hidden channels in this many parts
+
     config.backbone = ConfigDict()
     config.backbone.name = 'vit_b16'  # geometry, a key of dist_jax.models.clip.SPECS
     # Folder written by `dist_jax convert`; 'random' for a random backbone (demo and tests).

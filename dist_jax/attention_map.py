@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 
 from dist_jax import contact_sheet, report
 from dist_jax.models.api import Tree, VideoModel
-from dist_jax.models.layers import exact_float32
-from dist_jax.sharding import batched, replicated
+from dist_jax.step import jit_on_clips
 
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
@@ -34,13 +33,15 @@ FRAMES_PER_SECOND = 4
 
 
 def make_attention_step(
-    model: VideoModel, mesh: Mesh
+    model: VideoModel, mesh: Mesh, variables: Tree | None = None, frozen: Tree | None = None
 ) -> Callable[[Tree, Tree, jax.Array], jax.Array]:
     """The jitted maps: (variables, frozen, video (B, V, T, H, W, 3) uint8) -> (B, V, t, g, g).
 
     Args:
       model: of a family and with options that have `attention`.
-      mesh: the devices; B is a multiple of their number.
+      mesh: the devices; B is a multiple of the parts that it splits a batch into.
+      variables: leaves with the shardings of this argument; None: every device holds all.
+      frozen: likewise.
     """
 
     def step(variables: Tree, frozen: Tree, video: jax.Array) -> jax.Array:
@@ -48,8 +49,7 @@ def make_attention_step(
         maps = model.attention(variables, frozen, pixels)
         return maps.reshape(*video.shape[:2], *maps.shape[1:])
 
-    whole, split = replicated(mesh), batched(mesh)
-    return jax.jit(exact_float32(step), in_shardings=(whole, whole, split), out_shardings=split)
+    return jit_on_clips(step, mesh, variables, frozen)
 
 
 def seen_frames(num_frames: int, num_maps: int) -> np.ndarray:

@@ -31,8 +31,9 @@ FORMAT_VERSION = 1
 FOLDER = 'checkpoints'
 
 # Fields that may change when a run is resumed: where things lie (contents are compared by hash)
-# and what leaves the parameters alone.
+# and what leaves the parameters alone (another mesh rounds sums differently, no more).
 FREE_FIELDS = (
+    'mesh.',
     'backbone.checkpoint',
     'data.root',
     'data.train_list',

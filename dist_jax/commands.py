@@ -15,7 +15,7 @@ from dist_jax import checkpoint, experiment, report, step
 from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree, VideoModel
-from dist_jax.sharding import check_batch_size, make_mesh, replicated
+from dist_jax.sharding import check_batch_size, make_mesh
 from dist_jax.train import write_json
 
 
@@ -41,7 +41,8 @@ class Trained:
 def saved_config(workdir: str) -> ConfigDict:
     """The config of a run, locked, as lists and plain values."""
     metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))
-    return ConfigDict(metadata['config']).lock()
+    # Runs from before there were meshes have none in their config.
+    return ConfigDict({'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1}} | metadata['config']).lock()
 
 
 def load_trained(
@@ -62,7 +63,7 @@ def load_trained(
       ValueError: nothing to read, another backbone than the run's, or a label set that the head
         cannot take.
     """
-    mesh = make_mesh()
+    mesh = make_mesh(**config.mesh)
     if workdir:
         folder = checkpoint.find_checkpoint(workdir, step_number)
         metadata = checkpoint.read_metadata(folder)
@@ -90,17 +91,12 @@ def load_trained(
         )
     num_classes = tuple(map(len, class_names))
     model = experiment.make_model(config, backbone.spec, num_classes)
-    frozen = experiment.load_frozen(
-        backbone, model, class_names, replicated(mesh), config.data.truncate_texts
-    )
+    frozen = experiment.load_frozen(backbone, model, class_names, mesh, config.data.truncate_texts)
     data = config.data
     video_shape = (1, data.num_frames, data.image_size, data.image_size, 3)
     features = step.example_features(model, frozen, video_shape)
     variables = jax.eval_shape(model.net.init, jax.random.key(0), features)
-    variables = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-        dict(variables),
-    )
+    variables = step.place_variables(model, variables, mesh)
     if folder is None:
         params = experiment.load_trainable(config.init_from, variables['params'])
         return Trained(model, frozen, {'params': params}, class_names, -1)
@@ -116,11 +112,13 @@ def run_evaluation(
     Returns:
       The figures.
     """
-    mesh = make_mesh()
+    mesh = make_mesh(**config.mesh)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
     source = experiment.open_split(config, 'val')
     trained = load_trained(config, workdir, step_number, experiment.class_columns(source))
-    eval_step = step.make_eval_step(trained.model, mesh, config.eval.fusion)
+    eval_step = step.make_eval_step(
+        trained.model, mesh, config.eval.fusion, trained.variables, trained.frozen
+    )
     with Bar('evaluate', -(-len(source) // config.eval.batch_size)) as bar:
         result = evaluate_config(
             config, eval_step, trained.variables, trained.frozen, source, mesh, bar

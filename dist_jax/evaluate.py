@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from dist_jax import experiment, metrics
 from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree
-from dist_jax.sharding import to_global
+from dist_jax.sharding import feed, to_global
 from input_pipeline import pipeline
 from input_pipeline.sources import VideoList
 
@@ -99,12 +99,13 @@ def evaluate(
       BadVideosError: naming the videos, if there are any and they are not allowed.
     """
     start = time.monotonic()
+    part = feed(mesh)
     batches = pipeline.eval_batches(
         source,
         reader,
         batch_size=batch_size,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        host_index=part.index,
+        host_count=part.count,
         num_threads=num_threads,
     )
     kept: list[tuple[np.ndarray, ...]] = []
@@ -114,11 +115,14 @@ def evaluate(
             variables, frozen, to_global({'video': batch['video']}, mesh)['video']
         )
         local = [_local_rows(column) for column in probabilities]
-        rows = batch['mask'] > 0
+        # What several hosts read is counted once.
+        rows = (batch['mask'] > 0) & part.first
         labels = batch['label'].reshape(len(rows), -1)
         kept.append((batch['index'][rows], labels[rows], *(column[rows] for column in local)))
         bad += [
-            (str(path), str(error)) for path, error in zip(batch['path'], batch['error']) if error
+            (str(path), str(error))
+            for path, error in zip(batch['path'], batch['error'])
+            if error and part.first
         ]
         if on_batch is not None:
             on_batch(done, len(batches))

@@ -16,11 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint
 from dist_jax.models import FAMILIES, clip, clip_params, converted, layers
 from dist_jax.models.api import Tree, VideoModel
+from dist_jax.sharding import (
+    FSDP,
+    TENSOR,
+    check_replicated_share,
+    on_mesh,
+    place,
+    replicated,
+    shardings,
+)
 from input_pipeline import pipeline, randaugment, transforms
 from input_pipeline.datasets import DATASETS, DatasetInfo
 from input_pipeline.sources import VideoList, open_source
@@ -268,34 +278,58 @@ def load_frozen(
     backbone: Backbone,
     model: VideoModel,
     class_names: ClassNames,
-    sharding: jax.sharding.Sharding,
+    mesh: Mesh,
     truncate_texts: bool = False,
 ) -> Tree:
     """The frozen tree of the steps, with text features of these classes, on the devices.
 
+    Every device gets its part of the weights from the file; nothing but the position table is ever
+    whole on a host or a device.
+
     Args:
       backbone: where the weights are.
-      model: decides what is read and in which precision.
+      model: decides what is read, in which precision and what lies where.
       class_names: of each label column.
-      sharding: of every leaf.
+      mesh: the devices.
       truncate_texts: cut class names that are too long for the text tower.
 
     Raises:
-      ValueError: the head needs class texts and the data set has none, or a text is too long.
+      ValueError: the head needs class texts and the data set has none, a text is too long, or the
+        mesh would leave too much of the weights whole.
     """
-    params = converted.load_params(backbone.path, model.reads, as_numpy=True)
+    stored = converted.stored_shapes(backbone.path)
+    abstract = place(
+        {name: stored[name] for name in model.reads if name in stored}, model.frozen_rules, mesh
+    )
+    table = abstract['visual']['positional_embedding']
+    abstract['visual']['positional_embedding'] = jax.ShapeDtypeStruct(
+        table.shape, table.dtype, sharding=replicated(mesh)
+    )
+    params = converted.load_params(backbone.path, model.reads, abstract=abstract)
     visual = params['visual']
     visual['positional_embedding'] = layers.resize_positions(
-        visual['positional_embedding'], (backbone.spec.grid,) * 2
+        np.asarray(visual['positional_embedding']), (backbone.spec.grid,) * 2
     )
     tokens: tuple[Any, ...] = ()
     if 'text' in model.reads:
         tokens = tuple(
-            jnp.asarray(tokenize(_texts(column), backbone.spec.context_length, truncate_texts))
+            np.asarray(tokenize(_texts(column), backbone.spec.context_length, truncate_texts))
             for column in class_names
         )
-    frozen = model.prepare(jax.tree.map(jnp.asarray, params), tokens)
-    return jax.device_put(frozen, sharding)
+    placed = place_frozen(model, jax.eval_shape(model.prepare, params, tokens), mesh)
+    prepare = jax.jit(on_mesh(mesh, model.prepare), out_shardings=shardings(placed))
+    return prepare(params, tokens)
+
+
+def place_frozen(model: VideoModel, frozen: Tree, mesh: Mesh) -> Tree:
+    """A frozen tree, arrays or shapes, as placed `jax.ShapeDtypeStruct` leaves.
+
+    Raises:
+      ValueError: the mesh would leave too much of it whole.
+    """
+    placed = place(frozen, model.frozen_rules, mesh)
+    check_replicated_share(placed, mesh, 'frozen weights', (FSDP, TENSOR))
+    return placed
 
 
 def _texts(names: tuple[str, ...]) -> list[str]:

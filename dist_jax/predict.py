@@ -21,7 +21,7 @@ from rich.table import Table
 
 from dist_jax import attention_map, commands, contact_sheet, experiment, report, step
 from dist_jax.logbook import Bar
-from dist_jax.sharding import batched, make_mesh
+from dist_jax.sharding import batch_parts, batched, make_mesh
 from dist_jax.train import write_json
 from input_pipeline.decode import DecodeError
 from input_pipeline.sources import Record, read_label_map
@@ -99,10 +99,13 @@ def predict_videos(
             'looks at patches, so there is no attention to show: predict without --attention, or '
             'take a run of a model that pools by attention'
         )
-    mesh = make_mesh()
+    mesh = make_mesh(**config.mesh)
     reader = experiment.eval_reader(config)
-    eval_step = step.make_eval_step(trained.model, mesh, config.eval.fusion)
-    attention_step = attention_map.make_attention_step(trained.model, mesh) if attention else None
+    placed = (trained.variables, trained.frozen)
+    eval_step = step.make_eval_step(trained.model, mesh, config.eval.fusion, *placed)
+    attention_step = None
+    if attention:
+        attention_step = attention_map.make_attention_step(trained.model, mesh, *placed)
     names = [os.fspath(path) for path in paths]
     return _predictions(trained, reader, eval_step, attention_step, mesh, names, most)
 
@@ -122,8 +125,8 @@ def _predictions(
         except DecodeError as error:
             yield Prediction(path, error=f'{error.kind}: {error.reason}')
             continue
-        # A batch has at least one row for each device.
-        batch = np.zeros((mesh.size, *video.shape), np.uint8)
+        # A batch has at least one row for each of its parts.
+        batch = np.zeros((batch_parts(mesh), *video.shape), np.uint8)
         batch[0] = video
         batch = jax.device_put(batch, batched(mesh))
         columns = eval_step(trained.variables, trained.frozen, batch)

@@ -17,7 +17,19 @@ from dist_jax.mixup import Mixing, mix
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.models.layers import exact_float32
 from dist_jax.optim import Schedule
-from dist_jax.sharding import batched, replicated
+from dist_jax.sharding import (
+    batched,
+    check_replicated_share,
+    gather_params,
+    on_mesh,
+    place,
+    place_like,
+    place_whole,
+    replicated,
+    shardings,
+    split_batch,
+    split_params,
+)
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -105,26 +117,60 @@ def init_state(
     )
 
 
+def place_variables(model: VideoModel, variables: Tree, mesh: Mesh) -> Tree:
+    """{'params': ..., **collections} as placed `jax.ShapeDtypeStruct` leaves.
+
+    Raises:
+      ValueError: the mesh would leave too much of the parameters whole.
+    """
+    collections = dict(variables)
+    params = place(collections.pop('params'), model.sharding_rules, mesh)
+    check_replicated_share(params, mesh, 'trainable parameters')
+    return {'params': params, **place_whole(collections, mesh)}
+
+
+def place_state(model: VideoModel, state: TrainState, mesh: Mesh) -> TrainState:
+    """A state, arrays or shapes, as placed `jax.ShapeDtypeStruct` leaves.
+
+    Moments and averages lie as the parameter that they belong to.
+
+    Raises:
+      ValueError: the mesh would leave too much of the parameters whole.
+    """
+    params = place_variables(model, {'params': state.params}, mesh)['params']
+    return TrainState(
+        step=place_whole(state.step, mesh),
+        params=params,
+        extra=place_whole(state.extra, mesh),
+        opt_state=place_like(state.opt_state, params, mesh),
+        ema=None if state.ema is None else place_like(state.ema, params, mesh),
+    )
+
+
 def make_train_step(
     model: VideoModel,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     settings: StepSettings,
     mesh: Mesh,
+    state: TrainState | None = None,
+    frozen: Tree | None = None,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]:
     """The jitted step: (state, frozen, batch) -> (state, metrics).
 
-    The state is donated. The frozen tree is an argument of its own: neither donated, nor
-    differentiated, nor known to the optimizer. Batch: `video` (B, T, H, W, 3) uint8, `label` (B,)
-    or (B, columns) int32, `mask` (B,) float32. Metrics are scalars: `loss`, `grad_norm`,
-    `learning_rate`, `clips` (unmasked rows), and `finite`, whether loss and gradients are.
+    State and frozen tree have the shardings of the leaves of `state` and `frozen`, arrays or
+    shapes; None: every device holds all. The state is donated. The frozen tree is an argument of
+    its own: neither donated, nor differentiated, nor known to the optimizer. Batch: `video`
+    (B, T, H, W, 3) uint8, `label` (B,) or (B, columns) int32, `mask` (B,) float32. Metrics are
+    scalars: `loss`, `grad_norm`, `learning_rate`, `clips` (unmasked rows), and `finite`, whether
+    loss and gradients are.
     """
 
     def loss_fn(
         params: Tree, extra: Tree, features: Tree, part: Tree, key: jax.Array, total: jax.Array
     ) -> tuple[jax.Array, Tree]:
         outputs, updated = model.net.apply(
-            {'params': params, **extra},
+            {'params': gather_params(params, model.sharding_rules), **extra},
             features,
             train=True,
             rngs={'dropout': key},
@@ -147,16 +193,17 @@ def make_train_step(
             losses.smooth_one_hot(labels[:, column], classes, settings.label_smoothing)
             for column, classes in enumerate(settings.num_classes)
         )
-        video, targets = mix(
-            mix_key, model.normalize(batch['video']), targets, mask, settings.mixing
+        video, targets = split_batch(
+            mix(mix_key, model.normalize(batch['video']), targets, mask, settings.mixing)
         )
 
         def part_gradients(extra: Tree, part: Tree, index: jax.Array) -> tuple[Any, Tree]:
             features = model.features(frozen, part['video'])
             key = jax.random.fold_in(dropout_key, index)
-            return jax.value_and_grad(loss_fn, has_aux=True)(
+            found, grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params, extra, features, part, key, total
             )
+            return found, split_params(grads, model.sharding_rules)
 
         whole = {'video': video, 'targets': targets, 'mask': mask}
         (loss, extra), grads = _accumulate(
@@ -180,13 +227,18 @@ def make_train_step(
         )
         return new_state, metrics
 
-    whole, split = replicated(mesh), batched(mesh)
+    whole = replicated(mesh)
+    of_state, of_frozen = _shardings(state, mesh), _shardings(frozen, mesh)
     return jax.jit(
-        exact_float32(step),
-        in_shardings=(whole, whole, split),
-        out_shardings=(whole, whole),
+        on_mesh(mesh, exact_float32(step)),
+        in_shardings=(of_state, of_frozen, batched(mesh)),
+        out_shardings=(of_state, whole),
         donate_argnums=0,
     )
+
+
+def _shardings(placed: Tree | None, mesh: Mesh) -> Tree:
+    return replicated(mesh) if placed is None else shardings(placed)
 
 
 def _accumulate(
@@ -206,7 +258,8 @@ def _accumulate(
 
     def body(carry: tuple[Any, Tree, Tree], part: tuple[Tree, jax.Array]) -> tuple[Any, None]:
         loss, extra, total = carry
-        (part_loss, extra), grads = gradients(extra, *part)
+        rows, index = part
+        (part_loss, extra), grads = gradients(extra, split_batch(rows), index)
         return (loss + part_loss, extra, jax.tree.map(jnp.add, total, grads)), None
 
     start = (jnp.zeros(()), extra, jax.tree.map(jnp.zeros_like, params))
@@ -215,7 +268,11 @@ def _accumulate(
 
 
 def make_eval_step(
-    model: VideoModel, mesh: Mesh, fusion: float = 0.0
+    model: VideoModel,
+    mesh: Mesh,
+    fusion: float = 0.0,
+    variables: Tree | None = None,
+    frozen: Tree | None = None,
 ) -> Callable[[Tree, Tree, jax.Array], tuple[jax.Array, ...]]:
     """The jitted evaluation: (variables, frozen, video) -> class probabilities.
 
@@ -227,6 +284,8 @@ def make_eval_step(
       mesh: the devices.
       fusion: weight of the frozen backbone's own logits (0.5 in the paper's zero-shot tests, 1 for
         the backbone alone, 0 for the trained model alone).
+      variables: leaves with the shardings of this argument; None: every device holds all.
+      frozen: likewise.
 
     Raises:
       ValueError: fusion is asked of a model without text features.
@@ -238,13 +297,36 @@ def make_eval_step(
 
     def step(variables: Tree, frozen: Tree, video: jax.Array) -> tuple[jax.Array, ...]:
         clips, views = video.shape[:2]
-        pixels = model.normalize(video.reshape(-1, *video.shape[2:]))
-        columns = model.net.apply(variables, model.features(frozen, pixels))['logits']
+        pixels = split_batch(model.normalize(video.reshape(-1, *video.shape[2:])))
+        gathered = gather_params(variables['params'], model.sharding_rules)
+        features = model.features(frozen, pixels)
+        columns = model.net.apply({**variables, 'params': gathered}, features)['logits']
         if fusion:
             own = model.frozen_logits(frozen, pixels)
             columns = tuple((1 - fusion) * a + fusion * b for a, b in zip(columns, own))
         scores = (jax.nn.softmax(logits.astype(jnp.float32)) for logits in columns)
         return tuple(s.reshape(clips, views, -1).mean(1) for s in scores)
 
-    whole, split = replicated(mesh), batched(mesh)
-    return jax.jit(exact_float32(step), in_shardings=(whole, whole, split), out_shardings=split)
+    return jit_on_clips(step, mesh, variables, frozen)
+
+
+def jit_on_clips(
+    function: Callable[[Tree, Tree, jax.Array], Tree],
+    mesh: Mesh,
+    variables: Tree | None = None,
+    frozen: Tree | None = None,
+) -> Callable[[Tree, Tree, jax.Array], Tree]:
+    """Jits (variables, frozen, video) -> results, axis 0 of video and results being clips.
+
+    Args:
+      function: of plain arrays.
+      mesh: the devices.
+      variables: leaves with the shardings of this argument; None: every device holds all.
+      frozen: likewise.
+    """
+    split = batched(mesh)
+    return jax.jit(
+        on_mesh(mesh, exact_float32(function)),
+        in_shardings=(_shardings(variables, mesh), _shardings(frozen, mesh), split),
+        out_shardings=split,
+    )

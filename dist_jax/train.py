@@ -33,7 +33,7 @@ from dist_jax.mixup import Mixing
 from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.models.params import tree_sha256
-from dist_jax.sharding import check_batch_size, make_mesh, replicated, to_global
+from dist_jax.sharding import check_batch_size, feed, make_mesh, shardings, to_global, to_host
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog
 from input_pipeline.sources import VideoList
@@ -148,7 +148,7 @@ def train(
     """
     started = time.monotonic()
     config = ConfigDict(config)
-    mesh = make_mesh()
+    mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
     Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -166,23 +166,20 @@ def train(
     num_classes = tuple(map(len, class_names))
     backbone = experiment.find_backbone(config, workdir)
     model = experiment.make_model(config, backbone.spec, num_classes)
-    frozen = experiment.load_frozen(
-        backbone, model, class_names, replicated(mesh), config.data.truncate_texts
-    )
+    frozen = experiment.load_frozen(backbone, model, class_names, mesh, config.data.truncate_texts)
 
     plan = make_plan(config, len(train_source))
     optimizer = optimizer_settings(config, plan)
     initialise = state_initialiser(config, model, optimizer)
-    abstract = jax.eval_shape(initialise, frozen)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), abstract
-    )
+    abstract = step.place_state(model, jax.eval_shape(initialise, frozen), mesh)
     train_step = step.make_train_step(
         model,
         optim.make_optimizer(abstract.params, model.param_groups, optimizer),
         optim.make_schedule(optimizer),
         step_settings(config, num_classes),
         mesh,
+        abstract,
+        frozen,
     )
     metadata = run_metadata(config, class_names, train_source, backbone)
 
@@ -195,7 +192,7 @@ def train(
         state = restored[0]
         log.info('continuing from step %d', int(state.step))
     else:
-        state = jax.jit(initialise, out_shardings=replicated(mesh))(frozen)
+        state = jax.jit(initialise, out_shardings=shardings(abstract))(frozen)
         if config.init_from:
             state = start_from(state, config.init_from)
     start = int(state.step)
@@ -211,7 +208,9 @@ def train(
         val_source=val_source,
         frozen=frozen,
         train_step=train_step,
-        eval_step=step.make_eval_step(model, mesh, config.eval.fusion),
+        eval_step=step.make_eval_step(
+            model, mesh, config.eval.fusion, abstract.eval_variables, frozen
+        ),
         checkpoints=checkpoints,
         metadata=metadata,
         logbook=logbook,
@@ -229,7 +228,7 @@ def train(
         'val_top5': result.top5 if result else None,
         'val_mean_class_accuracy': result.mean_class_accuracy if result else None,
         'num_bad_videos': run.num_bad_videos,
-        'params_sha256': tree_sha256(state.params),
+        'params_sha256': tree_sha256(to_host(state.params)),
         'num_classes': list(num_classes),
         'trainable_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
         'devices': mesh.size,
@@ -337,6 +336,7 @@ class _Loop:
         """Runs to the end or to a stop signal: state, last evaluation, whether it was stopped."""
         config, plan = self.config, self.plan
         start = int(state.step)
+        part = feed(self.mesh)
         batches = pipeline.train_batches(
             self.train_source,
             experiment.train_reader(config),
@@ -344,8 +344,8 @@ class _Loop:
             seed=config.seed,
             start_step=start,
             num_steps=plan.total_steps,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            host_index=part.index,
+            host_count=part.count,
             num_threads=config.data.num_threads,
             buffer_size=config.data.buffer_size,
         )

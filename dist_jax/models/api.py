@@ -14,6 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from dist_jax.sharding import ShardingRule
+
 Tree = Any
 
 
@@ -47,6 +49,8 @@ class VideoModel:
       normalize: uint8 pixels -> float pixels of the backbone.
       reads: top-level subtrees of the converted backbone that `prepare` reads.
       param_groups: must cover every trainable parameter.
+      sharding_rules: likewise; where they lie on a mesh.
+      frozen_rules: likewise, of the converted backbone tree and of the frozen tree.
       frozen_logits: (frozen tree, video) -> tuple of (B, num_classes), the backbone's own
         prediction for fusion and zero-shot reports; None where the family has no text features.
       attention: (variables of `net`, frozen tree, video as for `features`) -> float32
@@ -62,5 +66,7 @@ class VideoModel:
     normalize: Callable[[jax.Array], jax.Array]
     reads: tuple[str, ...]
     param_groups: tuple[ParamGroup, ...]
+    sharding_rules: tuple[ShardingRule, ...]
+    frozen_rules: tuple[ShardingRule, ...]
     frozen_logits: Callable[[Tree, jax.Array], tuple[jax.Array, ...]] | None = None
     attention: Callable[[Tree, Tree, jax.Array], jax.Array] | None = None

@@ -33,6 +33,7 @@ import numpy as np
 
 from dist_jax.models import layers
 from dist_jax.models.stack import scan_frozen
+from dist_jax.sharding import ShardingRule, gather_params
 
 Tree = dict[str, Any]
 
@@ -225,6 +226,7 @@ def encode_image(
             f'frames of {pixels.shape[1]}x{pixels.shape[2]} pixels for a backbone of image_size='
             f'{spec.image_size}; set data.image_size or resize the position table'
         )
+    params = _gather_unstacked(params)
     x = _embed_patches(params, pixels, spec)
     found: dict[str, list[jax.Array]] = {}
     result = {'stem': x} if taps.stem else {}
@@ -247,7 +249,9 @@ def encode_image(
                 tapped |= {'queries': q, 'keys': k}
             return x, tapped
 
-        x, tapped = scan_frozen(block, x, params['blocks'], start, stop, unroll=unroll)
+        x, tapped = scan_frozen(
+            block, x, params['blocks'], start, stop, unroll=unroll, rules=SHARDING_RULES
+        )
         for name, value in tapped.items():
             found.setdefault(name, []).append(value)
         start = stop
@@ -289,17 +293,32 @@ def encode_text(
     length = tokens.shape[1]
     if length > spec.context_length:
         raise ValueError(f'{length} tokens, but the text tower reads at most {spec.context_length}')
+    params = _gather_unstacked(params)
     x = params['token_embedding'][tokens] + params['positional_embedding'][:length]
     causal = jnp.tril(jnp.ones((length, length), bool))
 
     def block(x: jax.Array, one: Tree) -> tuple[jax.Array, Tree]:
         return _block(x, one, spec.activation, causal)[0], {}
 
-    x, _ = scan_frozen(block, x.astype(dtype), params['blocks'], 0, spec.text_depth, unroll=unroll)
+    x, _ = scan_frozen(
+        block,
+        x.astype(dtype),
+        params['blocks'],
+        0,
+        spec.text_depth,
+        unroll=unroll,
+        rules=SHARDING_RULES,
+    )
     end = jnp.take_along_axis(x, tokens.argmax(-1)[:, None, None], axis=1)[:, 0]
     z = layers.layer_norm(end, **params['ln_final'])
     kernel = params['text_projection']['kernel'].astype(dtype)
     return jnp.einsum('nw,we->ne', z, kernel).astype(jnp.float32)
+
+
+def _gather_unstacked(params: Tree) -> Tree:
+    """A tower with all but its blocks gathered over `fsdp`; the blocks are, one at a time."""
+    unstacked = {name: part for name, part in params.items() if name != 'blocks'}
+    return params | gather_params(unstacked, SHARDING_RULES)
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
@@ -376,3 +395,19 @@ def init_params(key: jax.Array, spec: ClipSpec, logit_scale: float = math.log(10
         },
         'logit_scale': jnp.asarray(logit_scale, jnp.float32),
     }
+
+
+# Of raw and prepared trees, whole or one layer. Heads and hidden channels are split in the first
+# product of a branch and summed in the second, so a block needs two sums over `tensor`.
+SHARDING_RULES = (
+    ShardingRule(r'attn/qkv/kernel$', ('fsdp', None, 'tensor', None)),
+    ShardingRule(r'attn/qkv/bias$', (None, 'tensor', None)),
+    ShardingRule(r'attn/out/kernel$', ('tensor', None, 'fsdp')),
+    ShardingRule(r'mlp/c_fc/kernel$', ('fsdp', 'tensor')),
+    ShardingRule(r'mlp/c_fc/bias$', ('tensor',)),
+    ShardingRule(r'mlp/c_proj/kernel$', ('tensor', 'fsdp')),
+    ShardingRule(r'(conv1/kernel|token_embedding)$', ('fsdp',)),
+    ShardingRule(r'proj(ection)?/kernel$', ('fsdp', None)),
+    ShardingRule(r'(bias|scale|embedding)$'),
+    ShardingRule(r'^text/\d+$'),  # features of class names
+)

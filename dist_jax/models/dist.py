@@ -13,8 +13,8 @@ Transfer Learning", ICCV 2023 (arXiv:2309.07911), section 3; released code of th
         R = FFN(LN U) + TFFN(LN U)
     video embedding = LN(adaptive pooling of R + U, plus the mean frozen class token) P
 
-Differs: convolutions are written as matrix products over taps and patches; layers are stacked on
-axis 0 for scan, the last one apart, because its integration-to-temporal map feeds nothing.
+Differs: patch embeddings are matrix products over patches; layers are stacked on axis 0 for scan,
+the last one apart, because its integration-to-temporal map feeds nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from dist_jax.models.layers import (
     trunc_normal,
 )
 from dist_jax.models.stack import scan_trainable
+from dist_jax.sharding import ShardingRule, split_batch
 
 ADA_POOLING_HEAD_DIM = 64
 ADA_POOLING_MLP_RATIO = 4
@@ -170,6 +171,8 @@ def build(
         normalize=clip.normalize,
         reads=('visual', 'text', 'logit_scale') if head == 'text' else ('visual',),
         param_groups=PARAM_GROUPS,
+        sharding_rules=SHARDING_RULES,
+        frozen_rules=clip.SHARDING_RULES,
         frozen_logits=frozen_logits if head == 'text' else None,
         attention=attention if ada_pooling_layers else None,
     )
@@ -184,11 +187,27 @@ PARAM_GROUPS = (
 )
 
 
-class TimeConv(nn.Module):
-    """'Same' convolution over axis 1 of (B, T, ..., in); parameters `kernel` (k, in, out), `bias`.
+SHARDING_RULES = (
+    ShardingRule(r'attn/qkv/kernel$', ('fsdp', None, 'tensor', None)),
+    ShardingRule(r'attn/qkv/bias$', (None, 'tensor', None)),
+    ShardingRule(r'attn/out/kernel$', ('tensor', None, 'fsdp')),
+    # The first map of the temporal feed-forward stays whole over `tensor`: its second mixes all
+    # hidden channels.
+    ShardingRule(r'temporal_ffn/c_fc1/kernel$', ('fsdp', None)),
+    ShardingRule(r'temporal_ffn/c_fc1/bias$'),
+    ShardingRule(r'temporal_ffn/c_fc2/kernel$', ('fsdp', 'tensor')),
+    ShardingRule(r'temporal_ffn/c_fc2/bias$', ('tensor',)),
+    ShardingRule(r'/(c_fc|c_fc1)/kernel$', ('fsdp', 'tensor')),
+    ShardingRule(r'/(c_fc|c_fc1)/bias$', ('tensor',)),
+    ShardingRule(r'/(c_proj|c_fc2)/kernel$', ('tensor', 'fsdp')),
+    ShardingRule(r'(temporal_stem|temporal2integration)/kernel$', ('fsdp',)),
+    ShardingRule(r'kernel$', ('fsdp', None)),
+    ShardingRule(r'(bias|scale|cls_token|positional_embedding)$'),
+)
 
-    Written as k shifted matrix products.
-    """
+
+class TimeConv(nn.Module):
+    """'Same' convolution of axis 1 of (B, T, ..., in); parameters `kernel` (k, in, out), `bias`."""
 
     features: int
     kernel_size: int
@@ -202,12 +221,28 @@ class TimeConv(nn.Module):
         return _conv_time(x.astype(self.dtype), kernel) + bias
 
 
-def _conv_time(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Zero-padded cross-correlation of axis 1 of (B, T, ..., in) with `kernel` (k, in, out).
+# Where an accelerator has fast convolutions, the CPU has fast matrix products: XLA's gradient of a
+# small convolution there takes up to a hundred times as long as that of the products written out.
 
-    A shift costs a copy, so the narrower side is shifted: inputs before the products, or, where
-    there are fewer output channels (the stem), outputs after one product for all taps.
-    """
+
+def _conv_time(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Zero-padded cross-correlation of axis 1 of (B, T, ..., in) with `kernel` (k, in, out)."""
+    if kernel.shape[1] > kernel.shape[2]:
+        # More inputs than outputs (the stem): one product for all taps, then shifts, everywhere.
+        return _time_products(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=_time_products, default=_time_convolution)
+
+
+def _time_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    flat = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    y = jax.lax.conv_general_dilated(
+        flat, kernel[:, None], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _time_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A shift costs a copy, so the narrower side is shifted: inputs before, or outputs after."""
     size, channels, features = kernel.shape
     num_frames = x.shape[1]
     padding = [(0, 0)] * x.ndim
@@ -236,13 +271,33 @@ class SpaceConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param('kernel', trunc_normal, (3, 3, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        rows, columns = x.shape[2:4]
-        padded = jnp.pad(x.astype(self.dtype), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)])
-        # Three neighbours of a row side by side, then one product a row of the kernel.
-        wide = jnp.concatenate([padded[:, :, :, j : j + columns] for j in range(3)], axis=-1)
-        taps = kernel.astype(self.dtype).reshape(3, -1, self.features)
-        y = sum(jnp.einsum('bthwi,io->bthwo', wide[:, :, i : i + rows], taps[i]) for i in range(3))
+        y = jax.lax.platform_dependent(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            cpu=_space_products,
+            default=_space_convolution,
+        )
         return y + bias
+
+
+def _space_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    y = jax.lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[2:]),
+        kernel,
+        (1, 1),
+        'SAME',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _space_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    rows, columns = x.shape[2:4]
+    padded = jnp.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)])
+    # Three neighbours of a row side by side, then one product a row of the kernel.
+    wide = jnp.concatenate([padded[:, :, :, j : j + columns] for j in range(3)], axis=-1)
+    taps = kernel.reshape(3, -1, kernel.shape[-1])
+    return sum(jnp.einsum('bthwi,io->bthwo', wide[:, :, i : i + rows], taps[i]) for i in range(3))
 
 
 class Stem(nn.Module):
@@ -355,7 +410,7 @@ class DistLayer(nn.Module):
         self, carry: tuple[jax.Array, jax.Array], tap: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
         """(X, R), frozen output (B, t, L, W) -> (X', R), what came up on the way."""
-        x, r = carry
+        x, r = split_batch(carry)
         b, frames, rows, columns, channels = x.shape
         x = TemporalNet(
             self.temporal_hidden, self.temporal_kernel, self.dtype, name='temporal_net'

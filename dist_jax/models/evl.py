@@ -39,9 +39,22 @@ from dist_jax.models.layers import (
     quick_gelu,
 )
 from dist_jax.models.stack import scan_trainable
+from dist_jax.sharding import ShardingRule, split_batch
 
 # Source: the release decays every trained tensor: biases, norms, tables and the class token too.
 PARAM_GROUPS = (ParamGroup(r'.', weight_decay=1.0),)
+
+SHARDING_RULES = (
+    ShardingRule(r'attn/[qkv]/kernel$', ('fsdp', 'tensor')),
+    ShardingRule(r'attn/[qkv]/bias$', ('tensor',)),
+    ShardingRule(r'attn/out/kernel$', ('tensor', 'fsdp')),
+    ShardingRule(r'mlp/c_fc/kernel$', ('fsdp', 'tensor')),
+    ShardingRule(r'mlp/c_fc/bias$', ('tensor',)),
+    ShardingRule(r'mlp/c_proj/kernel$', ('tensor', 'fsdp')),
+    ShardingRule(r'classifier/kernel$', ('fsdp', None)),
+    ShardingRule(r'temporal/(conv/kernel|relative|positions)$', ('fsdp',)),
+    ShardingRule(r'(bias|scale|cls_token)$'),
+)
 
 xavier_uniform = nn.initializers.xavier_uniform()
 
@@ -159,6 +172,8 @@ def build(
         normalize=clip.normalize,
         reads=('visual',),
         param_groups=PARAM_GROUPS,
+        sharding_rules=SHARDING_RULES,
+        frozen_rules=clip.SHARDING_RULES,
         attention=attention,
     )
 
@@ -376,6 +391,7 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, features: Tree) -> tuple[jax.Array, jax.Array]:
         """x, features of one block (see `TemporalModules`) -> x twice: carry and output."""
+        x = split_batch(x)
         memory = TemporalModules(
             self.grid,
             self.temporal_conv,

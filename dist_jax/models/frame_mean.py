@@ -13,10 +13,16 @@ import jax.numpy as jnp
 
 from dist_jax.models import clip, heads
 from dist_jax.models.api import ParamGroup, Tree, VideoModel
+from dist_jax.sharding import ShardingRule
 
 PARAM_GROUPS = (
     ParamGroup(r'/kernel$', weight_decay=1.0),
     ParamGroup(r'/bias$', weight_decay=0.0),
+)
+
+SHARDING_RULES = (
+    ShardingRule(r'/kernel$', ('fsdp', None)),
+    ShardingRule(r'/bias$'),
 )
 
 
@@ -61,6 +67,8 @@ def build(
         normalize=clip.normalize,
         reads=('visual',),
         param_groups=PARAM_GROUPS,
+        sharding_rules=SHARDING_RULES,
+        frozen_rules=clip.SHARDING_RULES,
     )
 
 

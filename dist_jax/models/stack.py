@@ -7,11 +7,13 @@ out (twice as fast a step on CPU, longer compilation). Parameters and results ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+
+from dist_jax.sharding import ShardingRule, gather_params, split_batch
 
 Tree = Any
 
@@ -24,18 +26,21 @@ def scan_frozen(
     stop: int,
     *,
     unroll: bool,
+    rules: Sequence[ShardingRule] = (),
 ) -> tuple[jax.Array, Tree]:
     """Runs layers start..stop-1 of a stacked plain tree over the stream `x`.
 
     The stack is indexed in place, so a partial range neither copies nor gathers the other layers.
+    On a mesh, the weights of one layer are gathered over `fsdp` inside the loop.
 
     Args:
       block: (x, parameters of one layer) -> (x, taps); taps may be an empty tree.
-      x: the stream.
+      x: the stream; axis 0 is split over devices.
       stacked: parameters with the layer on axis 0.
       start: first layer.
       stop: one past the last layer.
       unroll: write the layers out instead of looping.
+      rules: where the parameters of one layer lie.
 
     Returns:
       The stream after the last layer, and the taps stacked on axis 0.
@@ -45,7 +50,8 @@ def scan_frozen(
         one = jax.tree.map(
             lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stacked
         )
-        return block(x, one)
+        x, taps = block(split_batch(x), gather_params(one, rules))
+        return split_batch(x), taps
 
     layers = jax.numpy.arange(start, stop)
     return jax.lax.scan(step, x, layers, unroll=stop - start if unroll else 1)
