@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint
@@ -84,8 +83,6 @@ class Planner:
     def __init__(self, topology: Topology, cache_folder: str = ''):
         self.topology = topology
         self._cache = cache_folder
-        # It cannot read programs back for devices that are not there, and warns each time.
-        jax.config.update('jax_enable_compilation_cache', False)
         self._devices = devices(topology)
         self._mesh = make_mesh(self._devices)
         self._calibration: dict[str, Any] = {}

@@ -110,6 +110,8 @@ def prepare_environment() -> None:
     import jax
 
     jax.config.update('jax_platforms', 'cpu')
+    # It cannot read programs back for devices that are not there, and warns each time.
+    jax.config.update('jax_enable_compilation_cache', False)
 
 
 def devices(topology: Topology) -> list[Any]:
