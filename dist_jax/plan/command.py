@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint
 from dist_jax.plan import cache, compiling, figures, flops, report, search
 from dist_jax.plan.topology import Topology, devices
-from dist_jax.sharding import make_mesh
+from dist_jax.sharding import batch_parts, make_mesh
 from dist_jax.train import write_json
 
 log = logging.getLogger('dist_jax')
@@ -84,7 +85,6 @@ class Planner:
         self.topology = topology
         self._cache = cache_folder
         self._devices = devices(topology)
-        self._mesh = make_mesh(self._devices)
         self._calibration: dict[str, Any] = {}
 
     def context(self) -> dict[str, Any]:
@@ -127,17 +127,19 @@ class Planner:
             'config': checkpoint.plain(config),
             'step': 'train',
         }
-        one = compiling.train_step(config, self._mesh, request.gradients)
+        mesh = make_mesh(self._devices, **config.mesh)
+        found['mesh'] = dict(mesh.shape)
+        one = compiling.train_step(config, mesh, request.gradients)
         counted = self._count(one, config)
         found |= self._figures(f'{request.label}, train step', one, counted.total)
         found['model_flops_parts'] = dataclasses.asdict(counted)
-        found['eval'] = self._evaluation(request, found) if options.evaluate else None
-        found['search'] = self._search(request, found) if options.search_batch else None
+        found['eval'] = self._evaluation(request, mesh, found) if options.evaluate else None
+        found['search'] = self._search(request, mesh, found) if options.search_batch else None
         return found
 
-    def _evaluation(self, request: Request, trained: dict[str, Any]) -> dict[str, Any]:
+    def _evaluation(self, request: Request, mesh: Mesh, trained: dict[str, Any]) -> dict[str, Any]:
         try:
-            one = compiling.eval_step(request.config, self._mesh)
+            one = compiling.eval_step(request.config, mesh)
         except ValueError as error:  # the train step is a plan all the same
             return {'error': str(error)}
         counted = self._count(one, request.config)
@@ -147,38 +149,41 @@ class Planner:
         found['model_flops_parts'] = dataclasses.asdict(counted)
         # While a run evaluates, what only training needs stays where it is.
         memory = trained['hbm_bytes_per_chip']
-        held = sum(memory.get(kind, 0) for kind in ('optimizer', 'average', 'other_state'))
+        state = ('trainable', 'optimizer', 'average', 'other_state')
+        held = sum(memory.get(kind, 0) for kind in state)
+        held -= found['hbm_bytes_per_chip']['trainable']
         found['hbm_bytes_per_chip']['held_for_training'] = held
         if found['hbm_bytes_needed'] is not None:
             found['hbm_bytes_needed'] += held
             found['fits'] = found['fits'] and found['hbm_bytes_needed'] <= found['hbm_bytes_limit']
         return found
 
-    def _search(self, request: Request, found: dict[str, Any]) -> dict[str, Any]:
-        chips, granule = self.topology.num_chips, request.config.accumulation
-        known = {
-            int(found['clips_per_chip']): (found['fits'], found['hbm_bytes_needed']),
-        }
+    def _search(self, request: Request, mesh: Mesh, found: dict[str, Any]) -> dict[str, Any]:
+        # Sizes are clips of one part of the batch, of which several chips may share one.
+        parts, granule = batch_parts(mesh), request.config.accumulation
+        first = request.config.batch_size // parts
+        known = {first: (found['fits'], found['hbm_bytes_needed'])}
 
         def attempt(size: int) -> search.Trial:
             if size not in known:
                 config = copy.deepcopy(request.config)
-                config.batch_size = size * chips
-                one = compiling.train_step(config, self._mesh, request.gradients)
-                figure = self._figures(f'{request.label}, {size} clips a chip', one, 0.0)
+                config.batch_size = size * parts
+                one = compiling.train_step(config, mesh, request.gradients)
+                figure = self._figures(f'{request.label}, {config.batch_size} clips', one, 0.0)
                 known[size] = (figure['fits'], figure['hbm_bytes_needed'])
             return search.Trial(size, *known[size])
 
-        trials = search.largest_fitting(
-            attempt, int(found['clips_per_chip']), found['hbm_bytes_limit'], granule=granule
-        )
-        failing = [trial.size for trial in trials if not trial.fits]
+        def per_chip(size: int | None) -> float | None:
+            return None if size is None else size * parts / self.topology.num_chips
+
+        trials = search.largest_fitting(attempt, first, found['hbm_bytes_limit'], granule=granule)
+        failing = min((trial.size for trial in trials if not trial.fits), default=None)
         return {
-            'largest_clips_per_chip': search.best(trials),
-            'smallest_that_does_not_fit': min(failing, default=None),
+            'largest_clips_per_chip': per_chip(search.best(trials)),
+            'smallest_that_does_not_fit': per_chip(failing),
             'trials': [
                 {
-                    'clips_per_chip': trial.size,
+                    'clips_per_chip': per_chip(trial.size),
                     'fits': trial.fits,
                     'hbm_bytes_needed': trial.needed,
                 }

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dist_jax import experiment, optim, step, train
@@ -56,7 +56,7 @@ def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Ste
       ValueError: a field that does not fit, or a batch that the mesh does not divide.
     """
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
-    model, frozen, state, num_classes = _model(config, gradients)
+    model, frozen, state, num_classes = _model(config, mesh, gradients)
     settings = _optimizer_settings(config)
     function = step.make_train_step(
         model,
@@ -64,6 +64,8 @@ def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Ste
         optim.make_schedule(settings),
         train.step_settings(config, num_classes),
         mesh,
+        state,
+        frozen,
     )
     data, clips = config.data, config.batch_size
     labels = (clips, len(num_classes)) if len(num_classes) > 1 else (clips,)
@@ -73,11 +75,7 @@ def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Ste
         'label': jax.ShapeDtypeStruct(labels, jnp.int32),
         'mask': jax.ShapeDtypeStruct((clips,), jnp.float32),
     }
-    arguments = {
-        'state': _placed(state, replicated(mesh)),
-        'frozen': _placed(frozen, replicated(mesh)),
-        'batch': _placed(batch, batched(mesh)),
-    }
+    arguments = {'state': state, 'frozen': frozen, 'batch': _split(batch, mesh)}
     return Step(function, arguments, clips, model)
 
 
@@ -88,15 +86,15 @@ def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
       ValueError: a field that does not fit, or a batch that the mesh does not divide.
     """
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-    model, frozen, state, _ = _model(config, 'frozen')
+    model, frozen, state, _ = _model(config, mesh, 'frozen')
     data, views = config.data, config.eval.num_clips * config.eval.num_crops
     shape = (config.eval.batch_size, views, data.num_frames, data.image_size, data.image_size, 3)
     arguments = {
-        'variables': _placed(state.eval_variables, replicated(mesh)),
-        'frozen': _placed(frozen, replicated(mesh)),
-        'video': _placed(jax.ShapeDtypeStruct(shape, jnp.uint8), batched(mesh)),
+        'variables': state.eval_variables,
+        'frozen': frozen,
+        'video': _split(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh),
     }
-    function = step.make_eval_step(model, mesh, config.eval.fusion)
+    function = step.make_eval_step(model, mesh, config.eval.fusion, state.eval_variables, frozen)
     return Step(function, arguments, config.eval.batch_size * views, model)
 
 
@@ -108,8 +106,10 @@ def calibration_step(devices: list[Any]) -> Step:
     return Step(jax.jit(jnp.matmul), {'a': one, 'b': one}, 1, None)
 
 
-def _placed(tree: Tree, sharding: Sharding) -> Tree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def _split(tree: Tree, mesh: Mesh) -> Tree:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batched(mesh)), tree
+    )
 
 
 def _optimizer_settings(config: ConfigDict) -> optim.OptimizerSettings:
@@ -117,9 +117,9 @@ def _optimizer_settings(config: ConfigDict) -> optim.OptimizerSettings:
 
 
 def _model(
-    config: ConfigDict, gradients: str
+    config: ConfigDict, mesh: Mesh, gradients: str
 ) -> tuple[VideoModel, Tree, step.TrainState, tuple[int, ...]]:
-    """Model, frozen tree, state (both as shapes), classes of each label column."""
+    """Model, frozen tree, state (both as shapes with shardings), classes of each label column."""
     classes = experiment.dataset_info(config).num_classes or ASSUMED_CLASSES
     num_classes = classes if isinstance(classes, tuple) else (classes,)
     if config.backbone.name not in clip.SPECS:
@@ -131,7 +131,8 @@ def _model(
     frozen = experiment.abstract_frozen(spec, model, num_classes)
     model, frozen = with_gradients(model, frozen, gradients)
     initialise = train.state_initialiser(config, model, _optimizer_settings(config))
-    return model, frozen, jax.eval_shape(initialise, frozen), num_classes
+    state = step.place_state(model, jax.eval_shape(initialise, frozen), mesh)
+    return model, experiment.place_frozen(model, frozen, mesh), state, num_classes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,12 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from dist_jax.models.api import ParamGroup, Tree, VideoModel
+from dist_jax.sharding import ShardingRule
 
 MODES = ('frozen', 'through_backbone', 'full')
 TOWER = 'visual'  # subtree of the frozen tree that is the image backbone
+BACKBONE = 'backbone'  # parameter that is trained in its place
+OFFSET = 'pixel_offset'  # parameter below the backbone
 NET = 'net'  # name that the family's network gets inside the whole
 
 
@@ -57,6 +60,14 @@ def with_gradients(model: VideoModel, frozen: Tree, mode: str) -> tuple[VideoMod
         features=lambda kept, video: jax.lax.stop_gradient({'frozen': kept, 'video': video}),
         # Who is decayed changes neither memory nor time.
         param_groups=(ParamGroup(''),),
+        sharding_rules=(
+            *(
+                dataclasses.replace(rule, pattern=rf'^{BACKBONE}/.*(?:{rule.pattern})')
+                for rule in model.frozen_rules
+            ),
+            ShardingRule(f'^{OFFSET}$'),
+            *model.sharding_rules,
+        ),
         frozen_logits=None,
     )
     return whole, rest if trained else frozen
@@ -99,10 +110,10 @@ class _Whole(nn.Module):
     def __call__(self, inputs: Tree, *, train: bool = False) -> Any:
         frozen, video = inputs['frozen'], inputs['video']
         if self.tower is None:
-            offset = self.param('pixel_offset', nn.initializers.zeros, video.shape[-1:])
+            offset = self.param(OFFSET, nn.initializers.zeros, video.shape[-1:])
             video = video + offset.astype(video.dtype)
         else:
-            tower = self.param('backbone', lambda _: self.tower.master())
+            tower = self.param(BACKBONE, lambda _: self.tower.master())
             frozen = {**frozen, TOWER: self.tower.cast(tower)}
         return self.net(self.features(frozen, video), train=train)
 

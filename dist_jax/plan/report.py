@@ -52,7 +52,7 @@ def print_plan(plan: Plan) -> None:
     steps = {'train step': plan}
     if plan.get('eval') and 'error' not in plan['eval']:
         steps['eval step'] = plan['eval']
-    title = f'{plan["label"]} on {plan["topology"]}, {plan["chips"]} chips'
+    title = f'{plan["label"]} on {plan["topology"]}, {_chips(plan)}'
     console.print(_memory_table(title, steps))
     for step in steps.values():
         _print_allocations(console, step)
@@ -72,7 +72,7 @@ def print_comparison(plans: Sequence[Plan]) -> None:
     """Prints several plans side by side."""
     console = _console()
     columns = [plan['label'] for plan in plans]
-    table = Table('', title=f'{plans[0]["topology"]}, {plans[0]["chips"]} chips, train step')
+    table = Table('', title=f'{plans[0]["topology"]}, train step, {plans[0]["chips"]} chips')
     for label in columns:
         table.add_column(label, justify='right', overflow='fold')
     for kind in _kinds(plans):
@@ -84,10 +84,17 @@ def print_comparison(plans: Sequence[Plan]) -> None:
         table.add_row(name, *(show(plan) for plan in plans))
     if any(plan.get('search') for plan in plans):
         found = [(plan.get('search') or {}).get('largest_clips_per_chip') for plan in plans]
-        table.add_row('largest batch a chip', *('-' if n is None else str(n) for n in found))
+        table.add_row('largest batch a chip', *('-' if n is None else f'{n:g}' for n in found))
     console.print(table)
     for line in _notes(plans[0]):
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def _chips(plan: Plan) -> str:
+    """'8 chips', or how they are arranged where weights are split."""
+    split = [f'{name} {size}' for name, size in plan['mesh'].items() if size > 1]
+    split = f' ({" x ".join(split)})' if split and split != [f'data {plan["chips"]}'] else ''
+    return f'{plan["chips"]} chips{split}'
 
 
 def _memory_table(title: str, steps: Mapping[str, Plan]) -> Table:
@@ -215,11 +222,13 @@ def _operation_table(plan: Plan) -> Table:
 def _search_line(search: Mapping[str, Any]) -> str:
     best, worse = search['largest_clips_per_chip'], search['smallest_that_does_not_fit']
     tried = ', '.join(
-        f'{t["clips_per_chip"]}: {_gib(t["hbm_bytes_needed"])}{"" if t["fits"] else " no"}'
+        f'{t["clips_per_chip"]:g}: {_gib(t["hbm_bytes_needed"])}{"" if t["fits"] else " no"}'
         for t in search['trials']
     )
-    found = 'no batch fits' if best is None else f'largest batch that fits: {best} clips a chip'
-    return f'{found}' + (f' ({worse} do not)' if worse else '') + f'. GiB by clips a chip: {tried}'
+    found = 'no batch fits' if best is None else f'largest batch that fits: {best:g} clips a chip'
+    return (
+        f'{found}' + (f' ({worse:g} do not)' if worse else '') + f'. GiB by clips a chip: {tried}'
+    )
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -14,7 +14,7 @@ from programs import NESTED
 from dist_jax import main
 from dist_jax.plan import cache, command, compiling, topology
 
-DEMO = 'configs/dist.py:demo'
+DEMO = 'configs/frame_mean.py:demo'
 GIB = 2**30
 ROOT = Path(main.__file__).parents[1]
 
@@ -54,7 +54,13 @@ def test_a_plan_is_printed_written_and_drawn(compiler, tmp_path, capsys):
     assert run(f'--config={DEMO}', *settings, *files) == 0
     assert compiler == [0, 8, 4]
     out = capsys.readouterr().out
-    for text in ('dist demo on v5e:1x1', 'temporaries', '8 clips a chip', 'calibration', 'inner'):
+    for text in (
+        'frame_mean demo on v5e:1x1',
+        'temporaries',
+        '8 clips a chip',
+        'calibration',
+        'inner',
+    ):
         assert text in out
     plan = json.loads((tmp_path / 'a' / 'plan.json').read_text())
     assert plan['temp_bytes'] == plan['hbm_bytes_per_chip']['temporaries'] == 8 * GIB
@@ -92,7 +98,7 @@ def test_the_largest_batch_is_searched(compiler, tmp_path, capsys):
     found = json.loads(file.read_text())['search']
     assert found['largest_clips_per_chip'] in (28, 29)
     assert found['smallest_that_does_not_fit'] in (None, 30)
-    assert f'{found["largest_clips_per_chip"]} clips a chip' in capsys.readouterr().out
+    assert f'{found["largest_clips_per_chip"]:g} clips a chip' in capsys.readouterr().out
     assert len(found['trials']) == len(set(compiler)) - 1  # and the calibration
 
 
@@ -100,11 +106,11 @@ def test_configs_are_compared(compiler, tmp_path, capsys):
     file, picture = tmp_path / 'plans.json', tmp_path / 'plans.png'
     common = ['--config.batch_size=4', f'--json={file}', f'--plot={picture}']
     own = f'{DEMO} config.batch_size=40 gradients=full'
-    assert run('--compare', DEMO, own, 'configs/frame_mean.py:demo', *common) == 0
+    assert run('--compare', DEMO, own, 'configs/dist.py:demo', *common) == 0
     written = json.loads(file.read_text())
     assert written['topology'] == 'v5e:1x1'
     labels = [plan['label'] for plan in written['plans']]
-    assert labels == ['dist demo', 'dist demo batch_size=40 full', 'frame_mean demo']
+    assert labels == ['frame_mean demo', 'frame_mean demo batch_size=40 full', 'dist demo']
     assert [plan['clips_per_chip'] for plan in written['plans']] == [4, 40, 4]
     assert [plan['fits'] for plan in written['plans']] == [True, False, True]
     assert [plan['eval'] for plan in written['plans']] == [None] * 3
@@ -128,7 +134,7 @@ def test_ways_of_training_are_compared(compiler, tmp_path):
         ([], '--config=FILE:VARIANT'),
         ([f'--config={DEMO}', '--compare', DEMO], 'not both'),
         (['--compare', f'{DEMO} remat=1'], 'config.FIELD=VALUE'),
-        (['--compare', f'{DEMO} config.model.rematt=1'], 'rematt'),
+        (['--compare', f'{DEMO} config.model.unrol=1'], 'unrol'),
         ([f'--config={DEMO}', '--gradients', 'half'], 'through_backbone, full'),
         ([f'--config={DEMO}', '--topology=v4:2x2'], 'v4:2x2x1'),
         ([f'--config={DEMO}', '--config.backbone.name=vit'], 'vit_b16'),
