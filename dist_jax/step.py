@@ -28,7 +28,6 @@ from dist_jax.sharding import (
     replicated,
     shardings,
     split_batch,
-    split_params,
 )
 
 Batch = dict[str, jax.Array]
@@ -200,10 +199,9 @@ def make_train_step(
         def part_gradients(extra: Tree, part: Tree, index: jax.Array) -> tuple[Any, Tree]:
             features = model.features(frozen, part['video'])
             key = jax.random.fold_in(dropout_key, index)
-            found, grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            return jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params, extra, features, part, key, total
             )
-            return found, split_params(grads, model.sharding_rules)
 
         whole = {'video': video, 'targets': targets, 'mask': mask}
         (loss, extra), grads = _accumulate(

@@ -7,7 +7,7 @@ out (twice as fast a step on CPU, longer compilation). Parameters and results ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +26,7 @@ def scan_frozen(
     stop: int,
     *,
     unroll: bool,
-    rules: Sequence[ShardingRule] = (),
+    rules: tuple[ShardingRule, ...] = (),
 ) -> tuple[jax.Array, Tree]:
     """Runs layers start..stop-1 of a stacked plain tree over the stream `x`.
 
