@@ -283,8 +283,8 @@ def load_frozen(
 ) -> Tree:
     """The frozen tree of the steps, with text features of these classes, on the devices.
 
-    Every device gets its part of the weights from the file; nothing but the position table is ever
-    whole on a host or a device.
+    Every device gets its part of the weights from the file; no stack of layers is ever whole on a
+    host or a device.
 
     Args:
       backbone: where the weights are.

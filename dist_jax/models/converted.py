@@ -26,6 +26,9 @@ from dist_jax.models.params import with_precision as _with_precision
 FORMAT_VERSION = 1
 REQUIRED = ('family', 'name', 'spec', 'sources', 'source_sha256', 'precision', 'ignored')
 
+# Of one piece of an array on disk. A device that needs a part of an array reads whole pieces.
+CHUNK_BYTES = 16 * 2**20
+
 PathLike = str | os.PathLike[str]
 
 
@@ -252,11 +255,13 @@ def _write(path: epath.Path, params: Mapping[str, Any], metadata: Mapping[str, A
     params = map_with_path(
         lambda _, leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), params
     )
+    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
             path,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params), metadata=ocp.args.JsonSave(dict(metadata))
+                params=ocp.args.StandardSave(params, save_args=pieces),
+                metadata=ocp.args.JsonSave(dict(metadata)),
             ),
         )
 
