@@ -1,4 +1,4 @@
-"""Eight devices do what one does: the same step, mixing, checkpoints."""
+"""Eight devices, in any mesh, do what one does: steps, mixing, weights, checkpoints, scores."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
+SCRIPT = r"""
+import re
 import sys
 
 import jax
@@ -16,24 +17,26 @@ import numpy as np
 import optax
 
 from configs import dist as dist_config
-from dist_jax import checkpoint, mixup, step, train
-from dist_jax.models import clip, dist
-from dist_jax.sharding import check_batch_size, make_mesh, replicated, to_global
+from dist_jax import checkpoint, experiment, mixup, step, train
+from dist_jax.models import clip, converted, dist, evl, frame_mean
+from dist_jax.sharding import (
+    check_batch_size, make_mesh, place, replicated, shardings, to_global, to_host)
 
-SPEC = clip.ClipSpec(16, 8, 32, 2, 1, 24, 16, 1, 1, vocab_size=20, context_length=6)
+SPEC = clip.ClipSpec(16, 8, 64, 3, 8, 24, 16, 1, 1, vocab_size=20, context_length=6)
 SHAPE = (8, 4, 16, 16, 3)
 folder = sys.argv[1]
 assert jax.device_count() == 8
-model = dist.build(SPEC, num_classes=(5,), num_frames=4, dtype=jnp.float32, head='linear',
-                   integration_dim=64, temporal_dim=8, ada_pooling_layers=1)
+OPTIONS = {'num_classes': (5,), 'num_frames': 4, 'dtype': jnp.float32, 'head': 'linear'}
+MODELS = {
+    'dist': dist.build(SPEC, integration_dim=128, temporal_dim=8, ada_pooling_layers=1, **OPTIONS),
+    'evl': evl.build(SPEC, depth=2, qkv_dim=64, num_heads=8, cls_token_std=0.02, mlp_dropout=0.1,
+                     head_dropout=0.1, remat=True, **OPTIONS),
+    'frame_mean': frame_mean.build(SPEC, **OPTIONS),
+}
 mixing = mixup.Mixing(mixup_alpha=0.8)
-settings = step.StepSettings((5,), label_smoothing=0.1, mixing=mixing, ema_decay=0.5, seed=3)
 # Momentum keeps the gradients themselves; Adam would hide their size.
 optimizer = optax.sgd(0.1, momentum=0.9)
-start = jax.jit(lambda key: model.prepare(clip.init_params(key, SPEC), ()))
-frozen = jax.device_get(start(jax.random.key(0)))
-init = lambda f: step.init_state(model, f, SHAPE, 0, lambda p: optimizer, ema=True)
-fresh = jax.device_get(jax.jit(init)(frozen))
+raw = clip.init_params(jax.random.key(0), SPEC)
 
 
 def batch(number):
@@ -44,26 +47,54 @@ def batch(number):
             'label': rng.integers(0, 5, 8).astype(np.int32), 'mask': mask}
 
 
+class Family:
+    def __init__(self, name):
+        self.name, self.model = name, MODELS[name]
+        self.frozen = jax.device_get(jax.jit(self.model.prepare)({'visual': raw['visual']}, ()))
+        self.init = lambda f: step.init_state(
+            self.model, f, SHAPE, 0, lambda p: optimizer, ema=True)
+        self.fresh = jax.device_get(jax.jit(self.init)(self.frozen))
+
+
 class Devices:
-    def __init__(self, count):
-        self.mesh = make_mesh(jax.devices()[:count])
+    def __init__(self, family, *sizes, accumulation=1):
+        self.family, self.model = family, family.model
+        self.mesh = make_mesh(jax.devices()[:np.prod(sizes)], *sizes)
+        self.abstract = step.place_state(self.model, family.fresh, self.mesh)
+        self.placed = place(family.frozen, self.model.frozen_rules, self.mesh)
+        settings = step.StepSettings((5,), label_smoothing=0.1, mixing=mixing, ema_decay=0.5,
+                                     seed=3, accumulation=accumulation)
         self.step = step.make_train_step(
-            model, optimizer, lambda n: jnp.float32(0.1), settings, self.mesh)
-        self.frozen = jax.device_put(frozen, replicated(self.mesh))
+            self.model, optimizer, lambda n: jnp.float32(0.1), settings, self.mesh, self.abstract,
+            self.placed)
+        self.frozen = jax.device_put(family.frozen, shardings(self.placed))
 
     def run(self, state, number):
-        state = jax.device_put(state, replicated(self.mesh), may_alias=False)  # it is donated
+        # It is donated.
+        state = jax.device_put(state, shardings(self.abstract), may_alias=False)
         return self.step(state, self.frozen, to_global(batch(number), self.mesh))
 
-    def continued(self, name):
-        place = replicated(self.mesh)
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), fresh)
+    def restored(self, name):
         checkpoints = checkpoint.Checkpoints(f'{folder}/{name}')
-        state, _ = checkpoints.restore_latest(abstract)
+        state, _ = checkpoints.restore_latest(self.abstract)
         checkpoints.close()
-        assert all(x.sharding == place for x in jax.tree.leaves(state))
-        return self.step(state, self.frozen, to_global(batch(1), self.mesh))
+        same_places(state, self.abstract)
+        return state
+
+    def continued(self, name):
+        return self.step(self.restored(name), self.frozen, to_global(batch(1), self.mesh))
+
+
+def same_places(tree, abstract):
+    jax.tree.map(lambda x, y: assert_equal(x.sharding, y.sharding), tree, abstract)
+
+
+def assert_equal(a, b):
+    assert a == b, (a, b)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, to_host(a), to_host(b))
 
 
 def close(a, b, bound):
@@ -73,31 +104,73 @@ def close(a, b, bound):
         assert error < bound, (jax.tree_util.keystr(path), error)
 
 
-one, eight = Devices(1), Devices(8)
-results = {}
-for name, devices in (('one', one), ('eight', eight)):
-    state, metrics = devices.run(fresh, 0)
-    checkpoints = checkpoint.Checkpoints(f'{folder}/{name}')
-    checkpoints.save(state, {'format_version': 1}, None)
-    checkpoints.close()
-    results[name] = jax.device_get((state, metrics))
-    if devices is eight:
-        assert len(jax.tree.leaves(state.params)[0].devices()) == 8
-(state1, metrics1), (state8, metrics8) = results['one'], results['eight']
-assert metrics1['clips'] == 7 and metrics1['loss'] > 0 and metrics1['grad_norm'] > 0
-close(metrics8['loss'], metrics1['loss'], 1e-6)
-close(metrics8['grad_norm'], metrics1['grad_norm'], 1e-5)
-close(state8.opt_state, state1.opt_state, 1e-5)  # the gradients
-close(state8.params, state1.params, 1e-5)  # what starts at zero is gradient alone
-close(state8.ema, state1.ema, 1e-5)
-print('step: equal')
+def close_together(a, b, bound):
+    a, b = (np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(t)])
+            for t in (a, b))
+    error = np.linalg.norm(a - b) / np.linalg.norm(b)
+    assert error < bound, error
+
+
+def check_step(found, expected):
+    (state, metrics), (state1, metrics1) = found, expected
+    assert metrics1['clips'] == 7 and metrics1['loss'] > 0 and metrics1['grad_norm'] > 0
+    close(metrics['loss'], metrics1['loss'], 1e-6)
+    close(metrics['grad_norm'], metrics1['grad_norm'], 1e-6)
+    close_together(state.opt_state, state1.opt_state, 1e-6)  # the gradients
+    close(state.opt_state, state1.opt_state, 1e-5)  # every one of them
+    close(state.params, state1.params, 1e-5)  # what starts at zero is gradient alone
+    close(state.ema, state1.ema, 1e-5)
+
+
+families = {name: Family(name) for name in MODELS}
+meshes, results = {}, {}
+for name, family in families.items():
+    one = Devices(family, 1, 1, 1)
+    results[name] = jax.device_get(one.run(family.fresh, 0))
+    meshes[name, 'one'] = one
+    if name == 'frame_mean':
+        continue
+    for size in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)] + [(4, 2, 1)] * (name == 'evl'):
+        devices = meshes[name, size] = Devices(family, *size)
+        state, metrics = devices.run(family.fresh, 0)
+        same_places(state, devices.abstract)
+        check_step(jax.device_get((state, metrics)), results[name])
+        if name == 'dist' and size in ((8, 1, 1), (2, 2, 2)):
+            checkpoints = checkpoint.Checkpoints(f'{folder}/{size[0]}')
+            checkpoints.save(state, {'format_version': 1}, None)
+            checkpoints.close()
+print('steps: equal')
+
+# Every device holds an eighth of what rules split, and one layer is gathered at a time.
+family = families['dist']
+split = meshes['dist', (1, 8, 1)]
+kernel = split.frozen['visual']['blocks']['mlp']['c_fc']['kernel']
+assert kernel.addressable_data(0).size * 8 == kernel.size == 3 * 64 * 256
+program = split.step.lower(split.abstract, split.placed, to_global(batch(0), split.mesh)).compile()
+gathers = [line for line in program.as_text().splitlines() if ' all-gather(' in line]
+inside = [line for line in gathers if 'image_tower/while/body' in line]
+stack = r'f32\[3,(64,256|256,64|64,3,8,8|8,8,64)\]'
+assert len(inside) >= 4 and not [line for line in gathers if re.search(stack, line)], gathers
+print('layers: gathered one at a time')
+
+# With half of the batch at a time, loss and gradients are the same sums.
+small = families['frame_mean']
+check_step(jax.device_get(Devices(small, 2, 2, 1, accumulation=2).run(small.fresh, 0)),
+           results['frame_mean'])
+print('accumulation: equal')
+
+# Fresh parameters do not depend on the mesh.
+drawn = jax.jit(family.init, out_shardings=shardings(split.abstract))(split.frozen)
+same_places(drawn, split.abstract)
+same(drawn, family.fresh)
+print('initial values: equal')
 
 # Partners of the reversed batch live on other devices.
 host = batch(0)
 targets = (np.eye(5, dtype=np.float32)[host['label']],)
 mix = jax.jit(mixup.mix, static_argnums=4)
 found = []
-for devices in (one, eight):
+for devices in (meshes['dist', 'one'], meshes['dist', (2, 2, 2)]):
     placed = to_global({'video': host['video'].astype(np.float32), 'target': targets[0],
                         'mask': host['mask']}, devices.mesh)
     key = jax.device_put(jax.random.key(5), replicated(devices.mesh))
@@ -109,16 +182,48 @@ assert (mixed[0] != host['video'][0]).any() and target[0].sum() == 1
 np.testing.assert_array_equal(mixed[5], host['video'][5])  # its partner is a bad video
 print('mixing: equal')
 
-expected, _ = one.run(state1, 1)
-for devices, name in ((eight, 'one'), (one, 'eight')):
-    state, metrics = devices.continued(name)
+one, eight, mixed = (meshes['dist', size] for size in ('one', (8, 1, 1), (2, 2, 2)))
+expected, _ = one.run(results['dist'][0], 1)
+for devices, name in ((one, 8), (eight, 2), (mixed, 8)):
+    state, _ = devices.continued(name)
     assert int(state.step) == 2
     close(state.params, expected.params, 1e-5)
     close(state.ema, expected.ema, 1e-5)
-same, _ = eight.continued('eight')
-straight, _ = eight.run(state8, 1)
-jax.tree.map(np.testing.assert_array_equal, jax.device_get(same), jax.device_get(straight))
+same(split.restored(8), one.restored(8))  # the values themselves
+straight, _ = mixed.run(mixed.restored(2), 1)
+same(mixed.continued(2)[0], straight)
 print('checkpoints: equal')
+
+# Weights are read, resized, cast and made features of on any mesh.
+names = (tuple('abcde'), tuple('fgh'))
+experiment.tokenize = lambda texts, *_: np.array([[1, ord(t) % 19, 19, 0, 0, 0] for t in texts])
+converted.CHUNK_BYTES = 4096  # several pieces an array
+converted.save_converted(
+    f'{folder}/backbone', jax.device_get(raw), dict.fromkeys(converted.REQUIRED, ''))
+spec = clip.ClipSpec(**{**vars(SPEC), 'image_size': 24})
+text = dist.build(spec, integration_dim=128, temporal_dim=8, ada_pooling_layers=1,
+                  **{**OPTIONS, 'num_classes': (5, 3), 'head': 'text', 'dtype': jnp.bfloat16})
+backbone = experiment.Backbone(spec, f'{folder}/backbone', '', '')
+found = [experiment.load_frozen(backbone, text, names, devices.mesh)
+         for devices in (one, eight, mixed)]
+assert found[0]['visual']['positional_embedding'].shape == (10, 64)
+for devices, tree in zip((eight, mixed), found[1:]):
+    same_places(tree, place(tree, text.frozen_rules, devices.mesh))
+    same(tree['visual'], found[0]['visual'])
+    close(to_host(tree['text']), to_host(found[0]['text']), 1e-5)
+assert not found[2]['visual']['blocks']['mlp']['c_fc']['kernel'].is_fully_replicated
+print('weights: equal')
+
+views = np.repeat(batch(0)['video'][:, None], 2, axis=1)
+scores = []
+for devices in (one, mixed):
+    variables = {'params': family.fresh.params}
+    variables = jax.device_put(
+        variables, shardings(step.place_variables(family.model, variables, devices.mesh)))
+    evaluate = step.make_eval_step(family.model, devices.mesh, 0.0, variables, devices.frozen)
+    scores.append(evaluate(variables, devices.frozen, to_global({'v': views}, devices.mesh)['v']))
+close(to_host(scores[1]), to_host(scores[0]), 1e-5)
+print('scores: equal')
 
 
 def refused(function, *texts):
@@ -131,6 +236,8 @@ def refused(function, *texts):
 
 
 refused(lambda: check_batch_size(12, eight.mesh, 'batch_size'), 'batch_size=12', 'multiple of 8')
+refused(lambda: check_batch_size(6, mixed.mesh, 'batch_size'), 'batch_size=6', 'multiple of 4',
+        'mesh.data=2 x mesh.fsdp=2', '8 devices')
 check_batch_size(16, eight.mesh, 'batch_size', 2)
 refused(lambda: check_batch_size(8, eight.mesh, 'batch_size', 2), '16', '2 accumulation steps')
 config = dist_config.get_config('demo')
@@ -139,12 +246,14 @@ refused(lambda: train.train(config, f'{folder}/run'), 'batch_size=4', '8 devices
 config.update(batch_size=8)
 config.eval.batch_size = 10
 refused(lambda: train.train(config, f'{folder}/run'), 'eval.batch_size=10', '8 devices')
+config.update(mesh={'fsdp': 3})
+refused(lambda: train.train(config, f'{folder}/run'), 'mesh.fsdp=3', '8 devices')
 print('sizes: refused')
 """
 
 
 @pytest.mark.slow
-def test_eight_devices_equal_one(tmp_path):
+def test_eight_devices_in_any_mesh_equal_one(tmp_path):
     flags = os.environ.get('XLA_FLAGS', '')
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
@@ -156,9 +265,18 @@ def test_eight_devices_equal_one(tmp_path):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
     assert found.returncode == 0, found.stdout + found.stderr[-4000:]
-    done = ['step: equal', 'mixing: equal', 'checkpoints: equal', 'sizes: refused']
-    assert found.stdout.splitlines() == done
+    assert [line.split(':')[0] for line in found.stdout.splitlines()] == [
+        'steps',
+        'layers',
+        'accumulation',
+        'initial values',
+        'mixing',
+        'checkpoints',
+        'weights',
+        'scores',
+        'sizes',
+    ]
     assert not (tmp_path / 'run').exists()
