@@ -7,20 +7,28 @@ tensorboardX, and the method names are clu's.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+log = logging.getLogger('dist_jax')
+
 METRICS_FILE = 'metrics.jsonl'
+MIRROR_SECONDS = 30  # between copies to a bucket; a checkpoint copies too
 
 
 class Logbook:
@@ -33,8 +41,12 @@ class Logbook:
         """Opens the files and drops what was logged after `start_step`, to be measured again."""
         self._file = None
         self._events = None
+        self._mirror: _Mirror | None = None
         if jax.process_index() != 0:
             return
+        if '://' in os.fspath(workdir):
+            self._mirror = _Mirror(epath.Path(workdir))
+            workdir = self._mirror.local
         path = Path(workdir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -58,6 +70,8 @@ class Logbook:
         if self._events is not None:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
+        if self._mirror is not None and self._mirror.due():
+            self.flush()
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes texts to TensorBoard."""
@@ -65,18 +79,66 @@ class Logbook:
             for name, text in texts.items():
                 self._events.add_text(name, f'```\n{text}\n```', step)
 
+    def flush(self) -> None:
+        """Everything that was written is in the workdir now; a run may be killed after it."""
+        if self._events is not None:
+            self._events.flush()
+        if self._mirror is not None:
+            self._mirror.copy()
+
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._file is not None:
             self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._mirror is not None:
+            self._mirror.copy()
+            self._mirror.close()
+
+
+class _Mirror:
+    """Files that grow, of a workdir in a bucket: written here, and copied there as whole objects.
+
+    A bucket cannot append. A copy that fails is a warning and is made up for by the next.
+
+    Attributes:
+      local: the folder to write to; it holds the metrics of earlier sessions.
+    """
+
+    def __init__(self, bucket: epath.Path):
+        self._bucket = bucket
+        self.local = Path(tempfile.mkdtemp(prefix='dist_jax_'))
+        self._copied: dict[Path, int] = {}  # file -> bytes
+        self._since = time.monotonic()
+        if (bucket / METRICS_FILE).exists():
+            (self.local / METRICS_FILE).write_bytes((bucket / METRICS_FILE).read_bytes())
+
+    def due(self) -> bool:
+        return time.monotonic() - self._since > MIRROR_SECONDS
+
+    def copy(self) -> None:
+        self._since = time.monotonic()
+        for file in sorted(p for p in self.local.rglob('*') if p.is_file()):
+            data = file.read_bytes()
+            if self._copied.get(file) == len(data):
+                continue
+            target = self._bucket / file.relative_to(self.local).as_posix()
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+                self._copied[file] = len(data)
+            except OSError as error:
+                log.warning('cannot write %s (%s); trying again later', target, error)
+
+    def close(self) -> None:
+        shutil.rmtree(self.local, ignore_errors=True)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Rows of a metrics file; a last line that a killed run left half-written is dropped."""
     rows = []
-    for line in Path(path).read_text(encoding='utf-8').splitlines():
+    for line in epath.Path(path).read_bytes().decode('utf-8', 'replace').splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:

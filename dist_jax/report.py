@@ -53,7 +53,7 @@ def write_report(
     """Writes `report.html` and `curves.png` of a run.
 
     Args:
-      workdir: the run; `metrics.jsonl`, `config.json`, `parameters.txt` and `bad_videos.jsonl` are
+      workdir: the run; `metrics.jsonl`, `config.json`, `parameters.txt` and `bad_videos*.jsonl` are
         used where they are there.
       summary: what `summary.json` holds.
       result: the last evaluation, or None.
@@ -84,7 +84,8 @@ def write_report(
     overview = _read(folder / 'parameters.txt')
     if overview:
         sections.append(_details('Parameters', f'<pre>{html.escape(overview)}</pre>'))
-    bad = _read(folder / 'bad_videos.jsonl')
+    reports = sorted(p for p in folder.iterdir() if p.match('bad_videos*.jsonl'))
+    bad = ''.join(map(_read, reports))
     if bad:
         sections.append(_details('Unreadable videos', f'<pre>{html.escape(bad)}</pre>'))
     name = folder.name or 'run'

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from etils import epath
 
 from input_pipeline import sampling
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
@@ -36,47 +37,65 @@ class BadVideoLog:
     the log opens. The run stops when more than `max(1, floor(max_share * total))` records are bad,
     so one bad video never stops a run, unless `max_share` is 0, which allows none.
 
+    With several hosts each has a report and finds a part of the bad records. What a host learns of
+    the others counts with its own; it then stops where `check` is called, not in `add`, so that all
+    hosts stop at the same step.
+
     Attributes:
       path: the report.
       limit: bad records that are allowed.
+      found: numbers of the records that were found by this object, in order.
+      num_shared: for the caller: how many of all hosts it has passed to `learn`.
     """
 
-    def __init__(self, path: str | os.PathLike, max_share: float, total: int):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        max_share: float,
+        total: int,
+        others: Sequence[str | os.PathLike] = (),
+        alone: bool = True,
+    ):
         """Opens a report, continuing one that is there.
 
         Args:
-          path: JSON Lines file; created with the first bad video.
+          path: JSON Lines file, local or in a bucket; created with the first bad video.
           max_share: allowed share of bad records in the source, 0 to 1.
           total: records in the source.
+          others: reports of other hosts or of earlier runs; what is in them is known.
+          alone: False where several hosts read; `add` then leaves it to `check` to stop.
 
         Raises:
           ValueError: if `max_share` is not in 0 to 1.
         """
         if not 0 <= max_share <= 1:
             raise ValueError(f'max_share={max_share} must be in 0 to 1')
-        self.path = Path(path)
+        self.path = epath.Path(path)
         self._total = total
+        self._alone = alone
         self.limit = max(1, math.floor(max_share * total)) if max_share else 0
+        self.found: list[int] = []
+        self.num_shared = 0
+        self._known: set[int] = set()  # of other hosts
+        for other in others:
+            self._known.update(_read_report(epath.Path(other))[0])
         self._entries: dict[int, dict[str, Any]] = {}
         if self.path.exists():
-            self._resume()
+            self._entries, whole, cut = _read_report(self.path)
+            if cut:  # the run was killed while it wrote the last line
+                self.path.write_bytes(whole)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._known | self._entries.keys())
 
-    def _resume(self) -> None:
-        text = self.path.read_bytes()
-        whole = text[: text.rfind(b'\n') + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                entry = json.loads(line)
-                self._entries[int(entry['index'])] = entry
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{self.path}:{number}: not a line of a bad video report; move the file away'
-                ) from error
-        if len(whole) < len(text):  # the run was killed while it wrote the last line
-            os.truncate(self.path, len(whole))
+    def learn(self, indices: Iterable[int]) -> None:
+        """Records that other hosts found."""
+        self._known.update(indices)
+
+    def check(self) -> None:
+        """Raises TooManyBadVideos if there are more than allowed, on all hosts together."""
+        if len(self) > self.limit:
+            raise TooManyBadVideos(self._message())
 
     def add(self, batch: Mapping[str, np.ndarray]) -> int:
         """Takes note of the bad records of a batch.
@@ -93,7 +112,7 @@ class BadVideoLog:
         new = 0
         for position in np.flatnonzero(batch['error'] != ''):
             index = int(batch['index'][position])
-            if index in self._entries:
+            if index in self._entries or index in self._known:
                 continue
             kind, _, reason = str(batch['error'][position]).partition(': ')
             entry = {
@@ -105,13 +124,21 @@ class BadVideoLog:
             }
             logging.warning('cannot read video %d, %s: %s: %s', *list(entry.values())[:4])
             self._entries[index] = entry
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, 'a', encoding='utf-8') as file:
-                file.write(json.dumps(entry) + '\n')
+            self.found.append(index)
+            self._write(entry)
             new += 1
-        if len(self._entries) > self.limit:
-            raise TooManyBadVideos(self._message())
+        if self._alone:
+            self.check()
         return new
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if '://' in os.fspath(self.path):  # objects cannot be appended to
+            lines = ''.join(json.dumps(each) + '\n' for each in self._entries.values())
+            self.path.write_bytes(lines.encode())
+            return
+        with open(self.path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(entry) + '\n')
 
     def counts(self) -> Counter:
         """Number of bad records by kind."""
@@ -122,13 +149,30 @@ class BadVideoLog:
             f'  {entry["index"]} {entry["path"]}: {entry["kind"]}: {entry["reason"]}'
             for entry in list(self._entries.values())[:50]
         ]
-        if len(self._entries) > len(lines):
-            lines.append(f'  and {len(self._entries) - len(lines)} more, see {self.path}')
+        if len(self) > len(lines):
+            more = f'  and {len(self) - len(lines)} more, see {self.path}'
+            lines.append(more if self._alone else f'{more} and those of the other hosts beside it')
         return (
             f'{len(self)} of {self._total} videos cannot be read, {self.limit} are allowed. Repair '
             'the list (`dist_jax check` names all bad videos) or raise max_share.\n'
             + '\n'.join(lines)
         )
+
+
+def _read_report(path: epath.Path) -> tuple[dict[int, dict[str, Any]], bytes, bool]:
+    """Entries by record, the whole lines, and whether a last line is cut off."""
+    text = path.read_bytes()
+    whole = text[: text.rfind(b'\n') + 1]
+    entries = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            entries[int(entry['index'])] = entry
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}:{number}: not a line of a bad video report; move the file away'
+            ) from error
+    return entries, whole, len(whole) < len(text)
 
 
 @dataclass(frozen=True)

@@ -152,3 +152,28 @@ def test_check_command_exits_with_zero_when_all_is_well(folder, tmp_path, capsys
 def test_check_command_exits_with_two_when_the_list_is_wrong(tmp_path, capsys):
     assert check.main(['--list', str(tmp_path / 'nothing.txt')]) == 2
     assert 'no such list' in capsys.readouterr().out
+
+
+def test_several_hosts_count_together_and_stop_where_they_check(tmp_path):
+    logs = [BadVideoLog(tmp_path / f'bad_{i}.jsonl', 0.2, 10, alone=False) for i in (0, 1)]
+    logs[0].add(batch(1, 2))
+    logs[1].add(batch(3, 2))  # not both could read 2
+    for log in logs:
+        assert len(log) == log.limit == 2
+        log.check()
+    logs[0].learn(logs[1].found)
+    with pytest.raises(TooManyBadVideos, match='3 of 10 videos cannot be read, 2 are') as caught:
+        logs[0].check()
+    assert 'those of the other hosts' in str(caught.value)
+    assert '/v/3.mp4' not in str(caught.value)
+
+
+def test_reports_of_other_hosts_are_known_after_a_restart(tmp_path):
+    BadVideoLog(tmp_path / 'bad_0.jsonl', 0.5, 10).add(batch(1))
+    BadVideoLog(tmp_path / 'bad_1.jsonl', 0.5, 10).add(batch(3, 1))
+    log = BadVideoLog(
+        tmp_path / 'bad.jsonl', 0.5, 10, [tmp_path / f'bad_{i}.jsonl' for i in (0, 1)]
+    )
+    assert len(log) == 2
+    assert log.add(batch(3)) == 0 and not log.path.exists()
+    assert log.add(batch(4)) == 1 and log.found == [4] and len(log) == 3
