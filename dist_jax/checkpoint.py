@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dist_jax.models.api import Tree
@@ -71,7 +72,9 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            self._set_damaged_aside()
+            if jax.process_index() == 0:
+                self._set_damaged_aside()
+            _sync('damaged checkpoints')
             policy = ocp.checkpoint_managers.preservation_policy
             self._manager = ocp.CheckpointManager(
                 self._folder,
@@ -124,7 +127,8 @@ class Checkpoints:
           RuntimeError: there are checkpoints and none can be read.
         """
         failures = []
-        for step in sorted(self._open().all_steps(), reverse=True):
+        for step in _of_first_host(sorted(self._open().all_steps(), reverse=True)):
+            restored, reason = None, ''
             try:
                 restored = self._open().restore(
                     step,
@@ -133,12 +137,17 @@ class Checkpoints:
                         metadata=ocp.args.JsonRestore(),
                     ),
                 )
-                return restored['state'], restored['metadata']
             except Exception as error:  # orbax raises bare Exceptions for damaged arrays
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                failures.append(f'step {step}: {reason}')
-                log.error('checkpoint %s/%d cannot be read: %s', self._folder, step, reason)
+            if _all_hosts(not reason):
+                return restored['state'], restored['metadata']
+            reason = reason or 'another host cannot read it'
+            failures.append(f'step {step}: {reason}')
+            log.error('checkpoint %s/%d cannot be read: %s', self._folder, step, reason)
+            self.close()
+            if jax.process_index() == 0:
                 self._set_aside(step)
+            _sync('a checkpoint set aside')
         if failures:
             raise RuntimeError(
                 f'no checkpoint in {self._folder} can be read ({"; ".join(failures)}); they were '
@@ -149,7 +158,7 @@ class Checkpoints:
 
     def latest_metadata(self) -> dict[str, Any] | None:
         """Metadata of the newest readable step, or None."""
-        for step in sorted(self._open().all_steps(), reverse=True):
+        for step in _of_first_host(sorted(self._open().all_steps(), reverse=True)):
             try:
                 return read_metadata(self._folder / str(step))
             except NewerFormatError:
@@ -186,13 +195,34 @@ class Checkpoints:
                 self._set_aside(int(step.name))
 
     def _set_aside(self, step: int) -> None:
-        self.close()
-        if jax.process_index() == 0:
-            target = self._broken() / str(step)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
-            (self._folder / str(step)).rename(target)
+        target = self._broken() / str(step)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            target.rmtree()
+        (self._folder / str(step)).rename(target)
+
+
+def _sync(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _all_hosts(fine: bool) -> bool:
+    """Whether it is true on every host."""
+    if jax.process_count() == 1:
+        return fine
+    return bool(multihost_utils.process_allgather(np.bool_(fine)).all())
+
+
+def _of_first_host(steps: list[int]) -> list[int]:
+    """What the first host sees: file systems may tell hosts of new files at different times."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    if not count:
+        return []
+    padded = np.resize(np.asarray([*steps, -1], np.int32), count)
+    return multihost_utils.broadcast_one_to_all(padded).tolist()
 
 
 def _step_folders(folder: epath.Path) -> list[epath.Path]:

@@ -12,12 +12,15 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import absl.logging
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
+
+from dist_jax import pod
 
 EXAMPLES = """\
 examples:
@@ -122,6 +125,10 @@ class UsageError(Exception):
     """Wrong arguments; the message says which and what to do."""
 
 
+# Errors whose message is enough.
+KNOWN_ERRORS = (UsageError, ValueError, OSError, RuntimeError, FloatingPointError)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -141,15 +148,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     logging.getLogger('dist_jax').setLevel(logging.INFO)
     try:
-        return COMMANDS[argv[0]][0](argv[1:])
-    except (UsageError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if os.environ.get('DIST_JAX_TRACEBACK'):
+        return pod.leave(COMMANDS[argv[0]][0](argv[1:]))
+    except BaseException as error:
+        known = isinstance(error, KNOWN_ERRORS) and not os.environ.get('DIST_JAX_TRACEBACK')
+        if not known and pod.current() is None:
             raise
-        print(f'dist_jax {argv[0]}: {error}', file=sys.stderr)
-        if isinstance(error, UsageError):
-            return 2
-        print('(set DIST_JAX_TRACEBACK=1 for where it came from)', file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        code = 2 if isinstance(error, (UsageError, ValueError)) else 1
+        text = f'dist_jax {argv[0]}: {error}' if known else traceback.format_exc()
+        if known and not isinstance(error, UsageError):
+            text += '\n(set DIST_JAX_TRACEBACK=1 for where it came from)'
+        if pod.current() is None:
+            print(text, file=sys.stderr)
+        return pod.leave(code, error, text)
 
 
 def _overview() -> str:
@@ -238,14 +248,12 @@ def _find_file(argument: str) -> str:
     return f'--config={path}{colon}{variant}'
 
 
-def _start_jax() -> None:
+def _start_jax(stops_on_sigterm: bool = False) -> None:
     """Joins the other hosts of a pod, if this is one of several."""
+    pod.join(stops_on_sigterm)
     import jax
 
-    hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
-    if len(hosts) > 1 or 'JAX_COORDINATOR_ADDRESS' in os.environ:
-        jax.distributed.initialize()
-    elif os.environ.get('TPU_SKIP_MDS_QUERY') == '1':
+    if os.environ.get('TPU_SKIP_MDS_QUERY') == '1':
         # jax saw no TPU; libtpu may be here as a compiler and need not look for one at length.
         from dist_jax.plan import topology
 
@@ -271,12 +279,12 @@ def _train(argv: Sequence[str]) -> int:
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
     config = read_config(config_arguments)
-    _start_jax()
+    _start_jax(stops_on_sigterm=True)
     from dist_jax import report, train
 
     summary = train.train(config, arguments.workdir)
     report.print_summary(arguments.workdir, summary)
-    return 0
+    return pod.AGAIN if summary.get('interrupted') else 0
 
 
 def _evaluate(argv: Sequence[str]) -> int:
@@ -339,12 +347,12 @@ def _demo(argv: Sequence[str]) -> int:
     parser.add_argument('--workdir', default='runs/demo', help='folder of both runs (%(default)s)')
     parser.add_argument('--num_steps', type=int, default=0, help="of each; the configs' by default")
     arguments = parser.parse_args(argv)
-    _start_jax()
+    _start_jax(stops_on_sigterm=True)
     from dist_jax import demo, report
 
     summary = demo.run_demo(arguments.workdir, arguments.num_steps)
     report.print_summary(arguments.workdir, summary)
-    return 0
+    return pod.AGAIN if summary.get('interrupted') else 0
 
 
 def _convert(argv: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ interruption, it ends with the same parameters, bit for bit, on the same devices
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,17 +17,17 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, experiment, optim, report, step
+from dist_jax import checkpoint, experiment, optim, pod, report, step
 from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.logbook import Bar, Logbook, duration
 from dist_jax.mixup import Mixing
@@ -131,9 +132,10 @@ def train(
 
     Args:
       config: of one experiment; see `configs/base.py`.
-      workdir: folder of the run. It gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
-        `config.json`, `parameters.txt`, `bad_videos.jsonl` if there are any, and at the end
-        `summary.json` and `report.html`.
+      workdir: folder of the run, or a bucket URL; all hosts must see the same. It gets
+        `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `config.json`, `parameters.txt`,
+        `bad_videos.jsonl` if there are any (one a host), and at the end `summary.json` and
+        `report.html`.
       also: figures from elsewhere that belong into the summary and the report.
 
     Returns:
@@ -151,7 +153,7 @@ def train(
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
 
     with config.unlocked():
         experiment.prepare_builtin_data(config, workdir)
@@ -236,7 +238,7 @@ def train(
         **(also or {}),
     }
     if jax.process_index() == 0 and not interrupted:
-        write_json(Path(workdir) / 'summary.json', summary)
+        write_json(epath.Path(workdir) / 'summary.json', summary)
         report.write_report(workdir, summary, result, class_names)
     return summary
 
@@ -273,11 +275,16 @@ def start_from(state: step.TrainState, path: str) -> step.TrainState:
     return state.replace(params=params, ema=ema)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that appears whole or not at all."""
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a JSON file, local or in a bucket, that appears whole or not at all."""
+    path = epath.Path(path)
+    data = (json.dumps(value, indent=1) + '\n').encode()
+    if '://' in os.fspath(path):  # an object appears whole
+        path.write_bytes(data)
+        return
     partial = path.with_name(f'.{path.name}.partial')
-    partial.write_text(json.dumps(value, indent=1) + '\n', encoding='utf-8')
-    os.replace(partial, path)
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def _write_overview(
@@ -285,23 +292,27 @@ def _write_overview(
 ) -> None:
     if jax.process_index() != 0:
         return
-    write_json(Path(workdir) / 'config.json', checkpoint.plain(config))
+    write_json(epath.Path(workdir) / 'config.json', checkpoint.plain(config))
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     frozen_size = sum(x.size for x in jax.tree.leaves(frozen))
     overview += f'\nfrozen, beside these: {frozen_size:,}\n'
-    (Path(workdir) / 'parameters.txt').write_text(overview, encoding='utf-8')
+    (epath.Path(workdir) / 'parameters.txt').write_bytes(overview.encode())
     logbook.write_texts(int(state.step), {'config': str(config), 'parameters': overview})
 
 
 class _StopSignal:
-    """Whether somebody asked this run to stop (SIGTERM), agreed between hosts."""
+    """Whether somebody asked this run to stop (SIGTERM), agreed between hosts.
+
+    With several processes the signal is jax's own from `pod.join` on: a handler here would take it
+    away, and the process that got it would keep it to itself.
+    """
 
     def __init__(self) -> None:
         self._asked = False
-        try:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        except ValueError:  # not the main thread
-            self._before = None
+        self._before = None
+        if jax.process_count() == 1:
+            with contextlib.suppress(ValueError):  # not the main thread
+                self._before = signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: Any) -> None:
         self._asked = True
@@ -349,12 +360,7 @@ class _Loop:
             num_threads=config.data.num_threads,
             buffer_size=config.data.buffer_size,
         )
-        host = f'_{jax.process_index()}' if jax.process_count() > 1 else ''
-        bad_videos = BadVideoLog(
-            Path(self.workdir) / f'bad_videos{host}.jsonl',
-            config.data.max_bad_share,
-            len(self.train_source),
-        )
+        bad_videos = open_bad_videos(self.workdir, config, len(self.train_source))
         pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]] = collections.deque()
         meter = _Meter(config.batch_size)
         result: EvalResult | None = None
@@ -363,8 +369,10 @@ class _Loop:
         try:
             with Bar('train', plan.total_steps, start) as bar:
                 for number in range(start, plan.total_steps):
+                    pod.note(doing='reading')
                     with meter.waiting():
                         batch = next(batches)
+                    pod.note(doing='computing')
                     bad_videos.add(batch)
                     device_batch = to_global({k: batch[k] for k in BATCH_KEYS}, self.mesh)
                     state, metrics = self.train_step(state, self.frozen, device_batch)
@@ -374,17 +382,21 @@ class _Loop:
                     meter.steps += 1
                     done = number + 1
                     bar.update(done)
+                    pod.note(step=done)
 
                     if done % config.log.every_steps == 0 or done == plan.total_steps:
                         # The figures of this step: the loop waits here for the device.
                         scalars = self._settle(pending, 0) | meter.read()
                         scalars['epoch'] = done / plan.steps_per_epoch
+                        pod.note(data_wait_seconds=scalars['data_wait_seconds'])
+                        share_bad_videos(bad_videos)
                         self.logbook.write_scalars(done, scalars)
                         bar.update(done, f'{scalars["clips_per_second"]:.1f} clips/s')
                         bar.line(_line(scalars, plan.total_steps - done))
                     evaluating = self.val_source is not None and plan.evaluates_after(done)
                     if evaluating:
                         self._settle(pending, 0)
+                        pod.note(doing='evaluating')
                         with meter.pause():
                             result = self._evaluate(state)
                         figures = {f'val_{k}': v for k, v in result.scalars().items()}
@@ -395,15 +407,19 @@ class _Loop:
                     if evaluating or due or stopped or done == plan.total_steps:
                         self._settle(pending, 0)  # nothing that is not a number is saved
                         top1 = result.top1 if evaluating and result else None
+                        pod.note(doing='saving')
+                        self.logbook.flush()
                         self.checkpoints.save(state, self.metadata, top1)
                     if stopped:
                         bar.line(f'SIGTERM: saved step {done}; the same command continues')
                         break
+            pod.note(doing='saving')
             self.checkpoints.wait()
         finally:
             stop.restore()
             batches.close()
             self.num_bad_videos = len(bad_videos)
+        pod.note(doing='evaluating')
         if result is None and self.val_source is not None and not stopped:
             result = self._evaluate(state)  # the run was complete already
         return state, result, stopped
@@ -486,12 +502,49 @@ class _Timer:
         setattr(self._meter, self._field, getattr(self._meter, self._field) + spent)
 
 
+def open_bad_videos(workdir: str, config: ConfigDict, total: int) -> BadVideoLog:
+    """The report of this host, which knows what every host has reported so far."""
+    own = 'bad_videos.jsonl'
+    if jax.process_count() > 1:
+        own = f'bad_videos_{jax.process_index()}.jsonl'
+    folder = epath.Path(workdir)
+    files = folder.iterdir() if folder.exists() else ()
+    others = [p for p in files if p.match('bad_videos*.jsonl') and p.name != own]
+    alone = jax.process_count() == 1
+    return BadVideoLog(folder / own, config.data.max_bad_share, total, others, alone)
+
+
+def share_bad_videos(log: BadVideoLog) -> None:
+    """Lets every host count the unreadable videos of all; every host must call it.
+
+    Raises:
+      TooManyBadVideos: on all hosts, if all together have too many.
+    """
+    if jax.process_count() == 1:
+        return
+    counts = multihost_utils.process_allgather(np.int32(len(log.found)))
+    if counts.sum() > log.num_shared:  # rare: once for a video
+        log.num_shared = int(counts.sum())
+        size = 1 << int(counts.max() - 1).bit_length()
+        own = np.full(size, -1, np.int32)
+        own[: len(log.found)] = log.found
+        log.learn(i for i in multihost_utils.process_allgather(own).ravel().tolist() if i >= 0)
+    log.check()
+
+
 def _line(scalars: dict[str, float], steps_left: int) -> str:
+    slowest = ''
+    if member := pod.current():
+        found = member.slowest('data_wait_seconds')
+        if found and found[0] > max(
+            2 * scalars['data_wait_seconds'], 0.1 * scalars['step_seconds']
+        ):
+            slowest = f'  {found[1]} waits {found[0]:.3f} s for data'
     return (
         f'epoch {scalars["epoch"]:.2f}  loss {scalars["loss"]:.4f}  '
         f'lr {scalars["learning_rate"]:.2e}  {scalars["clips_per_second"]:.1f} clips/s  '
         f'step {scalars["step_seconds"]:.3f} s (data {scalars["data_wait_seconds"]:.3f})  '
-        f'ETA {duration(scalars["step_seconds"] * steps_left)}'
+        f'ETA {duration(scalars["step_seconds"] * steps_left)}{slowest}'
     )
 
 

@@ -9,7 +9,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dist_jax import logbook, report
+from dist_jax import logbook, report, train
 from input_pipeline.bad_videos import BadVideoLog
 
 
@@ -116,7 +116,9 @@ def test_bad_videos_continue_in_the_bucket(bucket):
     assert [json.loads(line)['index'] for line in entries] == [1, 2, 4]
 
 
-def test_reports_go_to_the_bucket(bucket):
+def test_reports_and_json_go_to_the_bucket(bucket):
+    train.write_json(f'{bucket}/summary.json', {'step': 1})
     report.write_report(bucket, {'step': 1}, None, ())
+    assert json.loads((epath.Path(bucket) / 'summary.json').read_text()) == {'step': 1}
     assert '</html>' in (epath.Path(bucket) / 'report.html').read_text()
-    assert [name.rpartition('/')[2] for name in names(bucket)] == ['report.html']
+    assert [name.rpartition('/')[2] for name in names(bucket)] == ['report.html', 'summary.json']

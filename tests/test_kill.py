@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_jax import experiment
+from dist_jax import experiment, pod
 from dist_jax.logbook import read_metrics
 
 TIMEOUT_SECONDS = 240
@@ -131,7 +131,7 @@ def terminate(run):
     with ended(run.start()) as process:
         run.until(process, lambda: max(run.logged(), default=0) > before)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(TIMEOUT_SECONDS) == 0, run.output()
+        assert process.wait(TIMEOUT_SECONDS) == pod.AGAIN, run.output()
 
 
 @pytest.mark.slow

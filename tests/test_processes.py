@@ -1,0 +1,504 @@
+"""Runs of several real processes: the same result as one, and nobody waits for the dead."""
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_jax import checkpoint, experiment, pod
+from dist_jax.logbook import read_metrics
+from dist_jax.models.params import flatten
+from input_pipeline import pipeline
+from input_pipeline.sources import open_source
+
+TIMEOUT_SECONDS = 240
+LOST_SECONDS = 6  # of silence
+NUM_STEPS = 24  # of 4 clips, 18 in the list: epochs end inside a step
+
+
+# Who is lost, without processes.
+
+
+@pytest.mark.parametrize(
+    ('environment', 'on_tpu_vm', 'expected'),
+    [
+        ({}, False, None),
+        ({'TPU_WORKER_HOSTNAMES': 'localhost'}, True, None),
+        ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True, pod.Address()),
+        ({'TPU_WORKER_HOSTNAMES': 'a', 'MEGASCALE_NUM_SLICES': '2'}, True, pod.Address()),
+        ({}, True, pod.Address()),  # a TPU VM slice sets no variables
+        ({'TPU_SKIP_MDS_QUERY': '1'}, True, None),
+        ({'JAX_PLATFORMS': 'cpu'}, True, None),
+        ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, False, pod.Address('a:1')),  # Slurm knows the rest
+        (
+            {
+                'JAX_COORDINATOR_ADDRESS': 'a:1',
+                'JAX_NUM_PROCESSES': '4',
+                'JAX_PROCESS_ID': '3',
+                'TPU_WORKER_HOSTNAMES': 'a,b',
+            },
+            True,
+            pod.Address('a:1', 4, 3),
+        ),
+    ],
+)
+def test_how_a_process_finds_the_others(environment, on_tpu_vm, expected):
+    assert pod.find_address(environment, on_tpu_vm) == expected
+
+
+@pytest.mark.parametrize(
+    ('coordinator', 'count', 'own', 'message'),
+    [
+        ('', '2', '0', 'JAX_COORDINATOR_ADDRESS=HOST:PORT'),
+        ('a:1', '2', '', 'belong together'),
+        ('a', '2', '0', "'a' must be HOST:PORT"),
+        ('a:1', '2', '2', r'JAX_PROCESS_ID=2 must be in 0 to JAX_NUM_PROCESSES - 1 = 1'),
+        ('a:1', 'two', '0', 'must be whole numbers'),
+    ],
+)
+def test_variables_that_do_not_fit_are_named(coordinator, count, own, message):
+    variables = {
+        'JAX_COORDINATOR_ADDRESS': coordinator,
+        'JAX_NUM_PROCESSES': count,
+        'JAX_PROCESS_ID': own,
+    }
+    with pytest.raises(ValueError, match=message):
+        pod.find_address({k: v for k, v in variables.items() if v}, False)
+
+
+def rows(*beats, **fields):
+    return {i: {'beat': beat, 'host': f'h{i}', 'step': 5} | fields for i, beat in enumerate(beats)}
+
+
+def test_a_silent_process_is_lost_and_one_that_is_done_is_not():
+    judge = pod._Judge(3, 12.0)
+    start = judge._asked
+    assert judge.lost(rows(1, 1, 1), start) is None
+    for second in range(5, 15, 5):
+        assert judge.lost(rows(second, second, 1), start + second) is None
+    verdict = judge.lost(rows(15, 15, 1), start + 15)
+    assert (verdict['process'], verdict['host'], verdict['code']) == (2, 'h2', pod.AGAIN)
+    assert 'process 2 of 3 on h2 is lost: no sign of life for 15 s, last seen at step 5' in (
+        pod._sentence(verdict, 3)
+    )
+    judge = pod._Judge(2, 12.0)
+    for second in range(0, 60, 5):
+        assert judge.lost(rows(second, 1, done=True), judge._asked + 5) is None
+
+
+def test_a_process_that_never_speaks_is_lost():
+    judge = pod._Judge(2, 6.0)
+    start = judge._asked
+    found = [judge.lost({0: rows(1)[0]}, start + second) for second in range(0, 10, 2)]
+    assert found[2] is None and found[4]['process'] == 1
+
+
+def test_a_sleep_of_the_judge_is_not_the_silence_of_others():
+    judge = pod._Judge(2, 12.0)
+    start = judge._asked
+    judge.lost(rows(1, 1), start)
+    assert judge.lost(rows(1, 1), start + 100) is None
+    assert judge.lost(rows(1, 2), start + 105) is None
+
+
+def test_a_suspicion_shortens_the_wait():
+    judge = pod._Judge(2, 12.0)
+    start = judge._asked
+    judge.lost(rows(1, 1), start)
+    judge.suspect()
+    assert judge.lost(rows(1, 1), start + 3) is None
+    assert judge.lost(rows(1, 1), start + 5)['process'] == 1
+
+
+def test_the_process_that_keeps_the_others_waiting_is_named_at_doubling_intervals():
+    judge = pod._Judge(4, 10.0)
+
+    def at(seconds):
+        table = rows(*range(4), since=seconds, doing='computing')
+        table[2] |= {'doing': 'reading', 'step': 4}
+        return judge.stalled(table)
+
+    assert at(5) == ''
+    line = at(11)
+    assert line.startswith('no step for 11 s') and 'process 2 (h2): reading after step 4' in line
+    assert line.index('2 (h2)') < line.index('0 (h0)')
+    assert at(15) == '' and at(21) and not at(30)
+    assert at(1) == '' and at(11)  # it went on, and stalls again
+    assert judge.stalled(rows(1, 1, since=100, doing='evaluating')) == ''
+
+
+# Processes.
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
+class Group:
+    """The same command in several processes, each with a log of its own."""
+
+    def __init__(self, command, count, folder, environment, present=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f'process_{i}.log' for i in range(count)]
+        address = f'127.0.0.1:{free_port()}'
+        self.processes = []
+        for i in range(count if present is None else present):
+            variables = {
+                'JAX_COORDINATOR_ADDRESS': address,
+                'JAX_NUM_PROCESSES': str(count),
+                'JAX_PROCESS_ID': str(i),
+            }
+            with self.logs[i].open('a') as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdout=output,
+                        stderr=output,
+                        env=os.environ | environment | (variables if count > 1 else {}),
+                    )
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def until(self, moment):
+        """Waits for a moment; no process may end before."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not moment():
+            alive = all(process.poll() is None for process in self.processes)
+            assert alive and time.monotonic() < deadline, self.output()[-4000:]
+            time.sleep(0.005)
+
+    def codes(self):
+        return [process.wait(TIMEOUT_SECONDS) for process in self.processes]
+
+    def text(self, number):
+        return self.logs[number].read_text()
+
+    def output(self):
+        return '\n'.join(log.read_text() for log in self.logs if log.exists())
+
+
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+    return {
+        'PYTHONPATH': str(Path(__file__).parents[1]),
+        # Compilation is most of such a run; runs share it.
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+        'DIST_JAX_LOST_SECONDS': str(LOST_SECONDS),
+        'DIST_JAX_JOIN_SECONDS': '120',
+        'PYTHONUNBUFFERED': '1',
+    }
+
+
+MEMBER = """
+import sys, time
+import jax
+from dist_jax import pod
+pod.join()
+print('ready', flush=True)
+if sys.argv[1] == 'error' and jax.process_index() == 1:
+    pod.leave(2, ValueError('data.root: no folder /nowhere'), 'my own words')
+for step in range(int(sys.argv[2]) * 20):
+    pod.note(step=step)
+    time.sleep(0.05)
+sys.exit(pod.leave(0))
+"""
+
+
+@pytest.fixture
+def members(environment, tmp_path):
+    """Starts two processes that join, say where they are, and do nothing."""
+
+    def start(how, seconds=TIMEOUT_SECONDS, **variables):
+        present = variables.pop('present', None)
+        command = [sys.executable, '-c', MEMBER, how, str(seconds)]
+        return Group(command, 2, tmp_path, environment | variables, present)
+
+    return start
+
+
+def ready(group):
+    return lambda: all('ready' in log.read_text() for log in group.logs)
+
+
+def test_a_process_that_hangs_is_named_and_the_other_ends(members):
+    with members('hang') as group:
+        group.until(ready(group))
+        time.sleep(2 * LOST_SECONDS / 6 + 1)  # a sign of life with a step in it
+        group.processes[1].send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        assert group.processes[0].wait(TIMEOUT_SECONDS) == pod.AGAIN
+        assert LOST_SECONDS / 2 < time.monotonic() - start < LOST_SECONDS + 15
+        text = group.text(0)
+        assert 'process 1 of 2 on ' in text and 'is lost: no sign of life' in text
+        assert 'last seen at step' in text and 'Start the same command again' in text
+        assert 'without a word' not in text
+
+
+def test_an_error_on_one_host_ends_all_with_its_message_and_code(members):
+    with members('error') as group:
+        start = time.monotonic()
+        assert group.codes() == [2, 2]
+        assert time.monotonic() - start < 60
+        assert 'my own words' in group.text(1)
+        assert 'process 1 of 2 on ' in group.text(0)
+        assert 'ended with an error' in group.text(0)
+        assert 'data.root: no folder /nowhere' in group.text(0)
+
+
+def test_without_process_zero_the_others_end_and_say_so(members):
+    with members('hang') as group:
+        group.until(ready(group))
+        group.processes[0].kill()
+        start = time.monotonic()
+        assert group.processes[1].wait(TIMEOUT_SECONDS) not in (0, 2)
+        assert time.monotonic() - start < LOST_SECONDS + 15
+        for number in (0, 1):  # the shell beside each
+            deadline = time.monotonic() + 10
+            while 'without a word of its own' not in group.text(number):
+                assert time.monotonic() < deadline, group.output()
+                time.sleep(0.05)
+        assert 'process 0, at 127.0.0.1:' in group.text(1)
+
+
+def test_a_process_that_finds_nobody_gives_up(members):
+    with members('hang', present=1, DIST_JAX_JOIN_SECONDS='2') as group:
+        assert group.codes() == [pod.AGAIN]
+        assert 'process 0 has waited 2 s for the other processes' in group.text(0)
+
+
+def test_processes_that_end_together_end_quietly(members):
+    with members('end', seconds=1) as group:
+        assert group.codes() == [0, 0]
+        assert 'dist_jax:' not in group.output()
+
+
+# Training.
+
+
+class Run:
+    """A run in a workdir, started again and again, with any number of processes."""
+
+    def __init__(self, workdir, command, environment):
+        self.workdir = workdir
+        self.command = [*command, f'--workdir={workdir}']
+        self.environment = environment
+
+    def start(self, count):
+        return Group(self.command, count, self.workdir, self.environment)
+
+    def finish(self, count):
+        with self.start(count) as group:
+            assert group.codes() == [0] * count, group.output()[-4000:]
+        return json.loads((self.workdir / 'summary.json').read_text())
+
+    def losses(self):
+        path = self.workdir / 'metrics.jsonl'
+        found = read_metrics(path) if path.exists() else []
+        return {row['step']: row['loss'] for row in found if 'loss' in row}
+
+    def saved(self):
+        names = [p.name for p in (self.workdir / 'checkpoints').glob('*')]
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
+    def params(self):
+        """Trained parameters of the newest checkpoint, flat."""
+        folder = checkpoint.find_checkpoint(self.workdir)
+        tree = checkpoint.read_host_params(folder)
+        return {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
+
+
+@pytest.fixture(scope='module')
+def make_run(clips, environment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('processes')
+    backbone = str(folder / 'backbone')
+    experiment.write_random_backbone(backbone, 'tiny')
+
+    def make(name, **changes):
+        overrides = {
+            'backbone.checkpoint': backbone,
+            'data.root': clips,
+            'data.train_list': 'train.txt',
+            'data.val_list': 'val.txt',  # 10 videos, 4 a step
+            'data.label_map': 'labels.txt',
+            'data.num_frames': 2,
+            'mixing.probability': 1.0,
+            'optimizer.ema_decay': 0.5,
+            'batch_size': 4,
+            'num_steps': NUM_STEPS,
+            'eval.batch_size': 4,
+            'eval.every_epochs': 2.0,
+            'checkpoint.every_steps': 4,
+            'log.every_steps': 1,
+            'log.tensorboard': 'false',
+        } | changes
+        # Of the families, the one that compiles quickest.
+        command = [sys.executable, '-m', 'dist_jax.main', 'train']
+        command += ['--config=configs/frame_mean.py:demo']
+        command += [f'--config.{field}={value}' for field, value in overrides.items()]
+        return Run(folder / name, command, environment)
+
+    return make
+
+
+@pytest.fixture(scope='module')
+def alone(make_run):
+    """(run, summary) of one process."""
+    run = make_run('alone')
+    return run, run.finish(1)
+
+
+@pytest.fixture(scope='module')
+def pair(make_run):
+    """(run, summary) of two processes that nothing interrupted."""
+    run = make_run('pair')
+    return run, run.finish(2)
+
+
+def check_same_result(run, summary, alone):
+    expected_run, expected = alone
+    for name in ('step', 'num_bad_videos', 'val_top1', 'val_top5', 'trainable_parameters'):
+        assert summary[name] == expected[name], name
+    losses, expected_losses = run.losses(), expected_run.losses()
+    assert list(losses) == list(expected_losses) == list(range(1, NUM_STEPS + 1))
+    np.testing.assert_allclose(
+        list(losses.values()), list(expected_losses.values()), rtol=1e-4, atol=1e-4
+    )
+    params, wanted = run.params(), expected_run.params()
+    assert params.keys() == wanted.keys()
+    for name, value in wanted.items():
+        # Adam divides by the root of small second moments: rounding grows where gradients are ~0.
+        np.testing.assert_allclose(params[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(pair, alone):
+    check_same_result(*pair, alone)
+    assert pair[1]['devices'] == 2
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(make_run, alone):
+    run = make_run('four')
+    check_same_result(run, run.finish(4), alone)
+
+
+@pytest.mark.slow
+def test_a_pair_that_lost_one_ends_as_one_that_never_did(pair, make_run):
+    run = make_run('killed')
+    with run.start(2) as group:
+        group.until(lambda: len(run.losses()) >= 5 and run.saved() >= 4)
+        group.processes[1].kill()
+        start = time.monotonic()
+        assert group.processes[0].wait(TIMEOUT_SECONDS) == pod.AGAIN, group.output()
+        assert time.monotonic() - start < 60
+        text = group.text(0)
+        assert 'process 1 of 2 on ' in text and 'is lost' in text
+        assert 'Traceback' not in text
+    saved = run.saved()
+    assert not (run.workdir / 'summary.json').exists()
+
+    summary = run.finish(2)
+    assert summary['params_sha256'] == pair[1]['params_sha256']
+    assert f'continuing from step {saved}' in (run.workdir / 'process_1.log').read_text()
+    assert run.losses() == pair[0].losses()
+    assert not (run.workdir / 'checkpoints-broken').exists()
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_the_same_step_on_all(make_run):
+    run = make_run('stopped', num_steps=2000, **{'eval.every_epochs': 1000.0})
+    with run.start(2) as group:
+        group.until(lambda: len(run.losses()) >= 2)
+        group.processes[1].send_signal(signal.SIGTERM)
+        assert group.codes() == [pod.AGAIN] * 2, group.output()
+    step = run.saved()
+    assert 2 < step == max(run.losses()) < 2000
+    assert f'SIGTERM: saved step {step}' in group.text(0)
+    assert not list((run.workdir / 'checkpoints').glob('*tmp*'))
+    assert not (run.workdir / 'summary.json').exists()
+    assert run.params()  # it can be read
+
+
+@pytest.mark.slow
+def test_bad_videos_of_all_hosts_count_together(make_run, clips, tmp_path):
+    # One bad video on each host; one is allowed.
+    folder = tmp_path / 'clips'
+    subprocess.run(['cp', '-r', str(clips), str(folder)], check=True)
+    order = pipeline.epoch_order(0, 0, 18)
+    paths = [line.rsplit(maxsplit=1)[0] for line in (folder / 'train.txt').open()]
+    for position in (4, 7):  # host 0 reads 4 and 5 of the second step, host 1 reads 6 and 7
+        (folder / paths[order[position]]).write_bytes(b'no video')
+    run = make_run('bad', **{'data.root': folder, 'data.val_list': ''})
+    with run.start(2) as group:
+        assert group.codes() == [1, 1], group.output()[-4000:]
+    for number in (0, 1):
+        assert '2 of 18 videos cannot be read, 1 are allowed' in group.text(number)
+    assert [len((run.workdir / f'bad_videos_{i}.jsonl').read_text().splitlines()) for i in (0, 1)]
+    assert max(run.losses()) < NUM_STEPS
+
+
+BATCHES = """
+import hashlib, json, sys
+import jax
+from dist_jax import pod
+from dist_jax.sharding import feed, make_mesh
+from input_pipeline import pipeline
+from input_pipeline.sources import open_source
+pod.join()
+part = feed(make_mesh())
+folder, target = sys.argv[1:]
+source = open_source(f'{folder}/train.txt', root=folder)
+reader = pipeline.TrainReader(4, 48, transforms=())
+batches = pipeline.train_batches(
+    source, reader, batch_size=4, seed=3, num_steps=6, host_index=part.index, host_count=part.count
+)
+found = [
+    [hashlib.sha256(video.tobytes()).hexdigest() + f' {index}' for video, index in
+     zip(batch['video'], batch['index'])]
+    for batch in batches
+]
+json.dump(found, open(f'{target}/{part.index}.json', 'w'))
+sys.exit(pod.leave(0))
+"""
+
+
+def test_batches_of_four_processes_are_those_of_one(clips, environment, tmp_path):
+    count, expected = 4, []
+    for batch in pipeline.train_batches(
+        open_source(f'{clips}/train.txt', root=str(clips)),
+        pipeline.TrainReader(4, 48, transforms=()),
+        batch_size=4,
+        seed=3,
+        num_steps=6,
+    ):
+        expected.append(
+            [
+                f'{hashlib.sha256(video.tobytes()).hexdigest()} {index}'
+                for video, index in zip(batch['video'], batch['index'])
+            ]
+        )
+    command = [sys.executable, '-c', BATCHES, str(clips), str(tmp_path)]
+    with Group(command, count, tmp_path / 'logs', environment) as group:
+        assert group.codes() == [0] * count, group.output()[-4000:]
+    parts = [json.loads((tmp_path / f'{i}.json').read_text()) for i in range(count)]
+    assert [list(itertools.chain(*step)) for step in zip(*parts)] == expected
