@@ -112,9 +112,10 @@ weights, no data, no network. batch_size counts the clips of all chips.
 memory   of a chip, by kind, as the compiler places it. Reliable: what does not fit here does not
          fit there.
 cycles   the compiler's own estimates, bodies of loops times their turns. A kernel of one's own
-         counts by the cost it declares, a collective that the chip waits for by its bytes, as a
-         ring on all links. Copies and collectives that run beside the products count nothing.
-         Estimates: read them next to the calibration, and to compare. Nothing here was measured.
+         counts by the cost it declares, at full speed; a collective that the chip waits for by its
+         bytes, as a ring on all links. Copies and collectives that run beside the products count
+         nothing, nor does what slices send each other. Nothing here was measured: read it next to
+         the calibration, and to compare.
 MFU      model FLOPs (products of the model, each once, none recomputed) over time and peak.
 
 Compiled programs are kept in --cache. A program takes minutes on two cores.

@@ -34,7 +34,8 @@ class Chip:
 
 # Source: Cloud TPU's system architecture pages, and the table of jax's Pallas (peak, bandwidth).
 # Clock: peak_flops / (matrix units x side x side x 2): 8 of 128 (v4, v5p), 4 of 128 (v5e) and
-# what amounts to 4 of 256 (v6e).
+# what amounts to 4 of 256 (v6e). A plain 8192^3 bfloat16 product then takes 93 % of the peak on v4,
+# 88 % on v5e, 90 % on v5p and 70 % on v6e by the compiler's cycles (libtpu 0.0.51).
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (

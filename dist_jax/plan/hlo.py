@@ -247,7 +247,7 @@ class Operation:
       source: 'file.py:line' of the Python call, if known.
       count: executions in a step: the product of the turns of the loops around it.
       cycles: the compiler's estimate; 0 where it has none.
-      flops: of dots and convolutions in it.
+      flops: of dots and convolutions in it, or what a kernel declares.
       hbm_bytes: read from and written to the HBM.
       collective: kind of collective, or ''.
       payload_bytes: of the collective: what a chip puts in, or gets out where that is more.
@@ -384,6 +384,8 @@ def _operation(
         outputs = sum(a.bytes for a in arrays(instruction.shape))
         # The value of a start names its operands too.
         payload = max(inputs, outputs - inputs if opcode.endswith('-start') else outputs)
+    declared = instruction.declared_cost if opcode == 'custom-call' else None
+    flops = _flops(module, computation, instruction)
     frame = re.search(r'stack_frame_id=(\d+)', instruction.rest)
     asynchronous = opcode.endswith('-start') or opcode == 'send'
     return Operation(
@@ -393,12 +395,12 @@ def _operation(
         source=module.frames.get(int(frame[1]), '') if frame else '',
         count=count,
         cycles=0 if asynchronous else instruction.cycles or 0,
-        flops=_flops(module, computation, instruction),
+        flops=flops if declared is None else float(declared.get('flops', 0)),
         hbm_bytes=_hbm_bytes(module, computation, instruction),
         collective=collective,
         payload_bytes=payload,
         group_size=_group_size(instruction.rest) if collective else 1,
-        declared=instruction.declared_cost if opcode == 'custom-call' else None,
+        declared=declared,
         asynchronous=asynchronous,
     )
 

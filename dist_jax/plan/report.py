@@ -240,6 +240,8 @@ def _notes(plan: Plan) -> list[str]:
         'These are estimates of the compiler, not measurements: a real step waits for data, hosts '
         'and memory as well.',
     ]
+    if plan['num_slices'] > 1:
+        lines.append('What slices send each other through their hosts takes no time here.')
     if plan.get('loops_of_unknown_length'):
         loops = ', '.join(plan['loops_of_unknown_length'][:3])
         lines.append(f'loops whose length depends on data count once: {loops}')

@@ -160,6 +160,7 @@ def test_kernels_are_known_by_the_cost_they_declare():
         'bytes_accessed': 64,
         'remote_bytes_transferred': 0,
     }
+    assert kernel.flops == 300
     assert kernel.cycles == 0 and named.declared is None and named.hbm_bytes == 0
 
 
