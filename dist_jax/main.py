@@ -95,6 +95,17 @@ Needs the run and its backbone, not the training data; if the backbone has moved
 --config.backbone.checkpoint=FOLDER. Exit code 1: a video could not be read.
 """
 
+DOCTOR_HELP = """\
+examples:
+  dist_jax doctor
+  dist_jax doctor --config=configs/dist.py:b16_8+16f_k400 --workdir=gs://bucket/run --devices=16 ...
+      on every host, with the arguments of `train`
+
+Versions, devices, code and config of all hosts, a workdir that all can write to, the backbone, and
+the first and last video of the lists. Several hosts do this before they train. Exit code 1: a check
+failed.
+"""
+
 PLAN_HELP = """\
 examples:
   dist_jax plan --topology=v4:2x2x2 --config=configs/dist.py:b16_8+16f_k400 --config.batch_size=256
@@ -267,11 +278,18 @@ def _start_jax(stops_on_sigterm: bool = False) -> None:
         jax.device_count(),
         jax.devices()[0].device_kind,
     )
+    if pod.has_tpu() and jax.default_backend() == 'cpu':
+        logging.getLogger('dist_jax').warning(
+            'this machine has TPU chips that jax does not use; see `dist_jax doctor`'
+        )
 
 
 def _train(argv: Sequence[str]) -> int:
     parser = _parser('train', 'Train a model, or continue a run.', TRAIN_HELP)
     parser.add_argument('--workdir', required=True, help='folder of the run')
+    parser.add_argument(
+        '--skip_checks', action='store_true', help='on several hosts: no `doctor` before the start'
+    )
     parser.add_argument(
         '--config',
         metavar='FILE:VARIANT',
@@ -281,7 +299,10 @@ def _train(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(rest)
     config = read_config(config_arguments)
     _start_jax(stops_on_sigterm=True)
-    from dist_jax import report, train
+    from dist_jax import doctor, report, train
+
+    if pod.current() is not None and not arguments.skip_checks:
+        doctor.check_before_training(config, arguments.workdir)
 
     summary = train.train(config, arguments.workdir)
     report.print_summary(arguments.workdir, summary)
@@ -448,6 +469,29 @@ def _wanted_plans(
     return wanted
 
 
+def _doctor(argv: Sequence[str]) -> int:
+    parser = _parser('doctor', 'Check this machine, or all hosts of a pod.', DOCTOR_HELP)
+    parser.add_argument('--workdir', default='', help='folder of the run')
+    parser.add_argument('--devices', type=int, default=0, help='expected, over all hosts')
+    parser.add_argument(
+        '--config',
+        metavar='FILE:VARIANT',
+        help='the experiment; --config.FIELD=VALUE sets a field',
+    )
+    rest, config_arguments = _split(argv)
+    arguments = parser.parse_args(rest)
+    config = read_config(config_arguments) if config_arguments else None
+    _start_jax()
+    import jax
+
+    from dist_jax import doctor
+
+    checks = doctor.run(doctor.Request(config, arguments.workdir, arguments.devices))
+    if jax.process_index() == 0:
+        doctor.print_table(checks)
+    return int(any(check.state == doctor.FAILED for check in checks))
+
+
 # Command -> (function of its arguments, one line for the overview).
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     'demo': (_demo, 'make clips, train DiST and a frame-only baseline, compare'),
@@ -456,6 +500,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     'predict': (_predict, 'top-5 of single videos, with a picture of each'),
     'convert': (_convert, "turn CLIP or the authors' weights into ours, or ours into theirs"),
     'plan': (_plan, 'memory and time of a step on a TPU that is not here'),
+    'doctor': (_doctor, 'check this machine, or all hosts of a pod, before a run'),
     'check': (_check, 'read every video of a list and report what cannot be read'),
 }
 

@@ -240,7 +240,7 @@ class Member:
         self._every = min(max(lost_after / 6, POLL_SECONDS), 10.0)
         self._state: dict[str, Any] = {'doing': 'starting', 'step': -1}
         self._changed = time.monotonic()
-        self._beats = 0
+        self._beats = self._exchanges = 0
         self._ending = threading.Event()  # the main thread has an error of its own, or is done
         self._verdict: dict[str, Any] | None = None
         self._heard = threading.Event()
@@ -274,6 +274,32 @@ class Member:
         if figures.get('step', self._state['step']) != self._state['step']:
             self._changed = time.monotonic()
         self._state = self._state | figures
+
+    def exchange(self, name: str, timeout: float, text: str = '') -> list[str]:
+        """Texts of all processes, by number; every process must call it. It computes nothing.
+
+        Args:
+          name: of this exchange.
+          timeout: seconds that the slowest process may take to come here.
+          text: of this process.
+
+        Raises:
+          RuntimeError: a process did not come.
+        """
+        self._exchanges += 1
+        key = f'{KEY}/exchange/{self._exchanges}-{name}'
+        self.client.key_value_set(f'{key}/{self.process_id}', text or ' ')
+        try:
+            self.client.wait_at_barrier(key, int(timeout * 1000))
+        except Exception as error:
+            here = {int(k.rpartition('/')[2]) for k, _ in self.client.key_value_dir_get(f'{key}/')}
+            missing = sorted(set(range(self.num_processes)) - here)
+            raise RuntimeError(
+                f'processes {missing[:8]} of {self.num_processes} did not come to {name!r} within '
+                f'{timeout:.0f} s; look at their logs'
+            ) from error
+        found = {int(k.rpartition('/')[2]): v for k, v in self.client.key_value_dir_get(f'{key}/')}
+        return [found[i].strip() for i in range(self.num_processes)]
 
     def slowest(self, figure: str) -> tuple[float, str] | None:
         """The largest value of a figure of `note`, and whose it is; on process 0."""

@@ -84,7 +84,8 @@ def write_report(
     overview = _read(folder / 'parameters.txt')
     if overview:
         sections.append(_details('Parameters', f'<pre>{html.escape(overview)}</pre>'))
-    reports = sorted(p for p in folder.iterdir() if p.match('bad_videos*.jsonl'))
+    files = folder.iterdir() if folder.exists() else ()
+    reports = sorted(p for p in files if p.match('bad_videos*.jsonl'))
     bad = ''.join(map(_read, reports))
     if bad:
         sections.append(_details('Unreadable videos', f'<pre>{html.escape(bad)}</pre>'))

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -148,7 +149,7 @@ def free_port():
 class Group:
     """The same command in several processes, each with a log of its own."""
 
-    def __init__(self, command, count, folder, environment, present=None):
+    def __init__(self, command, count, folder, environment, present=None, extra=()):
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f'process_{i}.log' for i in range(count)]
         address = f'127.0.0.1:{free_port()}'
@@ -162,7 +163,7 @@ class Group:
             with self.logs[i].open('a') as output:
                 self.processes.append(
                     subprocess.Popen(
-                        command,
+                        [*command, *(extra[i] if extra else ())],
                         stdout=output,
                         stderr=output,
                         env=os.environ | environment | (variables if count > 1 else {}),
@@ -234,6 +235,24 @@ def members(environment, tmp_path):
         return Group(command, 2, tmp_path, environment | variables, present)
 
     return start
+
+
+def test_hosts_that_do_not_agree_are_told_before_anything_is_compiled(environment, clips, tmp_path):
+    backbone = str(tmp_path / 'backbone')
+    experiment.write_random_backbone(backbone, 'tiny')
+    command = [sys.executable, '-m', 'dist_jax.main', 'train', '--config=configs/dist.py:demo']
+    command += [f'--config.backbone.checkpoint={backbone}', f'--config.data.root={clips}']
+    command += ['--config.data.train_list=train.txt', '--config.data.label_map=labels.txt']
+    extra = [(f'--workdir={tmp_path}/one',), (f'--workdir={tmp_path}/two', '--config.seed=7')]
+    with Group(command, 2, tmp_path / 'logs', environment, extra=extra) as group:
+        assert group.codes() == [1, 1], group.output()
+    for number in (0, 1):
+        text = group.text(number)
+        assert 'the environment is not ready' in text and '--skip_checks' in text
+        assert re.search(r'config: another on \d', text)
+        assert 'is not one folder: 0 does not see [1]; 1 does not see [0]' in text
+        assert 'backbone:' not in text and 'training list:' not in text
+    assert not list((tmp_path / 'one').iterdir())
 
 
 def ready(group):

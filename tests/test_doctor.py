@@ -1,0 +1,167 @@
+"""The doctor: every check that fails says on which host, and the way out."""
+
+import json
+
+import jax
+import pytest
+
+from configs import dist
+from dist_jax import doctor, experiment, main
+
+
+@pytest.fixture
+def config(clips, tmp_path):
+    config = dist.get_config('demo')
+    config.backbone.checkpoint = str(tmp_path / 'backbone')
+    experiment.write_random_backbone(config.backbone.checkpoint, 'tiny')
+    config.data.update(
+        root=str(clips), train_list='train.txt', val_list='val.txt', label_map='labels.txt'
+    )
+    return config
+
+
+def states(checks):
+    return {check.name: check.state for check in checks}
+
+
+def by_name(checks, name):
+    (found,) = [check for check in checks if check.name == name]
+    return found
+
+
+def test_a_good_environment_is_all_ok_and_leaves_nothing(config, tmp_path):
+    checks = doctor.run(doctor.Request(config, str(tmp_path / 'run'), jax.device_count()))
+    assert set(states(checks).values()) <= {doctor.OK, doctor.WARNING}
+    assert by_name(checks, 'training list').found.startswith('18 videos')
+    assert by_name(checks, 'backbone').found.startswith('tiny-random')
+    assert by_name(checks, 'validation list').found.startswith('10 videos')
+    assert not list((tmp_path / 'run').iterdir())
+
+
+def test_what_is_wrong_on_one_host_is_found(config, clips, tmp_path):
+    (tmp_path / 'file').write_text('')
+    config.data.train_list = 'missing.txt'
+    config.data.val_list = str(tmp_path / 'val.txt')
+    bad = tmp_path / 'bad.mp4'
+    bad.write_bytes(b'no video')
+    (tmp_path / 'val.txt').write_text(f'{(clips / "val.txt").read_text()}{bad} 0\n')
+    config.backbone.checkpoint = str(clips)
+    config.batch_size = 0
+    request = doctor.Request(config, str(tmp_path / 'file' / 'run'), jax.device_count() + 1)
+    checks = doctor.run(request)
+    failed = {name for name, state in states(checks).items() if state == doctor.FAILED}
+    assert failed == {
+        'devices',
+        'workdir',
+        'batch',
+        'backbone',
+        'training list',
+        'validation list',
+    }
+    assert f'expected {jax.device_count() + 1}' in by_name(checks, 'devices').found
+    assert 'missing.txt' in by_name(checks, 'training list').found
+    assert 'bad.mp4' in by_name(checks, 'validation list').found
+    assert 'not a converted checkpoint' in by_name(checks, 'backbone').found
+    assert 'batch_size=0' in by_name(checks, 'batch').found
+    assert all(check.help for check in checks if check.state == doctor.FAILED)
+
+
+def test_the_command_prints_a_table_and_the_ways_out(capsys, tmp_path):
+    assert main.main(['doctor', f'--workdir={tmp_path}']) == 0
+    assert 'versions' in capsys.readouterr().out
+    assert main.main(['doctor', '--devices=4096']) == 1
+    output = capsys.readouterr().out
+    assert 'failed' in output and 'devices: Start the command on all hosts' in output
+
+
+def test_training_is_stopped_by_what_failed(config, tmp_path, caplog):
+    with caplog.at_level('INFO', 'dist_jax'):
+        doctor.check_before_training(config, str(tmp_path))
+    assert 'checked' in caplog.text
+    config.data.train_list = 'missing.txt'
+    with pytest.raises(doctor.NotReadyError, match=r'training list: .*missing') as error:
+        doctor.check_before_training(config, str(tmp_path))
+    assert '--skip_checks' in str(error.value)
+
+
+@pytest.fixture
+def hosts(config, tmp_path):
+    """What four hosts that agree would say."""
+    row = doctor._look(doctor.Request(config, str(tmp_path / 'run')), 'token')
+    return [json.loads(json.dumps(row | {'host': f'h{i}', 'time': 1000.0})) for i in range(4)]
+
+
+def test_hosts_that_agree_are_ok(hosts):
+    lines = ('_versions', '_code', '_processes', '_clock', '_config')
+    for line in lines:
+        assert getattr(doctor, line)(hosts).state == doctor.OK, line
+    assert doctor._workdir(hosts, [[], [], [], []], 'w').found == 'w written and read by all 4'
+
+
+def test_the_host_that_is_unlike_the_others_is_named(hosts):
+    hosts[2]['versions'] = {'jax': '0.1'}
+    hosts[2]['code'] = 'other'
+    hosts[2]['config'] = 'other'
+    hosts[2]['training list'] = {'found': '17 videos'}
+    hosts[2]['time'] += 60
+    for check in (
+        doctor._versions(hosts),
+        doctor._code(hosts),
+        doctor._config(hosts),
+        doctor._merge(hosts, 'training list'),
+    ):
+        assert check.state == doctor.FAILED
+        assert check.found.endswith(('another on 2 (h2)', 'others on 2 (h2)'))
+        assert check.help
+    clock = doctor._clock(hosts)
+    assert clock.state == doctor.WARNING and '60.00 s apart: 2 (h2)' in clock.found
+
+
+def test_a_workdir_that_not_all_can_use_is_told_from_one_that_is_not_shared(hosts):
+    shared = [[1], [0], [], []]
+    check = doctor._workdir(hosts, shared, '/w')
+    assert '/w is not one folder: 0 does not see [1]; 1 does not see [0]' in check.found
+    hosts[3]['workdir'] = 'Permission denied'
+    check = doctor._workdir(hosts, shared, 'gs://b/w')
+    assert check.found == 'cannot be used on 3 (h3): Permission denied'
+    assert 'objectAdmin' in check.help
+    assert 'every host can write' in doctor._workdir(hosts, shared, '/w').help
+
+
+def test_files_that_one_host_lacks_are_told_from_a_wrong_field(hosts):
+    hosts[1]['backbone'] = {'problem': 'no such directory'}
+    check = doctor._merge(hosts, 'backbone')
+    assert check.found == 'no such directory (on 1 (h1))' and 'every host' in check.help
+    for row in hosts:
+        row['backbone'] = {'problem': 'no such directory'}
+    assert 'Correct backbone.checkpoint' in doctor._merge(hosts, 'backbone').help
+
+
+def test_workers_that_did_not_start_and_chips_that_nobody_uses(hosts, monkeypatch):
+    monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'a,b')
+    monkeypatch.setenv('MEGASCALE_NUM_SLICES', '4')
+    check = doctor._processes(hosts)
+    assert check.state == doctor.FAILED and 'names 8 workers' in check.found
+    hosts[0]['tpu_chips'] = True
+    check = doctor._devices(hosts, 0)
+    assert 'TPU chips that jax does not use on 0 (h0)' in check.found and '[tpu]' in check.help
+    hosts[0]['tpu_chips'] = False
+    hosts[3]['local_devices'] = 3
+    assert 'other numbers on 3 (h3)' in doctor._devices(hosts, 0).found
+
+
+def test_little_disk_is_a_warning(hosts):
+    hosts[1]['disk'] = 0.5
+    check = doctor._disk(hosts)
+    assert check.state == doctor.WARNING and '0.5 GiB' in check.found and '1 (h1)' in check.found
+
+
+def test_the_code_digest_follows_the_files(monkeypatch, tmp_path):
+    (tmp_path / 'configs').mkdir()
+    monkeypatch.setattr(doctor, '__file__', str(tmp_path / 'dist_jax' / 'doctor.py'))
+    file = tmp_path / 'configs' / 'a.py'
+    file.write_text('a = 1\n')
+    before = doctor.code_sha256()
+    assert doctor.code_sha256() == before
+    file.write_text('a = 2\n')
+    assert doctor.code_sha256() != before
