@@ -197,6 +197,8 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         target = self._broken() / str(step)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if '://' in os.fspath(target):  # there, a folder is only what holds something
+            (target.parent / 'README').write_bytes(b'Checkpoints that could not be read.\n')
         if target.exists():
             target.rmtree()
         (self._folder / str(step)).rename(target)

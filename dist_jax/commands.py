@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint, experiment, report, step
@@ -125,7 +125,7 @@ def run_evaluation(
         )
     figures = evaluation_figures(result, trained, config)
     if jax.process_index() == 0:
-        folder = Path(output or workdir or '.')
+        folder = epath.Path(output or workdir or '.')
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / 'evaluation.json', figures)
         report.write_evaluation(folder, figures, result, trained.class_names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from configs import dist, frame_mean
@@ -40,5 +39,5 @@ def run_demo(workdir: str, num_steps: int = 0) -> dict[str, Any]:
     summary = train(config, workdir, figures)
     if not summary['interrupted']:
         summary['seconds'] = round(time.monotonic() - started, 2)
-        write_json(Path(workdir) / 'summary.json', summary)
+        write_json(os.path.join(workdir, 'summary.json'), summary)
     return summary

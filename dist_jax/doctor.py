@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -249,6 +250,11 @@ def _probe(workdir: str, token: str, number: int) -> epath.Path:
 def _own_workdir(workdir: str, token: str) -> str:
     """'' if this host can write and read there, or why not."""
     path = _probe(workdir, token, jax.process_index())
+    if workdir.startswith('gs://'):
+        # The second deletes old checkpoints, at the first save that makes one superfluous.
+        for name in ('gcsfs', 'google.cloud.storage'):
+            if not _importable(name):
+                return f'{name} is not installed'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(token.encode())
@@ -257,6 +263,13 @@ def _own_workdir(workdir: str, token: str) -> str:
     except Exception as error:  # buckets raise what their library raises
         return _reason(error)
     return ''
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:  # of what it lies in
+        return False
 
 
 def _shared_workdir(workdir: str, token: str, count: int) -> list[int]:
@@ -439,8 +452,8 @@ def _workdir(rows: list[dict[str, Any]], shared: list[list[int]], workdir: str) 
     if bad:
         reason = next(row['workdir'] for row in rows if row['workdir'])
         rights = (
-            "Give the hosts' service account roles/storage.objectAdmin on the bucket, and install "
-            "gcsfs ('.[tpu]')."
+            "Install '.[tpu]' (gcsfs, google-cloud-storage), and give the service account of the "
+            'hosts roles/storage.objectAdmin on the bucket.'
             if '://' in workdir
             else 'Choose a --workdir that every host can write to.'
         )

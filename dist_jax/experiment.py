@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -82,6 +81,11 @@ def prepare_builtin_data(config: ConfigDict, workdir: str) -> None:
     if info.generate is None or config.data.train_list or config.data.val_list:
         return
     root = config.data.root or os.path.join(workdir, 'data')
+    if '://' in root:
+        raise ValueError(
+            f'data.root: the built-in clips are video files and cannot lie in {root}; pass '
+            '--config.data.root=FOLDER, a folder that all hosts see'
+        )
     # The folder appears whole or not at all, so a list in it means that all of it is there.
     if jax.process_index() == 0 and not os.path.exists(os.path.join(root, 'train.txt')):
         log.info('making the built-in data set %s in %s', config.data.name, root)
@@ -208,7 +212,7 @@ def find_backbone(config: ConfigDict, workdir: str) -> Backbone:
         )
     if path == RANDOM:
         path = os.path.join(workdir, 'backbone')
-        if not Path(path).exists() and jax.process_index() == 0:
+        if not converted.absolute_path(path).exists() and jax.process_index() == 0:
             write_random_backbone(path, name)
         if jax.process_count() > 1:
             jax.experimental.multihost_utils.sync_global_devices('random backbone')

@@ -175,7 +175,8 @@ def run(
     class_names = (read_label_map(labels).names,) if labels else None
     trained = commands.load_trained(config, workdir, step_number, class_names)
     predictions = predict_videos(trained, config, paths, attention=attention)
-    folder = Path(output or os.path.join(workdir, 'predictions'))
+    # Pictures are written locally, also those of a run in a bucket.
+    folder = Path(output or os.path.join('' if '://' in workdir else workdir, 'predictions'))
     folder.mkdir(parents=True, exist_ok=True)
     endings = PICTURES | (ATTENTION_PICTURES if attention else {})
     stems = picture_stems(paths, tuple(endings.values()))

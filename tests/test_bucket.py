@@ -1,15 +1,24 @@
 """A workdir in a bucket: objects are whole, are never appended to, and continue all the same."""
 
+import http.server
 import json
+import re
+import threading
 import typing
+import urllib.parse
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from orbax.checkpoint._src.path import gcs_utils
 
-from dist_jax import logbook, report, train
+from configs import frame_mean
+from dist_jax import checkpoint, commands, experiment, logbook, report, train
+from dist_jax.step import TrainState
 from input_pipeline.bad_videos import BadVideoLog
 
 
@@ -122,3 +131,178 @@ def test_reports_and_json_go_to_the_bucket(bucket):
     assert json.loads((epath.Path(bucket) / 'summary.json').read_text()) == {'step': 1}
     assert '</html>' in (epath.Path(bucket) / 'report.html').read_text()
     assert [name.rpartition('/')[2] for name in names(bucket)] == ['report.html', 'summary.json']
+
+
+# Checkpoints.
+
+
+class Requests(http.server.BaseHTTPRequestHandler):
+    """The bucket as Google's JSON API, for tensorstore, which goes around fsspec."""
+
+    protocol_version = 'HTTP/1.1'
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, code, body=b'', headers=()):
+        self.send_response(code)
+        for name, value in (*headers, ('Content-Length', str(len(body)))):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def target(self):
+        """('/bucket/name' or '/bucket', parameters)."""
+        path, _, query = self.path.partition('?')
+        match = re.fullmatch(r'(?:/upload)?/storage/v1/b/([^/]+)/o(?:/(.*))?', path)
+        name = urllib.parse.unquote(match[2] or '')
+        parameters = dict(urllib.parse.parse_qsl(query))
+        return f'/{match[1]}/{name or parameters.get("name", "")}', parameters
+
+    def do_GET(self):
+        path, parameters = self.target()
+        if path.endswith('/'):  # a listing
+            found = [name.removeprefix(path) for name in sorted(Objects.store)]
+            items = [{'name': n} for n in found if n.startswith(parameters.get('prefix', ''))]
+            self.answer(200, json.dumps({'items': items}).encode())
+        elif path not in Objects.store:
+            self.answer(404)
+        else:
+            data = Objects.store[path].getvalue()
+            headers = [('x-goog-generation', '1')]
+            code, wanted = 200, re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
+            if wanted:
+                code, size = 206, len(data)
+                first, last = int(wanted[1]), int(wanted[2] or size - 1)
+                data = data[first : last + 1]
+                headers.append(('Content-Range', f'bytes {first}-{first + len(data) - 1}/{size}'))
+            self.answer(code, data, headers)
+
+    def do_POST(self):
+        path, _ = self.target()
+        data = self.rfile.read(int(self.headers['Content-Length']))
+        Objects().pipe_file(path, data)
+        bucket_name, _, name = path[1:].partition('/')
+        self.answer(
+            200,
+            json.dumps(
+                {
+                    'name': name,
+                    'bucket': bucket_name,
+                    'generation': '1',
+                    'metageneration': '1',
+                    'size': str(len(data)),
+                    'md5Hash': '',
+                    'etag': '',
+                    'timeCreated': '2026-01-01T00:00:00Z',
+                    'updated': '2026-01-01T00:00:00Z',
+                    'timeStorageClassUpdated': '2026-01-01T00:00:00Z',
+                    'storageClass': 'STANDARD',
+                }
+            ).encode(),
+        )
+
+    def do_DELETE(self):
+        path, _ = self.target()
+        self.answer(204 if Objects.store.pop(path, None) is not None else 404)
+
+
+@pytest.fixture
+def gcs(bucket, monkeypatch):
+    """The bucket, also where tensorstore and orbax look for it."""
+    # Needs google-cloud-storage, which comes with gcsfs.
+    monkeypatch.setattr(gcs_utils, 'get_bucket', lambda name: None)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Requests)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', f'http://127.0.0.1:{server.server_port}')
+    monkeypatch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'none')
+    yield bucket
+    server.shutdown()
+
+
+def state(step):
+    params = {'a': jnp.arange(6.0) + step}
+    return TrainState(step=jnp.int32(step), params=params, extra={}, opt_state=(), ema=None)
+
+
+def abstract_state():
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state(0)
+    )
+
+
+def test_checkpoints_lie_in_the_bucket(gcs):
+    checkpoints = checkpoint.Checkpoints(gcs, keep=1)
+    for step, top1 in ((1, 0.5), (2, None), (3, None)):
+        checkpoints.save(state(step), {'format_version': 1, 'step': step}, top1)
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(gcs, keep=1)
+    restored, metadata = checkpoints.restore_latest(abstract_state())
+    assert int(restored.step) == metadata['step'] == 3
+    np.testing.assert_array_equal(restored.params['a'], np.arange(6.0) + 3)
+    assert checkpoints.best_step() == 1
+    checkpoints.close()
+    assert checkpoint.find_checkpoint(gcs).name == '3'
+    assert {name.split('/')[4] for name in names(gcs)} == {'1', '3'}
+
+
+def test_a_damaged_checkpoint_in_the_bucket_is_set_aside(gcs, caplog):
+    checkpoints = checkpoint.Checkpoints(gcs, keep=2)
+    for step in (1, 2):
+        checkpoints.save(state(step), {'format_version': 1, 'step': step}, None)
+    checkpoints.close()
+    for path in list(Objects.store):
+        if 'checkpoints/2/state' in path:
+            Objects().pipe_file(path, b'noise')
+    checkpoints = checkpoint.Checkpoints(gcs, keep=2)
+    restored, _ = checkpoints.restore_latest(abstract_state())
+    checkpoints.close()
+    assert int(restored.step) == 1
+    assert 'checkpoints/2 cannot be read' in caplog.text
+    folders = {'/'.join(name.split('/')[3:5]) for name in names(gcs)}
+    assert folders == {'checkpoints/1', 'checkpoints-broken/2', 'checkpoints-broken/README'}
+
+
+@pytest.mark.slow
+def test_a_run_lies_in_the_bucket_and_continues_there(gcs, clips, tmp_path):
+    config = frame_mean.get_config('demo')
+    config.backbone.checkpoint = str(tmp_path / 'backbone')
+    experiment.write_random_backbone(config.backbone.checkpoint, 'tiny')
+    config.data.update(
+        root=str(clips),
+        train_list='train.txt',
+        val_list='val.txt',
+        label_map='labels.txt',
+        num_frames=2,
+    )
+    config.update(batch_size=8, num_steps=4)
+    config.eval.batch_size = 8
+    config.checkpoint.every_steps = 2
+    config.log.every_steps = 1
+
+    def stop(*_):
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Loop, '_evaluate', stop)
+        with pytest.raises(InterruptedError):
+            train.train(config, gcs)
+    assert [row['step'] for row in rows(gcs)] == [1, 2, 3, 4]
+    summary = train.train(config, gcs)
+    steps = [row['step'] for row in rows(gcs) if 'loss' in row]
+    assert summary['step'] == 4 and steps == [1, 2, 3, 4]
+    written = {name.split('/')[3] for name in names(gcs)}
+    assert written == {
+        'checkpoints',
+        'config.json',
+        'curves.png',
+        'metrics.jsonl',
+        'parameters.txt',
+        'report.html',
+        'summary.json',
+        'tensorboard',
+    }
+    figures = commands.run_evaluation(commands.saved_config(gcs), gcs, None, '')
+    assert figures['top1'] == summary['val_top1']
+    assert any(name.endswith('evaluation.html') for name in names(gcs))
