@@ -1,7 +1,7 @@
 """Training: the list of set-up calls, then the loop.
 
 A run is a pure function of its config, data and backbone: started again in its workdir after any
-interruption, it ends with the same parameters, bit for bit, on the same devices.
+interruption, it ends with the same parameters, bit for bit, on the same mesh.
 """
 
 from __future__ import annotations
