@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models import layers
+from dist_jax.models import kernels, layers
 from dist_jax.models.stack import scan_frozen
 from dist_jax.sharding import ShardingRule, gather_params
 
@@ -135,7 +135,7 @@ class Taps:
 
 @jax.named_scope('normalize')
 def normalize(video: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """uint8 RGB (..., H, W, 3), 0 to 255 -> CLIP's standardised pixels in `dtype`."""
+    """RGB (..., H, W, 3), 0 to 255, uint8 or float -> CLIP's standardised pixels in `dtype`."""
     scale = 1.0 / (255.0 * np.asarray(PIXEL_STD, np.float32))
     shift = np.asarray(PIXEL_MEAN, np.float32) / np.asarray(PIXEL_STD, np.float32)
     return (video.astype(jnp.float32) * scale - shift).astype(dtype)
@@ -159,10 +159,9 @@ def _block(
     qkv, out = params['attn']['qkv'], params['attn']['out']
     with jax.named_scope('attention'):
         z = layers.layer_norm(x, **params['ln_1'])
-        q, k, v = jnp.einsum('nlw,wchd->cnlhd', z, qkv['kernel'].astype(dtype)) + qkv[
-            'bias'
-        ].astype(dtype).reshape(3, 1, 1, *qkv['bias'].shape[-2:])
-        heads = layers.attend(q, k, v, mask)
+        heads, q, k = kernels.self_attention(
+            z, qkv['kernel'].astype(dtype), qkv['bias'].astype(dtype), mask
+        )
         x = (
             x
             + jnp.einsum('nlhd,hdw->nlw', heads, out['kernel'].astype(dtype))
@@ -181,15 +180,24 @@ def _linear(x: jax.Array, params: Tree) -> jax.Array:
 
 
 @jax.named_scope('patch_embedding')
-def _embed_patches(params: Tree, pixels: jax.Array, spec: ClipSpec) -> jax.Array:
-    """Normalised pixels (N, H, W, 3) -> the stream (N, L, W) after `ln_pre`."""
-    dtype = pixels.dtype
-    p, g = spec.patch_size, spec.grid
-    # A stride-p convolution is a matrix product over p x p x 3 patches.
-    patches = (
-        pixels.reshape(-1, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, g * g, p * p * 3)
-    )
-    x = patches @ params['conv1']['kernel'].reshape(p * p * 3, spec.width).astype(dtype)
+def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
+    """(..., H, W, 3) -> (..., H/p * W/p, p * p * 3): patches row-major, their pixels too.
+
+    A stride-p convolution is a matrix product over these.
+    """
+    *lead, height, width, channels = pixels.shape
+    p = patch_size
+    # A row of a patch is one axis: three channels apart would fill a register each on TPU.
+    rows = pixels.reshape(-1, height // p, p, width // p, p * channels)
+    patches = rows.transpose(0, 1, 3, 2, 4)
+    return patches.reshape(*lead, (height // p) * (width // p), p * p * channels)
+
+
+@jax.named_scope('patch_embedding')
+def _embed_patches(params: Tree, patches: jax.Array, spec: ClipSpec) -> jax.Array:
+    """Patches (N, g*g, p*p*3) -> the stream (N, L, W) after `ln_pre`."""
+    dtype = patches.dtype
+    x = patches @ params['conv1']['kernel'].reshape(-1, spec.width).astype(dtype)
     cls = jnp.broadcast_to(params['class_embedding'].astype(dtype), (x.shape[0], 1, spec.width))
     x = jnp.concatenate([cls, x], axis=1) + params['positional_embedding'].astype(dtype)
     return layers.layer_norm(x, **params['ln_pre'])
@@ -208,7 +216,8 @@ def encode_image(
 
     Args:
       params: the `visual` subtree.
-      pixels: (N, H, W, 3), normalised (see `normalize`); their dtype is the compute dtype.
+      pixels: (N, H, W, 3), normalised (see `normalize`), or (N, g*g, p*p*3), `patchify` of them;
+        their dtype is the compute dtype.
       spec: geometry; H = W = spec.image_size.
       taps: what to return.
       unroll: see `stack`.
@@ -221,13 +230,16 @@ def encode_image(
     Raises:
       ValueError: the image size is not the spec's, or a tap names a block that is not there.
     """
-    if pixels.shape[1:3] != (spec.image_size, spec.image_size):
-        raise ValueError(
-            f'frames of {pixels.shape[1]}x{pixels.shape[2]} pixels for a backbone of image_size='
-            f'{spec.image_size}; set data.image_size or resize the position table'
-        )
+    patches = pixels
+    if pixels.ndim == 4:
+        if pixels.shape[1:3] != (spec.image_size, spec.image_size):
+            raise ValueError(
+                f'frames of {pixels.shape[1]}x{pixels.shape[2]} pixels for a backbone of '
+                f'image_size={spec.image_size}; set data.image_size or resize the position table'
+            )
+        patches = patchify(pixels, spec.patch_size)
     params = _gather_unstacked(params)
-    x = _embed_patches(params, pixels, spec)
+    x = _embed_patches(params, patches, spec)
     found: dict[str, list[jax.Array]] = {}
     result = {'stem': x} if taps.stem else {}
     wanted = [
