@@ -44,13 +44,14 @@ def mix(
 
     Args:
       key: random key of this step.
-      video: (B, T, H, W, 3) float.
+      video: (B, T, H, W, 3), uint8 or float. Mixing commutes with normalisation, and partners that
+        are exchanged between devices are a quarter the size as uint8.
       targets: distributions (B, num_classes), one entry a label column.
       mask: (B,) 1.0 where the clip is real. A clip whose partner is not real stays as it is.
       mixing: settings.
 
     Returns:
-      Mixed video and targets.
+      Mixed video, float32 unless mixing is off, and targets.
     """
     if not mixing.enabled:
         return video, targets
@@ -69,9 +70,10 @@ def mix(
     # Share of the partner, for each pixel of each clip.
     pixel_share = jnp.where(use_cutmix, box, 1.0 - blend_share)  # (H, W)
     pixel_share = pixel_share * active[:, None, None]
-    pixel_share = pixel_share[:, None, :, :, None].astype(video.dtype)
+    pixel_share = pixel_share[:, None, :, :, None]
     label_share = jnp.where(use_cutmix, 1.0 - kept_area, 1.0 - blend_share) * active
-    video = video * (1 - pixel_share) + video[::-1] * pixel_share
+    own, partner = (x.astype(jnp.float32) for x in (video, video[::-1]))
+    video = own * (1 - pixel_share) + partner * pixel_share
     share = label_share[:, None]
     return video, tuple(t * (1 - share) + t[::-1] * share for t in targets)
 

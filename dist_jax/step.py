@@ -192,9 +192,8 @@ def make_train_step(
             losses.smooth_one_hot(labels[:, column], classes, settings.label_smoothing)
             for column, classes in enumerate(settings.num_classes)
         )
-        video, targets = split_batch(
-            mix(mix_key, model.normalize(batch['video']), targets, mask, settings.mixing)
-        )
+        mixed, targets = mix(mix_key, batch['video'], targets, mask, settings.mixing)
+        video, targets = split_batch((model.normalize(mixed), targets))
 
         def part_gradients(extra: Tree, part: Tree, index: jax.Array) -> tuple[Any, Tree]:
             features = model.features(frozen, part['video'])

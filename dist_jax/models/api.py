@@ -46,7 +46,7 @@ class VideoModel:
         (num_classes, S) int32, one entry a head.
       features: (frozen tree, video (B, T, H, W, 3) normalised) -> inputs of `net`, cut from the
         gradient.
-      normalize: uint8 pixels -> float pixels of the backbone.
+      normalize: pixels 0 to 255, uint8 or float -> pixels of the backbone in the compute dtype.
       reads: top-level subtrees of the converted backbone that `prepare` reads.
       param_groups: must cover every trainable parameter.
       sharding_rules: likewise; where they lie on a mesh.
