@@ -19,6 +19,7 @@ the last one apart, because its integration-to-temporal map feeds nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -33,7 +34,7 @@ from dist_jax.models.layers import (
     LayerNorm,
     Linear,
     Mlp,
-    MultiHeadAttention,
+    QueryAttention,
     quick_gelu,
     trunc_normal,
 )
@@ -131,18 +132,17 @@ def build(
             frozen['logit_scale'] = params['logit_scale']
         return frozen
 
-    def sparse_frames(video: jax.Array) -> jax.Array:
-        return video[:, ::alpha].reshape(-1, *video.shape[2:]).astype(dtype)
+    def frozen_view(patches: jax.Array) -> jax.Array:
+        """What the backbone sees of (B, T, g*g, p*p*3): every alpha-th frame, (B*t, ...)."""
+        return patches[:, ::alpha].reshape(-1, *patches.shape[2:])
 
     def features(frozen: Tree, video: jax.Array) -> Tree:
+        # Both networks begin with the same patches.
+        patches = clip.patchify(video.astype(dtype), backbone.patch_size)
         found = clip.encode_image(
-            frozen['visual'], sparse_frames(video), backbone, taps, unroll=unroll
+            frozen['visual'], frozen_view(patches), backbone, taps, unroll=unroll
         )
-        stream = found['outputs']
-        inputs = {
-            'taps': stream.reshape(len(selected), video.shape[0], -1, *stream.shape[2:]),
-            'video': video.astype(dtype),
-        }
+        inputs = {'taps': found['outputs'], 'patches': patches}
         if head == 'text':
             inputs |= {'text': frozen['text'], 'logit_scale': frozen['logit_scale']}
         return jax.lax.stop_gradient(inputs)
@@ -150,7 +150,7 @@ def build(
     def frozen_logits(frozen: Tree, video: jax.Array) -> tuple[jax.Array, ...]:
         found = clip.encode_image(
             frozen['visual'],
-            sparse_frames(video),
+            frozen_view(clip.patchify(video.astype(dtype), backbone.patch_size)),
             backbone,
             clip.Taps(embedding=True),
             unroll=unroll,
@@ -168,7 +168,7 @@ def build(
         net=net,
         prepare=prepare,
         features=features,
-        normalize=clip.normalize,
+        normalize=functools.partial(clip.normalize, dtype=dtype),
         reads=('visual', 'text', 'logit_scale') if head == 'text' else ('visual',),
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,
@@ -303,7 +303,8 @@ def _space_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
 class Stem(nn.Module):
     """Patch embedding over several frames: kernel (k, p, p), stride (1, p, p), time padding k // 2.
 
-    (B, T, H, W, 3) -> (B, T, g, g, S). Parameters `kernel` (k, p, p, 3, S) and `bias`.
+    Patches (B, T, g*g, p*p*3), see `clip.patchify`, -> (B, T, g, g, S). Parameters `kernel`
+    (k, p, p, 3, S) and `bias`.
     """
 
     features: int
@@ -312,17 +313,14 @@ class Stem(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, video: jax.Array) -> jax.Array:
-        p = self.patch_size
-        shape = (self.kernel_size, p, p, 3, self.features)
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, self.patch_size, self.patch_size, 3, self.features)
         kernel = self.param('kernel', trunc_normal, shape).astype(self.dtype)
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        b, frames, height, width, _ = video.shape
-        patches = video.astype(self.dtype).reshape(b, frames, height // p, p, width // p, p, 3)
-        patches = patches.transpose(0, 1, 2, 4, 3, 5, 6).reshape(
-            b, frames, height // p, width // p, p * p * 3
-        )
-        return _conv_time(patches, kernel.reshape(self.kernel_size, -1, self.features)) + bias
+        kernel = kernel.reshape(self.kernel_size, -1, self.features)
+        x = _conv_time(patches.astype(self.dtype), kernel) + bias
+        side = math.isqrt(patches.shape[2])
+        return x.reshape(*x.shape[:2], side, side, self.features)
 
 
 class TemporalNet(nn.Module):
@@ -360,6 +358,44 @@ class Temporal2Integration(nn.Module):
         return jnp.concatenate([cls, patches], axis=2)
 
 
+class Integration2Temporal(nn.Module):
+    """(B, t, N, C) -> (B, alpha t, N, S): a linear map, each frame alpha times.
+
+    Parameters `kernel` (C, S) and `bias` (S,).
+    """
+
+    features: int
+    alpha: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, m: jax.Array) -> jax.Array:
+        kernel = self.param('kernel', trunc_normal, (m.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        y = jax.lax.platform_dependent(
+            m.astype(self.dtype),
+            kernel.astype(self.dtype),
+            cpu=self._repeated,
+            default=self._transposed,
+        )
+        return y + bias
+
+    def _repeated(self, m: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.repeat(jnp.einsum('btni,io->btno', m, kernel), self.alpha, axis=1)
+
+    def _transposed(self, m: jax.Array, kernel: jax.Array) -> jax.Array:
+        """A convolution of stride 1 / alpha: on TPU repeating a result costs more than products."""
+        taps = jnp.broadcast_to(kernel, (self.alpha, 1, *kernel.shape))
+        return jax.lax.conv_general_dilated(
+            m,
+            taps,
+            (1, 1),
+            [(self.alpha - 1, self.alpha - 1), (0, 0)],
+            lhs_dilation=(self.alpha, 1),
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+
+
 class TemporalFeedForward(nn.Module):
     """Per-token feed-forward along time on (B, t, L, C)."""
 
@@ -394,7 +430,11 @@ class IntegrationNet(nn.Module):
 class DistLayer(nn.Module):
     """One step of the temporal encoder and the integration branch, beside one frozen block.
 
-    The carry is X (B, T, g, g, S) and R (B, t, 1 + g*g, C).
+    The carry is X (B, T, g, g, S) and R (B, t, 1 + g*g, C). Reads its own frozen output out of the
+    stack of all: a stack without the last one, for the loop, would be a copy of it.
+
+    Attributes:
+      outputs: also return what came up on the way; the rest are sizes, see `build`.
     """
 
     alpha: int
@@ -404,18 +444,21 @@ class DistLayer(nn.Module):
     temporal_ffn_hidden: int
     temporal_kernel: int
     dtype: Dtype
+    outputs: bool
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, jax.Array], tap: jax.Array
+        self, carry: tuple[jax.Array, jax.Array], index: jax.Array | int, taps: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
-        """(X, R), frozen output (B, t, L, W) -> (X', R), what came up on the way."""
+        """(X, R), number of the layer, frozen outputs (K, B*t, L, W) -> (X', R), outputs."""
         x, r = split_batch(carry)
-        b, frames, rows, columns, channels = x.shape
+        tap = jax.lax.dynamic_index_in_dim(taps, index, keepdims=False)
+        channels = x.shape[-1]
         x = TemporalNet(
             self.temporal_hidden, self.temporal_kernel, self.dtype, name='temporal_net'
         )(x)
-        m = Linear(self.integration_dim, dtype=self.dtype, name='input_linear')(tap) + r
+        m = Linear(self.integration_dim, dtype=self.dtype, name='input_linear')(tap)
+        m = m.reshape(r.shape) + r
         u = m + Temporal2Integration(
             self.integration_dim, self.alpha, self.dtype, name='temporal2integration'
         )(x)
@@ -427,10 +470,11 @@ class DistLayer(nn.Module):
             name='integration_net',
         )(u)
         # Nobody reads the sum of the last layer; the compiler then drops this product too.
-        to_temporal = Linear(channels, dtype=self.dtype, name='integration2temporal')(m[:, :, 1:])
-        to_temporal = to_temporal.reshape(b, frames // self.alpha, rows, columns, channels)
-        fused = x + jnp.repeat(to_temporal, self.alpha, axis=1)
-        return (fused, r), {'temporal': x, 'integration': r, 'integration_input': u}
+        to_temporal = Integration2Temporal(
+            channels, self.alpha, self.dtype, name='integration2temporal'
+        )(m[:, :, 1:])
+        seen = {'temporal': x, 'integration': r, 'integration_input': u} if self.outputs else {}
+        return (x + to_temporal.reshape(x.shape), r), seen
 
 
 class AdaptivePooling(nn.Module):
@@ -449,8 +493,8 @@ class AdaptivePooling(nn.Module):
         """Updates the queries.
 
         Args:
-          clip_query: a (B, 1, C).
-          frame_query: s (B*t, 1, C).
+          clip_query: a (B, C).
+          frame_query: s (B*t, C).
           tokens: Z (B*t, L, C).
 
         Returns:
@@ -483,14 +527,14 @@ def pooling_attention(sown: Tree) -> jax.Array:
     Returns:
       float32 (B, t, g, g); the class tokens have what is left to a sum of 1.
     """
-    frames = sown['temporal_transformer']['attn']['weights'][0].mean(1)[:, 0]  # (B, t)
-    patches = sown['spatial_transformer']['attn']['weights'][0].mean(1)[:, 0, 1:]  # (B*t, g*g)
+    frames = sown['temporal_transformer']['attn']['weights'][0].mean(1)  # (B, t)
+    patches = sown['spatial_transformer']['attn']['weights'][0].mean(1)[:, 1:]  # (B*t, g*g)
     side = math.isqrt(patches.shape[-1])
     return frames[:, :, None, None] * patches.reshape(*frames.shape, side, side)
 
 
 class CrossAttention(nn.Module):
-    """(N, 1, C) queries over (N, M, C) memories -> (N, 1, C); one norm serves both."""
+    """(N, C) queries over (N, M, C) memories -> (N, C); one norm serves both."""
 
     dtype: Dtype
 
@@ -498,7 +542,7 @@ class CrossAttention(nn.Module):
     def __call__(self, query: jax.Array, memory: jax.Array) -> jax.Array:
         norm = LayerNorm(name='ln_1')
         num_heads = query.shape[-1] // ADA_POOLING_HEAD_DIM
-        attention = MultiHeadAttention(num_heads, dtype=self.dtype, name='attn')
+        attention = QueryAttention(num_heads, dtype=self.dtype, name='attn')
         return attention(norm(query), norm(memory))
 
 
@@ -530,8 +574,8 @@ class DistNet(nn.Module):
         """Runs both branches and the head.
 
         Args:
-          features: `taps` (K, B, t, L, W), `video` (B, T, H, W, 3) normalised, and for a text head
-            `text` and `logit_scale`.
+          features: `taps` (K, B*t, L, W), `patches` (B, T, g*g, p*p*3) of the normalised video, and
+            for a text head `text` and `logit_scale`.
           train: accepted for the common interface; DiST has no dropout.
           intermediates: also return the tensors of every layer, stacked on axis 0.
 
@@ -540,20 +584,21 @@ class DistNet(nn.Module):
           with `intermediates` also `stem`, `temporal`, `integration` and `pooling`.
         """
         del train
-        taps, video = features['taps'], features['video']
-        if video.shape[1] != self.num_frames:
+        taps, patches = features['taps'], features['patches']
+        b, num_frames = patches.shape[:2]
+        if num_frames != self.num_frames:
             raise ValueError(
-                f'a clip of {video.shape[1]} frames for a model of num_frames={self.num_frames}'
+                f'a clip of {num_frames} frames for a model of num_frames={self.num_frames}'
             )
-        b, t = taps.shape[1:3]
+        t = num_frames // self.alpha
         x = stem = Stem(
             self.temporal_dim,
             self.patch_size,
             self.temporal_patch,
             self.dtype,
             name='temporal_stem',
-        )(video)
-        r = jnp.zeros((b, t, taps.shape[3], self.integration_dim), self.dtype)
+        )(patches)
+        r = jnp.zeros((b, t, taps.shape[2], self.integration_dim), self.dtype)
         layer = {
             'alpha': self.alpha,
             'integration_dim': self.integration_dim,
@@ -570,26 +615,30 @@ class DistNet(nn.Module):
                 self.num_layers - 1,
                 remat=self.remat,
                 unroll=self.unroll,
-                num_scanned=1,
+                in_axes=(0, nn.broadcast),
             )
-            (x, r), inner = scanned(**layer, name='layers')((x, r), taps[:-1])
+            (x, r), inner = scanned(**layer, outputs=intermediates, name='layers')(
+                (x, r), jnp.arange(self.num_layers - 1), taps
+            )
             seen.append(inner)
-        (_, r), last = DistLayer(**layer, name='last_layer')((x, r), taps[-1])
+        (_, r), last = DistLayer(**layer, outputs=True, name='last_layer')(
+            (x, r), self.num_layers - 1, taps
+        )
         seen.append(jax.tree.map(lambda y: y[None], last))
 
         width = self.integration_dim
         tokens = (r + last['integration_input']).reshape(b * t, -1, width)
         clip_query = self.param('aggregated_cls_token', trunc_normal, (width,))
         frame_query = self.param('aggregated_spatial_cls_token', trunc_normal, (width,))
-        a = jnp.broadcast_to(clip_query.astype(self.dtype), (b, 1, width))
-        s = jnp.broadcast_to(frame_query.astype(self.dtype), (b * t, 1, width))
+        a = jnp.broadcast_to(clip_query.astype(self.dtype), (b, width))
+        s = jnp.broadcast_to(frame_query.astype(self.dtype), (b * t, width))
         pooled = []
         for i in range(self.ada_pooling_layers):
             a, s = AdaptivePooling(self.dtype, name=f'adapooling_{i}')(a, s, tokens)
             pooled.append(a)
 
-        frozen_cls = taps[-1, :, :, 0].astype(jnp.float32).mean(1)
-        v = a[:, 0].astype(jnp.float32) + Linear(width, name='proj_spatial_cls_token')(frozen_cls)
+        frozen_cls = taps[-1, :, 0].astype(jnp.float32).reshape(b, t, -1).mean(1)
+        v = a.astype(jnp.float32) + Linear(width, name='proj_spatial_cls_token')(frozen_cls)
         v = LayerNorm(name='ln_post')(v)
         proj_init = nn.initializers.normal(width**-0.5)
         v = Linear(self.embed_dim, use_bias=False, kernel_init=proj_init, name='proj')(v)

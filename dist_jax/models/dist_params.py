@@ -280,9 +280,9 @@ def abstract_params(hparams: Mapping[str, Any]) -> Tree:
     frames = hparams['num_frames']
     features = {
         'taps': jax.ShapeDtypeStruct(
-            (hparams['num_layers'], 1, frames // hparams['alpha'], 2, width), jnp.float32
+            (hparams['num_layers'], frames // hparams['alpha'], 2, width), jnp.float32
         ),
-        'video': jax.ShapeDtypeStruct((1, frames, patch, patch, 3), jnp.float32),
+        'patches': jax.ShapeDtypeStruct((1, frames, 1, patch * patch * 3), jnp.float32),
         'text': (jax.ShapeDtypeStruct((1, hparams['embed_dim']), jnp.float32),),
         'logit_scale': jax.ShapeDtypeStruct((), jnp.float32),
     }

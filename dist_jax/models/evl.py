@@ -21,6 +21,7 @@ the release keeps float32.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +37,7 @@ from dist_jax.models.layers import (
     LayerNorm,
     Linear,
     attention_weights,
+    query_attention,
     quick_gelu,
 )
 from dist_jax.models.stack import scan_trainable
@@ -169,7 +171,7 @@ def build(
         net=net,
         prepare=lambda params, _: {'visual': clip.cast(params['visual'], dtype)},
         features=features,
-        normalize=clip.normalize,
+        normalize=functools.partial(clip.normalize, dtype=dtype),
         reads=('visual',),
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,
@@ -309,7 +311,7 @@ class DepthwiseTimeConv(nn.Module):
         return sum(taps) + bias
 
 
-class QueryAttention(nn.Module):
+class DecoderAttention(nn.Module):
     """Attention of one query a clip, (B, C), over memory tokens (B, M, C) -> (B, C).
 
     Parameters `q`, `k`, `v` with kernel (C, E) and bias (E,), heads being contiguous channels;
@@ -322,18 +324,13 @@ class QueryAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
-        width, head_dim = x.shape[-1], self.qkv_dim // self.num_heads
+        width = x.shape[-1]
         q_kernel, q_bias = self._projection('q', width)
         k_kernel, _ = self._projection('k', width)
         v_kernel, v_bias = self._projection('v', width)
-        # The key bias adds the same to the logits of all tokens: softmax does not see it.
-        q = (jnp.einsum('bc,che->bhe', x.astype(self.dtype), q_kernel) + q_bias) * head_dim**-0.5
-        q = jnp.einsum('bhe,che->bhc', q, k_kernel)
-        logits = jnp.einsum('bhc,bmc->bhm', q, memory, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits, axis=-1)
+        q = jnp.einsum('bc,che->bhe', x.astype(self.dtype), q_kernel) + q_bias
+        v, weights = query_attention(q, memory, k_kernel, v_kernel, v_bias)
         self.sow('intermediates', 'weights', weights)
-        mixed = jnp.einsum('bhm,bmc->bhc', weights.astype(self.dtype), memory)
-        v = jnp.einsum('bhc,che->bhe', mixed, v_kernel) + v_bias
         out = Linear(width, kernel_init=xavier_uniform, dtype=self.dtype, name='out')
         return out(v.reshape(v.shape[0], self.qkv_dim))
 
@@ -402,7 +399,7 @@ class DecoderLayer(nn.Module):
         )(features)
         memory = LayerNorm(name='norm3')(memory)
         memory = memory.reshape(memory.shape[0], -1, memory.shape[-1])
-        attention = QueryAttention(self.qkv_dim, self.num_heads, self.dtype, name='attn')
+        attention = DecoderAttention(self.qkv_dim, self.num_heads, self.dtype, name='attn')
         x = x + attention(LayerNorm(name='norm1')(x), memory)
         mlp = DecoderMlp(self.mlp_hidden, self.mlp_dropout, self.dtype, name='mlp')
         x = x + mlp(LayerNorm(name='norm2')(x), train=self.train)
@@ -453,9 +450,7 @@ class EvlNet(nn.Module):
         init = nn.initializers.normal(self.cls_token_std)
         query = self.param('cls_token', init, (width,))
         x = jnp.broadcast_to(query, (batch, width))
-        layers = scan_trainable(
-            DecoderLayer, self.depth, remat=self.remat, unroll=self.unroll, num_scanned=1
-        )
+        layers = scan_trainable(DecoderLayer, self.depth, remat=self.remat, unroll=self.unroll)
         x, queries = layers(
             grid=self.grid,
             qkv_dim=self.qkv_dim,

@@ -5,6 +5,7 @@ Differs: no paper; it measures how much of a data set single frames give away.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -64,7 +65,7 @@ def build(
         net=FrameMean(heads.Head(head, tuple(num_classes))),
         prepare=lambda params, _: {'visual': clip.cast(params['visual'], dtype)},
         features=features,
-        normalize=clip.normalize,
+        normalize=functools.partial(clip.normalize, dtype=dtype),
         reads=('visual',),
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,

@@ -181,12 +181,42 @@ class Mlp(nn.Module):
         return Linear(x.shape[-1], dtype=self.dtype, name='c_proj')(quick_gelu(hidden))
 
 
-class MultiHeadAttention(nn.Module):
-    """Attention of `query` over `memory`, of equal widths; parameters `qkv` and `out`.
+def query_attention(
+    query: jax.Array,
+    memory: jax.Array,
+    key_kernel: jax.Array,
+    value_kernel: jax.Array,
+    value_bias: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of one query over a memory, without projecting the memory.
+
+    The key projection is applied to the query and the value projection to the mixture: the same
+    result for a fraction of the products. The key bias adds the same to every logit, which softmax
+    does not see.
+
+    Args:
+      query: (N, h, d), projected, not scaled.
+      memory: (N, M, C).
+      key_kernel: (C, h, d).
+      value_kernel: (C, h, d).
+      value_bias: (h, d).
+
+    Returns:
+      (N, h, d) in the dtype of `memory`, and the weights, float32 (N, h, M).
+    """
+    query = jnp.einsum('nhd,chd->nhc', query * query.shape[-1] ** -0.5, key_kernel)
+    logits = jnp.einsum('nhc,nmc->nhm', query, memory, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1)
+    mixed = jnp.einsum('nhm,nmc->nhc', weights.astype(memory.dtype), memory)
+    return jnp.einsum('nhc,chd->nhd', mixed, value_kernel) + value_bias, weights
+
+
+class QueryAttention(nn.Module):
+    """Attention of one query, (N, C), over a memory of equal width, (N, M, C) -> (N, C).
 
     The three input projections are one parameter, `qkv/kernel` (C, 3, h, d), as in the packed
-    layout of the checkpoints it is filled from. Sows `weights`, float32 (N, h, Q, L), into
-    'intermediates': nothing is computed or kept for it unless a caller makes that mutable.
+    layout of the checkpoints it is filled from; `out` follows. Sows `weights`, float32 (N, h, M),
+    into 'intermediates': nothing is kept for it unless a caller makes that mutable.
     """
 
     num_heads: int
@@ -195,17 +225,14 @@ class MultiHeadAttention(nn.Module):
     @nn.compact
     def __call__(self, query: jax.Array, memory: jax.Array) -> jax.Array:
         width = query.shape[-1]
-        head_dim = width // self.num_heads
-        kernel, bias = _PackedProjection(self.num_heads, head_dim, name='qkv')(width)
+        kernel, bias = _PackedProjection(self.num_heads, width // self.num_heads, name='qkv')(width)
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
-        q = jnp.einsum('nqc,chd->nqhd', query.astype(self.dtype), kernel[:, 0]) + bias[0]
-        k, v = (
-            jnp.einsum('nlc,chd->nlhd', memory.astype(self.dtype), kernel[:, i]) + bias[i]
-            for i in (1, 2)
+        q = jnp.einsum('nc,chd->nhd', query.astype(self.dtype), kernel[:, 0]) + bias[0]
+        out, weights = query_attention(
+            q, memory.astype(self.dtype), kernel[:, 1], kernel[:, 2], bias[2]
         )
-        weights = attention_weights(q, k)
         self.sow('intermediates', 'weights', weights)
-        return _MergeHeads(width, dtype=self.dtype, name='out')(weighted_values(weights, v))
+        return _MergeHeads(width, dtype=self.dtype, name='out')(out)
 
 
 class _PackedProjection(nn.Module):
@@ -231,7 +258,7 @@ class _MergeHeads(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param('kernel', trunc_normal, (*x.shape[-2:], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
-        merged = jnp.einsum('nqhd,hdc->nqc', x.astype(self.dtype), kernel.astype(self.dtype))
+        merged = jnp.einsum('...hd,hdc->...c', x.astype(self.dtype), kernel.astype(self.dtype))
         return merged + bias.astype(self.dtype)
 
 

@@ -58,16 +58,22 @@ def scan_frozen(
 
 
 def scan_trainable(
-    block: type[nn.Module], length: int, *, remat: bool, unroll: bool, num_scanned: int
+    block: type[nn.Module],
+    length: int,
+    *,
+    remat: bool,
+    unroll: bool,
+    in_axes: tuple[Any, ...] = (0,),
 ) -> type[nn.Module]:
     """A module class that runs `length` copies of `block`, each with its own parameters.
 
     Args:
-      block: module with `__call__(carry, *scanned) -> (carry, outputs)`.
+      block: module with `__call__(carry, *inputs) -> (carry, outputs)`.
       length: number of layers.
       remat: recompute a layer's activations in the backward pass instead of storing them.
       unroll: write the layers out instead of looping.
-      num_scanned: how many of the arguments after the carry are sliced on axis 0, one a layer.
+      in_axes: of the arguments after the carry: 0 for one slice a layer, `flax.linen.broadcast`
+        for all of it in every layer.
 
     Returns:
       The lifted class; `params`, `batch_stats` and `intermediates` carry the layer on axis 0.
@@ -80,7 +86,7 @@ def scan_trainable(
         block,
         variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True},
-        in_axes=(0,) * num_scanned,
+        in_axes=in_axes,
         length=length,
         unroll=length if unroll else 1,
     )

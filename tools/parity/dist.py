@@ -91,7 +91,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
         ours[f'outputs/temporal_nets.{i}'] = rearrange(temporal, 'b t h w c -> b c t h w')
         ours[f'outputs/integration_nets.{i}'] = rearrange(integration, 'b t l c -> l (b t) c')
     for i, query in enumerate(outputs['pooling'] if hparams['ada_pooling_layers'] else ()):
-        ours[f'outputs/adapooling_nets.{i}'] = rearrange(query, 'b 1 c -> 1 b c')
+        ours[f'outputs/adapooling_nets.{i}'] = query[None]
     for name, gradient in export_tree(grads, rows).items():
         ours[f'grads/{name}'] = gradient
     return ours
