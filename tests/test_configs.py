@@ -74,7 +74,7 @@ def test_row_traces_and_has_its_size(file, name, count):
         train.step_settings(config, num_classes),
         make_mesh(jax.devices()[:1]),
     )
-    data, clips = config.data, 2
+    data, clips = config.data, 2 * config.accumulation
     labels = (clips, len(num_classes)) if len(num_classes) > 1 else (clips,)
     shape = (clips, data.num_frames, data.image_size, data.image_size, 3)
     batch = {
