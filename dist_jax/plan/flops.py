@@ -94,8 +94,10 @@ def _equation(equation: Any, inputs: list[bool]) -> tuple[Flops, list[bool]]:
         return Flops(_walk(params['body_jaxpr'].jaxpr, inputs[first:])[0].forward), same
     if name == 'cond':
         branches = [_walk(b.jaxpr, inputs[1:]) for b in params['branches']]
-        dearest = max((found for found, _ in branches), key=lambda found: found.total)
-        return dearest, [any(flags) for flags in zip(*(flags for _, flags in branches))]
+        # Forms of one thing for several platforms: the cheapest is what the model asks for.
+        choose = min if params.get('branches_platforms') else max
+        counted = choose((found for found, _ in branches), key=lambda found: found.total)
+        return counted, [any(flags) for flags in zip(*(flags for _, flags in branches))]
     if name == 'pallas_call':
         declared = params.get('cost_estimate')
         forward = float(declared.flops) if declared is not None else _kernel(params)

@@ -34,6 +34,16 @@ def looped(w, x):
         (looped, (SQUARE, X), (), 7 * STEP, 0),
         (jax.checkpoint(looped), (SQUARE, X), (0,), 7 * STEP, 2 * 7 * STEP),
         (jax.jit(looped), (SQUARE, X), (0,), 7 * STEP, 2 * 7 * STEP),
+        # Two forms of one thing: the model asks for the cheaper.
+        (
+            lambda w, x: jax.lax.platform_dependent(
+                w, x, cpu=lambda w, x: (x @ w) @ w, default=lambda w, x: x @ w
+            ),
+            (SQUARE, X),
+            (),
+            STEP,
+            0,
+        ),
         (
             lambda w, x: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: (x @ w) @ w),
             (SQUARE, X),
