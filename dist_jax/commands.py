@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from configs import base
 from dist_jax import checkpoint, experiment, report, step
 from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.logbook import Bar
@@ -41,8 +42,11 @@ class Trained:
 def saved_config(workdir: str) -> ConfigDict:
     """The config of a run, locked, as lists and plain values."""
     metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))
-    # Runs from before there were meshes have none in their config.
-    return ConfigDict({'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1}} | metadata['config']).lock()
+    config = base.get_config().to_dict()
+    for name, value in metadata['config'].items():
+        # Fields that are newer than the run have the values it was trained under.
+        config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
+    return ConfigDict(config).lock()
 
 
 def load_trained(

@@ -246,3 +246,18 @@ def test_what_cannot_be_evaluated_is_said(text_run, make_run, clips, tmp_path, c
     message = refused(linear, *data, f'--config.data.label_map={labels}')
     assert 'only model.head=text can take another' in message
     assert sorted(text_run.iterdir()) == before
+
+
+def test_a_run_from_before_a_field_existed_gets_its_default(monkeypatch):
+    saved = dist_config.get_config('demo').to_dict()
+    saved['data']['num_frames'] = 4
+    del saved['mesh'], saved['data']['crop_rounding']
+    monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda workdir: workdir)
+    monkeypatch.setattr(checkpoint, 'read_metadata', lambda folder: {'config': saved})
+    config = commands.saved_config('anywhere')
+    assert (config.mesh.fsdp, config.data.crop_rounding) == (1, 'nearest')
+    assert (
+        config.data.num_frames == 4 and config.model.temporal_dim == saved['model']['temporal_dim']
+    )
+    with pytest.raises(AttributeError):
+        config.data.crop_roundin = 'down'
