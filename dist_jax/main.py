@@ -102,8 +102,7 @@ examples:
       on every host, with the arguments of `train`
 
 Versions, devices, code and config of all hosts, a workdir that all can write to, the backbone, and
-the first and last video of the lists. Several hosts do this before they train. Exit code 1: a check
-failed.
+some videos of the lists. Several hosts do this before they train. Exit code 1: a check failed.
 """
 
 PLAN_HELP = """\

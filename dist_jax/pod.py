@@ -253,10 +253,12 @@ class Member:
     def start(self) -> None:
         """Starts the thread of signs of life."""
         own = f'process {self.process_id} of {self.num_processes} on {socket.gethostname()}'
+        lost = 'another process was lost or has started again; see their logs'
+        if self.process_id:
+            lost = f'process 0, the coordinator at {self._coordinator}, was lost'
         text = (
-            f'dist_jax: {own} ended without a word of its own. If jax wrote before that a leader '
-            f'task was lost: that is process 0, at {self._coordinator}; otherwise it was killed, '
-            f'perhaps for memory. {CONTINUE}'
+            f'dist_jax: {own} ended without a word of its own. If jax wrote above that it ends '
+            f'this process, {lost}. Otherwise it was killed, perhaps for memory. {CONTINUE}'
         )
         # Says the text when the pipe closes before 'done' has come through it: after an abort or a
         # SIGKILL nothing of this process can.

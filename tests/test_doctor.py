@@ -44,7 +44,7 @@ def test_what_is_wrong_on_one_host_is_found(config, clips, tmp_path):
     config.data.val_list = str(tmp_path / 'val.txt')
     bad = tmp_path / 'bad.mp4'
     bad.write_bytes(b'no video')
-    (tmp_path / 'val.txt').write_text(f'{(clips / "val.txt").read_text()}{bad} 0\n')
+    (tmp_path / 'val.txt').write_text(f'{bad} 0\n' * 5)
     config.backbone.checkpoint = str(clips)
     config.batch_size = 0
     request = doctor.Request(config, str(tmp_path / 'file' / 'run'), jax.device_count() + 1)
@@ -64,6 +64,16 @@ def test_what_is_wrong_on_one_host_is_found(config, clips, tmp_path):
     assert 'not a converted checkpoint' in by_name(checks, 'backbone').found
     assert 'batch_size=0' in by_name(checks, 'batch').found
     assert all(check.help for check in checks if check.state == doctor.FAILED)
+
+
+def test_one_broken_video_is_a_warning(config, clips, tmp_path):
+    bad = tmp_path / 'bad.mp4'
+    bad.write_bytes(b'no video')
+    (tmp_path / 'val.txt').write_text(f'{(clips / "val.txt").read_text()}{bad} 0\n')
+    config.data.val_list = str(tmp_path / 'val.txt')
+    check = by_name(doctor.run(doctor.Request(config)), 'validation list')
+    assert check.state == doctor.WARNING and 'dist_jax check' in check.help
+    assert '2 of 3 looked at can be read (video 10: ' in check.found and 'bad.mp4' in check.found
 
 
 def test_the_command_prints_a_table_and_the_ways_out(capsys, tmp_path):

@@ -1,5 +1,6 @@
 """Runs of several real processes: the same result as one, and nobody waits for the dead."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -167,6 +168,7 @@ class Group:
                         stdout=output,
                         stderr=output,
                         env=os.environ | environment | (variables if count > 1 else {}),
+                        start_new_session=True,
                     )
                 )
 
@@ -175,7 +177,8 @@ class Group:
 
     def __exit__(self, *_):
         for process in self.processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started
             process.wait()
 
     def until(self, moment):
@@ -211,15 +214,17 @@ def environment(tmp_path_factory):
 
 
 MEMBER = """
-import sys, time
+import logging, sys, time
 import jax
 from dist_jax import pod
+logging.basicConfig(format='%(message)s')
 pod.join()
 print('ready', flush=True)
 if sys.argv[1] == 'error' and jax.process_index() == 1:
     pod.leave(2, ValueError('data.root: no folder /nowhere'), 'my own words')
 for step in range(int(sys.argv[2]) * 20):
-    pod.note(step=step)
+    if sys.argv[1] != 'slow' or step < 4:
+        pod.note(step=step, doing='reading' if jax.process_index() else 'computing')
     time.sleep(0.05)
 sys.exit(pod.leave(0))
 """
@@ -296,13 +301,23 @@ def test_without_process_zero_the_others_end_and_say_so(members):
             while 'without a word of its own' not in group.text(number):
                 assert time.monotonic() < deadline, group.output()
                 time.sleep(0.05)
-        assert 'process 0, at 127.0.0.1:' in group.text(1)
+        assert 'process 0, the coordinator at 127.0.0.1:' in group.text(1)
 
 
 def test_a_process_that_finds_nobody_gives_up(members):
     with members('hang', present=1, DIST_JAX_JOIN_SECONDS='2') as group:
         assert group.codes() == [pod.AGAIN]
         assert 'process 0 has waited 2 s for the other processes' in group.text(0)
+
+
+def test_a_slow_host_is_named_and_waited_for(members):
+    with members('slow', seconds=LOST_SECONDS + 4) as group:
+        assert group.codes() == [0, 0], group.output()
+        assert re.search(
+            r'no step for \d+ s, and all processes live. process \d \(.*\): ', group.text(0)
+        )
+        assert '): reading after step 3' in group.text(0)
+        assert '): computing after step 3' in group.text(0)
 
 
 def test_processes_that_end_together_end_quietly(members):
@@ -322,8 +337,9 @@ class Run:
         self.command = [*command, f'--workdir={workdir}']
         self.environment = environment
 
-    def start(self, count):
-        return Group(self.command, count, self.workdir, self.environment)
+    def start(self, count, around=(), **variables):
+        command = [*around, *self.command]
+        return Group(command, count, self.workdir, self.environment | variables)
 
     def finish(self, count):
         with self.start(count) as group:
@@ -422,23 +438,28 @@ def test_four_processes_train_as_one(make_run, alone):
 
 
 @pytest.mark.slow
-def test_a_pair_that_lost_one_ends_as_one_that_never_did(pair, make_run):
+def test_a_pair_that_lost_one_starts_again_and_ends_as_one_that_never_did(pair, make_run):
     run = make_run('killed')
-    with run.start(2) as group:
+    script = Path(__file__).parents[1] / 'tools' / 'launch' / 'worker.sh'
+    # Long enough for the other to notice; shorter is fine too, jax then ends it.
+    wait = {'DIST_JAX_PAUSE_SECONDS': str(LOST_SECONDS + 2), 'DIST_JAX_NOTICE_SECONDS': '0'}
+    with run.start(2, ('bash', str(script), '--'), **wait) as group:
         group.until(lambda: len(run.losses()) >= 5 and run.saved() >= 4)
-        group.processes[1].kill()
+        shell = group.processes[1].pid
+        (child,) = Path(f'/proc/{shell}/task/{shell}/children').read_text().split()
+        os.kill(int(child), signal.SIGKILL)
         start = time.monotonic()
-        assert group.processes[0].wait(TIMEOUT_SECONDS) == pod.AGAIN, group.output()
+        group.until(lambda: 'process 1 of 2 on ' in group.text(0))
         assert time.monotonic() - start < 60
-        text = group.text(0)
-        assert 'process 1 of 2 on ' in text and 'is lost' in text
-        assert 'Traceback' not in text
-    saved = run.saved()
-    assert not (run.workdir / 'summary.json').exists()
-
-    summary = run.finish(2)
+        saved = run.saved()
+        assert 'is lost' in group.text(0) and 'Traceback' not in group.text(0)
+        assert not (run.workdir / 'summary.json').exists()
+        assert group.codes() == [0, 0], group.output()[-4000:]
+    assert 'exit code 75: interrupted' in group.text(0)
+    assert 'exit code 137: killed' in group.text(1)
+    assert f'continuing from step {saved}' in group.text(1)
+    summary = json.loads((run.workdir / 'summary.json').read_text())
     assert summary['params_sha256'] == pair[1]['params_sha256']
-    assert f'continuing from step {saved}' in (run.workdir / 'process_1.log').read_text()
     assert run.losses() == pair[0].losses()
     assert not (run.workdir / 'checkpoints-broken').exists()
 
