@@ -130,6 +130,12 @@ def note(**figures: Any) -> None:
         _member.note(**figures)
 
 
+def suspect(error: BaseException) -> None:
+    """Tells that an error may come from the loss of a process, before cleaning up after it."""
+    if _member is not None:
+        _member.suspect(error)
+
+
 def join(stops_on_sigterm: bool = False) -> None:
     """Joins the other processes, if there are any. Call it before anything else of jax.
 
@@ -245,6 +251,7 @@ class Member:
         self._verdict: dict[str, Any] | None = None
         self._heard = threading.Event()
         self._stop = threading.Event()
+        self._last = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name='pod', daemon=True)
         self._others: dict[int, dict[str, Any]] = {}
         self._judge = _Judge(num_processes, lost_after) if process_id == 0 else None
@@ -311,16 +318,21 @@ class Member:
         value, i, host = max(rows)
         return value, f'process {i} ({host})'
 
+    def suspect(self, error: BaseException) -> bool:
+        """Whether this error repeats that a process is gone; if so, that is found out sooner."""
+        found = LOST_PEER.search(str(error)) is not None
+        if found and self._judge is not None:
+            self._judge.suspect()
+        return found
+
     def fail(self, code: int, error: BaseException, message: str) -> None:
         """Tells the others of an error and ends; an error that is theirs is left to them."""
         self._ending.set()
         text = str(error) or type(error).__name__
         verdict = None
-        if LOST_PEER.search(text):
+        if self.suspect(error):
             # Somebody is gone, and soon somebody says who.
             code = 1
-            if self._judge is not None:
-                self._judge.suspect()
             self._heard.wait(self.lost_after + 3 * self._every)
             verdict = self._verdict
         if verdict is None or verdict['process'] == self.process_id:
@@ -360,6 +372,7 @@ class Member:
                 self._last_words.stdin.close()
 
     def _end(self, code: int, message: str) -> None:
+        self._last.acquire()  # of two threads, one speaks; it is never released
         print(message, file=sys.stderr, flush=True)
         if self.process_id == 0:
             time.sleep(4 * POLL_SECONDS)  # the others hear of it before the coordinator goes

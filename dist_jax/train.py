@@ -219,6 +219,9 @@ def train(
     )
     try:
         state, result, interrupted = run(state)
+    except BaseException as error:
+        pod.suspect(error)
+        raise
     finally:
         checkpoints.close()
         logbook.close()

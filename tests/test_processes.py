@@ -442,7 +442,7 @@ def test_a_pair_that_lost_one_starts_again_and_ends_as_one_that_never_did(pair, 
     run = make_run('killed')
     script = Path(__file__).parents[1] / 'tools' / 'launch' / 'worker.sh'
     # Long enough for the other to notice; shorter is fine too, jax then ends it.
-    wait = {'DIST_JAX_PAUSE_SECONDS': str(LOST_SECONDS + 2), 'DIST_JAX_NOTICE_SECONDS': '0'}
+    wait = {'DIST_JAX_PAUSE_SECONDS': str(LOST_SECONDS + 6), 'DIST_JAX_NOTICE_SECONDS': '0'}
     with run.start(2, ('bash', str(script), '--'), **wait) as group:
         group.until(lambda: len(run.losses()) >= 5 and run.saved() >= 4)
         shell = group.processes[1].pid
@@ -452,7 +452,7 @@ def test_a_pair_that_lost_one_starts_again_and_ends_as_one_that_never_did(pair, 
         group.until(lambda: 'process 1 of 2 on ' in group.text(0))
         assert time.monotonic() - start < 60
         saved = run.saved()
-        assert 'is lost' in group.text(0) and 'Traceback' not in group.text(0)
+        assert group.text(0).count('is lost') == 1
         assert not (run.workdir / 'summary.json').exists()
         assert group.codes() == [0, 0], group.output()[-4000:]
     assert 'exit code 75: interrupted' in group.text(0)
