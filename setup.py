@@ -49,7 +49,11 @@ setup(
             'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
         'benchmark': ['decord>=0.6', 'psutil>=5.9'],
-        'tpu': ['jax[tpu]>=0.10', 'gcsfs>=2024.6'],  # gcsfs: gs:// paths without TensorFlow
+        'tpu': [
+            'jax[tpu]>=0.10',
+            'gcsfs>=2024.6',  # gs:// paths without TensorFlow
+            'google-cloud-storage>=2.10',  # orbax deletes checkpoints in a bucket with it
+        ],
         'cuda': ['jax[cuda12]>=0.10'],
     },
 )

@@ -465,3 +465,11 @@ def test_without_a_command_it_says_so():
         ['bash', str(FOLDER / 'worker.sh'), '--'], capture_output=True, text=True
     )
     assert result.returncode == 2 and 'pass the command' in result.stderr
+
+
+@pytest.mark.parametrize('script', ['tpu_vm.sh', 'gke.sh'])
+def test_help_is_the_head_of_the_script(script):
+    done = subprocess.run([FOLDER / script, '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert f'{script} train' in done.stdout and '--dry_run' in done.stdout
+    assert 'set -euo' not in done.stdout and not done.stdout.startswith('#')

@@ -80,3 +80,9 @@ find_slice() {
   done <<<"$SLICES"
   fail "--type=$1 is not one of: $(awk 'NF {printf "%s ", $1}' <<<"$SLICES")"
 }
+
+# Prints the comment at the head of the script, which is its help, and ends.
+show_help() {
+  sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"
+  exit 0
+}

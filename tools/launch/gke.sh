@@ -18,6 +18,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tools/launch/common.sh
 source "$here/common.sh"
 
+case ${1:-} in -h | --help | help) show_help ;; esac
 action=${1:-}
 [[ $# -gt 0 ]] && shift
 name='' image='' type='' slices=1 spot='' namespace=default service_account=''
@@ -41,7 +42,7 @@ while [[ $# -gt 0 ]]; do
       shift
       break
       ;;
-    *) fail "unknown option $1; see the head of this file" ;;
+    *) fail "unknown option $1; --help shows all" ;;
   esac
   shift
 done

@@ -20,6 +20,7 @@ root=$(cd "$here/../.." && pwd)
 # shellcheck source=tools/launch/common.sh
 source "$here/common.sh"
 
+case ${1:-} in -h | --help | help) show_help ;; esac
 action=${1:-}
 [[ $# -gt 0 ]] && shift
 name='' zone='' project='' type='' slices=1 runtime='' spot='' worker=0 valid_for='' poll_seconds=60
@@ -40,7 +41,7 @@ while [[ $# -gt 0 ]]; do
       shift
       break
       ;;
-    *) fail "unknown option $1; see the head of this file" ;;
+    *) fail "unknown option $1; --help shows all" ;;
   esac
   shift
 done
