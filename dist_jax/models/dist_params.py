@@ -8,6 +8,7 @@ A file also holds a copy of the frozen CLIP; those tensors are recognised by nam
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from dist_jax.models.clip_params import (
     norm_rows,
     openai_rows,
 )
-from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, with_precision
+from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, tensor_shape, with_precision
 
 RELEASE_PREFIX = 'backbone.base_encoder.'
 
@@ -111,13 +112,7 @@ def infer_hparams(tensors: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: a tensor that shows a size is missing or has another rank.
     """
 
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in tensors:
-            raise ValueError(f'{name} is missing; this is no complete DiST checkpoint')
-        found = tuple(tensors[name].shape)
-        if len(found) != rank:
-            raise ValueError(f'{name}: shape {found}, expected {rank} axes')
-        return found
+    shape = functools.partial(tensor_shape, tensors, family='DiST')
 
     stem = shape('dist_net.temporal_stem.weight', 5)
     temporal_dim, _, temporal_patch, _, patch_size = stem

@@ -6,6 +6,7 @@ They hold no backbone, and neither the number of heads nor which CLIP they belon
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from dist_jax.models import clip, evl
 from dist_jax.models.clip_params import linear_rows, norm_rows
-from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, with_precision
+from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, tensor_shape, with_precision
 
 RELEASE_PREFIX = 'module.'
 
@@ -40,13 +41,7 @@ def infer_hparams(tensors: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: a tensor that shows a size is missing or has another shape.
     """
 
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in tensors:
-            raise ValueError(f'{name} is missing; this is no complete EVL checkpoint')
-        found = tuple(tensors[name].shape)
-        if len(found) != rank:
-            raise ValueError(f'{name}: shape {found}, expected {rank} axes')
-        return found
+    shape = functools.partial(tensor_shape, tensors, family='EVL')
 
     (width,) = shape('decoder.cls_token', 1)
     first = 'decoder.decoder_layers.0'

@@ -423,6 +423,20 @@ def numbered(names: Iterable[str], prefix: str) -> int:
     return largest + 1
 
 
+def tensor_shape(tensors: Mapping[str, Any], name: str, rank: int, family: str) -> tuple[int, ...]:
+    """The shape of a tensor that shows a size.
+
+    Raises:
+      ValueError: it is missing or has another rank; `family` names what the file should be.
+    """
+    if name not in tensors:
+        raise ValueError(f'{name} is missing; this is no complete {family} checkpoint')
+    found = tuple(tensors[name].shape)
+    if len(found) != rank:
+        raise ValueError(f'{name}: shape {found}, expected {rank} axes')
+    return found
+
+
 def hidden_ratio(hidden: int, width: int) -> float:
     """Ratio r with int(width * r) == hidden, which a plain quotient can miss by rounding."""
     ratio = hidden / width
