@@ -403,6 +403,8 @@ def worker(tmp_path, monkeypatch):
                 stderr=subprocess.PIPE,
                 text=True,
                 env=os.environ | variables,
+                # A shell in the background ignores SIGINT, and so would all that it starts.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
         def run(self, *codes, **variables):
