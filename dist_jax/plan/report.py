@@ -370,51 +370,52 @@ def _draw_memory(axis: Axes, labels: Sequence[str], steps: Sequence[Plan]) -> No
     _legend_below(axis, len(steps))
 
 
-def _draw_modules(axis: Axes, rows: Sequence[tuple[str, Mapping[str, float]]], plan: Plan) -> None:
-    clock = plan['chip']['clock']
-    starts = [0.0] * len(rows)
-    for direction in PASSES:
-        widths = [1e3 * row.get(direction, 0) / clock for _, row in rows]
-        if any(widths):
+def _draw_passes(axis: Axes, widths: Mapping[str, Sequence[float]], height: float) -> list[float]:
+    """One bar a row, its passes after each other; returns where the bars end."""
+    ends = [0.0] * len(next(iter(widths.values())))
+    for direction, row in widths.items():
+        if any(row):
             axis.barh(
-                range(len(rows)),
-                widths,
-                left=starts,
-                height=0.66,
+                range(len(row)),
+                row,
+                left=ends,
+                height=height,
                 color=PASS_COLOURS[direction],
                 label=PASS_NAMES[direction],
             )
-            starts = [a + b for a, b in zip(starts, widths)]
+            ends = [a + b for a, b in zip(ends, row)]
+    return ends
+
+
+def _draw_modules(axis: Axes, rows: Sequence[tuple[str, Mapping[str, float]]], plan: Plan) -> None:
+    clock = plan['chip']['clock']
+    ends = _draw_passes(
+        axis,
+        {p: [1e3 * row.get(p, 0) / clock for _, row in rows] for p in PASSES},
+        height=0.66,
+    )
     total = 1e3 * plan['estimated_seconds']
-    for at, end in enumerate(starts):
+    for at, end in enumerate(ends):
         axis.text(end, at, f' {100 * end / total:.1f} %', va='center', fontsize=8)
-    axis.set_xlim(0, max(starts) * 1.1)
+    axis.set_xlim(0, max(ends) * 1.1)
     _label_bars(axis, [name for name, _ in rows])
     axis.set_title(f'train step by module, ms of {total:.1f}')
     axis.legend(loc='lower right')
 
 
 def _draw_times(axis: Axes, labels: Sequence[str], plans: Sequence[Plan]) -> None:
-    starts = [0.0] * len(plans)
-    for direction in PASSES:
-        widths = [
+    widths = {
+        direction: [
             1e3
             * sum(row['cycles'] for row in plan.get('groups', []) if row['pass'] == direction)
             / plan['chip']['clock']
             / plan['clips_per_chip']
             for plan in plans
         ]
-        if any(widths):
-            axis.barh(
-                range(len(plans)),
-                widths,
-                left=starts,
-                height=0.55,
-                color=PASS_COLOURS[direction],
-                label=PASS_NAMES[direction],
-            )
-            starts = [a + b for a, b in zip(starts, widths)]
-    for at, (end, plan) in enumerate(zip(starts, plans)):
+        for direction in PASSES
+    }
+    ends = _draw_passes(axis, widths, height=0.55)
+    for at, (end, plan) in enumerate(zip(ends, plans)):
         text = 'does not fit'
         if plan['estimated_seconds'] is not None:
             text = (
@@ -422,7 +423,7 @@ def _draw_times(axis: Axes, labels: Sequence[str], plans: Sequence[Plan]) -> Non
                 f'MFU {100 * plan["estimated_mfu"]:.1f} %'
             )
         axis.text(end, at, f' {text}', va='center', fontsize=8)
-    axis.set_xlim(0, max(*starts, 1e-9) * 1.55)
+    axis.set_xlim(0, max(*ends, 1e-9) * 1.55)
     _label_bars(axis, labels)
     axis.set_title('time of a clip on a chip, ms')
     _legend_below(axis, len(plans))
