@@ -34,7 +34,8 @@ from rich.table import Table
 from dist_jax import checkpoint, experiment, pod
 from dist_jax.models import converted
 from dist_jax.sharding import check_batch_size, make_mesh
-from input_pipeline.decode import DecodeError, VideoReader
+from input_pipeline.decode import DecodeError
+from input_pipeline.pipeline import open_video
 
 log = logging.getLogger('dist_jax')
 
@@ -317,7 +318,7 @@ def _list(config: ConfigDict, split: str) -> dict[str, str]:
     for position in looked:
         record = source[position]
         try:
-            with VideoReader(record.path) as video:
+            with open_video(record) as video:
                 video.frame_range(record.start, record.end)
         except DecodeError as error:
             bad.append(f'video {position}: {_reason(error)}')

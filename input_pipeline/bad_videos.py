@@ -19,8 +19,8 @@ from absl import logging
 from etils import epath
 
 from input_pipeline import sampling
-from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
-from input_pipeline.pipeline import Source
+from input_pipeline.decode import MAX_PIXELS, DecodeError
+from input_pipeline.pipeline import Source, open_video
 from input_pipeline.sources import Record
 
 NUM_CHECK_FRAMES = 8
@@ -204,7 +204,7 @@ def check_record(record: Record, full: bool = False, max_pixels: int = MAX_PIXEL
     Raises:
       DecodeError: if it cannot be read.
     """
-    with VideoReader(record.path, max_pixels) as video:
+    with open_video(record, max_pixels) as video:
         first, total = video.frame_range(record.start, record.end)
         if not full:
             video.frames(first + sampling.segment_test(total, NUM_CHECK_FRAMES, 1)[0])

@@ -48,7 +48,7 @@ class DecodeError(ValueError):
     """A video that cannot be read.
 
     Attributes:
-      path: the file, or '<bytes>'.
+      path: the file, or the name that was given to its bytes.
       kind: one of `KINDS`, to group by.
       reason: what was found, one line.
     """
@@ -77,17 +77,23 @@ class VideoReader:
       times: (num_frames,) float64, start of each frame in seconds after the first one.
     """
 
-    def __init__(self, source: str | os.PathLike | bytes, max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self,
+        source: str | os.PathLike | bytes,
+        max_pixels: int = MAX_PIXELS,
+        name: str = '<bytes>',
+    ):
         """Opens a video and counts its frames.
 
         Args:
           source: path, or the bytes of a file. The name does not matter, the content decides.
           max_pixels: largest height * width to accept; checked before anything is allocated.
+          name: of bytes, for messages.
 
         Raises:
           DecodeError: if it cannot be read.
         """
-        self.path = '<bytes>' if isinstance(source, bytes) else os.fspath(source)
+        self.path = name if isinstance(source, bytes) else os.fspath(source)
         self._container = None
         self._packets = []
         self._reformatter = VideoReformatter()

@@ -41,6 +41,21 @@ def _check_reader(reader: 'TrainReader | EvalReader') -> None:
     PROTOCOLS[reader.sampling].test(1, reader.num_frames, 1, reader.interval, REFERENCE_FPS)
 
 
+def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader:
+    """Opens the video of a record, from its file or from where it says.
+
+    Raises:
+      DecodeError: if the video cannot be read.
+    """
+    if record.load is None:
+        return VideoReader(record.path, max_pixels)
+    try:
+        content = record.load()
+    except OSError as error:
+        raise DecodeError(record.path, 'missing', str(error)) from error
+    return VideoReader(content, max_pixels, record.path)
+
+
 @dataclass(frozen=True)
 class TrainReader:
     """How a record becomes one training clip.
@@ -83,7 +98,7 @@ class TrainReader:
         Raises:
           DecodeError: if the video cannot be read.
         """
-        with VideoReader(record.path, self.max_pixels) as video:
+        with open_video(record, self.max_pixels) as video:
             first, total = video.frame_range(record.start, record.end)
             choose = PROTOCOLS[self.sampling].train
             indices = choose(total, self.num_frames, rng, self.interval, video.fps)
@@ -147,7 +162,7 @@ class EvalReader:
         Raises:
           DecodeError: if the video cannot be read.
         """
-        with VideoReader(record.path, self.max_pixels) as video:
+        with open_video(record, self.max_pixels) as video:
             first, total = video.frame_range(record.start, record.end)
             choose = PROTOCOLS[self.sampling].test
             indices = choose(total, self.num_frames, self.num_clips, self.interval, video.fps)

@@ -25,11 +25,12 @@ class Record:
     """One labelled video, or a part of one.
 
     Attributes:
-      path: the video file.
+      path: the video file, or a name that says where the video lies, for messages.
       label: class index from 0, or one per head.
       video_id: name of the video in the data set.
       start: seconds after the first frame where the part begins; None means the beginning.
       end: seconds where it ends; None means the end.
+      load: gives the bytes of the video file where `path` is not a file; raises OSError.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Record:
     video_id: str
     start: float | None = None
     end: float | None = None
+    load: Callable[[], bytes] | None = None
 
 
 class VideoList:

@@ -1,3 +1,6 @@
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 from video_files import decode_everything, pictures, write_video
@@ -291,3 +294,28 @@ def test_evaluation_is_the_same_every_time(source):
         list(eval_batches(source, reader, batch_size=3, num_threads=n)) for n in (0, 3)
     )
     assert_same(first, second)
+
+
+def test_records_that_load_their_bytes_give_the_clips_of_their_files(source):
+    loading = VideoList(
+        [
+            dataclasses.replace(r, path=f'shard#{k}', load=Path(r.path).read_bytes)
+            for k, r in enumerate(source[i] for i in range(len(source)))
+        ],
+        source.class_names,
+    )
+    for a, b in zip(train(source), train(loading)):
+        np.testing.assert_array_equal(a['video'], b['video'])
+    assert train(loading)[0]['path'][0].startswith('shard#')
+
+
+def test_a_record_that_does_not_load_is_named_in_its_place(source):
+    def load():
+        raise OSError('the shard is gone')
+
+    broken = dataclasses.replace(source[0], path='shard#0', load=load)
+    (batch,) = train_batches(
+        VideoList([broken], source.class_names), READER, batch_size=1, seed=0, num_steps=1
+    )
+    assert batch['mask'].tolist() == [0]
+    assert (batch['path'][0], batch['error'][0]) == ('shard#0', 'missing: the shard is gone')
