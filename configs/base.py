@@ -58,6 +58,9 @@ def get_config() -> ConfigDict:
     config.data.sampling = ''
     # Frames of a 30 fps video for interval sampling, of the file itself for stride sampling.
     config.data.frame_interval = 8
+    # Clips of a video in its batch: decoded once, transformed so many times. They count in
+    # batch_size, and an epoch has so many more.
+    config.data.num_samples = 1
     # Policy such as 'rand-m7-n4-mstd0.5-inc1', on whole frames before the crop; '' for none.
     config.data.rand_augment = ''
     config.data.crop_area = (

@@ -180,6 +180,7 @@ def train_reader(config: ConfigDict) -> pipeline.TrainReader:
         sampling=data.sampling or info.sampling,
         interval=data.frame_interval,
         transforms=tuple(steps),
+        num_samples=data.num_samples,
     )
 
 

@@ -1,9 +1,10 @@
 """From a source of records to batches of uint8 clips, the same for any number of threads or hosts.
 
-The training stream is a pure function of (seed, epoch, record): position p of the stream, counted
-over all hosts, is record `epoch_order(seed, p // N)[p % N]` with `rng = default_rng([seed, epoch,
-record index])`. Nothing has to be saved to resume, and any clip can be made again alone, see
-`TrainReader.read`.
+The training stream is a pure function of (seed, epoch, record, copy): position p of the stream,
+counted over all hosts, is record `epoch_order(seed, p // N)[p % N]` with `rng = default_rng([seed,
+epoch, record index])`. It is decoded once and gives S clips, its copies, which follow each other in
+the batch; copy c draws from the c-th child of that generator. Nothing has to be saved to resume,
+and any clip can be made again alone, see `TrainReader.read`.
 
 A video that cannot be read stays in its place in the batch with mask 0 and its reason; nothing is
 raised in a reader thread, where grain could not carry on.
@@ -58,7 +59,7 @@ def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader:
 
 @dataclass(frozen=True)
 class TrainReader:
-    """How a record becomes one training clip.
+    """How a record becomes training clips.
 
     Attributes:
       num_frames: frames per clip, T.
@@ -67,6 +68,7 @@ class TrainReader:
       interval: spacing of frames; for 'interval' in frames of a 30 fps video, for 'stride' in
         frames of the file.
       transforms: run in order on the clip.
+      num_samples: clips of a record, S: the same frames, transformed S times with own draws.
       max_pixels: larger frames are refused.
     """
 
@@ -75,25 +77,32 @@ class TrainReader:
     sampling: str = 'segment'
     interval: float = 1.0
     transforms: tuple[Transform, ...] = ()
+    num_samples: int = 1
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         _check_reader(self)
+        if self.num_samples < 1:
+            raise ValueError(f'num_samples={self.num_samples} must be at least 1')
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of a clip, (T, H, W, 3)."""
         return (self.num_frames, self.image_size, self.image_size, 3)
 
-    def read(self, record: Record, rng: np.random.Generator) -> tuple[np.ndarray, Label]:
-        """Reads one clip.
+    def read(
+        self, record: Record, rng: np.random.Generator
+    ) -> tuple[list[np.ndarray], list[Label]]:
+        """Reads the clips of a record; decodes its frames once.
 
         Args:
           record: what to read.
-          rng: source of all draws; `record_rng(seed, epoch, index)` gives the clip of a run.
+          rng: a fresh generator, the source of all draws: the frames are drawn from it, what
+            happens to copy c from its c-th child. `record_rng(seed, epoch, index)` gives the clips
+            of a run.
 
         Returns:
-          video (T, H, W, 3) uint8 RGB, and the label, which a flip may have changed.
+          S clips (T, H, W, 3) uint8 RGB, and their labels, which a flip may have changed.
 
         Raises:
           DecodeError: if the video cannot be read.
@@ -103,7 +112,11 @@ class TrainReader:
             choose = PROTOCOLS[self.sampling].train
             indices = choose(total, self.num_frames, rng, self.interval, video.fps)
             frames = video.frames(first + indices)
-        return apply(self.transforms, frames, record.label, rng)
+        copies = [
+            apply(self.transforms, frames, record.label, child)
+            for child in rng.spawn(self.num_samples)
+        ]
+        return [video for video, _ in copies], [label for _, label in copies]
 
 
 @dataclass(frozen=True)
@@ -202,7 +215,7 @@ class Batches:
         """Starts reading.
 
         Args:
-          read: makes element i of the stream.
+          read: makes element i of the stream, the rows of one record.
           num_batches: batches in all.
           batch_size: elements of a batch.
           num_threads: reader threads, each of which makes whole batches; 0 reads in `next`.
@@ -252,55 +265,72 @@ def _caught(read: Callable[[int], dict[str, Any]]) -> Callable[[int], dict[str, 
     return caught
 
 
+# What all rows of a record share.
+_RECORD_FIELDS = {
+    'mask': np.float32,
+    'index': np.int64,
+    'epoch': np.int64,
+    'path': object,
+    'error': object,
+}
+
+
 def _stack(elements: list[dict[str, Any] | Exception]) -> dict[str, np.ndarray] | Exception:
     for element in elements:
         if isinstance(element, Exception):
             return element
+    rows = [len(element['video']) for element in elements]
+    of_record = {
+        key: np.repeat(np.array([e[key] for e in elements], dtype), rows)
+        for key, dtype in _RECORD_FIELDS.items()
+    }
     return {
-        'video': np.stack([e['video'] for e in elements]),
-        'label': np.array([e['label'] for e in elements], np.int32),
-        'mask': np.array([e['mask'] for e in elements], np.float32),
-        'index': np.array([e['index'] for e in elements], np.int64),
-        'epoch': np.array([e['epoch'] for e in elements], np.int64),
-        'path': np.array([e['path'] for e in elements], object),
-        'error': np.array([e['error'] for e in elements], object),
+        'video': np.stack([video for e in elements for video in e['video']]),
+        'label': np.array([label for e in elements for label in e['label']], np.int32),
+        **of_record,
     }
 
 
 def _element(
-    read: Callable[[Record], tuple[np.ndarray, Label]],
+    read: Callable[[Record], tuple[list[np.ndarray], list[Label]]],
     record: Record,
     index: int,
     epoch: int,
+    rows: int,
     shape: tuple[int, ...],
 ) -> dict[str, Any]:
-    element = {'label': record.label, 'index': index, 'epoch': epoch, 'path': record.path}
+    """The rows of one record: lists of videos and labels, and what all rows share."""
+    element = {'index': index, 'epoch': epoch, 'path': record.path}
     try:
-        video, label = read(record)
+        videos, labels = read(record)
     except DecodeError as error:
-        video = np.zeros(shape, np.uint8)
-        return element | {'video': video, 'mask': 0.0, 'error': f'{error.kind}: {error.reason}'}
+        videos, labels = [np.zeros(shape, np.uint8)] * rows, [record.label] * rows
+        reason = f'{error.kind}: {error.reason}'
+        return element | {'video': videos, 'label': labels, 'mask': 0.0, 'error': reason}
     except Exception as error:
         error.add_note(f'while reading record {index}, {record.path}')
         raise
-    if video.shape != shape:
-        raise ValueError(
-            f'the transforms made a clip of shape {video.shape} from record {index}, '
-            f'{record.path}, expected {shape}; image_size of the reader and of its transforms must '
-            'agree'
-        )
-    return element | {'video': video, 'label': label, 'mask': 1.0, 'error': ''}
+    for video in videos:
+        if video.shape != shape:
+            raise ValueError(
+                f'the transforms made a clip of shape {video.shape} from record {index}, '
+                f'{record.path}, expected {shape}; image_size of the reader and of its transforms '
+                'must agree'
+            )
+    return element | {'video': videos, 'label': labels, 'mask': 1.0, 'error': ''}
 
 
-def _host_batch_size(batch_size: int, host_index: int, host_count: int) -> int:
-    if batch_size < 1 or batch_size % host_count:
+def _host_records(batch_size: int, host_index: int, host_count: int, num_samples: int = 1) -> int:
+    """Records of a batch that one host reads."""
+    if batch_size < 1 or batch_size % (host_count * num_samples):
+        copies = f' times num_samples={num_samples}' if num_samples > 1 else ''
         raise ValueError(
             f'batch_size={batch_size} (of all hosts together) is not a positive multiple of '
-            f'host_count={host_count}'
+            f'host_count={host_count}{copies}'
         )
     if not 0 <= host_index < host_count:
         raise ValueError(f'host_index={host_index} must be in 0 to {host_count - 1}')
-    return batch_size // host_count
+    return batch_size // host_count // num_samples
 
 
 def train_batches(
@@ -319,12 +349,13 @@ def train_batches(
 ) -> Batches:
     """Training batches of steps `start_step` to `num_steps - 1`, for one host.
 
-    Batch k of all hosts together is positions k * batch_size to (k + 1) * batch_size - 1 of the
-    stream; host j takes the j-th contiguous part of it. Earlier steps cost nothing.
+    Batch k of all hosts together is positions k * R to (k + 1) * R - 1 of the stream, where R =
+    batch_size / S records of S clips; host j takes the j-th contiguous part of it. Earlier steps
+    cost nothing.
 
     Args:
       source: the records, N of them.
-      reader: makes the clips.
+      reader: makes the clips, S of a record.
       batch_size: clips in a step over all hosts; b = batch_size / host_count come out here.
       seed: of order and augmentation, not negative.
       start_step: first step, from 0.
@@ -339,11 +370,13 @@ def train_batches(
       An iterator of dicts: video (b, T, H, W, 3) uint8 RGB; label (b,) int32, or (b, heads); mask
       (b,) float32, 0 for a video that cannot be read (its pixels are zeros); index (b,) int64,
       number of the record; epoch (b,) int64; path (b,) str; error (b,) str, '' or 'kind: reason'.
+      The S copies of a record are neighbours, in order.
 
     Raises:
       ValueError: if an argument is out of range.
     """
-    host_batch = _host_batch_size(batch_size, host_index, host_count)
+    of_host = _host_records(batch_size, host_index, host_count, reader.num_samples)
+    of_step = of_host * host_count
     if seed < 0 or start_step < 0:
         raise ValueError(f'seed={seed} and start_step={start_step} must not be negative')
     num_records = len(source)
@@ -351,18 +384,23 @@ def train_batches(
         raise ValueError('the source has no records')
 
     def read(position: int) -> dict[str, Any]:
-        step, slot = divmod(position, host_batch)
-        in_stream = (start_step + step) * batch_size + host_index * host_batch + slot
+        step, slot = divmod(position, of_host)
+        in_stream = (start_step + step) * of_step + host_index * of_host + slot
         epoch, index = divmod(in_stream, num_records)
         if shuffle:
             index = int(epoch_order(seed, epoch, num_records)[index])
         rng = record_rng(seed, epoch, index)
         return _element(
-            lambda record: reader.read(record, rng), source[index], index, epoch, reader.shape
+            lambda record: reader.read(record, rng),
+            source[index],
+            index,
+            epoch,
+            reader.num_samples,
+            reader.shape,
         )
 
     num_batches = max(num_steps - start_step, 0)
-    return Batches(read, num_batches, host_batch, num_threads, buffer_size)
+    return Batches(read, num_batches, of_host, num_threads, buffer_size)
 
 
 def eval_batches(
@@ -396,19 +434,23 @@ def eval_batches(
     Raises:
       ValueError: if an argument is out of range.
     """
-    host_batch = _host_batch_size(batch_size, host_index, host_count)
+    of_host = _host_records(batch_size, host_index, host_count)
     num_records = len(source)
     if not num_records:
         raise ValueError('the source has no records')
 
+    def views(record: Record) -> tuple[list[np.ndarray], list[Label]]:
+        video, label = reader.read(record)
+        return [video], [label]
+
     def read(position: int) -> dict[str, Any]:
-        step, slot = divmod(position, host_batch)
-        index = step * batch_size + host_index * host_batch + slot
+        step, slot = divmod(position, of_host)
+        index = step * batch_size + host_index * of_host + slot
         if index < num_records:
-            return _element(reader.read, source[index], index, 0, reader.shape)
+            return _element(views, source[index], index, 0, 1, reader.shape)
         return {
-            'video': np.zeros(reader.shape, np.uint8),
-            'label': np.zeros_like(source[0].label),
+            'video': [np.zeros(reader.shape, np.uint8)],
+            'label': [np.zeros_like(source[0].label)],
             'mask': 0.0,
             'index': -1,
             'epoch': 0,
@@ -417,4 +459,4 @@ def eval_batches(
         }
 
     num_batches = -(-num_records // batch_size)
-    return Batches(read, num_batches, host_batch, num_threads, buffer_size)
+    return Batches(read, num_batches, of_host, num_threads, buffer_size)

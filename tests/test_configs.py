@@ -102,6 +102,12 @@ def test_rows_follow_the_released_recipe():
     assert (settings.peak_lr, settings.weight_decay, settings.b2) == (3.2e-4, 1e-4, 0.999)
 
 
+def test_an_epoch_has_every_clip_of_every_video():
+    config = dist.get_config('b16_8+16f_k400')
+    config.data.num_samples = 2
+    assert train.make_plan(config, 240_000).total_steps == 36 * 2 * 240_000 // 256
+
+
 def test_evl_rows_follow_the_released_recipe():
     for name in evl.VARIANTS:
         if name == 'demo':

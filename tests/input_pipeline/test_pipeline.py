@@ -15,7 +15,7 @@ from input_pipeline.pipeline import (
 )
 from input_pipeline.sampling import PROTOCOLS
 from input_pipeline.sources import Record, VideoList
-from input_pipeline.transforms import Flip, Grayscale, RandomResizedCrop
+from input_pipeline.transforms import CentreCrop, Flip, Grayscale, RandomResizedCrop
 
 READER = TrainReader(4, 32, transforms=(Flip(), RandomResizedCrop(32), Grayscale(0.5)))
 NAMES = tuple('abc')
@@ -34,9 +34,9 @@ def source(tmp_path_factory):
     return VideoList(records, NAMES)
 
 
-def train(source, **changes):
+def train(source, reader=READER, **changes):
     options = {'batch_size': 4, 'seed': 7, 'num_steps': 6} | changes
-    return list(train_batches(source, READER, **options))
+    return list(train_batches(source, reader, **options))
 
 
 def assert_same(batches, others):
@@ -133,7 +133,7 @@ def test_any_record_can_be_made_again_alone(source):
             if index == BAD:
                 continue
             rng = record_rng(7, int(batch['epoch'][k]), int(index))
-            video, label = READER.read(source[int(index)], rng)
+            (video,), (label,) = READER.read(source[int(index)], rng)
             np.testing.assert_array_equal(video, batch['video'][k])
             assert label == batch['label'][k]
 
@@ -159,6 +159,63 @@ def test_a_bad_video_is_masked_and_named_in_its_place(source):
     assert seen == 4
 
 
+PAIRS = dataclasses.replace(READER, num_samples=2)
+
+
+def test_the_copies_of_a_record_are_neighbours_with_the_same_frames(source):
+    plain = TrainReader(4, 48, transforms=(CentreCrop(48),), num_samples=3)
+    (batch,) = train_batches(source, plain, batch_size=6, seed=7, num_steps=1, shuffle=False)
+    assert batch['index'].tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch['label'].tolist() == [0, 0, 0, 1, 1, 1]
+    for k in (1, 2, 4, 5):
+        np.testing.assert_array_equal(batch['video'][k], batch['video'][k - k % 3])
+    assert (batch['video'][0] != batch['video'][3]).any()
+
+
+def test_copies_have_draws_of_their_own_and_the_first_is_the_only_one_of_a_single_run(source):
+    pairs = train(source, PAIRS, batch_size=14)
+    singles = train(source, batch_size=7)
+    for pair, single in zip(pairs, singles):
+        for key in pair:
+            np.testing.assert_array_equal(pair[key][::2], single[key])
+        good = pair['mask'][::2] > 0
+        assert (pair['video'][1::2] != pair['video'][::2]).any((1, 2, 3, 4))[good].all()
+
+
+def test_a_flip_swaps_the_label_of_its_copy_alone(source):
+    reader = TrainReader(2, 48, transforms=(CentreCrop(48), Flip(0.5, ((0, 1),))), num_samples=16)
+    (batch,) = train_batches(source, reader, batch_size=16, seed=0, num_steps=1, shuffle=False)
+    plain = batch['video'][batch['label'] == 0]
+    flipped = batch['video'][batch['label'] == 1]
+    assert len(plain) + len(flipped) == 16 and len(plain) and len(flipped)
+    for video in flipped:
+        np.testing.assert_array_equal(video[:, :, ::-1], plain[0])
+
+
+@pytest.mark.parametrize('hosts', [2, 3])
+def test_copies_stay_together_for_any_number_of_hosts_and_any_start(source, hosts):
+    whole = train(source, PAIRS, batch_size=12)
+    indices = np.concatenate([b['index'] for b in whole])[::2]
+    for epoch in range(5):  # six steps of six records, seven records an epoch
+        assert sorted(indices[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    for start in (0, 4):
+        parts = [
+            train(source, PAIRS, batch_size=12, start_step=start, host_index=j, host_count=hosts)
+            for j in range(hosts)
+        ]
+        joined = [
+            {key: np.concatenate([batch[key] for batch in step]) for key in step[0]}
+            for step in zip(*parts)
+        ]
+        assert_same(whole[start:], joined)
+
+
+def test_all_copies_of_a_bad_video_are_masked(source):
+    for batch in train(source, PAIRS, batch_size=14, num_steps=2):
+        assert batch['mask'].sum() == 12
+        assert (batch['error'] != '').tolist() == (batch['index'] == BAD).tolist()
+
+
 def test_a_wrong_transform_is_raised_and_names_the_record(source):
     reader = TrainReader(4, 32, transforms=(RandomResizedCrop(24),))
     batches = train_batches(source, reader, batch_size=4, seed=0, num_steps=2, num_threads=2)
@@ -182,6 +239,10 @@ def test_a_wrong_transform_is_raised_and_names_the_record(source):
         ({'batch_size': 5, 'host_count': 2}, 'batch_size=5 .* multiple of host_count=2'),
         ({'host_index': 2, 'host_count': 2}, 'host_index=2 must be in 0 to 1'),
         ({'seed': -1}, 'seed=-1'),
+        (
+            {'reader': PAIRS, 'batch_size': 6, 'host_count': 2},
+            'batch_size=6 .* multiple of host_count=2 times num_samples=2',
+        ),
     ],
 )
 def test_wrong_arguments_are_errors(source, options, message):
@@ -198,6 +259,8 @@ def test_wrong_readers_are_errors():
         EvalReader(4, 32, num_crops=2)
     with pytest.raises(ValueError, match="rounding='up'"):
         EvalReader(4, 32, rounding='up')
+    with pytest.raises(ValueError, match='num_samples=0 must be at least 1'):
+        TrainReader(4, 32, num_samples=0)
     for reader in (TrainReader, EvalReader):
         with pytest.raises(ValueError, match=r'interval=1\.5 must be a whole number'):
             reader(4, 32, 'stride', 1.5)
