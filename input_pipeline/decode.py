@@ -31,15 +31,17 @@ KINDS = (
     'corrupt',
     'too large',
 )
-# Playlists, image files and text that FFmpeg would also open (and follow to other files) are out.
+# Playlists, numbered images and text that FFmpeg would also open (and follow to other files) are
+# out. A still JPEG or PNG is a video of one frame.
 _FORMATS = (
     'mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,ivf,mxf,rm,dv,'
-    'h264,hevc,m4v,obu,av1,wtv,swf,nut'
+    'h264,hevc,m4v,obu,av1,wtv,swf,nut,jpeg_pipe,png_pipe'
 )
 # VP8 hides reference frames in packets of their own: packets are not frames.
 _COUNT_BY_DECODING = ('vp8',)
 # Decoders in which leaving out frames that are never referred to was checked to be exact.
 _SKIP_UNREFERENCED = ('h264',)
+_STILL = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n')  # JPEG and PNG
 _MP4_CONTENT = (b'moov', b'mdat', b'moof')
 _SEEK_COST = 2  # a jump costs about as much as decoding this many packets
 
@@ -138,6 +140,11 @@ class VideoReader:
             if not num_bytes:
                 raise self._error('empty', 'the file has 0 bytes')
             declared = _declared_bytes(file, head, num_bytes)
+            if head.startswith(_STILL) and num_bytes <= MAX_CACHED_BYTES:
+                file.seek(0)  # FFmpeg takes the name of an image for a pattern of names
+                source = file.read()
+                if head.startswith(_STILL[0]) and not _has_end(source):
+                    raise self._error('truncated', 'a JPEG without its end marker')
         if declared > num_bytes:
             raise self._error('truncated', f'{num_bytes} of {declared} bytes are there')
         file = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(self.path)
@@ -236,7 +243,9 @@ class VideoReader:
         if stamps is None:
             self.times = np.arange(num_frames) / rate
         else:
-            self.times = (np.asarray(stamps) - stamps[0]) * float(self._stream.time_base)
+            unit = self._stream.time_base  # not as a float: equal times are equal in any unit
+            ticks = (np.asarray(stamps) - stamps[0]) * unit.numerator
+            self.times = ticks / unit.denominator
         span = float(self.times[-1])
         self.fps = (num_frames - 1) / span if span > 0 else rate
         self.duration = num_frames / self.fps
@@ -293,6 +302,32 @@ class VideoReader:
             return self._fill(indices, wanted, shortcuts=True)
         except _Inexact:
             return self._fill(indices, wanted, shortcuts=False)
+
+    def decoded(self, first: int = 0, count: int | None = None) -> Iterator[av.VideoFrame]:
+        """Frames one after the other as the decoder gives them: neither RGB nor turned upright.
+
+        Args:
+          first: number of the first frame.
+          count: how many; None means all that follow.
+
+        Yields:
+          The frames in order of time.
+
+        Raises:
+          DecodeError: if a frame does not decode.
+        """
+        wanted = np.arange(first, self.num_frames if count is None else first + count)
+        done = 0
+        for shortcuts in (True, False):
+            try:
+                for _, frame in self._pick(wanted[done:], shortcuts):
+                    done += 1
+                    yield frame
+            except _Inexact:
+                pass
+            if done == len(wanted):
+                return
+        raise self._error('corrupt', f'{len(wanted) - done} of {len(wanted)} frames do not decode')
 
     def _fill(self, indices: np.ndarray, wanted: np.ndarray, shortcuts: bool) -> np.ndarray:
         video, count = None, 0
@@ -404,6 +439,15 @@ def _starts_like_video(head: bytes) -> bool:
     return avi or head[:4] == b'\x1aE\xdf\xa3' or head[4:8] in (b'ftyp', b'moov', b'mdat')
 
 
+def _has_end(jpeg: bytes) -> bool:
+    """Whether a JPEG has its end marker; FFmpeg paints what is missing grey, without a word."""
+    position = 2
+    while jpeg[position : position + 1] == b'\xff' and jpeg[position + 1 : position + 2] != b'\xda':
+        # Not the start of a scan yet: a segment that states its length.
+        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4], 'big')
+    return jpeg.find(b'\xff\xd9', position) >= 0
+
+
 def _declared_bytes(file: BinaryIO, head: bytes, num_bytes: int) -> int:
     """Size that the headers of an mp4, AVI or Matroska file state; 0 if they state none.
 
@@ -450,15 +494,29 @@ def _upright(picture: av.VideoFrame, decoded: av.VideoFrame) -> np.ndarray:
     """(h, w, 3) uint8 of an RGB frame, turned as the display matrix of the decoded one says."""
     plane = picture.planes[0]
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: picture.height]
-    pixels = rows[:, : picture.width * 3].reshape(picture.height, picture.width, 3)
+    return turn(rows[:, : picture.width * 3].reshape(picture.height, picture.width, 3), decoded)
+
+
+def turn(pixels: np.ndarray, decoded: av.VideoFrame) -> np.ndarray:
+    """Turns an image upright.
+
+    Args:
+      pixels: (h, w, ...) made of the frame, or one plane of it.
+      decoded: the frame as it came out of the decoder, with its display matrix.
+
+    Returns:
+      A view, (h, w, ...) or (w, h, ...); `pixels` itself where nothing is to be turned.
+    """
     matrix = decoded.side_data.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
         return pixels
     # x' = a x + c y, y' = b x + d y; rounded to the nearest of the eight exact positions.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
-        pixels = pixels.transpose(1, 0, 2)
+        pixels = pixels.swapaxes(0, 1)
         flip_x, flip_y = c < 0, b < 0
     else:
         flip_x, flip_y = a < 0, d < 0
-    return pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    if flip_y or flip_x:
+        pixels = pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    return pixels

@@ -144,8 +144,10 @@ def _flip_bits(path):
     path.write_bytes(data)
 
 
-def _write_picture(path, suffix):
-    path.write_bytes(cv2.imencode(suffix, np.zeros((48, 64, 3), np.uint8))[1].tobytes())
+def _write_picture(path, suffix, share=1.0):
+    content = cv2.imencode(suffix, pictures(1)[0])[1].tobytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return content
 
 
 def _lie_about_size(path):
@@ -156,14 +158,28 @@ def _lie_about_size(path):
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize('suffix', ['.jpg', '.png'])
+def test_a_still_image_is_one_frame(tmp_path, suffix):
+    path = tmp_path / f'picture{suffix}'
+    content = _write_picture(path, suffix)
+    for source in (path, content):
+        with VideoReader(source) as video:
+            assert (video.num_frames, video.frame_range(None, None)) == (1, (0, 1))
+            frame = video.frames([0, 0])[1]
+    assert np.abs(frame.astype(int) - pictures(1)[0][..., ::-1]).mean() < (
+        8 if suffix == '.jpg' else 0.1
+    )
+
+
 FAILURES = {
     'missing file': ('missing', lambda path: None),
     'empty file': ('empty', lambda path: path.write_bytes(b'')),
     'folder': ('not a video', lambda path: path.mkdir()),
     'text': ('not a video', lambda path: path.write_text('once upon a time\n' * 500)),
     'random bytes': ('not a video', lambda path: path.write_bytes(bytes(range(7, 256)) * 99)),
-    'JPEG': ('not a video', lambda path: _write_picture(path, '.jpg')),
-    'PNG': ('not a video', lambda path: _write_picture(path, '.png')),
+    'half a JPEG': ('truncated', lambda path: _write_picture(path, '.jpg', 0.5)),
+    'head of a JPEG': ('truncated', lambda path: _write_picture(path, '.jpg', 0.01)),
+    'half a PNG': ('corrupt', lambda path: _write_picture(path, '.png', 0.5)),
     'playlist': ('not a video', lambda path: path.write_text('#EXTM3U\n#EXTINF:1,\nv.ts\n')),
     'audio only': ('no video stream', video_files.write_audio),
     'no frames': ('zero frames', video_files.write_without_frames),

@@ -1,0 +1,218 @@
+"""From a video to the bytes of a smaller one that is cheap to read at random.
+
+Frames keep their times and are turned upright; sound and all else is left behind. The same input
+gives the same bytes: encoders run on one thread and write no date and no version.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader, turn
+
+# Seconds: 30, 25, 24, 60 and 30000/1001, 24000/1001 frames a second are whole numbers of it.
+_TIME_BASE = Fraction(1, 360000)
+# Chosen for reading: no frame waits for a later one, one reference frame, key frames where they are
+# expected and nowhere else.
+_H264 = {'preset': 'medium', 'bf': '0', 'refs': '1', 'sc_threshold': '0', 'threads': '1'}
+_MUXER = {'fflags': '+bitexact'}
+CODECS = ('h264', 'jpeg')
+CRF_RANGE = {'h264': (0, 51), 'jpeg': (2, 31)}
+
+
+def transcode(
+    source: str | bytes | VideoReader,
+    short_side: int,
+    keyframe_interval: int,
+    crf: int,
+    codec: str = 'h264',
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> bytes:
+    """Encodes a video, or a part of one, anew.
+
+    Args:
+      source: path, the bytes of a file, or an open video; an open one stays open.
+      short_side: pixels of the short side; a smaller video keeps its size. Sides become even.
+      keyframe_interval: frames from key frame to key frame; of no meaning for 'jpeg'.
+      crf: quality, lower is better: x264's constant rate factor, 0 to 51; for 'jpeg' the quantiser
+        scale of FFmpeg, 2 to 31.
+      codec: one of `CODECS`; 'jpeg' makes every frame a key frame (motion JPEG).
+      start: seconds after the first frame where the part begins; None means the beginning.
+      end: seconds where it ends, not included; None means the end.
+      max_pixels: larger frames are refused.
+
+    Returns:
+      An mp4 file.
+
+    Raises:
+      DecodeError: if a frame cannot be read.
+      ValueError: if an argument is out of range.
+    """
+    check_options(short_side, keyframe_interval, crf, codec)
+    if isinstance(source, VideoReader):
+        return _encode(source, short_side, keyframe_interval, crf, codec, start, end)
+    with VideoReader(source, max_pixels) as video:
+        return _encode(video, short_side, keyframe_interval, crf, codec, start, end)
+
+
+def check_options(short_side: int, keyframe_interval: int, crf: int, codec: str) -> None:
+    """Raises ValueError if `transcode` could not use these arguments."""
+    if codec not in CODECS:
+        raise ValueError(f'codec={codec!r} must be one of {", ".join(CODECS)}')
+    if short_side < 2:
+        raise ValueError(f'short_side={short_side} must be at least 2 pixels')
+    if keyframe_interval < 1:
+        raise ValueError(f'keyframe_interval={keyframe_interval} must be at least 1 frame')
+    low, high = CRF_RANGE[codec]
+    if not low <= crf <= high:
+        raise ValueError(f'crf={crf} must be in {low} to {high} for codec {codec}')
+
+
+def _encode(
+    video: VideoReader,
+    short_side: int,
+    keyframe_interval: int,
+    crf: int,
+    codec: str,
+    start: float | None,
+    end: float | None,
+) -> bytes:
+    first, count = video.frame_range(start, end)
+    seconds = video.times[first : first + count] - video.times[first]
+    ticks = np.rint(seconds / float(_TIME_BASE)).astype(np.int64)
+    file = io.BytesIO()
+    reformatter = VideoReformatter()
+    stream = None
+    with av.open(file, 'w', format='mp4', options=_MUXER) as container:
+        for pts, decoded in zip(ticks.tolist(), video.decoded(first, count)):
+            frame = _shrunk(video, reformatter, decoded, short_side, codec)
+            if stream is None:
+                stream = container.add_stream(
+                    'libx264' if codec == 'h264' else 'mjpeg',
+                    rate=Fraction(video.fps).limit_denominator(1001),
+                    options=_encoder_options(keyframe_interval, crf, codec),
+                )
+                context = stream.codec_context
+                context.time_base = _TIME_BASE
+                context.thread_count = 1
+                context.width, context.height = frame.width, frame.height
+                context.pix_fmt = frame.format.name
+                context.color_range, context.colorspace = frame.color_range, frame.colorspace
+            if (frame.width, frame.height) != (context.width, context.height):
+                sizes = f'{context.width} x {context.height} and {frame.width} x {frame.height}'
+                raise DecodeError(video.path, 'corrupt', f'frames of different sizes: {sizes}')
+            frame.pts, frame.time_base = pts, _TIME_BASE
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def _encoder_options(keyframe_interval: int, crf: int, codec: str) -> dict[str, str]:
+    if codec == 'jpeg':
+        return {'qmin': str(crf), 'qmax': str(crf), 'flags': '+bitexact', 'threads': '1'}
+    interval = str(keyframe_interval)
+    return _H264 | {'crf': str(crf), 'g': interval, 'keyint_min': interval}
+
+
+def _shrunk(
+    video: VideoReader,
+    reformatter: VideoReformatter,
+    decoded: av.VideoFrame,
+    short_side: int,
+    codec: str,
+) -> av.VideoFrame:
+    """The frame at its new size, upright, as 4:2:0."""
+    scale = min(1.0, short_side / min(decoded.width, decoded.height))
+    width, height = (
+        max(2, 2 * round(side * scale / 2)) for side in (decoded.width, decoded.height)
+    )
+    # JPEG knows one range and one matrix; H.264 keeps what the video has.
+    colours = (
+        {'dst_colorspace': Colorspace.ITU601, 'dst_color_range': ColorRange.JPEG}
+        if codec == 'jpeg'
+        else {}
+    )
+    try:
+        frame = reformatter.reformat(
+            decoded,
+            width,
+            height,
+            'yuvj420p' if codec == 'jpeg' else 'yuv420p',
+            interpolation='BICUBIC',
+            threads=1,
+            **colours,
+        )
+    except (av.FFmpegError, ValueError) as error:
+        raise DecodeError(video.path, 'corrupt', f'cannot be scaled: {error}') from error
+    planes = [_plane(frame, k) for k in range(3)]
+    turned = [turn(plane, decoded) for plane in planes]
+    if all(before is after for before, after in zip(planes, turned)):
+        return frame
+    upright = av.VideoFrame(turned[0].shape[1], turned[0].shape[0], frame.format.name)
+    upright.color_range, upright.colorspace = frame.color_range, frame.colorspace
+    for k, plane in enumerate(turned):
+        rows = np.zeros((plane.shape[0], upright.planes[k].line_size), np.uint8)
+        rows[:, : plane.shape[1]] = plane
+        upright.planes[k].update(rows)
+    return upright
+
+
+def _plane(frame: av.VideoFrame, number: int) -> np.ndarray:
+    plane = frame.planes[number]
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return rows[: plane.height, : plane.width]
+
+
+def join_jpegs(pictures: Sequence[bytes] | Iterator[bytes], fps: float) -> bytes:
+    """Puts JPEG pictures into a video file as they are.
+
+    Args:
+      pictures: the bytes of JPEG files, in order of time, all of one size.
+      fps: frames per second.
+
+    Returns:
+      A motion JPEG mp4 file.
+
+    Raises:
+      ValueError: if there is no picture, or the first is not a JPEG.
+    """
+    rate = Fraction(fps).limit_denominator(1001)
+    file = io.BytesIO()
+    stream = None
+    with av.open(file, 'w', format='mp4', options=_MUXER) as container:
+        for number, picture in enumerate(pictures):
+            if stream is None:
+                stream = _jpeg_stream(container, picture, rate)
+            packet = av.Packet(picture)
+            packet.stream = stream
+            packet.time_base = 1 / rate
+            packet.pts = packet.dts = number
+            packet.duration = 1
+            packet.is_keyframe = True
+            container.mux(packet)
+        if stream is None:
+            raise ValueError('no pictures')
+    return file.getvalue()
+
+
+def _jpeg_stream(
+    container: av.container.OutputContainer, picture: bytes, rate: Fraction
+) -> av.VideoStream:
+    with VideoReader(picture, name='the first picture') as first:
+        decoded = next(first.decoded())
+    stream = container.add_stream('mjpeg', rate=rate)
+    context = stream.codec_context
+    context.width, context.height, context.pix_fmt = (
+        decoded.width,
+        decoded.height,
+        decoded.format.name,
+    )
+    context.time_base = 1 / rate
+    return stream
