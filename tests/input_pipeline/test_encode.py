@@ -127,3 +127,9 @@ def test_joined_jpegs_are_the_same_pictures():
     assert all(picture in join_jpegs(pictures_, 12) for picture in pictures_)
     with pytest.raises(ValueError, match='no pictures'):
         join_jpegs([], 12)
+
+
+def test_the_same_video_gives_the_same_bytes_every_time(tmp_path):
+    path = write_video(tmp_path / 'a.mp4', _smooth(24))
+    contents = {transcode(path.read_bytes(), 48, 8, 20) for _ in range(25)}
+    assert len(contents) == 1
