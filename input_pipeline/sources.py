@@ -264,7 +264,7 @@ def _rows_csv(path: Path, root: Path, subset: str) -> Iterator[_Row]:
         table = [(where, row) for where, row in table if row['split'] == subset]
         if not table:
             raise ValueError(f'{path}: no row has split {subset!r}, found {splits}')
-    if 'youtube_id' in header:
+    if 'youtube_id' in header and not set(_PATH_COLUMNS) & set(header):
         yield from _rows_kinetics_csv(path, table, header, root)
     elif 'verb_class' in header:
         yield from _rows_epic_csv(path, table, header)
@@ -290,7 +290,7 @@ def _rows_plain_csv(path: Path, table: list, header: list[str]) -> Iterator[_Row
             where,
             row[path_column],
             labels,
-            row.get('video_id', ''),
+            row.get('video_id') or row.get('youtube_id', ''),
             _seconds(row.get('start', ''), where),
             _seconds(row.get('end', ''), where),
         )
