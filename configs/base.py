@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.data.val_list = ''  # list of validation videos
     config.data.train_subset = ''  # for lists that hold several splits (HMDB51: train1 to train3)
     config.data.val_subset = ''  # likewise (HMDB51: test1 to test3)
-    config.data.list_format = ''  # '' for the data set's own; see input_pipeline.sources
+    config.data.list_format = ''  # '' for the data set's own; see input_pipeline.list_formats
     config.data.label_map = (
         ''  # class names; two files, separated by a comma, for two label columns
     )

@@ -18,7 +18,7 @@ from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree
 from dist_jax.sharding import feed, to_global
 from input_pipeline import pipeline
-from input_pipeline.sources import VideoList
+from input_pipeline.video_list import VideoList
 
 EvalStep = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, ...]]
 

@@ -32,8 +32,9 @@ from dist_jax.sharding import (
 )
 from input_pipeline import pipeline, randaugment, transforms
 from input_pipeline.datasets import DATASETS, DatasetInfo
-from input_pipeline.sources import VideoList, open_source
+from input_pipeline.sources import open_source
 from input_pipeline.tokenizer import tokenize
+from input_pipeline.video_list import VideoList
 
 log = logging.getLogger('dist_jax')
 

@@ -24,7 +24,8 @@ from dist_jax.logbook import Bar
 from dist_jax.sharding import batch_parts, batched, make_mesh
 from dist_jax.train import write_json
 from input_pipeline.decode import DecodeError
-from input_pipeline.sources import Record, read_label_map
+from input_pipeline.label_maps import read_label_map
+from input_pipeline.video_list import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

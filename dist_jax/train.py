@@ -37,7 +37,7 @@ from dist_jax.models.params import tree_sha256
 from dist_jax.sharding import check_batch_size, feed, make_mesh, shardings, to_global, to_host
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog
-from input_pipeline.sources import VideoList
+from input_pipeline.video_list import VideoList
 
 log = logging.getLogger('dist_jax')
 

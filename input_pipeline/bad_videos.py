@@ -21,7 +21,7 @@ from etils import epath
 from input_pipeline import sampling
 from input_pipeline.decode import MAX_PIXELS, DecodeError
 from input_pipeline.pipeline import Source, open_video
-from input_pipeline.sources import Record
+from input_pipeline.video_list import Record
 
 NUM_CHECK_FRAMES = 8
 

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from input_pipeline.bad_videos import NUM_CHECK_FRAMES, check_source
-from input_pipeline.sources import LIST_FORMATS, open_source
+from input_pipeline.list_formats import LIST_FORMATS
+from input_pipeline.sources import open_source
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
-"""The data sets: one row each. A new one is a new row; `sources` reads its lists."""
+"""The data sets: one row each. A new one is a new row; `list_formats` reads its lists."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from input_pipeline import motion_clips
 from input_pipeline.transforms import Flip
@@ -10,6 +10,21 @@ from input_pipeline.transforms import Flip
 PLAIN_FLIP = Flip()
 # "... from left to right" and its two relatives; class indices of the official label map.
 SOMETHING_FLIP = Flip(label_pairs=((86, 87), (93, 94), (166, 167)))
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """Where the original annotation files say what belongs to a split.
+
+    Attributes:
+      names: of the file in the folder of annotations, the first that is there; '.' is the folder.
+      list_format: its parser, a key of `list_formats.FORMATS`.
+      subset: for parsers of files with several splits.
+    """
+
+    names: tuple[str, ...]
+    list_format: str = 'csv'
+    subset: str = ''
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,11 @@ class DatasetInfo:
       list_format: of its usual lists, see `sources.open_source`.
       flip: mirroring in training, with the labels that it swaps; None where it would lie.
       sampling: a key of `sampling.PROTOCOLS`, the one of DiST for it.
+      splits: the original annotation files, which `tools.build_dataset` reads.
+      label_files: class names, one file per head, relative to the annotations; alternatives are
+        separated by '|'. () numbers the names of the lists in sorted order.
+      captions: texts take the place of classes.
+      frame_rate: frames per second of a set that comes as folders of JPEG files.
       generate: writes a built-in set into a folder: train.txt, val.txt, labels.txt and the videos.
     """
 
@@ -29,21 +49,138 @@ class DatasetInfo:
     list_format: str
     flip: Flip | None = PLAIN_FLIP
     sampling: str = 'segment'
+    splits: Mapping[str, SplitFile] = field(default_factory=dict)
+    label_files: tuple[str, ...] = ()
+    captions: bool = False
+    frame_rate: float = 0.0
     generate: Callable[[str | os.PathLike], bool] | None = None
 
 
+KINETICS_SPLITS = {
+    'train': SplitFile(('train.csv',)),
+    'validation': SplitFile(('validate.csv', 'val.csv', 'validation.csv')),
+    'test': SplitFile(('test.csv',)),
+}
+MSRVTT_JSON = ('MSRVTT_data.json', 'videodatainfo_2017.json', 'train_val_videodatainfo.json')
+
 DATASETS: dict[str, DatasetInfo] = {
-    'kinetics400': DatasetInfo(400, 'kinetics'),
-    'kinetics600': DatasetInfo(600, 'kinetics'),
-    'kinetics700': DatasetInfo(700, 'kinetics'),
-    'kinetics710': DatasetInfo(710, 'kinetics'),
+    'kinetics400': DatasetInfo(400, 'kinetics', splits=KINETICS_SPLITS),
+    'kinetics600': DatasetInfo(600, 'kinetics', splits=KINETICS_SPLITS),
+    'kinetics700': DatasetInfo(700, 'kinetics', splits=KINETICS_SPLITS),
+    'kinetics700_2020': DatasetInfo(700, 'kinetics', splits=KINETICS_SPLITS),
+    'kinetics710': DatasetInfo(710, 'kinetics', splits=KINETICS_SPLITS),
     # V1 numbers its classes differently and DiST gives no pairs for it: no mirroring.
-    'something_v1': DatasetInfo(174, 'csv', flip=None),
-    'something_v2': DatasetInfo(174, 'ssv2_json', flip=SOMETHING_FLIP),
-    'ucf101': DatasetInfo(101, 'ucf101', sampling='interval'),
-    'hmdb51': DatasetInfo(51, 'hmdb51', sampling='interval'),
-    'epic_kitchens': DatasetInfo((97, 300), 'csv', sampling='interval'),
+    'something_v1': DatasetInfo(
+        174,
+        'csv',
+        flip=None,
+        splits={
+            'train': SplitFile(('something-something-v1-train.csv', 'train.csv')),
+            'validation': SplitFile(('something-something-v1-validation.csv', 'validation.csv')),
+        },
+        label_files=('something-something-v1-labels.csv|labels.csv',),
+        frame_rate=12.0,
+    ),
+    'something_v2': DatasetInfo(
+        174,
+        'ssv2_json',
+        flip=SOMETHING_FLIP,
+        splits={
+            'train': SplitFile(('something-something-v2-train.json', 'train.json'), 'ssv2_json'),
+            'validation': SplitFile(
+                ('something-something-v2-validation.json', 'validation.json'), 'ssv2_json'
+            ),
+        },
+        label_files=('something-something-v2-labels.json|labels.json',),
+    ),
+    'ucf101': DatasetInfo(
+        101,
+        'ucf101',
+        sampling='interval',
+        splits={
+            f'{kind}{fold}': SplitFile((f'{kind}list0{fold}.txt',), 'ucf101')
+            for fold in (1, 2, 3)
+            for kind in ('train', 'test')
+        },
+        label_files=('classInd.txt',),
+    ),
+    'hmdb51': DatasetInfo(
+        51,
+        'hmdb51',
+        sampling='interval',
+        splits={
+            f'{kind}{fold}': SplitFile(('.',), 'hmdb51', f'{kind}{fold}')
+            for fold in (1, 2, 3)
+            for kind in ('train', 'test')
+        },
+    ),
+    'epic_kitchens': DatasetInfo(
+        (97, 300),
+        'csv',
+        sampling='interval',
+        splits={
+            'train': SplitFile(('EPIC_100_train.csv',)),
+            'validation': SplitFile(('EPIC_100_validation.csv',)),
+        },
+        label_files=(
+            'EPIC_100_verb_classes.csv',
+            'EPIC_100_noun_classes_v2.csv|EPIC_100_noun_classes.csv',
+        ),
+    ),
+    'msrvtt': DatasetInfo(
+        0,
+        'msrvtt',
+        splits={
+            'train': SplitFile(MSRVTT_JSON, 'msrvtt', 'train'),
+            'validation': SplitFile(MSRVTT_JSON, 'msrvtt', 'validate'),
+            'test': SplitFile(('test_videodatainfo.json', *MSRVTT_JSON), 'msrvtt', 'test'),
+            'train_9k': SplitFile(('MSRVTT_train.9k.csv',), 'msrvtt'),
+            'test_1k': SplitFile(('MSRVTT_JSFUSION_test.csv',), 'msrvtt'),
+        },
+        captions=True,
+    ),
+    'msvd': DatasetInfo(
+        0,
+        'msvd',
+        splits={
+            'train': SplitFile(('train_list.txt',), 'msvd'),
+            'validation': SplitFile(('val_list.txt',), 'msvd'),
+            'test': SplitFile(('test_list.txt',), 'msvd'),
+        },
+        captions=True,
+    ),
+    'vatex': DatasetInfo(
+        0,
+        'vatex',
+        splits={
+            'train': SplitFile(('vatex_training_v1.0.json',), 'vatex'),
+            'validation': SplitFile(('vatex_validation_v1.0.json',), 'vatex'),
+            'test': SplitFile(
+                ('vatex_public_test_english_v1.1.json', 'vatex_public_test_english_v1.0.json'),
+                'vatex',
+            ),
+        },
+        captions=True,
+    ),
+    'imagenet1k': DatasetInfo(
+        1000,
+        'image_folder',
+        splits={
+            'train': SplitFile(('train',), 'image_folder'),
+            'validation': SplitFile(('val', 'validation'), 'image_folder'),
+        },
+    ),
     # Directions are its classes.
-    'motion_clips': DatasetInfo(8, 'kinetics', flip=None, generate=motion_clips.generate),
+    'motion_clips': DatasetInfo(
+        8,
+        'kinetics',
+        flip=None,
+        splits={
+            'train': SplitFile(('train.txt',), 'kinetics'),
+            'validation': SplitFile(('val.txt',), 'kinetics'),
+        },
+        label_files=('labels.txt',),
+        generate=motion_clips.generate,
+    ),
     'custom': DatasetInfo(0, 'auto'),
 }

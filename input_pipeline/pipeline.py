@@ -20,8 +20,8 @@ import numpy as np
 
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
 from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
-from input_pipeline.sources import Record
 from input_pipeline.transforms import Label, ShortSideCrops, Transform, apply
+from input_pipeline.video_list import Record
 
 
 class Source(Protocol):

@@ -28,8 +28,9 @@ from rich.table import Table
 from input_pipeline import sampling
 from input_pipeline.decode import VideoReader
 from input_pipeline.pipeline import TrainReader, train_batches
-from input_pipeline.sources import Record, VideoList, open_source
+from input_pipeline.sources import open_source
 from input_pipeline.transforms import Flip, Grayscale, RandomResizedCrop
+from input_pipeline.video_list import Record, VideoList
 
 try:
     import decord

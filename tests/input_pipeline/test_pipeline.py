@@ -14,8 +14,8 @@ from input_pipeline.pipeline import (
     train_batches,
 )
 from input_pipeline.sampling import PROTOCOLS
-from input_pipeline.sources import Record, VideoList
 from input_pipeline.transforms import CentreCrop, Flip, Grayscale, RandomResizedCrop
+from input_pipeline.video_list import Record, VideoList
 
 READER = TrainReader(4, 32, transforms=(Flip(), RandomResizedCrop(32), Grayscale(0.5)))
 NAMES = tuple('abc')

@@ -3,8 +3,11 @@ import json
 import pytest
 
 from input_pipeline.datasets import DATASETS
+from input_pipeline.label_maps import read_label_map
+from input_pipeline.list_formats import LIST_FORMATS, guess_format
 from input_pipeline.sampling import PROTOCOLS
-from input_pipeline.sources import LIST_FORMATS, Record, guess_format, open_source, read_label_map
+from input_pipeline.sources import open_source
+from input_pipeline.video_list import Record
 
 
 def write(path, text):
