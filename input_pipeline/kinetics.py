@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from input_pipeline import class_names
-from input_pipeline.sources import VIDEO_SUFFIXES
+from input_pipeline.list_formats import VIDEO_SUFFIXES
 
 # Sets, oldest first, with their number of classes.
 SETS = {'k400': 400, 'k600': 600, 'k700': 700}
