@@ -54,25 +54,36 @@ def get_config() -> ConfigDict:
     config.data.truncate_texts = False  # cut class names that are too long for the text tower
     config.data.num_frames = 16  # frames of a clip
     config.data.image_size = 224  # pixels
-    # segment, interval, stride or tsn, see input_pipeline.sampling; '' for the data set's own.
+    # A key of input_pipeline.sampling.PROTOCOLS; '' for the data set's own.
     config.data.sampling = ''
     # Frames of a 30 fps video for interval sampling, of the file itself for stride sampling.
     config.data.frame_interval = 8
     # Clips of a video in its batch: decoded once, transformed so many times. They count in
     # batch_size, and an epoch has so many more.
     config.data.num_samples = 1
-    # Policy such as 'rand-m7-n4-mstd0.5-inc1', on whole frames before the crop; '' for none.
-    config.data.rand_augment = ''
-    config.data.crop_area = (
-        0.4,
-        1.0,
-    )  # share of the frame in the random crop; () for a centre crop
-    config.data.crop_aspect = (3 / 4, 4 / 3)  # width / height of the random crop
-    # What becomes of fractions of a pixel in centre and test crops: nearest or down.
+    # Training clips go through what follows from top to bottom; docs/augmentation.md has the
+    # values of the four systems. One draw for a clip, the same in all its frames.
+    config.data.rand_augment = ''  # policy such as 'rand-m7-n4-mstd0.5-inc1'; '' for none
+    config.data.auto_augment = ''  # in its place, policy such as 'original-mstd0.5'; '' for none
+    config.data.augment_interpolation = 'bicubic'  # of their rotations: nearest, bilinear, bicubic
+    config.data.augment_fill = (128, 128, 128)  # what they bring in from outside the frame
+    config.data.augment_after_crop = False  # run them on the cropped clip, not on whole frames
+    config.data.resize = ()  # before the crop: (short side,) or (height, width); () for none
+    # bilinear, bicubic; smooth_bilinear, smooth_bicubic (Pillow). In evaluation too.
+    config.data.resize_interpolation = 'bilinear'
+    config.data.crop = 'random_resized'  # random_resized, multi_scale (TSN) or centre
+    config.data.crop_area = (0.4, 1.0)  # random_resized: share of the frame
+    config.data.crop_aspect = (3 / 4, 4 / 3)  # random_resized: width / height
+    config.data.crop_swap = False  # random_resized: exchange width and height half of the time
+    config.data.crop_scales = (1.0, 0.875, 0.75, 0.66)  # multi_scale: shares of the short side
+    config.data.crop_interpolation = 'bilinear'  # as of resize; not of the centre crop
+    # Fractions of a pixel in resize, centre and test crops: nearest, down, torchvision or mmcv.
     config.data.crop_rounding = 'nearest'
     config.data.flip = True  # mirror half of the clips where the data set allows it
-    config.data.grayscale = 0.2  # share of clips turned grey
     config.data.colour_jitter = 0.0  # share of clips with jittered colours
+    config.data.grayscale = 0.2  # share of clips turned grey
+    config.data.erase = 0.0  # share of clips with an erased box
+    config.data.erase_mode = 'const'  # const (mean colour), rand (one colour) or pixel (noise)
     config.data.max_bad_share = 0.01  # share of unreadable videos beyond which a run stops
     config.data.num_threads = 8  # reader threads of a host
     config.data.buffer_size = 8  # batches read ahead
@@ -103,7 +114,10 @@ def get_config() -> ConfigDict:
     config.eval.every_epochs = 4.0  # between evaluations; the last step is always evaluated
     config.eval.batch_size = 64  # videos per step, over all devices and hosts
     config.eval.num_clips = 3  # views along time
-    config.eval.num_crops = 1  # views along the long side, 1 or 3
+    config.eval.num_crops = 1  # views along a side, 1 or 3
+    config.eval.crop_layout = 'ends'  # where 3 crops lie: ends, halves or quarters
+    config.eval.image_size = 0  # pixels; 0 for data.image_size, which most backbones need
+    config.eval.resize = ()  # (short side,) or (height, width); () for the image size
     config.eval.fusion = 0.0  # weight of the frozen backbone's own logits
     config.eval.allow_bad_videos = False  # report unreadable videos instead of stopping
 
@@ -128,7 +142,7 @@ def demo(config: ConfigDict) -> None:
         name='motion_clips',
         num_frames=16,
         image_size=48,
-        crop_area=(),
+        crop='centre',
         flip=False,  # directions are classes
         grayscale=0.0,
         num_threads=2,

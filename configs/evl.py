@@ -16,6 +16,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs import base
+from configs.inputs import INPUTS
 
 B16 = {'backbone.name': 'vit_b16', 'model.qkv_dim': 768, 'model.num_heads': 12}
 L14 = {'backbone.name': 'vit_l14', 'model.qkv_dim': 1024, 'model.num_heads': 16}
@@ -76,26 +77,17 @@ def get_config(variant: str = 'b16_8f_k400') -> ConfigDict:
     config.model.cls_token_std = 0.0  # of the initial query
     config.model.remat = True  # recompute a layer in the backward pass: less memory, more time
     config.model.unroll = False  # write layers out: faster steps on CPU, longer compilation
+    config.update_from_flattened_dict(INPUTS['evl_k400'])
     config.update(recipe())
     return base.finish(config, VARIANTS, variant, demo)
 
 
 def recipe() -> dict[str, object]:
-    """What all released results share; no mirroring, as in the released code."""
+    """What all released results share beside what they do with videos."""
     return {
         'batch_size': 256,
         'num_steps': 50_000,  # about 50 epochs
         'num_epochs': 50.0,
-        'data': {
-            'sampling': 'stride',
-            'frame_interval': 16,
-            'rand_augment': 'rand-m7-n4-mstd0.5-inc1',
-            'crop_area': (0.08, 1.0),
-            'crop_rounding': 'down',
-            'flip': False,
-            'grayscale': 0.0,
-        },
-        'mixing': {'probability': 0.0},
         'optimizer': {
             'peak_lr': 4e-4,
             'warmup_epochs': 0.0,

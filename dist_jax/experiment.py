@@ -5,11 +5,13 @@ Training, evaluation and prediction all build their parts here, so they agree.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -152,51 +154,135 @@ def list_sha256(source: VideoList) -> str:
 
 
 def train_reader(config: ConfigDict) -> pipeline.TrainReader:
-    """The training recipe of the config: whole frames, crop, colours; one draw for a clip.
+    """The training recipe of the config: policy, crop, flip, colours, erasing; one draw for a clip.
+
+    What moves or recolours pixels comes after the crop where that gives the same clips, since there
+    are fewer pixels then.
 
     Raises:
-      ValueError: a field of config.data that does not fit.
+      ValueError: naming the fields of config.data that do not fit.
     """
     data, info = config.data, dataset_info(config)
-    steps: list[transforms.Transform] = []
-    if data.rand_augment:
-        steps.append(randaugment.parse(data.rand_augment))
+    if data.crop not in CROPS:
+        raise ValueError(f'data.crop={data.crop!r} is not one of {", ".join(CROPS)}')
+    steps, policy = CROPS[data.crop](data), _policy(data)
+    steps = [*steps, *policy] if data.augment_after_crop else [*policy, *steps]
     if data.flip and info.flip is not None:
         steps.append(info.flip)
-    if data.crop_area:
-        steps.append(
-            transforms.RandomResizedCrop(
-                data.image_size, tuple(data.crop_area), tuple(data.crop_aspect)
-            )
-        )
-    else:
-        steps.append(transforms.CentreCrop(data.image_size, data.crop_rounding))
     if data.colour_jitter:
         steps.append(transforms.ColourJitter(probability=data.colour_jitter))
     if data.grayscale:
         steps.append(transforms.Grayscale(data.grayscale))
-    return pipeline.TrainReader(
-        num_frames=data.num_frames,
-        image_size=data.image_size,
-        sampling=data.sampling or info.sampling,
-        interval=data.frame_interval,
-        transforms=tuple(steps),
-        num_samples=data.num_samples,
-    )
+    if data.erase:
+        with _named('data.erase_mode'):
+            steps.append(
+                transforms.RandomErasing(
+                    data.erase,
+                    data.erase_mode,
+                    mean=tuple(255 * level for level in clip.PIXEL_MEAN),
+                    std=tuple(255 * level for level in clip.PIXEL_STD),
+                )
+            )
+    with _named('data.num_frames', 'data.sampling', 'data.frame_interval', 'data.num_samples'):
+        return pipeline.TrainReader(
+            num_frames=data.num_frames,
+            image_size=data.image_size,
+            sampling=data.sampling or info.sampling,
+            interval=data.frame_interval,
+            transforms=tuple(steps),
+            num_samples=data.num_samples,
+        )
+
+
+@contextlib.contextmanager
+def _named(*fields: str) -> Iterator[None]:
+    """Says which fields of the config an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f'{", ".join(fields)}: {error}') from error
+
+
+def _policy(data: ConfigDict) -> list[transforms.Transform]:
+    if data.rand_augment and data.auto_augment:
+        raise ValueError(
+            f'data.rand_augment={data.rand_augment!r} and data.auto_augment={data.auto_augment!r} '
+            'exclude each other; set one of them to an empty string'
+        )
+    with _named('data.augment_interpolation', 'data.augment_fill'):
+        warp = randaugment.Warp(data.augment_interpolation, tuple(data.augment_fill))
+    if data.rand_augment:
+        return [randaugment.parse_rand(data.rand_augment, warp)]
+    if data.auto_augment:
+        return [randaugment.parse_auto(data.auto_augment, warp)]
+    return []
+
+
+def _resize(data: ConfigDict) -> list[transforms.Transform]:
+    if not data.resize:
+        return []
+    with _named('data.resize', 'data.resize_interpolation', 'data.crop_rounding'):
+        return [
+            transforms.Resize(tuple(data.resize), data.resize_interpolation, data.crop_rounding)
+        ]
+
+
+def _random_resized(data: ConfigDict) -> list[transforms.Transform]:
+    with _named('data.crop_area', 'data.crop_aspect', 'data.crop_interpolation'):
+        crop = transforms.RandomResizedCrop(
+            data.image_size,
+            tuple(data.crop_area),
+            tuple(data.crop_aspect),
+            data.crop_interpolation,
+            data.crop_swap,
+        )
+    return [*_resize(data), crop]
+
+
+def _multi_scale(data: ConfigDict) -> list[transforms.Transform]:
+    with _named('data.crop_scales', 'data.crop_interpolation'):
+        crop = transforms.MultiScaleCrop(
+            data.image_size, tuple(data.crop_scales), interpolation=data.crop_interpolation
+        )
+    return [*_resize(data), crop]
+
+
+def _centre(data: ConfigDict) -> list[transforms.Transform]:
+    with _named('data.resize', 'data.resize_interpolation', 'data.crop_rounding'):
+        crop = transforms.CentreCrop(
+            data.image_size, data.crop_rounding, tuple(data.resize), data.resize_interpolation
+        )
+    return [crop]
+
+
+# config.data.crop -> what cuts the training clip.
+CROPS: dict[str, Callable[[ConfigDict], list[transforms.Transform]]] = {
+    'random_resized': _random_resized,
+    'multi_scale': _multi_scale,
+    'centre': _centre,
+}
 
 
 def eval_reader(config: ConfigDict) -> pipeline.EvalReader:
-    """The test protocol of the config."""
-    data = config.data
-    return pipeline.EvalReader(
-        num_frames=data.num_frames,
-        image_size=data.image_size,
-        sampling=data.sampling or dataset_info(config).sampling,
-        interval=data.frame_interval,
-        num_clips=config.eval.num_clips,
-        num_crops=config.eval.num_crops,
-        rounding=data.crop_rounding,
-    )
+    """The test protocol of the config.
+
+    Raises:
+      ValueError: naming the fields of config.data and config.eval that do not fit.
+    """
+    data, test = config.data, config.eval
+    with _named('config.eval and config.data'):
+        return pipeline.EvalReader(
+            num_frames=data.num_frames,
+            image_size=test.image_size or data.image_size,
+            sampling=data.sampling or dataset_info(config).sampling,
+            interval=data.frame_interval,
+            num_clips=test.num_clips,
+            num_crops=test.num_crops,
+            size=tuple(test.resize),
+            rounding=data.crop_rounding,
+            interpolation=data.resize_interpolation,
+            layout=test.crop_layout,
+        )
 
 
 def find_backbone(config: ConfigDict, workdir: str) -> Backbone:
@@ -206,6 +292,12 @@ def find_backbone(config: ConfigDict, workdir: str) -> Backbone:
       ValueError: none named, none found, or one of another geometry.
     """
     name, path = config.backbone.name, config.backbone.checkpoint
+    if config.eval.image_size not in (0, config.data.image_size):
+        raise ValueError(
+            f'eval.image_size={config.eval.image_size} is not data.image_size='
+            f'{config.data.image_size}, for which the position table of the backbone is made; set '
+            'eval.image_size=0'
+        )
     if not path:
         raise ValueError(
             'backbone.checkpoint is empty; convert the CLIP weights first '

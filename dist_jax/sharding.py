@@ -365,6 +365,16 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str, accumulation: int 
         )
 
 
+def check_samples(batch_size: int, mesh: Mesh, num_samples: int) -> None:
+    """Raises ValueError unless all copies of a video are read by one host."""
+    parts = feed(mesh).count * num_samples
+    if batch_size % parts:
+        raise ValueError(
+            f'batch_size={batch_size} must be a multiple of {parts} (data.num_samples='
+            f'{num_samples} clips of a video, on {parts // num_samples} hosts)'
+        )
+
+
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of every array (see `feed`) -> global arrays split over the mesh."""
     sharding = batched(mesh)

@@ -34,7 +34,15 @@ from dist_jax.mixup import Mixing
 from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.models.params import tree_sha256
-from dist_jax.sharding import check_batch_size, feed, make_mesh, shardings, to_global, to_host
+from dist_jax.sharding import (
+    check_batch_size,
+    check_samples,
+    feed,
+    make_mesh,
+    shardings,
+    to_global,
+    to_host,
+)
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog
 from input_pipeline.video_list import VideoList
@@ -153,6 +161,9 @@ def train(
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
+    train_reader = experiment.train_reader(config)
+    check_samples(config.batch_size, mesh, train_reader.num_samples)
+    experiment.eval_reader(config)  # checks its fields
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
 
     with config.unlocked():
@@ -207,6 +218,7 @@ def train(
         mesh=mesh,
         plan=plan,
         train_source=train_source,
+        train_reader=train_reader,
         val_source=val_source,
         frozen=frozen,
         train_step=train_step,
@@ -337,6 +349,7 @@ class _Loop:
     mesh: Mesh
     plan: Plan
     train_source: VideoList
+    train_reader: pipeline.TrainReader
     val_source: VideoList | None
     frozen: Tree
     train_step: Any
@@ -353,7 +366,7 @@ class _Loop:
         part = feed(self.mesh)
         batches = pipeline.train_batches(
             self.train_source,
-            experiment.train_reader(config),
+            self.train_reader,
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=start,

@@ -20,7 +20,7 @@ import numpy as np
 
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
 from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
-from input_pipeline.transforms import Label, ShortSideCrops, Transform, apply
+from input_pipeline.transforms import Label, Transform, ViewCrops, apply, choose
 from input_pipeline.video_list import Record
 
 
@@ -33,13 +33,12 @@ class Source(Protocol):
 
 
 def _check_reader(reader: 'TrainReader | EvalReader') -> None:
-    if reader.sampling not in PROTOCOLS:
-        raise ValueError(f'sampling={reader.sampling!r} must be one of {tuple(PROTOCOLS)}')
+    protocol = choose('sampling', reader.sampling, PROTOCOLS)
     for name in ('num_frames', 'image_size', 'interval'):
         if getattr(reader, name) < 1:
             raise ValueError(f'{name}={getattr(reader, name)} must be at least 1')
     # The protocol itself refuses what it cannot use: here, not in a thread.
-    PROTOCOLS[reader.sampling].test(1, reader.num_frames, 1, reader.interval, REFERENCE_FPS)
+    protocol.test(1, reader.num_frames, 1, reader.interval, REFERENCE_FPS)
 
 
 def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader:
@@ -65,8 +64,8 @@ class TrainReader:
       num_frames: frames per clip, T.
       image_size: height and width of the clip in pixels; the transforms must produce it.
       sampling: a key of `sampling.PROTOCOLS`.
-      interval: spacing of frames; for 'interval' in frames of a 30 fps video, for 'stride' in
-        frames of the file.
+      interval: spacing of frames where the sampling reads it; for 'interval' in frames of a 30 fps
+        video, for others in frames of the file.
       transforms: run in order on the clip.
       num_samples: clips of a record, S: the same frames, transformed S times with own draws.
       max_pixels: larger frames are refused.
@@ -109,8 +108,8 @@ class TrainReader:
         """
         with open_video(record, self.max_pixels) as video:
             first, total = video.frame_range(record.start, record.end)
-            choose = PROTOCOLS[self.sampling].train
-            indices = choose(total, self.num_frames, rng, self.interval, video.fps)
+            protocol = PROTOCOLS[self.sampling]
+            indices = protocol.train(total, self.num_frames, rng, self.interval, video.fps)
             frames = video.frames(first + indices)
         copies = [
             apply(self.transforms, frames, record.label, child)
@@ -127,12 +126,11 @@ class EvalReader:
       num_frames: frames per view, T.
       image_size: height and width of the views in pixels.
       sampling: a key of `sampling.PROTOCOLS`.
-      interval: spacing of frames; for 'interval' in frames of a 30 fps video, for 'stride' in
-        frames of the file.
+      interval: spacing of frames where the sampling reads it; for 'interval' in frames of a 30 fps
+        video, for others in frames of the file.
       num_clips: views along time.
-      num_crops: 1 or 3 views along the long side, of each clip.
-      short_side: short side before the crop in pixels; None means `image_size`.
-      rounding: of sizes and corners, a key of `transforms.ROUNDING`.
+      num_crops: 1 view or 3 of each clip.
+      size, rounding, interpolation, layout: how they are cut, see `transforms.ViewCrops`.
       max_pixels: larger frames are refused.
     """
 
@@ -142,16 +140,25 @@ class EvalReader:
     interval: float = 1.0
     num_clips: int = 1
     num_crops: int = 1
-    short_side: int | None = None
+    size: tuple[int, ...] = ()
     rounding: str = 'nearest'
+    interpolation: str = 'bilinear'
+    layout: str = 'ends'
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         _check_reader(self)
         self._cut()  # checks its fields
 
-    def _cut(self) -> ShortSideCrops:
-        return ShortSideCrops(self.image_size, self.num_crops, self.short_side, self.rounding)
+    def _cut(self) -> ViewCrops:
+        return ViewCrops(
+            self.image_size,
+            self.num_crops,
+            self.size,
+            self.rounding,
+            self.interpolation,
+            self.layout,
+        )
 
     @property
     def num_views(self) -> int:
@@ -177,8 +184,10 @@ class EvalReader:
         """
         with open_video(record, self.max_pixels) as video:
             first, total = video.frame_range(record.start, record.end)
-            choose = PROTOCOLS[self.sampling].test
-            indices = choose(total, self.num_frames, self.num_clips, self.interval, video.fps)
+            protocol = PROTOCOLS[self.sampling]
+            indices = protocol.test(
+                total, self.num_frames, self.num_clips, self.interval, video.fps
+            )
             wanted, where = np.unique(first + indices, return_inverse=True)
             frames = video.frames(wanted)
         crops = self._cut()(frames)

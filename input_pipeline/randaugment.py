@@ -1,35 +1,76 @@
-"""RandAugment: a few random operations on a whole clip, from a policy string.
+"""RandAugment and AutoAugment: a few random operations on a whole clip, from a policy string.
 
-A policy is written as timm writes it, 'rand-m7-n4-mstd0.5-inc1'; see `parse`. Arithmetic follows
-Pillow, on which the published recipes run: tables and blends are cut to integers as there.
+A policy is written as timm writes it, 'rand-m7-n4-mstd0.5-inc1' or 'original-mstd0.5'; see
+`parse_rand` and `parse_auto`. Arithmetic follows Pillow, on which the published recipes run: tables
+and blends are cut to integers as there.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from input_pipeline.transforms import Label, flat, luma
+from input_pipeline.transforms import Label, choose, flat, greyed, luma
 
-FILL = 128  # what comes in from outside the frame, in all three channels
 MAX_LEVEL = 10.0
 
 _LEVELS = np.arange(256)
+
+# How geometric operations resample.
+KERNELS: dict[str, int] = {
+    'nearest': cv2.INTER_NEAREST,
+    'bilinear': cv2.INTER_LINEAR,
+    'bicubic': cv2.INTER_CUBIC,
+}
+
+
+@dataclass(frozen=True)
+class Warp:
+    """How geometric operations resample.
+
+    Attributes:
+      interpolation: a key of `KERNELS`.
+      fill: what comes in from outside the frame, (red, green, blue) 0 to 255. Grey in EVL and
+        Side4Video; timm's image training takes the mean of the data set.
+    """
+
+    interpolation: str = 'bicubic'
+    fill: tuple[int, int, int] = (128, 128, 128)
+
+    def __post_init__(self):
+        choose('interpolation', self.interpolation, KERNELS)
+        if len(self.fill) != 3 or not all(0 <= level <= 255 for level in self.fill):
+            raise ValueError(f'fill={self.fill} must be three levels from 0 to 255')
 
 
 class Op(NamedTuple):
     """One operation.
 
     Attributes:
-      run: (video (T, H, W, 3) uint8, argument) -> video; statistics are those of each frame.
-      argument: (level in [0, 10], sign -1 or 1, increasing) -> the argument of `run`.
+      change: (video (T, H, W, 3) uint8, argument) -> video, with statistics of each frame; of a
+        geometric operation (height, width, argument) -> matrix of `_warp`.
+      argument: (level in [0, 10], sign -1 or 1, increasing) -> the argument of `change`.
+      geometric: whether it moves pixels.
     """
 
-    run: Callable[[np.ndarray, float], np.ndarray]
+    change: Callable[..., np.ndarray]
     argument: Callable[[float, int, bool], float] = lambda level, sign, increasing: 0.0
+    geometric: bool = False
+
+    def run(self, video: np.ndarray, argument: float, warp: Warp = Warp()) -> np.ndarray:
+        """The operation on all frames."""
+        if self.geometric:
+            return _warp(video, self.change(*video.shape[1:3], argument), warp)
+        return self.change(video, argument)
+
+
+def _run(video: np.ndarray, draws: list[tuple[str, float]], warp: Warp) -> np.ndarray:
+    for name, argument in draws:
+        video = OPS[name].run(video, argument, warp)
+    return video
 
 
 @dataclass(frozen=True)
@@ -39,13 +80,16 @@ class RandAugment:
     Attributes:
       magnitude: mean level, 0 to 10.
       num_ops: operations drawn for a clip.
-      magnitude_std: standard deviation of the level, which is cut to 0 to 10; drawn per operation.
+      magnitude_std: standard deviation of the level, which is cut to 0 to `magnitude_max`; drawn
+        per operation.
       increasing: whether a higher level always means a stronger change; otherwise Posterize and
         Solarize weaken with the level and the four enhancements run from 0.1 to 1.9.
       probability: of each drawn operation to be carried out.
+      magnitude_max: highest level.
+      warp: of the geometric operations.
 
-    Source: Cubuk et al. 2020 with the fifteen operations and ranges of timm; EVL's recipe is
-      'rand-m7-n4-mstd0.5-inc1'.
+    Source: Cubuk et al. 2020 with the fifteen operations and ranges of timm; EVL and Side4Video
+      train with 'rand-m7-n4-mstd0.5-inc1', STS with 'rand-m7-mstd0.5-inc1' on ImageNet.
     Differs: geometric operations use OpenCV's cubic kernel (a = -0.75, rounded) where Pillow has
       a = -1, cut: 0.5 grey levels on average and at most 4 on smooth pictures, more on noise. What
       is filled is the same.
@@ -56,13 +100,13 @@ class RandAugment:
     magnitude_std: float = 0.0
     increasing: bool = False
     probability: float = 0.5
+    magnitude_max: float = MAX_LEVEL
+    warp: Warp = Warp()
 
     def __call__(
         self, video: np.ndarray, label: Label, rng: np.random.Generator
     ) -> tuple[np.ndarray, Label]:
-        for name, argument in self.draw(rng):
-            video = OPS[name].run(video, argument)
-        return video, label
+        return _run(video, self.draw(rng), self.warp), label
 
     def draw(self, rng: np.random.Generator) -> list[tuple[str, float]]:
         """The operations of one clip, names in `OPS` with their arguments, in order."""
@@ -72,8 +116,48 @@ class RandAugment:
         signs = rng.choice((-1, 1), self.num_ops)
         return [
             (str(name), OPS[name].argument(float(level), int(sign), self.increasing))
-            for name, fire, level, sign in zip(names, fires, levels.clip(0, MAX_LEVEL), signs)
+            for name, fire, level, sign in zip(
+                names, fires, levels.clip(0, self.magnitude_max), signs
+            )
             if fire
+        ]
+
+
+@dataclass(frozen=True)
+class AutoAugment:
+    """Draws one of the pairs of operations that were found to help, once for all frames of a clip.
+
+    Attributes:
+      policy: a key of `POLICIES`.
+      magnitude_std: standard deviation of the levels about those of the table.
+      warp: of the geometric operations.
+
+    Source: Cubuk et al. 2019; `magnitude_std` is timm's.
+    """
+
+    policy: str = 'original'
+    magnitude_std: float = 0.0
+    warp: Warp = Warp()
+
+    def __call__(
+        self, video: np.ndarray, label: Label, rng: np.random.Generator
+    ) -> tuple[np.ndarray, Label]:
+        return _run(video, self.draw(rng), self.warp), label
+
+    def draw(self, rng: np.random.Generator) -> list[tuple[str, float]]:
+        """The operations of one clip, names in `OPS` with their arguments, in order."""
+        pairs = POLICIES[self.policy]
+        pair = pairs[rng.integers(len(pairs))]
+        fires = rng.random(len(pair))
+        spread = rng.normal(0, self.magnitude_std, len(pair))
+        signs = rng.choice((-1, 1), len(pair))
+        return [
+            (
+                name,
+                AUTO_OPS[name].argument(min(max(level + more, 0.0), MAX_LEVEL), int(sign), False),
+            )
+            for (name, probability, level), fire, more, sign in zip(pair, fires, spread, signs)
+            if fire < probability
         ]
 
 
@@ -85,52 +169,79 @@ class _Part(NamedTuple):
     text: str
 
 
-_PARTS = {
+_SPREAD = _Part('magnitude_std', float, 0, MAX_LEVEL, 'mstd0 to mstd10 (spread of magnitude)')
+_RAND_PARTS = {
     'm': _Part('magnitude', float, 0, MAX_LEVEL, 'm0 to m10 (magnitude)'),
     'n': _Part('num_ops', int, 1, 100, 'n1 to n100 (operations of a clip)'),
-    'mstd': _Part('magnitude_std', float, 0, MAX_LEVEL, 'mstd0 to mstd10 (spread of magnitude)'),
+    'mstd': _SPREAD,
+    'mmax': _Part('magnitude_max', float, 0, MAX_LEVEL, 'mmax0 to mmax10 (highest magnitude)'),
     'inc': _Part('increasing', int, 0, 1, 'inc0 or inc1 (increasing set)'),
     'p': _Part('probability', float, 0, 1, 'p0 to p1 (share of operations carried out)'),
 }
+_AUTO_PARTS = {'mstd': _SPREAD}
 _NUMBERS = {int: r'\d+', float: r'\d+(\.\d+)?'}
 
 
-def parse(policy: str) -> RandAugment:
+def parse_rand(policy: str, warp: Warp = Warp()) -> RandAugment:
     """Reads a policy string such as 'rand-m7-n4-mstd0.5-inc1'.
 
     Args:
       policy: 'rand', then parts in any order, joined by '-': m (magnitude, 10 if left out), n
-        (operations, 2), mstd (standard deviation of the magnitude, 0), inc (1 for the increasing
-        set, 0), p (probability of an operation, 0.5).
+        (operations, 2), mstd (standard deviation of the magnitude, 0), mmax (highest magnitude,
+        10), inc (1 for the increasing set, 0), p (probability of an operation, 0.5).
+      warp: of the geometric operations.
 
     Raises:
       ValueError: naming the part that is not understood, and what is allowed.
 
-    Differs: timm ignores parts that it does not know and reads 'inc0' as 'inc1'; mmax and policies
-      of other kinds are not offered.
+    Differs: timm ignores parts that it does not know and reads 'inc0' as 'inc1'; weights of
+      operations (w) are not offered.
     """
+    _, fields = _parse('rand_augment', policy, ('rand',), _RAND_PARTS)
+    increasing = bool(fields.pop('increasing', False))
+    return RandAugment(**fields, increasing=increasing, warp=warp)
+
+
+def parse_auto(policy: str, warp: Warp = Warp()) -> AutoAugment:
+    """Reads a policy string such as 'original' or 'original-mstd0.5'.
+
+    Args:
+      policy: a key of `POLICIES`, then mstd (standard deviation of the magnitudes, 0 if left out).
+      warp: of the geometric operations.
+
+    Raises:
+      ValueError: naming the part that is not understood, and what is allowed.
+    """
+    kind, fields = _parse('auto_augment', policy, tuple(POLICIES), _AUTO_PARTS)
+    return AutoAugment(kind, **fields, warp=warp)
+
+
+def _parse(
+    name: str, policy: str, kinds: tuple[str, ...], allowed: dict[str, _Part]
+) -> tuple[str, dict[str, Any]]:
+    """The kind of a policy and the fields that its parts set."""
     kind, *parts = policy.split('-')
-    allowed = '; '.join(part.text for part in _PARTS.values())
-    if kind != 'rand':
+    texts = '; '.join(part.text for part in allowed.values())
+    if kind not in kinds:
+        expected = ' or '.join(map(repr, kinds))
         raise ValueError(
-            f"rand_augment={policy!r} starts with {kind!r}, expected 'rand' and then parts joined "
-            f"by '-': {allowed}"
+            f'{name}={policy!r} starts with {kind!r}, expected {expected} and then parts joined '
+            f"by '-': {texts}"
         )
     fields: dict[str, float] = {}
     for text in parts:
         key, number = re.fullmatch(r'([a-z]*)(.*)', text, re.DOTALL).groups()
-        part = _PARTS.get(key)
+        part = allowed.get(key)
         if (
             part is None
             or not re.fullmatch(_NUMBERS[part.kind], number, re.ASCII)
             or not part.low <= part.kind(number) <= part.high
         ):
-            raise ValueError(f'rand_augment={policy!r}: part {text!r} is none of {allowed}')
+            raise ValueError(f'{name}={policy!r}: part {text!r} is none of {texts}')
         if part.field in fields:
-            raise ValueError(f'rand_augment={policy!r}: part {text!r} gives {key} a second time')
+            raise ValueError(f'{name}={policy!r}: part {text!r} gives {key} a second time')
         fields[part.field] = part.kind(number)
-    increasing = bool(fields.pop('increasing', False))
-    return RandAugment(**fields, increasing=increasing)
+    return kind, fields
 
 
 def _look_up(video: np.ndarray, tables: np.ndarray) -> np.ndarray:
@@ -220,8 +331,7 @@ def _blend(plain: np.ndarray, picture: np.ndarray, factor: float) -> np.ndarray:
 def _colour(video: np.ndarray, factor: float) -> np.ndarray:
     """Moves colours away from grey."""
     picture = flat(video)
-    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return _blend(grey, picture, factor).reshape(video.shape)
+    return _blend(flat(greyed(video)), picture, factor).reshape(video.shape)
 
 
 def _sharpness(video: np.ndarray, factor: float) -> np.ndarray:
@@ -235,16 +345,17 @@ def _sharpness(video: np.ndarray, factor: float) -> np.ndarray:
     return _blend(smooth, picture, factor).reshape(video.shape)
 
 
-def _warp(video: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Resamples frames, cubic.
+def _warp(video: np.ndarray, matrix: np.ndarray, warp: Warp) -> np.ndarray:
+    """Resamples frames.
 
     Args:
       video: (T, H, W, 3) uint8.
       matrix: (2, 3), from (x, y, 1) of the result to (x, y) of the source, in pixels counted from
         the outer corner of the frame, so that centres of pixels lie at halves.
+      warp: the kernel, and what is where the source lies outside the frame.
 
     Returns:
-      The same shape; FILL where the source lies outside the frame.
+      The same shape.
     """
     height, width = video.shape[1:3]
     x, y = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
@@ -256,41 +367,42 @@ def _warp(video: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     # OpenCV counts from the centre of the first pixel.
     centred = matrix.copy()
     centred[:, 2] += matrix[:, :2].sum(1) / 2 - 0.5
-    warped = np.full(video.shape, FILL, np.uint8)
+    warped = np.empty(video.shape, np.uint8)
+    warped[:] = warp.fill
     for frame, target in zip(video, warped):
         moved = cv2.warpAffine(
             np.ascontiguousarray(frame),
             centred,
             (width, height),
-            flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+            flags=KERNELS[warp.interpolation] | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REPLICATE,
         )
         cv2.copyTo(moved, mask, target)
     return warped
 
 
-def _rotate(video: np.ndarray, degrees: float) -> np.ndarray:
+def _rotate(height: int, width: int, degrees: float) -> np.ndarray:
     """Turns frames about their centre, counterclockwise."""
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     turn = np.array([[cos, -sin], [sin, cos]])
-    centre = np.array([video.shape[2], video.shape[1]]) / 2
-    return _warp(video, np.column_stack([turn, centre - turn @ centre]))
+    centre = np.array([width, height]) / 2
+    return np.column_stack([turn, centre - turn @ centre])
 
 
-def _shear_x(video: np.ndarray, slope: float) -> np.ndarray:
-    return _warp(video, np.array([[1, slope, 0], [0, 1, 0]]))
+def _shear_x(height: int, width: int, slope: float) -> np.ndarray:
+    return np.array([[1, slope, 0], [0, 1, 0]])
 
 
-def _shear_y(video: np.ndarray, slope: float) -> np.ndarray:
-    return _warp(video, np.array([[1, 0, 0], [slope, 1, 0]]))
+def _shear_y(height: int, width: int, slope: float) -> np.ndarray:
+    return np.array([[1, 0, 0], [slope, 1, 0]])
 
 
-def _translate_x(video: np.ndarray, share: float) -> np.ndarray:
-    return _warp(video, np.array([[1, 0, share * video.shape[2]], [0, 1, 0]]))
+def _translate_x(height: int, width: int, share: float) -> np.ndarray:
+    return np.array([[1, 0, share * width], [0, 1, 0]])
 
 
-def _translate_y(video: np.ndarray, share: float) -> np.ndarray:
-    return _warp(video, np.array([[1, 0, 0], [0, 1, share * video.shape[1]]]))
+def _translate_y(height: int, width: int, share: float) -> np.ndarray:
+    return np.array([[1, 0, 0], [0, 1, share * height]])
 
 
 def _signed(per_level: float) -> Callable[[float, int, bool], float]:
@@ -315,7 +427,7 @@ OPS: dict[str, Op] = {
     'AutoContrast': Op(_auto_contrast),
     'Equalize': Op(_equalize),
     'Invert': Op(_invert),
-    'Rotate': Op(_rotate, _signed(3.0)),
+    'Rotate': Op(_rotate, _signed(3.0), geometric=True),
     'Posterize': Op(_posterize, _bits),
     'Solarize': Op(_solarize, _threshold),
     'SolarizeAdd': Op(_solarize_add, lambda level, sign, increasing: int(11 * level)),
@@ -323,8 +435,42 @@ OPS: dict[str, Op] = {
     'Contrast': Op(_contrast, _factor),
     'Brightness': Op(_brightness, _factor),
     'Sharpness': Op(_sharpness, _factor),
-    'ShearX': Op(_shear_x, _signed(0.03)),
-    'ShearY': Op(_shear_y, _signed(0.03)),
-    'TranslateX': Op(_translate_x, _signed(0.045)),
-    'TranslateY': Op(_translate_y, _signed(0.045)),
+    'ShearX': Op(_shear_x, _signed(0.03), geometric=True),
+    'ShearY': Op(_shear_y, _signed(0.03), geometric=True),
+    'TranslateX': Op(_translate_x, _signed(0.045), geometric=True),
+    'TranslateY': Op(_translate_y, _signed(0.045), geometric=True),
+}
+# AutoAugment keeps 4 to 8 bits.
+AUTO_OPS = OPS | {'Posterize': Op(_posterize, lambda level, sign, increasing: 4 + int(0.4 * level))}
+
+# Name -> pairs of (operation, probability, level). 'original': Cubuk et al. 2019, table 9, the
+# policy for ImageNet.
+POLICIES: dict[str, tuple[tuple[tuple[str, float, float], ...], ...]] = {
+    'original': (
+        (('Posterize', 0.4, 8), ('Rotate', 0.6, 9)),
+        (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
+        (('Equalize', 0.8, 8), ('Equalize', 0.6, 3)),
+        (('Posterize', 0.6, 7), ('Posterize', 0.6, 6)),
+        (('Equalize', 0.4, 7), ('Solarize', 0.2, 4)),
+        (('Equalize', 0.4, 4), ('Rotate', 0.8, 8)),
+        (('Solarize', 0.6, 3), ('Equalize', 0.6, 7)),
+        (('Posterize', 0.8, 5), ('Equalize', 1.0, 2)),
+        (('Rotate', 0.2, 3), ('Solarize', 0.6, 8)),
+        (('Equalize', 0.6, 8), ('Posterize', 0.4, 6)),
+        (('Rotate', 0.8, 8), ('Color', 0.4, 0)),
+        (('Rotate', 0.4, 9), ('Equalize', 0.6, 2)),
+        (('Equalize', 0.0, 7), ('Equalize', 0.8, 8)),
+        (('Invert', 0.6, 4), ('Equalize', 1.0, 8)),
+        (('Color', 0.6, 4), ('Contrast', 1.0, 8)),
+        (('Rotate', 0.8, 8), ('Color', 1.0, 2)),
+        (('Color', 0.8, 8), ('Solarize', 0.8, 7)),
+        (('Sharpness', 0.4, 7), ('Invert', 0.6, 8)),
+        (('ShearX', 0.6, 5), ('Equalize', 1.0, 9)),
+        (('Color', 0.4, 0), ('Equalize', 0.6, 3)),
+        (('Equalize', 0.4, 7), ('Solarize', 0.2, 4)),
+        (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
+        (('Invert', 0.6, 4), ('Equalize', 1.0, 8)),
+        (('Color', 0.6, 4), ('Contrast', 1.0, 8)),
+        (('Equalize', 0.8, 8), ('Equalize', 0.6, 3)),
+    ),
 }

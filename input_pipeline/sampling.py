@@ -1,18 +1,13 @@
 """Which frames of a video a clip is made of: index arithmetic, unit frames.
 
-`PROTOCOLS` names them. DiST: 'segment' cuts the whole video in equal parts and takes one frame of
-each; 'interval' takes frames at a fixed spacing (in frames of a 30 fps video) from one place.
-EVL: 'stride' takes every so many frames of the file, whatever its frame rate; 'tsn' takes one frame
-of each equal part, as 'segment' does with other rounding.
-
-All functions of a kind have one signature, and leave out what they do not need:
-`train(num_total, num_frames, rng, interval, fps)` and
-`test(num_total, num_frames, num_views, interval, fps)`. They return indices in [0, num_total);
-short videos repeat frames.
+`PROTOCOLS` names the rules and says what each is for. A rule has a training and a test side,
+`..._train(num_total, num_frames, rng, ...)` and `..._test(num_total, num_frames, num_views, ...)`;
+where the spacing of frames is free, `interval` and, if it is in units of time, `fps` follow. They
+return indices in [0, num_total); short videos repeat frames.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,8 +28,6 @@ def segment_train(
     num_total: int,
     num_frames: int,
     rng: np.random.Generator,
-    interval: float = 1.0,
-    fps: float = REFERENCE_FPS,
 ) -> np.ndarray:
     """One uniform position in each of `num_frames` equal segments.
 
@@ -42,7 +35,6 @@ def segment_train(
       num_total: frames in the video.
       num_frames: frames in the clip, T.
       rng: source of the T draws.
-      interval, fps: not used.
 
     Returns:
       (T,) int64, not decreasing.
@@ -59,8 +51,6 @@ def segment_test(
     num_total: int,
     num_frames: int,
     num_views: int,
-    interval: float = 1.0,
-    fps: float = REFERENCE_FPS,
 ) -> np.ndarray:
     """One fixed position in each segment: its centre, or (view + 1) / num_views of it.
 
@@ -68,7 +58,6 @@ def segment_test(
       num_total: frames in the video.
       num_frames: frames in the clip, T.
       num_views: clips of one video, V.
-      interval, fps: not used.
 
     Returns:
       (V, T) int64, not decreasing along T.
@@ -151,7 +140,8 @@ def interval_test(
 def _whole(interval: float) -> int:
     if interval < 1 or interval != int(interval):
         raise ValueError(
-            f'interval={interval} must be a whole number of frames, at least 1, for stride sampling'
+            f'interval={interval} must be a whole number of frames, at least 1, where it counts '
+            'frames of the file'
         )
     return int(interval)
 
@@ -161,7 +151,6 @@ def stride_train(
     num_frames: int,
     rng: np.random.Generator,
     interval: float = 1.0,
-    fps: float = REFERENCE_FPS,
 ) -> np.ndarray:
     """Every `interval`-th frame from a uniform start.
 
@@ -170,7 +159,6 @@ def stride_train(
       num_frames: frames in the clip, T.
       rng: source of the one draw.
       interval: spacing in frames of the file, a whole number.
-      fps: not used.
 
     Returns:
       (T,) int64, not decreasing. A video that is too short starts at 0 and repeats the last
@@ -192,7 +180,6 @@ def stride_test(
     num_frames: int,
     num_views: int,
     interval: float = 1.0,
-    fps: float = REFERENCE_FPS,
 ) -> np.ndarray:
     """Every `interval`-th frame from fixed starts: the middle, or evenly from first to last.
 
@@ -201,7 +188,6 @@ def stride_test(
       num_frames: frames in the clip, T.
       num_views: clips of one video, V.
       interval: spacing in frames of the file, a whole number.
-      fps: not used.
 
     Returns:
       (V, T) int64, not decreasing along T. A video that is too short repeats its last frame, unlike
@@ -223,8 +209,6 @@ def tsn_train(
     num_total: int,
     num_frames: int,
     rng: np.random.Generator,
-    interval: float = 1.0,
-    fps: float = REFERENCE_FPS,
 ) -> np.ndarray:
     """One uniform frame in each of `num_frames` equal parts, both borders of a part included.
 
@@ -232,7 +216,6 @@ def tsn_train(
       num_total: frames in the video.
       num_frames: frames in the clip, T.
       rng: source of the T draws.
-      interval, fps: not used.
 
     Returns:
       (T,) int64, not decreasing; neighbours may both take the border that they share.
@@ -248,8 +231,6 @@ def tsn_test(
     num_total: int,
     num_frames: int,
     num_views: int,
-    interval: float = 1.0,
-    fps: float = REFERENCE_FPS,
 ) -> np.ndarray:
     """One fixed frame in each part that `tsn_train` draws from: (2 view + 1) / (2 V) of it.
 
@@ -257,7 +238,6 @@ def tsn_test(
       num_total: frames in the video.
       num_frames: frames in the clip, T.
       num_views: clips of one video, V.
-      interval, fps: not used.
 
     Returns:
       (V, T) int64, not decreasing along T; one view takes the middle of each part.
@@ -271,21 +251,241 @@ def tsn_test(
     return np.rint(positions).astype(np.int64)
 
 
-class Protocol(NamedTuple):
-    """A way to choose frames; the signatures are those of the module's text.
+def tsn_shift_test(num_total: int, num_frames: int, num_views: int) -> np.ndarray:
+    """Frames evenly over the video, shifted from the start of each part to its end.
+
+    Args:
+      num_total: frames in the video, N.
+      num_frames: frames in the clip, T.
+      num_views: clips of one video, V.
+
+    Returns:
+      (V, T) int64, not decreasing along T: floor(shift + i N / T) with V shifts, cut to integers,
+      from 0 to N / T - 1.
+
+    Source: Side4Video, validation (V = 1) and test on Kinetics; agrees with the reference on every
+      recorded row.
+    Differs: for N < T, where the reference has no rule, all shifts are 0.
+    """
+    _check(num_total, num_frames, num_views)
+    shifts = np.floor(np.linspace(0, max(num_total / num_frames - 1, 0), num_views))
+    positions = shifts[:, None] + np.arange(num_frames) * num_total / num_frames
+    return np.floor(positions).astype(np.int64) % num_total
+
+
+def split_train(num_total: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """One uniform frame in each of `num_frames` parts, none shared, whose sizes differ by one.
+
+    Args:
+      num_total: frames in the video.
+      num_frames: frames in the clip, T.
+      rng: source of the T draws.
+
+    Returns:
+      (T,) int64, not decreasing. A video of at most T frames gives all of them, and random ones a
+      second time.
+
+    Source: Side4Video, training on Something-Something.
+    """
+    _check(num_total, num_frames)
+    if num_total <= num_frames:
+        again = rng.integers(num_total, size=num_frames - num_total)
+        return np.sort(np.concatenate([np.arange(num_total), again]))
+    borders = np.arange(num_frames + 1) * num_total // num_frames
+    return rng.integers(borders[:-1], borders[1:])
+
+
+def split_test(num_total: int, num_frames: int, num_views: int) -> np.ndarray:
+    """The same shift from the start of each part: (view + 1) / (V + 1) of its length.
+
+    Args:
+      num_total: frames in the video.
+      num_frames: frames in the clip, T.
+      num_views: clips of one video, V.
+
+    Returns:
+      (V, T) int64, not decreasing along T; one view takes the middle of each part.
+
+    Source: Side4Video, validation (V = 1) and test on Something-Something; agrees with the
+      reference on every recorded row, including its rounding of starts to even. Its parts are those
+      of `tsn_train`, not those of `split_train`.
+    """
+    _check(num_total, num_frames, num_views)
+    length = (num_total - 1) / num_frames
+    starts = np.rint(length * np.arange(num_frames))
+    shifts = np.floor(np.arange(1, num_views + 1) * length / (num_views + 1))
+    return (starts + shifts[:, None]).astype(np.int64)
+
+
+def stride_wrap_train(
+    num_total: int, num_frames: int, rng: np.random.Generator, interval: float = 1.0
+) -> np.ndarray:
+    """Every `interval`-th frame from a uniform start, going on from the beginning after the end.
+
+    Args:
+      num_total: frames in the video.
+      num_frames: frames in the clip, T.
+      rng: source of the one draw.
+      interval: spacing in frames of the file, a whole number.
+
+    Returns:
+      (T,) int64; decreasing only where it wraps around.
+
+    Source: STS, training on Kinetics. Its clip is T * interval frames long, the frames after the
+      last one taken included.
+    """
+    _check(num_total, num_frames)
+    step = _whole(interval)
+    start = rng.integers(max(num_total - num_frames * step, 0) + 1)
+    return (start + np.arange(num_frames) * step) % num_total
+
+
+def stride_wrap_test(
+    num_total: int, num_frames: int, num_views: int, interval: float = 1.0
+) -> np.ndarray:
+    """Every `interval`-th frame from the middles of V equal parts of the possible starts.
+
+    Args:
+      num_total: frames in the video.
+      num_frames: frames in the clip, T.
+      num_views: clips of one video, V.
+      interval: spacing in frames of the file, a whole number.
+
+    Returns:
+      (V, T) int64; decreasing along T only where it wraps around.
+
+    Source: STS, test on Kinetics (10 clips).
+    """
+    _check(num_total, num_frames, num_views)
+    step = _whole(interval)
+    places = max(num_total - num_frames * step, 0) + 1
+    starts = (2 * np.arange(num_views) + 1) * places // (2 * num_views)
+    return (starts[:, None] + np.arange(num_frames) * step) % num_total
+
+
+def block_train(num_total: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """One uniform frame in each of `num_frames` blocks of floor(num_total / num_frames) frames.
+
+    Args:
+      num_total: frames in the video.
+      num_frames: frames in the clip, T.
+      rng: source of the T draws.
+
+    Returns:
+      (T,) int64, not decreasing. Frames after the last block are never taken. A video that is too
+      short gives its frames evenly, without a draw.
+
+    Source: STS on Something-Something; Side4Video's retrieval.
+    Differs: short videos follow STS, rounded and kept below num_total; the retrieval code repeats
+      the first frame.
+    """
+    _check(num_total, num_frames)
+    length = num_total // num_frames
+    if not length:
+        return _spread(num_total, num_frames)
+    return np.arange(num_frames) * length + rng.integers(length, size=num_frames)
+
+
+def _spread(num_total: int, num_frames: int) -> np.ndarray:
+    even = np.rint(np.arange(num_frames) * num_total / num_frames).astype(np.int64)
+    return np.minimum(even, num_total - 1)
+
+
+def block_test(num_total: int, num_frames: int, num_views: int) -> np.ndarray:
+    """One fixed frame in each of `num_frames` equal parts: (2 view + 1) / (2 V) of it, cut.
+
+    Args:
+      num_total: frames in the video.
+      num_frames: frames in the clip, T.
+      num_views: clips of one video, V.
+
+    Returns:
+      (V, T) int64, not decreasing along T; one view takes the middle of each part.
+
+    Source: STS on Something-Something; Side4Video's retrieval on VATEX, equal to the recorded rows
+      of more than T frames.
+    Differs: the references have one view. Of a video of at most T frames the retrieval code repeats
+      the first; here its frames repeat evenly.
+    """
+    _check(num_total, num_frames, num_views)
+    places = (2 * np.arange(num_views) + 1) / (2 * num_views)
+    positions = num_total / num_frames * (np.arange(num_frames) + places[:, None])
+    return np.floor(positions).astype(np.int64)
+
+
+def block_start_test(num_total: int, num_frames: int, num_views: int) -> np.ndarray:
+    """Frames 0, d, 2 d and so on with d = floor(num_total / num_frames): T of them, evenly.
+
+    Args:
+      num_total: frames in the video.
+      num_frames: frames in the clip, T.
+      num_views: clips of one video, V.
+
+    Returns:
+      (V, T) int64, not decreasing along T. View v starts floor(v d / V) frames later.
+
+    Source: Side4Video's retrieval on MSR-VTT and MSVD.
+    Differs: the reference has one view, and pretends that short videos have 30 frames.
+    """
+    _check(num_total, num_frames, num_views)
+    step = max(num_total // num_frames, 1)
+    views = [np.arange(view * step // num_views, num_total, step) for view in range(num_views)]
+    return np.stack([v[np.linspace(0, len(v) - 1, num_frames).astype(np.int64)] for v in views])
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way to choose frames.
 
     Attributes:
-      train: random indices of one clip, (T,) int64.
-      test: fixed indices of all views, (V, T) int64.
+      train_rule: (num_total, num_frames, rng, timing) -> random indices of one clip, (T,) int64.
+      test_rule: (num_total, num_frames, num_views, timing) -> fixed indices of all views, (V, T).
+      reads: the timing that both want: 'interval', 'fps'.
     """
 
-    train: Callable[[int, int, np.random.Generator, float, float], np.ndarray]
-    test: Callable[[int, int, int, float, float], np.ndarray]
+    train_rule: Callable[..., np.ndarray]
+    test_rule: Callable[..., np.ndarray]
+    reads: tuple[str, ...] = ()
+
+    def train(
+        self,
+        num_total: int,
+        num_frames: int,
+        rng: np.random.Generator,
+        interval: float,
+        fps: float,
+    ) -> np.ndarray:
+        """Indices of one training clip, (T,) int64."""
+        return self.train_rule(num_total, num_frames, rng, **self._timing(interval, fps))
+
+    def test(
+        self, num_total: int, num_frames: int, num_views: int, interval: float, fps: float
+    ) -> np.ndarray:
+        """Indices of all test views, (V, T) int64."""
+        return self.test_rule(num_total, num_frames, num_views, **self._timing(interval, fps))
+
+    def _timing(self, interval: float, fps: float) -> dict[str, float]:
+        timing = {'interval': interval, 'fps': fps}
+        return {name: timing[name] for name in self.reads}
 
 
 PROTOCOLS: dict[str, Protocol] = {
+    # DiST, and the default of most data sets: the whole video in equal parts.
     'segment': Protocol(segment_train, segment_test),
-    'interval': Protocol(interval_train, interval_test),
-    'stride': Protocol(stride_train, stride_test),
+    # DiST on UCF101, HMDB51 and EPIC-Kitchens: at a fixed spacing in time.
+    'interval': Protocol(interval_train, interval_test, ('interval', 'fps')),
+    # EVL on Kinetics: every so many frames of the file, whatever its frame rate.
+    'stride': Protocol(stride_train, stride_test, ('interval',)),
+    # EVL with a stride that follows the length of the video.
     'tsn': Protocol(tsn_train, tsn_test),
+    # Side4Video on Kinetics.
+    'tsn_shift': Protocol(tsn_train, tsn_shift_test),
+    # Side4Video on Something-Something.
+    'split': Protocol(split_train, split_test),
+    # STS on Kinetics.
+    'stride_wrap': Protocol(stride_wrap_train, stride_wrap_test, ('interval',)),
+    # STS on Something-Something; Side4Video's retrieval on VATEX.
+    'block': Protocol(block_train, block_test),
+    # Side4Video's retrieval on MSR-VTT and MSVD.
+    'block_start': Protocol(block_train, block_start_test),
 }

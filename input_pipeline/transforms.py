@@ -2,21 +2,21 @@
 
 A transform is a frozen dataclass with `__call__(video, label, rng) -> (video, label)`, where video
 is (T, H, W, 3) uint8 RGB and label the class of the clip (or one per head). Pipelines are plain
-tuples, see `apply`. Test views draw nothing and return (crops, T, H, W, 3); see `ShortSideCrops`.
+tuples, see `apply`. Test views draw nothing and return (crops, T, H, W, 3); see `ViewCrops`.
+
+Pixels are OpenCV's, and Pillow's where a recipe smooths what it shrinks: `INTERPOLATION`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
+from PIL import Image
 
 Label = int | tuple[int, ...]
-
-# What becomes of a fraction of a pixel in the test views. DiST: 'nearest'; EVL: 'down'.
-ROUNDING: dict[str, Callable[[float], int]] = {'nearest': round, 'down': math.floor}
 
 # OpenCV would start threads of its own inside every reader thread.
 cv2.setNumThreads(1)
@@ -75,29 +75,150 @@ class Flip:
         return mirrored, label
 
 
+class Rounding(NamedTuple):
+    """What becomes of a fraction of a pixel.
+
+    Attributes:
+      size: of the long side after resizing.
+      corner: of the corner of a centre crop.
+    """
+
+    size: Callable[[float], int]
+    corner: Callable[[float], int]
+
+
+ROUNDING: dict[str, Rounding] = {
+    'nearest': Rounding(round, round),  # DiST
+    'down': Rounding(math.floor, math.floor),  # EVL
+    'torchvision': Rounding(math.floor, round),  # Side4Video
+    'mmcv': Rounding(lambda size: math.floor(size + 0.5), math.floor),  # STS
+}
+
+
+def _opencv(flag: int) -> Callable[[np.ndarray, int, int], np.ndarray]:
+    def run(video: np.ndarray, height: int, width: int) -> np.ndarray:
+        resized = np.empty((len(video), height, width, 3), np.uint8)
+        for frame, target in zip(video, resized):
+            cv2.resize(frame, (width, height), dst=target, interpolation=flag)
+        return resized
+
+    return run
+
+
+def _pillow(resample: Image.Resampling) -> Callable[[np.ndarray, int, int], np.ndarray]:
+    def run(video: np.ndarray, height: int, width: int) -> np.ndarray:
+        resized = np.empty((len(video), height, width, 3), np.uint8)
+        for frame, target in zip(video, resized):
+            picture = Image.fromarray(np.ascontiguousarray(frame))
+            target[:] = picture.resize((width, height), resample)
+        return resized
+
+    return run
+
+
+# (T, H, W, 3) uint8, height, width -> resized. Without smoothing a shrunken picture has aliases;
+# DiST, EVL and STS train on these. Side4Video resizes with Pillow, which smooths.
+INTERPOLATION: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
+    'bilinear': _opencv(cv2.INTER_LINEAR),
+    'bicubic': _opencv(cv2.INTER_CUBIC),
+    'smooth_bilinear': _pillow(Image.Resampling.BILINEAR),
+    'smooth_bicubic': _pillow(Image.Resampling.BICUBIC),
+}
+
+
+def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
+    """A row of a table.
+
+    Raises:
+      ValueError: naming the argument and what it may be.
+    """
+    if value not in table:
+        raise ValueError(f'{name}={value!r} must be one of {tuple(table)}')
+    return table[value]
+
+
+def _resize(video: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
+    if video.shape[1:3] == (height, width):
+        return video
+    return INTERPOLATION[interpolation](video, height, width)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Resizes the whole frame; draws nothing.
+
+    Attributes:
+      size: (short side,), which keeps the shape of the frame, or (height, width), in pixels.
+      interpolation: a key of `INTERPOLATION`.
+      rounding: of the long side, a key of `ROUNDING`.
+
+    Source: Side4Video (short side 256 on Kinetics, 256 x 320 on Something-Something) and STS (short
+      side 256) resize before the random crop.
+    """
+
+    size: tuple[int, ...]
+    interpolation: str = 'bilinear'
+    rounding: str = 'nearest'
+
+    def __post_init__(self):
+        if len(self.size) not in (1, 2) or min(self.size) < 1:
+            raise ValueError(f'size={self.size} must be (short side,) or (height, width)')
+        choose('interpolation', self.interpolation, INTERPOLATION)
+        choose('rounding', self.rounding, ROUNDING)
+
+    def __call__(
+        self, video: np.ndarray, label: Label, rng: np.random.Generator
+    ) -> tuple[np.ndarray, Label]:
+        return self.resize(video), label
+
+    def resize(self, video: np.ndarray) -> np.ndarray:
+        """Resizes (T, H, W, 3) uint8."""
+        return _resize(video, *self.shape(*video.shape[1:3]), self.interpolation)
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels after resizing a frame of that size."""
+        if len(self.size) == 2:
+            return self.size
+        (short,), shorter, whole = self.size, min(height, width), ROUNDING[self.rounding].size
+        height, width = (max(short, whole(side * short / shorter)) for side in (height, width))
+        return height, width
+
+
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Cuts one random box out of all frames and resizes it to a square, bilinear.
+    """Cuts one random box out of all frames and resizes it to a square.
 
     Attributes:
       image_size: height and width of the result in pixels.
       area: smallest and largest share of the frame's area.
       aspect: smallest and largest width / height; drawn on a log scale.
+      interpolation: a key of `INTERPOLATION`.
+      swap: draw the aspect on a linear scale, and exchange width and height half of the time.
 
     Source: the crop of Szegedy et al. 2015 as in DiST's recipe: ten tries, then the largest centre
-      box of an allowed aspect.
+      box of an allowed aspect. Side4Video: `swap`.
+    Differs: after ten tries Side4Video resizes the short side and cuts at random.
     """
 
     image_size: int
     area: tuple[float, float] = (0.4, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = 'bilinear'
+    swap: bool = False
+
+    def __post_init__(self):
+        if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f'area={self.area} must be two shares, 0 < smallest <= largest <= 1')
+        if len(self.aspect) != 2 or not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f'aspect={self.aspect} must be two ratios, 0 < smallest <= largest')
+        choose('interpolation', self.interpolation, INTERPOLATION)
 
     def __call__(
         self, video: np.ndarray, label: Label, rng: np.random.Generator
     ) -> tuple[np.ndarray, Label]:
         top, left, height, width = self.draw_box(*video.shape[1:3], rng)
         box = video[:, top : top + height, left : left + width]
-        return _resize(box, self.image_size, self.image_size), label
+        return _resize(box, self.image_size, self.image_size, self.interpolation), label
 
     def draw_box(
         self, height: int, width: int, rng: np.random.Generator
@@ -105,7 +226,7 @@ class RandomResizedCrop:
         """Draws (top, left, height, width) in pixels, inside a frame of that size."""
         for _ in range(10):
             area = height * width * rng.uniform(*self.area)
-            aspect = np.exp(rng.uniform(*np.log(self.aspect)))
+            aspect = self._draw_aspect(rng)
             box_width, box_height = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
             if 0 < box_width <= width and 0 < box_height <= height:
                 top = int(rng.integers(height - box_height + 1))
@@ -115,26 +236,95 @@ class RandomResizedCrop:
         box_height = min(height, max(1, round(width / self.aspect[0])))
         return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
+    def _draw_aspect(self, rng: np.random.Generator) -> float:
+        if not self.swap:
+            return np.exp(rng.uniform(*np.log(self.aspect)))
+        aspect = rng.uniform(*self.aspect)
+        return aspect if rng.random() < 0.5 else 1 / aspect
+
 
 @dataclass(frozen=True)
-class CentreCrop:
-    """Resizes the short side and cuts the centre, as the test view does; draws nothing.
+class MultiScaleCrop:
+    """Cuts a box of a few sizes at a few places out of all frames and resizes it to a square.
 
     Attributes:
-      image_size: height and width of the result in pixels.
-      rounding: as of the test view.
+      image_size: height and width of the result in pixels; a side that misses it by less than 3
+        pixels is set to it.
+      scales: sides of the box as shares of the frame's short side.
+      distortion: steps in `scales` that height and width may be apart.
+      interpolation: a key of `INTERPOLATION`.
+
+    Source: TSN (Wang et al. 2016) with its thirteen fixed places: corners, centre, middles of the
+      sides, and four between the centre and the corners.
     """
 
     image_size: int
-    rounding: str = 'nearest'
+    scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    distortion: int = 1
+    interpolation: str = 'bilinear'
 
     def __post_init__(self):
-        ShortSideCrops(self.image_size, rounding=self.rounding)  # checks its fields
+        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
+            raise ValueError(f'scales={self.scales} must be shares, above 0 and at most 1')
+        choose('interpolation', self.interpolation, INTERPOLATION)
 
     def __call__(
         self, video: np.ndarray, label: Label, rng: np.random.Generator
     ) -> tuple[np.ndarray, Label]:
-        return ShortSideCrops(self.image_size, rounding=self.rounding)(video)[0], label
+        boxes = self.boxes(*video.shape[1:3])
+        top, left, height, width = boxes[rng.integers(len(boxes))]
+        box = video[:, top : top + height, left : left + width]
+        return _resize(box, self.image_size, self.image_size, self.interpolation), label
+
+    def boxes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """All boxes (top, left, height, width) of a frame of that size, equally likely."""
+        sides = [int(min(height, width) * scale) for scale in self.scales]
+        sides = [self.image_size if abs(side - self.image_size) < 3 else side for side in sides]
+        sides = [min(side, height, width) for side in sides]
+        return [
+            (down * ((height - tall) // 4), right * ((width - wide) // 4), tall, wide)
+            for i, tall in enumerate(sides)
+            for j, wide in enumerate(sides)
+            if abs(i - j) <= self.distortion
+            for down, right in _PLACES
+        ]
+
+
+# Quarters of the way from the top left to the bottom right corner.
+_PLACES = (
+    *((down, right) for down in (0, 2, 4) for right in (0, 2, 4)),
+    *((down, right) for down in (1, 3) for right in (1, 3)),
+)
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """Resizes and cuts the centre, as the test view does; draws nothing.
+
+    Attributes:
+      image_size, size, rounding, interpolation: as of `ViewCrops`.
+    """
+
+    image_size: int
+    rounding: str = 'nearest'
+    size: tuple[int, ...] = ()
+    interpolation: str = 'bilinear'
+
+    def __post_init__(self):
+        self._view()  # checks its fields
+
+    def _view(self) -> 'ViewCrops':
+        return ViewCrops(
+            self.image_size,
+            size=self.size,
+            rounding=self.rounding,
+            interpolation=self.interpolation,
+        )
+
+    def __call__(
+        self, video: np.ndarray, label: Label, rng: np.random.Generator
+    ) -> tuple[np.ndarray, Label]:
+        return self._view()(video)[0], label
 
 
 @dataclass(frozen=True)
@@ -148,7 +338,7 @@ class Grayscale:
     ) -> tuple[np.ndarray, Label]:
         if rng.random() >= self.probability:
             return video, label
-        return np.repeat(luma(video)[..., None], 3, -1), label
+        return greyed(video), label
 
 
 @dataclass(frozen=True)
@@ -183,8 +373,8 @@ class ColourJitter:
                 ramp = _ramp(factors[1], mean * (1 - factors[1]))
                 video = cv2.LUT(flat(video), ramp).reshape(video.shape)
             elif step == 2:  # saturation
-                grey = np.repeat(luma(video)[..., None], 3, -1)
-                mixed = cv2.addWeighted(flat(video), factors[2], flat(grey), 1 - factors[2], 0)
+                grey = flat(greyed(video))
+                mixed = cv2.addWeighted(flat(video), factors[2], grey, 1 - factors[2], 0)
                 video = mixed.reshape(video.shape)
             else:  # hue; OpenCV counts 180 steps to a turn in uint8
                 hsv = cv2.cvtColor(flat(video), cv2.COLOR_RGB2HSV)
@@ -193,53 +383,138 @@ class ColourJitter:
         return video, label
 
 
+# What a box is filled with: (height, width, mean, std, rng) -> levels, broadcast over the box.
+FILLS: dict[str, Callable[..., np.ndarray]] = {
+    'const': lambda height, width, mean, std, rng: mean,
+    'rand': lambda height, width, mean, std, rng: mean + std * rng.normal(size=3),
+    'pixel': lambda height, width, mean, std, rng: mean + std * rng.normal(size=(height, width, 3)),
+}
+
+
 @dataclass(frozen=True)
-class ShortSideCrops:
-    """Test view: resizes the short side and cuts one centre crop, or three along the long side.
+class RandomErasing:
+    """Fills one random box, the same in all frames.
+
+    Attributes:
+      probability: of changing a clip.
+      mode: a key of `FILLS`: the mean, one normal colour, or normal noise that all frames share.
+      area: smallest and largest share of the frame's area.
+      aspect: smallest height / width; the largest is its inverse. Drawn on a log scale.
+      mean, std: of the pixels, in grey levels: what the model takes for 0 and 1.
+
+    Source: Zhong et al. 2020 in the form of timm: ten tries for a box inside the frame.
+    Differs: timm fills after normalisation; here noise ends at black and white.
+    """
+
+    probability: float = 0.25
+    mode: str = 'const'
+    area: tuple[float, float] = (0.02, 1 / 3)
+    aspect: float = 0.3
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    std: tuple[float, float, float] = (64.0, 64.0, 64.0)
+
+    def __post_init__(self):
+        choose('mode', self.mode, FILLS)
+
+    def __call__(
+        self, video: np.ndarray, label: Label, rng: np.random.Generator
+    ) -> tuple[np.ndarray, Label]:
+        if rng.random() >= self.probability:
+            return video, label
+        for _ in range(10):
+            area = video.shape[1] * video.shape[2] * rng.uniform(*self.area)
+            aspect = np.exp(rng.uniform(np.log(self.aspect), -np.log(self.aspect)))
+            height, width = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+            if 0 < height < video.shape[1] and 0 < width < video.shape[2]:
+                top = int(rng.integers(video.shape[1] - height + 1))
+                left = int(rng.integers(video.shape[2] - width + 1))
+                fill = FILLS[self.mode](height, width, np.array(self.mean), np.array(self.std), rng)
+                erased = video.copy()
+                box = np.rint(np.clip(fill, 0, 255)).astype(np.uint8)
+                erased[:, top : top + height, left : left + width] = box
+                return erased, label
+        return video, label
+
+
+Corners = tuple[tuple[int, int], ...]
+
+
+def _along(first: int, second: int, third: int, across: int, wide: bool) -> Corners:
+    places = (first, second, third)
+    return tuple((across, place) if wide else (place, across) for place in places)
+
+
+def _ends(down: int, right: int, corner: Callable[[float], int]) -> Corners:
+    wide = right >= down
+    long, across = (right, down) if wide else (down, right)
+    return _along(0, corner(long / 2), long, corner(across / 2), wide)
+
+
+def _halves(down: int, right: int, corner: Callable[[float], int]) -> Corners:
+    wide = right >= down
+    long, across = (right, down) if wide else (down, right)
+    return _along(0, 2 * (long // 2), long // 2, across // 2, wide)
+
+
+def _quarters(down: int, right: int, corner: Callable[[float], int]) -> Corners:
+    return _along(0, 4 * (right // 4), 2 * (right // 4), 2 * (down // 4), True)
+
+
+# Three crops: (rows, columns left over by a crop, rounding of a corner) -> (top, left) of each.
+LAYOUTS: dict[str, Callable[[int, int, Callable[[float], int]], Corners]] = {
+    'ends': _ends,  # EVL: both ends of the long side with the centre between them
+    'halves': _halves,  # STS: steps of half of what is left over; ends first, then the centre
+    'quarters': _quarters,  # Side4Video: steps of a quarter, always from left to right; likewise
+}
+
+
+@dataclass(frozen=True)
+class ViewCrops:
+    """Test view: resizes, and cuts one crop from the centre, or three along a side.
 
     Attributes:
       image_size: height and width of the crops in pixels.
-      num_crops: 1 (centre) or 3 (both ends and centre, in order along the long side).
-      short_side: short side after resizing in pixels; None means `image_size`.
+      num_crops: 1 (centre) or 3.
+      size: of the frame before the crop: (short side,) or (height, width) in pixels; () means
+        (image_size,).
       rounding: a key of `ROUNDING`, for the long side after resizing and for the corners.
+      interpolation: a key of `INTERPOLATION`.
+      layout: where three crops lie, a key of `LAYOUTS`.
 
-    Source: the recipes of DiST (short side 224, centre crop, 'nearest') and of EVL (one or three
-      crops, 'down'; agrees with the reference on every recorded size and corner).
+    Source: the recipes of DiST (short side 224, centre crop, 'nearest'), EVL (one or three crops,
+      'down'; agrees with the reference on every recorded size and corner), Side4Video and STS.
     """
 
     image_size: int
     num_crops: int = 1
-    short_side: int | None = None
+    size: tuple[int, ...] = ()
     rounding: str = 'nearest'
+    interpolation: str = 'bilinear'
+    layout: str = 'ends'
 
     def __post_init__(self):
         if self.num_crops not in (1, 3):
             raise ValueError(f'num_crops={self.num_crops} must be 1 or 3')
-        if self.short_side is not None and self.short_side < self.image_size:
-            raise ValueError(
-                f'short_side={self.short_side} is smaller than image_size={self.image_size}'
-            )
-        if self.rounding not in ROUNDING:
-            raise ValueError(f'rounding={self.rounding!r} must be one of {tuple(ROUNDING)}')
+        self._resize()  # checks its fields
+        choose('layout', self.layout, LAYOUTS)
+        if self.size and min(self.size) < self.image_size:
+            raise ValueError(f'size={self.size} is smaller than image_size={self.image_size}')
 
-    def layout(
-        self, height: int, width: int
-    ) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
+    def _resize(self) -> Resize:
+        return Resize(self.size or (self.image_size,), self.interpolation, self.rounding)
+
+    def corners(self, height: int, width: int) -> tuple[tuple[int, int], Corners]:
         """Where the views of a frame of that size lie, in pixels.
 
         Returns:
           (height, width) after resizing, and the (top, left) corner of each crop in it.
         """
-        whole = ROUNDING[self.rounding]
-        short, shorter = self.short_side or self.image_size, min(height, width)
-        height, width = (max(short, whole(side * short / shorter)) for side in (height, width))
-        size = self.image_size
-        top, left = whole((height - size) / 2), whole((width - size) / 2)
+        height, width = self._resize().shape(height, width)
+        down, right = height - self.image_size, width - self.image_size
+        corner = ROUNDING[self.rounding].corner
         if self.num_crops == 1:
-            return (height, width), ((top, left),)
-        if width >= height:
-            return (height, width), ((top, 0), (top, left), (top, width - size))
-        return (height, width), ((0, left), (top, left), (height - size, left))
+            return (height, width), ((corner(down / 2), corner(right / 2)),)
+        return (height, width), LAYOUTS[self.layout](down, right, corner)
 
     def __call__(self, video: np.ndarray) -> np.ndarray:
         """Cuts the views.
@@ -250,8 +525,8 @@ class ShortSideCrops:
         Returns:
           (num_crops, T, image_size, image_size, 3) uint8.
         """
-        resized, corners = self.layout(*video.shape[1:3])
-        video, size = _resize(video, *resized), self.image_size
+        _, corners = self.corners(*video.shape[1:3])
+        video, size = self._resize().resize(video), self.image_size
         return np.stack([video[:, y : y + size, x : x + size] for y, x in corners])
 
 
@@ -265,14 +540,11 @@ def luma(video: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(flat(video), cv2.COLOR_RGB2GRAY).reshape(video.shape[:3])
 
 
+def greyed(video: np.ndarray) -> np.ndarray:
+    """(T, H, W, 3) uint8 with its luma in all three channels."""
+    grey = cv2.cvtColor(flat(video), cv2.COLOR_RGB2GRAY)
+    return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB).reshape(video.shape)
+
+
 def _ramp(factor: float, offset: float) -> np.ndarray:
     return np.clip(np.rint(np.arange(256) * factor + offset), 0, 255).astype(np.uint8)
-
-
-def _resize(video: np.ndarray, height: int, width: int) -> np.ndarray:
-    if video.shape[1:3] == (height, width):
-        return video
-    resized = np.empty((len(video), height, width, 3), np.uint8)
-    for frame, target in zip(video, resized):
-        cv2.resize(frame, (width, height), dst=target, interpolation=cv2.INTER_LINEAR)
-    return resized

@@ -87,15 +87,15 @@ def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
     """
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
     model, frozen, state, _ = _model(config, mesh, 'frozen')
-    data, views = config.data, config.eval.num_clips * config.eval.num_crops
-    shape = (config.eval.batch_size, views, data.num_frames, data.image_size, data.image_size, 3)
+    reader = experiment.eval_reader(config)
+    shape = (config.eval.batch_size, *reader.shape)
     arguments = {
         'variables': state.eval_variables,
         'frozen': frozen,
         'video': _split(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh),
     }
     function = step.make_eval_step(model, mesh, config.eval.fusion, state.eval_variables, frozen)
-    return Step(function, arguments, config.eval.batch_size * views, model)
+    return Step(function, arguments, config.eval.batch_size * reader.num_views, model)
 
 
 def calibration_step(devices: list[Any]) -> Step:

@@ -3,7 +3,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from input_pipeline.randaugment import FILL, OPS, RandAugment, parse
+from input_pipeline.randaugment import (
+    AUTO_OPS,
+    KERNELS,
+    OPS,
+    POLICIES,
+    AutoAugment,
+    RandAugment,
+    Warp,
+    parse_auto,
+    parse_rand,
+)
 
 EVL = 'rand-m7-n4-mstd0.5-inc1'
 GEOMETRIC = {
@@ -12,6 +22,7 @@ GEOMETRIC = {
     'TranslateX': lambda w, h, a: (1, 0, a * w, 0, 1, 0),
     'TranslateY': lambda w, h, a: (1, 0, 0, 0, 1, a * h),
 }
+FILL = 128
 CUBIC = {'resample': Image.Resampling.BICUBIC, 'fillcolor': (FILL,) * 3}
 
 
@@ -99,6 +110,59 @@ def test_what_comes_from_outside_is_filled(name):
     assert (found[0] != expected).mean() < 0.001
 
 
+@pytest.mark.parametrize('interpolation', KERNELS)
+def test_the_fill_and_the_kernel_are_a_choice(interpolation):
+    warp = Warp(interpolation, (124, 116, 104))
+    kernel = Image.Resampling[interpolation.upper()]
+    for frame in clip(2):
+        found = OPS['ShearX'].run(frame[None], 0.2, warp)[0]
+        expected = np.asarray(
+            Image.fromarray(frame).transform(
+                (81, 60),
+                Image.Transform.AFFINE,
+                GEOMETRIC['ShearX'](81, 60, 0.2),
+                kernel,
+                fillcolor=warp.fill,
+            )
+        )
+        outside = (expected == warp.fill).all(-1)
+        assert outside.sum() > 300
+        assert (found[outside] == warp.fill).mean() > 0.999
+        assert np.abs(found.astype(int) - expected).mean() < 1
+
+
+def test_a_policy_hands_its_fill_to_the_operations():
+    white = np.full((1, 60, 81, 3), 255, np.uint8)
+    policy = parse_rand('rand-m9-n4-p1-inc1', Warp('nearest', (1, 2, 3)))
+    seen = np.concatenate(
+        [
+            np.unique(white_changed.reshape(-1, 3), axis=0)
+            for white_changed in (
+                OPS[name].run(white, argument, policy.warp)
+                for seed in range(20)
+                for name, argument in policy.draw(np.random.default_rng(seed))
+                if OPS[name].geometric
+            )
+        ]
+    )
+    assert {tuple(colour) for colour in seen} == {(255, 255, 255), (1, 2, 3)}
+    video, _ = policy(white, 0, np.random.default_rng(3))
+    assert video.shape == white.shape
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'interpolation': 'lanczos'}, "interpolation='lanczos' must be one of"),
+        ({'fill': (0, 0, 256)}, 'fill=.*three levels from 0 to 255'),
+        ({'fill': (0, 0)}, 'three levels'),
+    ],
+)
+def test_a_wrong_warp_is_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        Warp(**change)
+
+
 def test_keeping_no_bit_is_black():
     assert not OPS['Posterize'].run(clip(), OPS['Posterize'].argument(10.0, 1, True)).any()
 
@@ -125,7 +189,7 @@ def test_arguments_follow_the_published_ranges(name, increasing, level, expected
 def test_all_frames_of_a_clip_get_the_same_draw_and_the_label_stays():
     video = np.repeat(clip(1), 4, 0)
     for seed in range(12):
-        changed, label = parse(EVL)(video, (3, 5), np.random.default_rng(seed))
+        changed, label = parse_rand(EVL)(video, (3, 5), np.random.default_rng(seed))
         assert label == (3, 5)
         assert changed.shape == video.shape
         for frame in changed[1:]:
@@ -147,7 +211,9 @@ def test_the_same_generator_gives_the_same_clip_and_the_input_is_not_changed():
     before = video.copy()
     different = False
     for seed in range(12):
-        first, second = (parse(EVL)(video, 0, np.random.default_rng(seed))[0] for _ in range(2))
+        first, second = (
+            parse_rand(EVL)(video, 0, np.random.default_rng(seed))[0] for _ in range(2)
+        )
         np.testing.assert_array_equal(first, second)
         different |= (first != before).any()
     assert different
@@ -165,7 +231,7 @@ def test_views_of_larger_arrays_can_be_changed(name):
 
 def test_draws_have_the_published_distribution():
     rng = np.random.default_rng(0)
-    policy = parse(EVL)
+    policy = parse_rand(EVL)
     draws = [policy.draw(rng) for _ in range(4000)]
     counts = np.array([len(draw) for draw in draws])
     np.testing.assert_allclose(
@@ -189,10 +255,11 @@ def test_levels_stay_in_range():
 
 
 def test_a_policy_is_read():
-    assert parse(EVL) == RandAugment(7.0, 4, 0.5, True, 0.5)
-    assert parse('rand-inc0-p1-m9-n3') == RandAugment(9.0, 3, 0.0, False, 1.0)
-    assert parse('rand-m2.5-p0.25') == RandAugment(magnitude=2.5, probability=0.25)
-    assert parse('rand') == RandAugment()
+    assert parse_rand(EVL) == RandAugment(7.0, 4, 0.5, True, 0.5)
+    assert parse_rand('rand-inc0-p1-m9-n3') == RandAugment(9.0, 3, 0.0, False, 1.0)
+    assert parse_rand('rand-m2.5-p0.25') == RandAugment(magnitude=2.5, probability=0.25)
+    assert parse_rand('rand-m9-mstd3-mmax9.5') == RandAugment(9.0, 2, 3.0, magnitude_max=9.5)
+    assert parse_rand('rand') == RandAugment()
 
 
 @pytest.mark.parametrize(
@@ -200,6 +267,8 @@ def test_a_policy_is_read():
     [
         ('rand-m7-x4', "part 'x4' is none of m0 to m10"),
         ('rand-m11', "part 'm11'"),
+        ('rand-mmax11', "part 'mmax11'"),
+        ('rand-w0', "part 'w0'"),
         ('rand-m', "part 'm'"),
         ('rand-m-7', "part 'm'"),
         ('rand-m1e1', "part 'm1e1'"),
@@ -216,4 +285,63 @@ def test_a_policy_is_read():
 )
 def test_a_wrong_policy_is_an_error_that_names_the_part(policy, part):
     with pytest.raises(ValueError, match=f"^rand_augment='{policy}'.*{part}"):
-        parse(policy)
+        parse_rand(policy)
+
+
+def test_the_highest_magnitude_is_a_bound():
+    policy = RandAugment(9.0, 400, 5.0, True, magnitude_max=9.5)
+    draw = policy.draw(np.random.default_rng(0))
+    assert max(abs(a) for name, a in draw if name == 'Rotate') == pytest.approx(28.5)
+
+
+def test_auto_augment_draws_pairs_of_its_policy_at_their_levels():
+    policy, rng = parse_auto('original'), np.random.default_rng(0)
+    draws = [policy.draw(rng) for _ in range(6000)]
+    assert max(map(len, draws)) == 2
+    names = {name for draw in draws for name, _ in draw}
+    assert names == {name for pair in POLICIES['original'] for name, _, _ in pair}
+    # Rotate comes with probability .6 .8 .2 .8 .4 .8 in six of the 25 pairs.
+    degrees = [a for draw in draws for name, a in draw if name == 'Rotate']
+    assert len(degrees) / 6000 == pytest.approx(3.6 / 25, abs=0.015)
+    assert {round(abs(a)) for a in degrees} == {9, 24, 27}
+    assert np.mean(np.array(degrees) > 0) == pytest.approx(0.5, abs=0.06)
+    bits = {a for draw in draws for name, a in draw if name == 'Posterize'}
+    assert bits == {6, 7}
+    spread = [a for _ in range(3000) for n, a in parse_auto('original-mstd1').draw(rng)]
+    assert len(set(spread)) > 1000
+
+
+def test_auto_augment_is_one_draw_for_a_clip():
+    video = np.repeat(clip(1), 3, 0)
+    changed = 0
+    for seed in range(20):
+        found, label = parse_auto('original-mstd0.5')(video, 7, np.random.default_rng(seed))
+        assert label == 7 and found.shape == video.shape
+        np.testing.assert_array_equal(found[1:], found[:-1])
+        changed += (found != video).any()
+    assert changed > 10
+
+
+def test_every_pair_names_operations():
+    for pairs in POLICIES.values():
+        assert len(pairs) == 25
+        assert all(
+            name in AUTO_OPS and 0 <= share <= 1 and 0 <= level <= 10
+            for pair in pairs
+            for name, share, level in pair
+        )
+
+
+@pytest.mark.parametrize(
+    ('policy', 'message'),
+    [
+        ('v1', "starts with 'v1', expected 'original'"),
+        ('rand-m7', "starts with 'rand', expected 'original'"),
+        ('original-m7', "part 'm7' is none of mstd0 to mstd10"),
+        ('original-mstd', "part 'mstd'"),
+    ],
+)
+def test_a_wrong_auto_policy_is_an_error_that_names_the_part(policy, message):
+    with pytest.raises(ValueError, match=f"^auto_augment='{policy}'.*{message}"):
+        parse_auto(policy)
+    assert parse_auto('original-mstd0.5') == AutoAugment('original', 0.5)

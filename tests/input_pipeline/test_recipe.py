@@ -2,11 +2,27 @@
 
 import numpy as np
 import pytest
+from video_files import decode_everything, pictures, write_video
 
 from configs import base
+from configs.inputs import INPUTS
 from dist_jax import checkpoint, experiment
-from input_pipeline.randaugment import RandAugment
-from input_pipeline.transforms import CentreCrop, Flip, RandomResizedCrop
+from dist_jax.models import clip
+from input_pipeline.datasets import DATASETS
+from input_pipeline.pipeline import record_rng
+from input_pipeline.randaugment import AutoAugment, RandAugment, Warp
+from input_pipeline.sampling import PROTOCOLS
+from input_pipeline.transforms import (
+    CentreCrop,
+    ColourJitter,
+    Flip,
+    Grayscale,
+    MultiScaleCrop,
+    RandomErasing,
+    RandomResizedCrop,
+    Resize,
+)
+from input_pipeline.video_list import Record
 
 POLICY = 'rand-m7-n4-mstd0.5-inc1'
 
@@ -18,20 +34,107 @@ def config(**data):
     return found
 
 
+def recipe(name, **fields):
+    found = base.get_config()
+    found.lock()
+    found.update_from_flattened_dict(INPUTS[name] | fields)
+    return found
+
+
 def kinds(reader):
     return [type(transform) for transform in reader.transforms]
 
 
-def test_rand_augment_sees_whole_frames_before_flip_and_crop():
+def test_rand_augment_sees_whole_frames_before_the_crop_and_mirroring_the_cropped_ones():
     reader = experiment.train_reader(config(rand_augment=POLICY, grayscale=0.0))
-    assert kinds(reader) == [RandAugment, Flip, RandomResizedCrop]
+    assert kinds(reader) == [RandAugment, RandomResizedCrop, Flip]
     assert reader.transforms[0] == RandAugment(7.0, 4, 0.5, True)
     assert RandAugment not in kinds(experiment.train_reader(config()))
+    after = config(rand_augment=POLICY, augment_after_crop=True, augment_fill=(1, 2, 3))
+    reader = experiment.train_reader(after)
+    assert kinds(reader) == [RandomResizedCrop, RandAugment, Flip, Grayscale]
+    assert reader.transforms[1].warp == Warp('bicubic', (1, 2, 3))
 
 
-def test_a_wrong_policy_is_refused_before_anything_is_read():
-    with pytest.raises(ValueError, match="rand_augment='rand-m70'"):
-        experiment.train_reader(config(rand_augment='rand-m70'))
+def test_everything_at_once_is_in_order():
+    reader = experiment.train_reader(
+        config(
+            auto_augment='original-mstd0.5',
+            augment_interpolation='bilinear',
+            resize=(256, 320),
+            resize_interpolation='bicubic',
+            crop='multi_scale',
+            colour_jitter=0.8,
+            erase=0.25,
+            erase_mode='pixel',
+            num_samples=2,
+        )
+    )
+    assert kinds(reader) == [
+        AutoAugment,
+        Resize,
+        MultiScaleCrop,
+        Flip,
+        ColourJitter,
+        Grayscale,
+        RandomErasing,
+    ]
+    assert reader.transforms[0] == AutoAugment('original', 0.5, Warp('bilinear'))
+    assert reader.transforms[1] == Resize((256, 320), 'bicubic')
+    np.testing.assert_allclose(reader.transforms[-1].mean, 255 * np.array(clip.PIXEL_MEAN))
+    assert reader.num_samples == 2
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'rand_augment': 'rand-m70'}, "rand_augment='rand-m70'"),
+        ({'auto_augment': 'v0'}, "auto_augment='v0' starts with 'v0'"),
+        ({'auto_augment': 'original', 'rand_augment': POLICY}, 'exclude each other'),
+        ({'augment_interpolation': 'cubic'}, 'data.augment_interpolation.*bicubic'),
+        ({'augment_fill': (0, 0)}, 'data.augment_fill.*three levels'),
+        ({'resize': (1, 2, 3)}, r'data.resize.*size=\(1, 2, 3\)'),
+        ({'resize': (256,), 'resize_interpolation': 'area'}, 'data.resize_interpolation.*area'),
+        ({'crop': 'random'}, 'data.crop=.random. is not one of random_resized, multi_scale'),
+        ({'crop_area': ()}, r'data.crop_area.*area=\(\) must be two shares'),
+        ({'crop_interpolation': 'area'}, 'data.crop_interpolation.*area'),
+        ({'crop': 'multi_scale', 'crop_scales': (2.0,)}, 'data.crop_scales.*scales='),
+        ({'crop': 'centre', 'resize': (200,)}, 'data.resize.*smaller than image_size=224'),
+        ({'crop': 'centre', 'crop_rounding': 'up'}, 'data.crop_rounding.*rounding='),
+        ({'erase': 0.1, 'erase_mode': 'black'}, 'data.erase_mode.*black'),
+        ({'sampling': 'dense'}, "data.sampling.*sampling='dense'"),
+        ({'sampling': 'stride', 'frame_interval': 0}, 'data.frame_interval.*interval=0'),
+        ({'num_samples': 0}, 'data.num_samples.*num_samples=0'),
+    ],
+)
+def test_wrong_fields_are_named_before_anything_is_read(fields, message):
+    found = base.get_config()
+    with pytest.raises(ValueError, match=message):
+        found.update_from_flattened_dict({f'data.{k}': v for k, v in fields.items()})
+        experiment.train_reader(found)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'eval.num_crops': 10}, 'config.eval.*num_crops=10 must be 1 or 3'),
+        ({'eval.crop_layout': 'corners'}, "layout='corners' must be one of"),
+        ({'eval.resize': (200,)}, 'smaller than image_size=224'),
+        ({'eval.image_size': 256, 'eval.resize': (240,)}, 'smaller than image_size=256'),
+    ],
+)
+def test_wrong_test_views_are_named_before_anything_is_read(fields, message):
+    found = base.get_config()
+    found.update_from_flattened_dict(fields)
+    with pytest.raises(ValueError, match=message):
+        experiment.eval_reader(found)
+
+
+def test_another_test_size_is_refused_with_a_backbone(tmp_path):
+    found = base.get_config()
+    found.eval.image_size = 256
+    with pytest.raises(ValueError, match=r'eval.image_size=256 is not data.image_size=224'):
+        experiment.find_backbone(found, str(tmp_path))
 
 
 def test_sampling_reaches_both_readers():
@@ -41,7 +144,7 @@ def test_sampling_reaches_both_readers():
 
 
 def test_rounding_reaches_every_crop_that_is_not_random():
-    changed = config(crop_rounding='down', crop_area=(), flip=False, grayscale=0.0)
+    changed = config(crop_rounding='down', crop='centre', flip=False, grayscale=0.0)
     assert experiment.eval_reader(changed).rounding == 'down'
     assert experiment.train_reader(changed).transforms == (CentreCrop(224, 'down'),)
     assert experiment.eval_reader(config()).rounding == 'nearest'
@@ -54,6 +157,8 @@ def test_rounding_reaches_every_crop_that_is_not_random():
         {'frame_interval': 16},
         {'rand_augment': POLICY},
         {'crop_rounding': 'down'},
+        {'num_samples': 2},
+        {'resize': (256,)},
     ],
 )
 def test_a_run_is_not_continued_with_another_stream(change):
@@ -74,7 +179,86 @@ def test_an_augmented_clip_has_the_shape_of_the_reader():
     video = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        clip, label = video, 1
+        frames, label = video, 1
         for transform in reader.transforms:
-            clip, label = transform(clip, label, rng)
-        assert clip.shape == reader.shape
+            frames, label = transform(frames, label, rng)
+        assert frames.shape == reader.shape
+
+
+@pytest.fixture(scope='module')
+def record(tmp_path_factory):
+    path = tmp_path_factory.mktemp('video') / 'video.mp4'
+    return Record(str(write_video(path, pictures(90, 264, 352))), 86, 'video')
+
+
+@pytest.mark.parametrize('name', INPUTS)
+def test_every_recipe_reads_a_video(name, record):
+    found = recipe(name)
+    found.data.name = 'something_v2' if 'ssv2' in name else 'kinetics400'
+    train, test = experiment.train_reader(found), experiment.eval_reader(found)
+    seen = set()
+    for epoch in range(4):
+        clips, labels = train.read(record, record_rng(0, epoch, 5))
+        assert len(clips) == len(labels) == found.data.num_samples
+        for video in clips:
+            assert video.shape == (found.data.num_frames, 224, 224, 3)
+        seen.update(labels)
+        again = train.read(record, record_rng(0, epoch, 5))[0]
+        np.testing.assert_array_equal(clips, again)
+    # Something-Something's labels of sides swap with the flip, others never change.
+    assert seen == ({86, 87} if name.endswith('ssv2') and found.data.flip else {86})
+    views, _ = test.read(record)
+    size = found.eval.image_size or 224
+    count = found.eval.num_clips * found.eval.num_crops
+    assert views.shape == (count, found.data.num_frames, size, size, 3)
+
+
+def test_recipes_follow_their_papers():
+    ss = experiment.train_reader(recipe('side4video_ssv2', **{'data.name': 'something_v2'}))
+    assert kinds(ss) == [RandAugment, Resize, RandomResizedCrop, Flip]
+    assert ss.transforms[1] == Resize((256, 320), 'smooth_bicubic', 'torchvision')
+    assert ss.transforms[2].swap and ss.transforms[2].area == (0.08, 1.0)
+    assert ss.transforms[3].label_pairs == ((86, 87), (93, 94), (166, 167))
+    k400 = experiment.train_reader(recipe('side4video_k400'))
+    assert kinds(k400) == [Resize, RandomResizedCrop, Flip, Grayscale]
+    sts = experiment.train_reader(recipe('sts_k400'))
+    assert kinds(sts) == [Resize, RandomResizedCrop, Flip]
+    assert experiment.eval_reader(recipe('sts_k400')).num_views == 30
+    assert kinds(experiment.train_reader(recipe('sts_ssv2'))) == [Resize, RandomResizedCrop]
+    assert kinds(experiment.train_reader(recipe('evl_k400'))) == [RandAugment, RandomResizedCrop]
+    image = experiment.train_reader(recipe('sts_imagenet'))
+    assert kinds(image) == [RandomResizedCrop, RandAugment, Flip]
+    assert (image.transforms[1].num_ops, image.num_frames, image.num_samples) == (2, 1, 3)
+    retrieval = experiment.train_reader(recipe('side4video_retrieval'))
+    assert kinds(retrieval) == [CentreCrop]
+
+
+def test_side4video_views_are_frames_and_crops_of_the_video(record):
+    found = recipe('side4video_ssv2', **{'eval.resize': (264, 352)})  # as it is
+    views, _ = experiment.eval_reader(found).read(record)
+    everything = decode_everything(record.path)
+    indices = PROTOCOLS['split'].test(90, 8, 2, 1, 30)
+    for k, (frames, left) in enumerate((i, x) for i in indices for x in (0, 128, 64)):
+        expected = everything[frames][:, 20 : 20 + 224, left : left + 224]
+        np.testing.assert_array_equal(views[k], expected)
+
+
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_a_picture_is_a_video_of_one_frame(protocol, tmp_path):
+    path = write_video(tmp_path / 'picture.mp4', pictures(1, 264, 352))
+    found = config(num_frames=1, sampling=protocol, frame_interval=1, crop='centre', flip=False)
+    found.data.grayscale = 0.0
+    found.eval.num_clips = 1
+    picture = Record(str(path), 3, 'picture')
+    (video,), (label,) = experiment.train_reader(found).read(picture, record_rng(0, 0, 0))
+    views, _ = experiment.eval_reader(found).read(picture)
+    assert video.shape == (1, 224, 224, 3) and label == 3
+    np.testing.assert_array_equal(views[0], video)
+
+
+def test_flip_rules_of_the_data_sets():
+    assert DATASETS['something_v2'].flip.label_pairs
+    assert not DATASETS['kinetics400'].flip.label_pairs
+    for name, expected in (('kinetics400', 1), ('something_v1', 0), ('motion_clips', 0)):
+        reader = experiment.train_reader(config(name=name))
+        assert sum(isinstance(step, Flip) for step in reader.transforms) == expected
