@@ -85,7 +85,11 @@ def get_config() -> ConfigDict:
     config.data.erase = 0.0  # share of clips with an erased box
     config.data.erase_mode = 'const'  # const (mean colour), rand (one colour) or pixel (noise)
     config.data.max_bad_share = 0.01  # share of unreadable videos beyond which a run stops
-    config.data.num_threads = 8  # reader threads of a host
+    # Readers of a host: processes, or with 0 processes threads. Processes scale to many cores, and
+    # one that dies over a hostile file is replaced.
+    config.data.num_workers = 0
+    config.data.num_threads = 8
+    config.data.record_timeout = 60.0  # seconds after which a reader process is given up
     config.data.buffer_size = 8  # batches read ahead
 
     config.mixing = ConfigDict()

@@ -42,6 +42,8 @@ FREE_FIELDS = (
     'data.val_list',
     'data.val_subset',
     'data.num_threads',
+    'data.num_workers',
+    'data.record_timeout',
     'data.buffer_size',
     'data.max_bad_share',
     'eval.',

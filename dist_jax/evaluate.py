@@ -79,6 +79,8 @@ def evaluate(
     batch_size: int,
     num_threads: int,
     allow_bad_videos: bool,
+    num_workers: int = 0,
+    record_timeout: float = 60.0,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Scores a list of videos.
@@ -93,6 +95,8 @@ def evaluate(
       batch_size: videos a step over all hosts.
       num_threads: reader threads of this host.
       allow_bad_videos: leave out videos that cannot be read, instead of stopping.
+      num_workers: reader processes of this host instead of threads; 0 for threads.
+      record_timeout: seconds that a reader process may take over a video.
       on_batch: called with (batches done, batches in all).
 
     Raises:
@@ -107,6 +111,8 @@ def evaluate(
         host_index=part.index,
         host_count=part.count,
         num_threads=num_threads,
+        num_workers=num_workers,
+        record_timeout=record_timeout,
     )
     kept: list[tuple[np.ndarray, ...]] = []
     bad: list[tuple[str, str]] = []
@@ -169,6 +175,8 @@ def evaluate_config(
         mesh,
         batch_size=config.eval.batch_size,
         num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        record_timeout=config.data.record_timeout,
         allow_bad_videos=config.eval.allow_bad_videos,
         on_batch=lambda done, _: bar.update(done),
     )

@@ -374,7 +374,9 @@ class _Loop:
             host_index=part.index,
             host_count=part.count,
             num_threads=config.data.num_threads,
+            num_workers=config.data.num_workers,
             buffer_size=config.data.buffer_size,
+            record_timeout=config.data.record_timeout,
         )
         bad_videos = open_bad_videos(self.workdir, config, len(self.train_source))
         pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]] = collections.deque()

@@ -11,17 +11,18 @@ raised in a reader thread, where grain could not carry on.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import grain
 import numpy as np
 
+from input_pipeline.batches import Batches
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
 from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
 from input_pipeline.transforms import Label, Transform, ViewCrops, apply, choose
 from input_pipeline.video_list import Record
+from input_pipeline.workers import Element
 
 
 class Source(Protocol):
@@ -206,98 +207,74 @@ def record_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, index])
 
 
-class Batches:
-    """An iterator over batches, dicts of numpy arrays; `len()` is the number of all its batches.
+@dataclass(frozen=True)
+class _Part:
+    """Positions of one host -> positions in the stream of all hosts."""
 
-    An error that is not about a video (a wrong transform, say) is raised by `next`, naming the
-    record.
-    """
+    first: int
+    of_host: int
+    of_step: int
 
-    def __init__(
-        self,
-        read: Callable[[int], dict[str, Any]],
-        num_batches: int,
-        batch_size: int,
-        num_threads: int,
-        buffer_size: int,
-    ):
-        """Starts reading.
-
-        Args:
-          read: makes element i of the stream, the rows of one record.
-          num_batches: batches in all.
-          batch_size: elements of a batch.
-          num_threads: reader threads, each of which makes whole batches; 0 reads in `next`.
-          buffer_size: batches that are made ahead.
-        """
-        self._num_batches = num_batches
-        dataset = grain.MapDataset.range(num_batches * batch_size).map(_caught(read))
-        dataset = dataset.batch(batch_size, batch_fn=_stack)
-        options = grain.ReadOptions(
-            num_threads=num_threads, prefetch_buffer_size=max(buffer_size, num_threads)
-        )
-        self._iterator = iter(dataset.to_iter_dataset(options)) if num_batches else iter(())
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            raise StopIteration
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            self.close()
-            raise
-        if isinstance(batch, Exception):
-            self.close()
-            raise batch
-        return batch
-
-    def close(self) -> None:
-        """Stops the reader threads; no batch comes after it."""
-        if self._iterator is not None and hasattr(self._iterator, 'close'):
-            self._iterator.close()
-        self._iterator = None
+    def __getitem__(self, position: int) -> int:
+        step, slot = divmod(position, self.of_host)
+        return self.first + step * self.of_step + slot
 
 
-def _caught(read: Callable[[int], dict[str, Any]]) -> Callable[[int], dict[str, Any] | Exception]:
-    def caught(position: int) -> dict[str, Any] | Exception:
-        try:
-            return read(int(position))
-        except Exception as error:  # grain would lose the rest of the stream
-            return error
+@dataclass(frozen=True)
+class _TrainStream:
+    """The elements of `train_batches`; goes to reader processes by pickle."""
 
-    return caught
+    source: Source
+    reader: TrainReader
+    part: _Part
+    seed: int
+    shuffle: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.reader.num_samples, *self.reader.shape)
+
+    def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
+        num_records = len(self.source)
+        epoch, index = divmod(self.part[position], num_records)
+        if self.shuffle:
+            index = int(epoch_order(self.seed, epoch, num_records)[index])
+
+        def read(record: Record) -> tuple[list[np.ndarray], list[Label]]:
+            return self.reader.read(record, record_rng(self.seed, epoch, index))
+
+        return _element(read, self.source[index], index, epoch, self.shape, failure)
 
 
-# What all rows of a record share.
-_RECORD_FIELDS = {
-    'mask': np.float32,
-    'index': np.int64,
-    'epoch': np.int64,
-    'path': object,
-    'error': object,
-}
+@dataclass(frozen=True)
+class _EvalStream:
+    """The elements of `eval_batches`; goes to reader processes by pickle."""
 
+    source: Source
+    reader: EvalReader
+    part: _Part
 
-def _stack(elements: list[dict[str, Any] | Exception]) -> dict[str, np.ndarray] | Exception:
-    for element in elements:
-        if isinstance(element, Exception):
-            return element
-    rows = [len(element['video']) for element in elements]
-    of_record = {
-        key: np.repeat(np.array([e[key] for e in elements], dtype), rows)
-        for key, dtype in _RECORD_FIELDS.items()
-    }
-    return {
-        'video': np.stack([video for e in elements for video in e['video']]),
-        'label': np.array([label for e in elements for label in e['label']], np.int32),
-        **of_record,
-    }
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, *self.reader.shape)
+
+    def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
+        index = self.part[position]
+        if index < len(self.source):
+            return _element(self._read, self.source[index], index, 0, self.shape, failure)
+        return {
+            'video': list(np.zeros(self.shape, np.uint8)),
+            'label': [np.zeros_like(self.source[0].label)],
+            'mask': 0.0,
+            'index': -1,
+            'epoch': 0,
+            'path': '',
+            'error': '',
+        }
+
+    def _read(self, record: Record) -> tuple[list[np.ndarray], list[Label]]:
+        video, label = self.reader.read(record)
+        return [video], [label]
 
 
 def _element(
@@ -305,26 +282,28 @@ def _element(
     record: Record,
     index: int,
     epoch: int,
-    rows: int,
     shape: tuple[int, ...],
-) -> dict[str, Any]:
+    failure: tuple[str, str] | None = None,
+) -> Element:
     """The rows of one record: lists of videos and labels, and what all rows share."""
     element = {'index': index, 'epoch': epoch, 'path': record.path}
     try:
+        if failure:
+            raise DecodeError(record.path, *failure)
         videos, labels = read(record)
     except DecodeError as error:
-        videos, labels = [np.zeros(shape, np.uint8)] * rows, [record.label] * rows
+        videos, labels = list(np.zeros(shape, np.uint8)), [record.label] * shape[0]
         reason = f'{error.kind}: {error.reason}'
         return element | {'video': videos, 'label': labels, 'mask': 0.0, 'error': reason}
     except Exception as error:
         error.add_note(f'while reading record {index}, {record.path}')
         raise
     for video in videos:
-        if video.shape != shape:
+        if video.shape != shape[1:]:
             raise ValueError(
                 f'the transforms made a clip of shape {video.shape} from record {index}, '
-                f'{record.path}, expected {shape}; image_size of the reader and of its transforms '
-                'must agree'
+                f'{record.path}, expected {shape[1:]}; image_size of the reader and of its '
+                'transforms must agree'
             )
     return element | {'video': videos, 'label': labels, 'mask': 1.0, 'error': ''}
 
@@ -353,7 +332,9 @@ def train_batches(
     host_index: int = 0,
     host_count: int = 1,
     num_threads: int = 2,
+    num_workers: int = 0,
     buffer_size: int = 4,
+    record_timeout: float = 60.0,
     shuffle: bool = True,
 ) -> Batches:
     """Training batches of steps `start_step` to `num_steps - 1`, for one host.
@@ -372,7 +353,10 @@ def train_batches(
       host_index: this host, from 0.
       host_count: number of hosts.
       num_threads: reader threads; the batches do not depend on it.
+      num_workers: reader processes instead of threads, see `workers`; 0 for threads. The batches do
+        not depend on it, but for videos that a process dies of or takes too long over.
       buffer_size: batches made ahead.
+      record_timeout: seconds that a reader process may take over a record.
       shuffle: False keeps the order of the list in every epoch.
 
     Returns:
@@ -392,24 +376,16 @@ def train_batches(
     if not num_records:
         raise ValueError('the source has no records')
 
-    def read(position: int) -> dict[str, Any]:
-        step, slot = divmod(position, of_host)
-        in_stream = (start_step + step) * of_step + host_index * of_host + slot
-        epoch, index = divmod(in_stream, num_records)
-        if shuffle:
-            index = int(epoch_order(seed, epoch, num_records)[index])
-        rng = record_rng(seed, epoch, index)
-        return _element(
-            lambda record: reader.read(record, rng),
-            source[index],
-            index,
-            epoch,
-            reader.num_samples,
-            reader.shape,
-        )
-
-    num_batches = max(num_steps - start_step, 0)
-    return Batches(read, num_batches, of_host, num_threads, buffer_size)
+    part = _Part(start_step * of_step + host_index * of_host, of_host, of_step)
+    return Batches(
+        _TrainStream(source, reader, part, seed, shuffle),
+        num_batches=max(num_steps - start_step, 0),
+        batch_size=of_host,
+        num_threads=num_threads,
+        num_workers=num_workers,
+        buffer_size=buffer_size,
+        record_timeout=record_timeout,
+    )
 
 
 def eval_batches(
@@ -420,7 +396,9 @@ def eval_batches(
     host_index: int = 0,
     host_count: int = 1,
     num_threads: int = 2,
+    num_workers: int = 0,
     buffer_size: int = 4,
+    record_timeout: float = 60.0,
 ) -> Batches:
     """Every record once, in order, all views of a video together, for one host.
 
@@ -433,7 +411,10 @@ def eval_batches(
       host_index: this host, from 0.
       host_count: number of hosts.
       num_threads: reader threads; the batches do not depend on it.
+      num_workers: reader processes instead of threads, see `workers`; 0 for threads. The batches do
+        not depend on it, but for videos that a process dies of or takes too long over.
       buffer_size: batches made ahead.
+      record_timeout: seconds that a reader process may take over a record.
 
     Returns:
       An iterator of dicts as from `train_batches`, with video (b, V, T, H, W, 3) uint8 RGB and
@@ -448,24 +429,13 @@ def eval_batches(
     if not num_records:
         raise ValueError('the source has no records')
 
-    def views(record: Record) -> tuple[list[np.ndarray], list[Label]]:
-        video, label = reader.read(record)
-        return [video], [label]
-
-    def read(position: int) -> dict[str, Any]:
-        step, slot = divmod(position, of_host)
-        index = step * batch_size + host_index * of_host + slot
-        if index < num_records:
-            return _element(views, source[index], index, 0, 1, reader.shape)
-        return {
-            'video': [np.zeros(reader.shape, np.uint8)],
-            'label': [np.zeros_like(source[0].label)],
-            'mask': 0.0,
-            'index': -1,
-            'epoch': 0,
-            'path': '',
-            'error': '',
-        }
-
-    num_batches = -(-num_records // batch_size)
-    return Batches(read, num_batches, of_host, num_threads, buffer_size)
+    part = _Part(host_index * of_host, of_host, batch_size)
+    return Batches(
+        _EvalStream(source, reader, part),
+        num_batches=-(-num_records // batch_size),
+        batch_size=of_host,
+        num_threads=num_threads,
+        num_workers=num_workers,
+        buffer_size=buffer_size,
+        record_timeout=record_timeout,
+    )

@@ -1,0 +1,138 @@
+"""From the elements of a stream to batches: in threads of this process, or in reader processes."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from input_pipeline.workers import Element, ReaderPool, Stream
+
+# What all rows of a record share.
+_RECORD_FIELDS = {
+    'mask': np.float32,
+    'index': np.int64,
+    'epoch': np.int64,
+    'path': object,
+    'error': object,
+}
+
+
+class Batches:
+    """An iterator over batches, dicts of numpy arrays; `len()` is the number of all its batches.
+
+    An error that is not about a video (a wrong transform, say) is raised by `next`, naming the
+    record.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        num_batches: int,
+        batch_size: int,
+        num_threads: int,
+        num_workers: int,
+        buffer_size: int,
+        record_timeout: float,
+    ):
+        """Starts reading.
+
+        Args:
+          stream: makes the elements.
+          num_batches: batches in all.
+          batch_size: elements of a batch.
+          num_threads: reader threads, each of which makes whole batches; 0 reads in `next`.
+          num_workers: reader processes, which take the place of threads; 0 for threads.
+          buffer_size: batches that are made ahead.
+          record_timeout: seconds that a reader process may take over an element.
+
+        Raises:
+          ValueError: if the stream cannot be sent to processes, or a number is out of range.
+        """
+        self._num_batches = num_batches
+        if not num_batches:
+            self._iterator = iter(())
+        elif num_workers:
+            self._iterator = ReaderPool(
+                stream,
+                _join,
+                num_batches=num_batches,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                buffer_size=buffer_size,
+                record_timeout=record_timeout,
+            )
+        else:
+            self._iterator = _in_threads(stream, num_batches, batch_size, num_threads, buffer_size)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            raise StopIteration
+        try:
+            batch = next(self._iterator)
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(batch, Exception):
+            self.close()
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """Stops the readers; no batch comes after it."""
+        if self._iterator is not None and hasattr(self._iterator, 'close'):
+            self._iterator.close()
+        self._iterator = None
+
+
+def _in_threads(
+    stream: Stream, num_batches: int, batch_size: int, num_threads: int, buffer_size: int
+) -> Iterator[dict[str, np.ndarray] | Exception]:
+    import grain  # brings jax, which must not come into the reader processes
+
+    dataset = grain.MapDataset.range(num_batches * batch_size).map(_caught(stream))
+    dataset = dataset.batch(batch_size, batch_fn=_stack)
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=max(buffer_size, num_threads)
+    )
+    return iter(dataset.to_iter_dataset(options))
+
+
+def _caught(stream: Stream) -> Callable[[int], Element | Exception]:
+    def caught(position: int) -> Element | Exception:
+        try:
+            return stream(int(position))
+        except Exception as error:  # grain would lose the rest of the stream
+            return error
+
+    return caught
+
+
+def _stack(elements: list[Element | Exception]) -> dict[str, np.ndarray] | Exception:
+    if any(isinstance(element, Exception) for element in elements):
+        return _join(elements, np.empty(0))
+    return _join(elements, np.stack([video for element in elements for video in element['video']]))
+
+
+def _join(
+    elements: list[Element | Exception], video: np.ndarray
+) -> dict[str, np.ndarray] | Exception:
+    """A batch of elements whose videos lie in one array, or the first error among them."""
+    for element in elements:
+        if isinstance(element, Exception):
+            return element
+    rows = [len(element['label']) for element in elements]
+    of_record = {
+        key: np.repeat(np.array([e[key] for e in elements], dtype), rows)
+        for key, dtype in _RECORD_FIELDS.items()
+    }
+    return {
+        'video': video,
+        'label': np.array([label for e in elements for label in e['label']], np.int32),
+        **of_record,
+    }
