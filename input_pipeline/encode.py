@@ -16,11 +16,14 @@ from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader, turn
 
 # Seconds: 30, 25, 24, 60 and 30000/1001, 24000/1001 frames a second are whole numbers of it.
 _TIME_BASE = Fraction(1, 360000)
-# Chosen for reading: no frame waits for a later one, one reference frame, key frames where they are
-# expected and nowhere else. No macroblock tree: with it, one file in a hundred came out differently
-# when the same process encoded it again (x264 core 165; 300 of 300 were the same without it).
+# Chosen for reading, see docs/performance.md: run lengths in place of arithmetic coding, no filter
+# and no weights halve the time for a quarter more bytes ('fastdecode'); no frame waits for a later
+# one, one reference frame, key frames where they are expected and nowhere else. No macroblock tree:
+# with it, one file in a hundred came out differently when the same process encoded it again (x264
+# core 165; 300 of 300 were the same without it).
 _H264 = {
     'preset': 'medium',
+    'tune': 'fastdecode',
     'bf': '0',
     'refs': '1',
     'sc_threshold': '0',
