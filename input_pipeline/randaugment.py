@@ -359,25 +359,27 @@ def _warp(video: np.ndarray, matrix: np.ndarray, warp: Warp) -> np.ndarray:
     """
     height, width = video.shape[1:3]
     x, y = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
-    inside = np.ones((height, width), bool)
+    outside = np.zeros((height, width), bool)
     for (by_x, by_y, offset), size in zip(matrix, (width, height)):
         place = by_x * x + by_y * y + offset
-        inside &= (place >= 0) & (place < size)
-    mask = inside.astype(np.uint8)
+        outside |= (place < 0) | (place >= size)
+    mask = outside.astype(np.uint8)
+    fill = np.empty(video.shape[1:], np.uint8)
+    fill[:] = warp.fill
     # OpenCV counts from the centre of the first pixel.
     centred = matrix.copy()
     centred[:, 2] += matrix[:, :2].sum(1) / 2 - 0.5
     warped = np.empty(video.shape, np.uint8)
-    warped[:] = warp.fill
     for frame, target in zip(video, warped):
-        moved = cv2.warpAffine(
+        cv2.warpAffine(
             np.ascontiguousarray(frame),
             centred,
             (width, height),
+            dst=target,
             flags=KERNELS[warp.interpolation] | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REPLICATE,
         )
-        cv2.copyTo(moved, mask, target)
+        cv2.copyTo(fill, mask, target)
     return warped
 
 

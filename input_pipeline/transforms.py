@@ -429,8 +429,9 @@ class RandomErasing:
                 top = int(rng.integers(video.shape[1] - height + 1))
                 left = int(rng.integers(video.shape[2] - width + 1))
                 fill = FILLS[self.mode](height, width, np.array(self.mean), np.array(self.std), rng)
+                box = np.empty((height, width, 3), np.uint8)
+                box[:] = np.rint(np.clip(fill, 0, 255))
                 erased = video.copy()
-                box = np.rint(np.clip(fill, 0, 255)).astype(np.uint8)
                 erased[:, top : top + height, left : left + width] = box
                 return erased, label
         return video, label

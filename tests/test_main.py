@@ -1,13 +1,16 @@
 """The console command: help, messages, config fields, folders."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from configs.inputs import INPUTS
 from dist_jax import main, report, train
+from tools.show_augmentations import flags
 
 DIST = '--config=configs/dist.py:demo'
 
@@ -116,6 +119,16 @@ def test_tuples_and_a_variant_with_a_plus_are_read(asked):
     assert tuple(config.model.selected_layers) == (1, 2, 3)
     assert tuple(config.data.crop_area) == (0.5, 1.0)
     assert config.data.name == 'something_v2'
+
+
+def test_the_recipes_of_the_documentation_can_be_pasted(asked):
+    for name in INPUTS:
+        pasted = shlex.split(flags(name).replace('\\\n', ' '))
+        assert run('train', '--workdir=w', '--config=configs/dist.py:b16_8+16f_k400', *pasted) == 0
+        config, _ = asked.pop()
+        for field, value in INPUTS[name].items():
+            group, field = field.split('.')
+            assert config[group][field] == value, (name, field)
 
 
 def test_any_working_directory_will_do(asked, tmp_path, monkeypatch):
