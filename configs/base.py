@@ -43,10 +43,14 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = 'kinetics400'  # a key of input_pipeline.datasets.DATASETS
     config.data.root = ''  # folder that paths in the lists start from
-    config.data.train_list = ''  # list of training videos, or a folder of class folders
+    # List of training videos, a folder of class folders, or one that tools.build_dataset wrote.
+    config.data.train_list = ''
     config.data.val_list = ''  # list of validation videos
-    config.data.train_subset = ''  # for lists that hold several splits (HMDB51: train1 to train3)
-    config.data.val_subset = ''  # likewise (HMDB51: test1 to test3)
+    # For lists that hold several splits (HMDB51: train1 to train3); of a built set, '' is train.
+    config.data.train_subset = ''
+    config.data.val_subset = (
+        ''  # likewise (HMDB51: test1 to test3); of a built set, '' is validation
+    )
     config.data.list_format = ''  # '' for the data set's own; see input_pipeline.list_formats
     config.data.label_map = (
         ''  # class names; two files, separated by a comma, for two label columns

@@ -18,7 +18,7 @@ from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree
 from dist_jax.sharding import feed, to_global
 from input_pipeline import pipeline
-from input_pipeline.video_list import VideoList
+from input_pipeline.video_list import LabelledSource
 
 EvalStep = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, ...]]
 
@@ -72,7 +72,7 @@ def evaluate(
     eval_step: EvalStep,
     variables: Tree,
     frozen: Tree,
-    source: VideoList,
+    source: LabelledSource,
     reader: pipeline.EvalReader,
     mesh: Mesh,
     *,
@@ -161,7 +161,7 @@ def evaluate_config(
     eval_step: EvalStep,
     variables: Tree,
     frozen: Tree,
-    source: VideoList,
+    source: LabelledSource,
     mesh: Mesh,
     bar: Bar,
 ) -> EvalResult:

@@ -32,15 +32,16 @@ from dist_jax.sharding import (
     replicated,
     shardings,
 )
-from input_pipeline import pipeline, randaugment, transforms
+from input_pipeline import pipeline, randaugment, records, transforms
 from input_pipeline.datasets import DATASETS, DatasetInfo
 from input_pipeline.sources import open_source
 from input_pipeline.tokenizer import tokenize
-from input_pipeline.video_list import VideoList
+from input_pipeline.video_list import LabelledSource
 
 log = logging.getLogger('dist_jax')
 
 RANDOM = 'random'
+BUILT_SPLITS = {'train': 'train', 'val': 'validation'}  # of a built data set, unless one is named
 DTYPES = {'bfloat16': jnp.bfloat16, 'float32': jnp.float32}
 
 ClassNames = tuple[tuple[str, ...], ...]
@@ -101,7 +102,7 @@ def prepare_builtin_data(config: ConfigDict, workdir: str) -> None:
     config.data.label_map = os.path.join(root, 'labels.txt')
 
 
-def open_split(config: ConfigDict, split: str) -> VideoList:
+def open_split(config: ConfigDict, split: str) -> LabelledSource:
     """The 'train' or 'val' list of the config.
 
     Raises:
@@ -117,6 +118,9 @@ def open_split(config: ConfigDict, split: str) -> VideoList:
     root = config.data.root
     path = _under(root, path)
     label_map = [_under(root, name) for name in config.data.label_map.split(',')]
+    subset = config.data[f'{split}_subset']
+    if records.is_built(path):
+        subset = subset or BUILT_SPLITS[split]
     list_format = config.data.list_format or ('folder' if os.path.isdir(path) else '')
     return open_source(
         path,
@@ -124,7 +128,7 @@ def open_split(config: ConfigDict, split: str) -> VideoList:
         root='' if os.path.isdir(path) else root,
         label_map=label_map if len(label_map) > 1 else label_map[0],
         num_classes=info.num_classes,
-        subset=config.data[f'{split}_subset'],
+        subset=subset,
     )
 
 
@@ -136,13 +140,13 @@ def _under(root: str, name: str) -> str:
     return name
 
 
-def class_columns(source: VideoList) -> ClassNames:
+def class_columns(source: LabelledSource) -> ClassNames:
     """Class names of every label column."""
     names = source.class_names
     return names if names and isinstance(names[0], tuple) else (tuple(names),)
 
 
-def list_sha256(source: VideoList) -> str:
+def list_sha256(source: LabelledSource) -> str:
     """Digest of the ids and labels of a list, in order: the identity of the training stream."""
     digest = hashlib.sha256()
     for i in range(len(source)):

@@ -45,7 +45,7 @@ from dist_jax.sharding import (
 )
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog
-from input_pipeline.video_list import VideoList
+from input_pipeline.video_list import LabelledSource
 
 log = logging.getLogger('dist_jax')
 
@@ -261,7 +261,7 @@ def train(
 def run_metadata(
     config: ConfigDict,
     class_names: experiment.ClassNames,
-    source: VideoList,
+    source: LabelledSource,
     backbone: experiment.Backbone,
 ) -> dict[str, Any]:
     """What a checkpoint says of itself, for those who use it without the training data."""
@@ -348,9 +348,9 @@ class _Loop:
     workdir: str
     mesh: Mesh
     plan: Plan
-    train_source: VideoList
+    train_source: LabelledSource
     train_reader: pipeline.TrainReader
-    val_source: VideoList | None
+    val_source: LabelledSource | None
     frozen: Tree
     train_step: Any
     eval_step: Any

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from input_pipeline import sampling
-from input_pipeline.decode import MAX_PIXELS, DecodeError
+from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
 from input_pipeline.pipeline import Source, open_video
 from input_pipeline.video_list import Record
 
@@ -206,11 +206,20 @@ def check_record(record: Record, full: bool = False, max_pixels: int = MAX_PIXEL
     """
     with open_video(record, max_pixels) as video:
         first, total = video.frame_range(record.start, record.end)
-        if not full:
-            video.frames(first + sampling.segment_test(total, NUM_CHECK_FRAMES, 1)[0])
-            return
-        for start in range(first, first + total, 64):  # a whole video may not fit into memory
-            video.frames(np.arange(start, min(start + 64, first + total)))
+        check_frames(video, first, total, full)
+
+
+def check_frames(video: VideoReader, first: int, total: int, full: bool = False) -> None:
+    """Decodes frames of an open video: all of a part, or an 8-frame sample of segments.
+
+    Raises:
+      DecodeError: if they do not decode.
+    """
+    if not full:
+        video.frames(first + sampling.segment_test(total, NUM_CHECK_FRAMES, 1)[0])
+        return
+    for start in range(first, first + total, 64):  # a whole video may not fit into memory
+        video.frames(np.arange(start, min(start + 64, first + total)))
 
 
 def check_source(

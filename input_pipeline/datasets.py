@@ -68,7 +68,7 @@ DATASETS: dict[str, DatasetInfo] = {
     'kinetics600': DatasetInfo(600, 'kinetics', splits=KINETICS_SPLITS),
     'kinetics700': DatasetInfo(700, 'kinetics', splits=KINETICS_SPLITS),
     'kinetics700_2020': DatasetInfo(700, 'kinetics', splits=KINETICS_SPLITS),
-    'kinetics710': DatasetInfo(710, 'kinetics', splits=KINETICS_SPLITS),
+    'kinetics710': DatasetInfo(710, 'kinetics', splits=KINETICS_SPLITS, label_files=('names.txt',)),
     # V1 numbers its classes differently and DiST gives no pairs for it: no mirroring.
     'something_v1': DatasetInfo(
         174,

@@ -23,6 +23,7 @@ MAX_PIXELS = 4096 * 2304  # of one frame; 4K video passes
 MAX_CACHED_BYTES = 64 * 2**20  # of packets kept in memory; larger streams are read again
 KINDS = (
     'missing',
+    'unreadable',
     'empty',
     'not a video',
     'no video stream',

@@ -108,7 +108,8 @@ def _label_pairs_json(path: Path) -> list[tuple[int, str]]:
 
 
 def _label_pairs_csv(path: Path) -> list[tuple[int, str]]:
-    rows = list(csv.reader(read_text(path).splitlines()))
+    lines = read_text(path).splitlines()
+    rows = list(csv.reader(lines))
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     id_column, name_column = 0, 1
     if 'id' in header:
@@ -117,6 +118,9 @@ def _label_pairs_csv(path: Path) -> list[tuple[int, str]]:
             raise ValueError(f'{path}:1: column id without a column name, found {header}')
         id_column, name_column = header.index('id'), names[0]
         rows[0] = []
+    elif all(integer(row[0]) is None for row in rows if row):
+        # A name a line, with commas of its own.
+        return list(enumerate(line.strip() for line in lines if line.strip()))
     pairs = []
     for number, row in enumerate(rows, 1):
         if not row:

@@ -60,8 +60,8 @@ _LABEL_COLUMNS = ('label', 'class', 'label_id', 'class_id')
 
 def _rows_csv(path: Path, exists: Exists, subset: str, **unused) -> Iterator[Row]:
     lines = read_text(path).splitlines()
-    first = lines[0] if lines else ''
-    delimiter = max(',;\t', key=first.count)
+    # Text has commas of its own: the delimiter is in every line.
+    delimiter = max(';\t,', key=lambda sign: sum(sign in line for line in lines))
     rows = list(enumerate(csv.reader(lines, delimiter=delimiter), 1))
     header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
     known = {

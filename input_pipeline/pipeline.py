@@ -52,8 +52,10 @@ def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader:
         return VideoReader(record.path, max_pixels)
     try:
         content = record.load()
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DecodeError(record.path, 'missing', str(error)) from error
+    except OSError as error:
+        raise DecodeError(record.path, 'unreadable', str(error)) from error
     return VideoReader(content, max_pixels, record.path)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from input_pipeline.label_maps import ClassMap, read_label_map
 from input_pipeline.list_formats import FORMATS, LIST_FORMATS, Exists, Row, guess_format
+from input_pipeline.records import BuiltSplit, is_built, open_built
 from input_pipeline.text_files import integer
 from input_pipeline.video_list import Record, VideoList
 
@@ -21,11 +22,12 @@ def open_source(
     label_map: str | os.PathLike | Sequence[str | os.PathLike] = '',
     num_classes: int | tuple[int, ...] = 0,
     subset: str = '',
-) -> VideoList:
-    """Reads a list of videos.
+) -> VideoList | BuiltSplit:
+    """Reads a list of videos, or opens a data set that `tools.build_dataset` wrote.
 
     Args:
-      list_path: the list file; for 'folder' and 'hmdb51' a folder.
+      list_path: the list file; for 'folder' and 'hmdb51' a folder; the folder of a built data set,
+        which of the other arguments needs `subset` only.
       list_format: one of `LIST_FORMATS`; 'auto' decides only where there is no doubt.
       root: folder that the paths in the list start from; '' means the folder of the list.
       label_map: file of class names, see `read_label_map`; one per head for labels with two heads.
@@ -33,7 +35,8 @@ def open_source(
         numbered in sorted order ('folder', 'hmdb51' and lists with names).
       num_classes: expected number of classes, 0 for whatever comes; with integer labels and no
         label map it is also the upper bound. One per head for labels with two heads.
-      subset: for 'hmdb51' train1 to test3; for CSV files with a column split the value to keep.
+      subset: for 'hmdb51' train1 to test3; for CSV files with a column split the value to keep;
+        for a built data set the split.
 
     Returns:
       The records in the order of the list, with class names.
@@ -44,6 +47,10 @@ def open_source(
     path = Path(list_path)
     if not path.exists():
         raise ValueError(f'{path}: no such list; set the list path')
+    if is_built(path):
+        if any(map(os.fspath, _listed(label_map))):
+            raise ValueError(f'{path}: a built data set has its class names; leave label_map empty')
+        return open_built(path, subset, num_classes)
     if list_format == 'auto':
         list_format = guess_format(path)
     if list_format not in FORMATS:
@@ -114,7 +121,7 @@ def find_classes(
     if list_format == 'ucf101' and not label_map:
         raise ValueError(f'{path}: UCF101 lists need label_map, the path of classInd.txt')
     num_heads = len(rows[0].labels)
-    maps = [label_map] if isinstance(label_map, (str, os.PathLike)) else list(label_map)
+    maps = _listed(label_map)
     if maps == [''] or not maps:
         # The subfolders are the classes, those without a video too.
         maps = [path if list_format in ('folder', 'image_folder') else ''] * num_heads
@@ -134,6 +141,10 @@ def find_classes(
             )
         heads.append(classes)
     return heads
+
+
+def _listed(label_map: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str | os.PathLike]:
+    return [label_map] if isinstance(label_map, (str, os.PathLike)) else list(label_map)
 
 
 def _collect_classes(path: Path, rows: Sequence[Row], head: int, count: int) -> ClassMap:

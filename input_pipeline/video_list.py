@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 Label = int | tuple[int, ...]
 Names = tuple[str, ...]
@@ -26,6 +27,22 @@ class Record:
     start: float | None = None
     end: float | None = None
     load: Callable[[], bytes] | None = None
+
+
+class LabelledSource(Protocol):
+    """Random access to records with classes.
+
+    Attributes:
+      class_names: names by class index; one tuple per head where labels are tuples.
+      num_classes: number of classes, or one number per head.
+    """
+
+    class_names: Names | tuple[Names, ...]
+    num_classes: int | tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
 
 
 class VideoList:

@@ -1,0 +1,314 @@
+"""Data sets built by `tools.build_dataset`: encoded videos in shards, and an index beside them.
+
+The shards are ArrayRecord files of `tf.train.Example` messages in the layout of TFDS, which reads
+them without TensorFlow: `tfds.builder_from_directory(folder).as_data_source(split)`. The index,
+`index.json` and one file of arrays a split, has all but the videos: opening a split, going through
+its ids and labels or reading its captions opens no shard. A record gets its bytes when asked.
+"""
+
+import functools
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from input_pipeline.text_files import read_json
+from input_pipeline.video_list import Names, Record
+
+INDEX = 'index.json'
+FORMAT = 1  # of the index
+# One number a video, in the index and in its Example.
+FACTS = {
+    'num_frames': np.int32,
+    'fps': np.float64,
+    'duration': np.float64,
+    'height': np.int32,
+    'width': np.int32,
+}
+_MAX_OPEN_SHARDS = 128  # of a process: each takes a file descriptor
+_READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'  # random access
+
+
+class ShardError(OSError):
+    """A shard, or a record in it, that cannot be read."""
+
+
+class Texts:
+    """Texts in one array of bytes: a million of them open as fast as one."""
+
+    def __init__(self, content: np.ndarray, ends: np.ndarray):
+        """Takes (n,) uint8 UTF-8 and (number of texts,) int64, where each ends in it."""
+        self.content, self.ends = content, ends
+
+    @classmethod
+    def pack(cls, texts: Sequence[str]) -> 'Texts':
+        """Puts texts one after the other."""
+        encoded = [text.encode() for text in texts]
+        ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b''.join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return self.content[start : self.ends[index]].tobytes().decode()
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """What the index knows of a split, N records in S shards.
+
+    Attributes:
+      video_ids: N names.
+      labels: (N, heads) int32; no heads in sets of captions.
+      facts: arrays (N,) by the names of `FACTS`.
+      num_bytes: (N,) int64, of the encoded video.
+      crc32: (N,) uint32, of the encoded video.
+      captions: of all records one after the other; none in sets of classes.
+      caption_ends: (N,) int64, where the captions of each record end.
+      shards: S file names.
+      shard_lengths: (S,) int64, records of each.
+    """
+
+    video_ids: Texts
+    labels: np.ndarray
+    facts: Mapping[str, np.ndarray]
+    num_bytes: np.ndarray
+    crc32: np.ndarray
+    captions: Texts
+    caption_ends: np.ndarray
+    shards: tuple[str, ...]
+    shard_lengths: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        """The content of its file: a numpy archive."""
+        file = io.BytesIO()
+        np.savez(
+            file,
+            video_ids=self.video_ids.content,
+            video_id_ends=self.video_ids.ends,
+            labels=self.labels,
+            num_bytes=self.num_bytes,
+            crc32=self.crc32,
+            captions=self.captions.content,
+            caption_text_ends=self.captions.ends,
+            caption_ends=self.caption_ends,
+            shards=np.array(self.shards),
+            shard_lengths=self.shard_lengths,
+            **self.facts,
+        )
+        return file.getvalue()
+
+    @classmethod
+    def from_file(cls, path: Path) -> 'SplitIndex':
+        """Reads what `to_bytes` gave; raises ValueError if the file is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                index = cls(
+                    video_ids=Texts(arrays['video_ids'], arrays['video_id_ends']),
+                    labels=arrays['labels'],
+                    facts={name: arrays[name] for name in FACTS},
+                    num_bytes=arrays['num_bytes'],
+                    crc32=arrays['crc32'],
+                    captions=Texts(arrays['captions'], arrays['caption_text_ends']),
+                    caption_ends=arrays['caption_ends'],
+                    shards=tuple(arrays['shards'].tolist()),
+                    shard_lengths=arrays['shard_lengths'],
+                )
+        except FileNotFoundError as error:
+            raise ValueError(
+                f'{path}: the index of this split is missing; build it again'
+            ) from error
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f'{path}: damaged index ({error}); build the set again') from error
+        return index
+
+
+class BuiltSplit:
+    """A split of a built data set; a source of records.
+
+    Attributes:
+      folder: of the data set.
+      name: of the split.
+      class_names: names by class index; one tuple per head where labels are tuples; () in sets of
+        captions.
+      num_classes: number of classes, or one number per head; 0 in sets of captions.
+      index: all that is known of the records.
+    """
+
+    def __init__(self, folder: str | os.PathLike, name: str = ''):
+        """Reads the index of a split.
+
+        Args:
+          folder: of the data set.
+          name: of the split; '' for the only one.
+
+        Raises:
+          ValueError: if it has no such split or the index is damaged.
+        """
+        self.folder = Path(folder)
+        content = read_index(self.folder)
+        splits = content['splits']
+        if not name and len(splits) == 1:
+            name = splits[0]
+        if name not in splits:
+            raise ValueError(
+                f'{self.folder}: no split {name!r}, it has {", ".join(splits)}; name one as subset'
+            )
+        self.name = name
+        heads = tuple(map(tuple, content['class_names']))
+        self.class_names: Names | tuple[Names, ...] = heads if len(heads) > 1 else sum(heads, ())
+        sizes = tuple(map(len, heads))
+        self.num_classes = sizes if len(heads) > 1 else sum(sizes)
+        self.index = SplitIndex.from_file(self.folder / index_file(name))
+        self._starts = np.concatenate([[0], np.cumsum(self.index.shard_lengths)])
+        # Plain integers: what a record holds may go into JSON.
+        self._labels = self.index.labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.index.labels)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f'record {index} of {len(self)} in {self.folder}, {self.name}')
+        shard, position = self.place(index)
+        labels = self._labels[index]
+        path = os.fspath(self.folder / self.index.shards[shard])
+        first, stop = self._starts[shard : shard + 2].tolist()
+        return Record(
+            f'{path}[{position}]',
+            labels[0] if len(labels) == 1 else tuple(labels),
+            self.index.video_ids[index],
+            load=_Load(path, position, f'{self.name} {first} to {stop - 1}'),
+        )
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Number of the shard of a record, and the position of the record in it."""
+        shard = int(np.searchsorted(self._starts, index, side='right')) - 1
+        return shard, index - int(self._starts[shard])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Texts of a record; () in sets of classes."""
+        start = int(self.index.caption_ends[index - 1]) if index else 0
+        stop = int(self.index.caption_ends[index])
+        return tuple(self.index.captions[k] for k in range(start, stop))
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """Gives the encoded video of a record; pickles as it is, and opens the shard where it runs.
+
+    Attributes:
+      shard: file.
+      position: of the record in it.
+      span: the records of the shard, for messages.
+    """
+
+    shard: str
+    position: int
+    span: str
+
+    def __call__(self) -> bytes:
+        return read_example(self.shard, self.position, self.span)['video'].bytes_list.value[0]
+
+
+def read_example(shard: str, position: int, span: str = ''):
+    """Reads a record of a shard.
+
+    Args:
+      shard: file.
+      position: of the record in it, from 0.
+      span: the records of the shard, for messages.
+
+    Returns:
+      Features of a `tf.train.Example` by name.
+
+    Raises:
+      ShardError: naming the shard, if it cannot be read.
+    """
+    # TFDS takes half a second to import; who reads lists of files does not need it.
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    if not os.path.exists(shard):
+        raise FileNotFoundError(f'{shard} (records {span}): no such shard')
+    try:
+        content = _open_shard(shard).read([position])[0]
+        return tf_example_pb2.Example.FromString(content).features.feature
+    except Exception as error:  # ArrayRecord and protobuf raise what they like
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise ShardError(
+            f'{shard} (records {span}): record {position} of the shard cannot be read: {reason}'
+        ) from error
+
+
+@functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)
+def _open_shard(shard: str) -> ArrayRecordReader:
+    return ArrayRecordReader(shard, _READER_OPTIONS)
+
+
+def index_file(split: str) -> str:
+    """Name of the file with the arrays of a split."""
+    return f'{split}.index.npz'
+
+
+def is_built(path: str | os.PathLike) -> bool:
+    """Whether a path is the folder of a built data set."""
+    return (Path(path) / INDEX).is_file()
+
+
+def read_index(folder: Path) -> dict:
+    """The content of index.json: name, splits, class_names.
+
+    Raises:
+      ValueError: if it is damaged or of another version.
+    """
+    path = folder / INDEX
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get('format') != FORMAT:
+        raise ValueError(f'{path}: not the index of a data set in format {FORMAT}; build it again')
+    return content
+
+
+def index_text(name: str, splits: Sequence[str], class_names: Sequence[Names]) -> str:
+    """What belongs into index.json; it completes a data set and is written last."""
+    content = {
+        'format': FORMAT,
+        'name': name,
+        'splits': list(splits),
+        'class_names': list(map(list, class_names)),
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False) + '\n'
+
+
+def open_built(
+    folder: str | os.PathLike, subset: str = '', num_classes: int | tuple[int, ...] = 0
+) -> BuiltSplit:
+    """Opens a split of a built data set for classification.
+
+    Args:
+      folder: of the data set.
+      subset: name of the split; '' for the only one.
+      num_classes: expected number of classes, one per head; 0 for whatever comes.
+
+    Raises:
+      ValueError: if there is no such split, it has captions instead of classes, or other classes.
+    """
+    source = BuiltSplit(folder, subset)
+    if not source.class_names:
+        raise ValueError(
+            f'{folder}: has captions and no classes: it is for text-video retrieval and cannot be '
+            'used for classification'
+        )
+    if num_classes and source.num_classes != num_classes:
+        raise ValueError(
+            f'{folder}: {source.num_classes} classes, expected num_classes={num_classes}; name the '
+            'data set that it was built from, or use the data set "custom"'
+        )
+    return source

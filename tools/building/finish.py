@@ -1,0 +1,223 @@
+"""From finished shards to a data set: index, TFDS metadata, manifest, report and histograms."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from matplotlib.figure import Figure
+
+from input_pipeline.records import FACTS, INDEX, SplitIndex, Texts, index_file, index_text
+from tools.building.examples import label_names, make_features
+from tools.building.shards import MANIFEST, BuildFolder, Task
+
+_MOST_NAMED = 24  # classes that a histogram names at each end
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a split.
+
+    Attributes:
+      listed: videos in the list.
+      stored: records in the shards.
+      num_bytes: of the shards.
+      dropped: number of videos by kind of problem.
+    """
+
+    listed: int
+    stored: int
+    num_bytes: int
+    dropped: dict[str, int]
+
+
+def finish(folder: BuildFolder) -> dict[str, Summary]:
+    """Completes a data set whose shards are all built; may be cut off and called again.
+
+    Args:
+      folder: of the build.
+
+    Returns:
+      What came of each split.
+
+    Raises:
+      ValueError: if no video of a split could be stored.
+    """
+    manifest = json.loads(json.dumps(folder.manifest))
+    summaries, problems, histograms, infos = {}, {}, {}, []
+    for split, count in folder.splits.items():
+        tasks = [Task(split, k) for k in range(count)]
+        results = [folder.result(task) for task in tasks]
+        index = _make_index(folder, tasks, results)
+        folder.write(index_file(split), index.to_bytes())
+        problems[split] = [problem for result in results for problem in result['problems']]
+        summaries[split] = Summary(
+            manifest['splits'][split]['num_listed'],
+            len(index.labels),
+            sum(result['file_bytes'] for result in results),
+            dict(Counter(problem['kind'] for problem in problems[split]).most_common()),
+        )
+        histograms[split] = _histogram(folder, index)
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=index.shard_lengths.tolist(),
+                num_bytes=int(index.num_bytes.sum()),
+                filename_template=_template(folder),
+            )
+        )
+        manifest['splits'][split]['shards'] = [
+            {
+                'file': folder.shard_name(task),
+                'records': len(result['rows']),
+                'bytes': result['file_bytes'],
+                'sha256': result['sha256'],
+            }
+            for task, result in zip(tasks, results)
+        ]
+    empty = [split for split, summary in summaries.items() if not summary.stored]
+    folder.write('report.json', _json(_report(summaries, problems)))
+    folder.write('report.txt', report_text(folder.name, summaries, problems))
+    if empty:
+        raise ValueError(
+            f'{folder.path}: not one video of {", ".join(empty)} could be stored; see report.txt'
+        )
+    folder.write('labels.json', _json(histograms))
+    _draw_histograms(histograms, folder)
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder.path,
+        features=make_features(folder.class_names),
+        split_infos=infos,
+        filename_template=_template(folder),
+        check_data=False,
+        description=f'{folder.name} as encoded videos, built from its original files',
+    )
+    manifest['complete'] = True
+    folder.write(MANIFEST, _json(manifest))
+    folder.write(INDEX, index_text(folder.name, list(folder.splits), folder.class_names))
+    shutil.rmtree(folder.path / 'build')
+    return summaries
+
+
+def _template(folder: BuildFolder) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+        data_dir=folder.path, dataset_name=folder.name, filetype_suffix='array_record'
+    )
+
+
+def _make_index(
+    folder: BuildFolder, tasks: Sequence[Task], results: Sequence[Mapping[str, Any]]
+) -> SplitIndex:
+    rows = [row for result in results for row in result['rows']]
+    heads = len(folder.class_names)
+    return SplitIndex(
+        video_ids=Texts.pack([row['video_id'] for row in rows]),
+        labels=np.array([row['label'] for row in rows], np.int32).reshape(len(rows), heads),
+        facts={name: np.array([row[name] for row in rows], kind) for name, kind in FACTS.items()},
+        num_bytes=np.array([row['num_bytes'] for row in rows], np.int64),
+        crc32=np.array([row['crc32'] for row in rows], np.uint32),
+        captions=Texts.pack([text for row in rows for text in row['captions']]),
+        caption_ends=np.cumsum([len(row['captions']) for row in rows], dtype=np.int64),
+        shards=tuple(map(folder.shard_name, tasks)),
+        shard_lengths=np.array([len(result['rows']) for result in results], np.int64),
+    )
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + '\n'
+
+
+def _report(
+    summaries: Mapping[str, Summary], problems: Mapping[str, Sequence[Mapping[str, str]]]
+) -> dict[str, Any]:
+    return {
+        split: {
+            'listed': summary.listed,
+            'stored': summary.stored,
+            'shard_bytes': summary.num_bytes,
+            'dropped': summary.dropped,
+            'videos': list(problems[split]),
+        }
+        for split, summary in summaries.items()
+    }
+
+
+def report_text(
+    name: str,
+    summaries: Mapping[str, Summary],
+    problems: Mapping[str, Sequence[Mapping[str, str]]],
+) -> str:
+    """The report for reading: counts by reason, then every video that is not in the set."""
+    lines = [f'{name}: videos listed, stored, and left out by reason']
+    for split, summary in summaries.items():
+        lines.append(
+            f'{split}: {summary.listed} listed, {summary.stored} stored '
+            f'({summary.stored / summary.listed:.2%}), {summary.num_bytes / 1e9:.3f} GB'
+        )
+        lines += [f'  {kind}: {count}' for kind, count in summary.dropped.items()]
+    for split in summaries:
+        if problems[split]:
+            lines.append(f'\nleft out of {split}: id, file in the list, reason, line of the list')
+        for problem in problems[split]:
+            reason = f'{problem["kind"]}: {problem["reason"]}'
+            fields = (problem['video_id'], problem['name'], reason, problem['where'])
+            lines.append('  ' + '\t'.join(fields))
+    return '\n'.join(lines) + '\n'
+
+
+def _histogram(folder: BuildFolder, index: SplitIndex) -> dict[str, dict[str, int]]:
+    """Number of videos by class for each head; in sets of captions by number of captions."""
+    if not folder.class_names:
+        counts = Counter(np.diff(index.caption_ends, prepend=0).tolist())
+        return {'captions per video': {str(k): counts[k] for k in sorted(counts)}}
+    found = {}
+    for head, (label, names) in enumerate(
+        zip(label_names(len(folder.class_names)), folder.class_names)
+    ):
+        counts = np.bincount(index.labels[:, head], minlength=len(names)).tolist()
+        found[label] = dict(zip(names, counts))
+    return found
+
+
+def _draw_histograms(
+    histograms: Mapping[str, Mapping[str, Mapping[str, int]]], folder: BuildFolder
+) -> None:
+    """labels.png: a row a split, a column a head; classes from the most frequent on."""
+    heads = max(len(heads) for heads in histograms.values())
+    figure = Figure(figsize=(11 * heads, 4.2 * len(histograms)), layout='constrained')
+    axes = figure.subplots(len(histograms), heads, squeeze=False)
+    for row, (split, found) in zip(axes, histograms.items()):
+        for axis, (what, counts) in zip(row, found.items()):
+            _draw_counts(axis, f'{folder.name}, {split}, {what}', counts)
+    figure.savefig(folder.path / 'labels.png', dpi=110)
+
+
+def _draw_counts(axis, title: str, counts: Mapping[str, int]) -> None:
+    pairs = sorted(counts.items(), key=lambda pair: -pair[1])
+    values = [count for _, count in pairs]
+    axis.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True, color='#2a6f97')
+    empty = sum(value == 0 for value in values)
+    mean = sum(values) / len(values)
+    axis.set_title(
+        f'{title}: {sum(values)} videos, {len(values)} values, {max(values)} to {min(values)} a '
+        f'value, mean {mean:.1f}' + (f', {empty} without a video' if empty else ''),
+        loc='left',
+        fontsize=10,
+    )
+    axis.axhline(mean, color='#d1495b', linewidth=1, label='mean')
+    axis.legend(frameon=False, fontsize=8, loc='upper right')
+    axis.set_ylabel('videos')
+    axis.margins(x=0.01)
+    step = max(1, -(-len(pairs) // (2 * _MOST_NAMED)))
+    axis.set_xticks(
+        range(0, len(pairs), step),
+        [name if len(name) <= 28 else f'{name[:27]}…' for name, _ in pairs[::step]],
+        rotation=60,
+        ha='right',
+        fontsize=7,
+    )
+    axis.spines[['top', 'right']].set_visible(False)

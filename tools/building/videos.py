@@ -1,0 +1,188 @@
+"""Finds videos in folders and tar files by the names that lists give them, and reads them."""
+
+import os
+import tarfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from input_pipeline.decode import DecodeError
+from input_pipeline.encode import join_jpegs
+from input_pipeline.list_formats import IMAGE_SUFFIXES
+
+
+class AmbiguousName(ValueError):
+    """More than one video has the name."""
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """Where a video lies.
+
+    Attributes:
+      path: a file, a folder of frames, or a tar file.
+      parts: (offset, size) in the tar file: one of a video, one per frame of a folder of frames.
+      frames: whether it is a folder of frames.
+    """
+
+    path: str
+    parts: tuple[tuple[int, int], ...] = ()
+    frames: bool = False
+
+    def open(self, frame_rate: float) -> str | bytes:
+        """What `VideoReader` can read: the path where there is a file, else bytes.
+
+        Args:
+          frame_rate: frames per second of a folder of frames.
+
+        Raises:
+          DecodeError: if it cannot be read.
+        """
+        try:
+            if not self.frames:
+                return self._read_parts()[0] if self.parts else self.path
+            return join_jpegs(self._read_parts() if self.parts else self._read_frames(), frame_rate)
+        except (OSError, ValueError) as error:
+            if isinstance(error, DecodeError):
+                raise
+            raise DecodeError(self.path, 'unreadable', str(error)) from error
+
+    def read(self, frame_rate: float) -> bytes:
+        """The bytes of a video file; arguments and errors as of `open`."""
+        source = self.open(frame_rate)
+        if isinstance(source, bytes):
+            return source
+        try:
+            return Path(source).read_bytes()
+        except OSError as error:
+            raise DecodeError(source, 'unreadable', str(error)) from error
+
+    def _read_parts(self) -> list[bytes]:
+        with open(self.path, 'rb') as file:
+            contents = []
+            for offset, size in self.parts:
+                file.seek(offset)
+                contents.append(file.read(size))
+        return contents
+
+    def _read_frames(self) -> list[bytes]:
+        names = sorted(name for name in os.listdir(self.path) if _is_frame(name))
+        return [Path(self.path, name).read_bytes() for name in names]
+
+
+def _is_frame(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+class VideoFiles:
+    """Videos in several places; the first place that has a name wins."""
+
+    def __init__(self, places: Sequence[str | os.PathLike]):
+        """Opens folders and tar files.
+
+        Args:
+          places: folders with videos in any depth, or with tar files; tar files.
+
+        Raises:
+          ValueError: if a place is not there or a tar file is damaged or compressed.
+        """
+        self._places: list[_Folder | _Tar] = []
+        for place in map(Path, places):
+            if place.is_dir():
+                self._places += [_Tar(file) for file in sorted(place.glob('*.tar'))]
+                self._places.append(_Folder(place))
+            elif place.is_file():
+                self._places.append(_Tar(place))
+            else:
+                raise ValueError(f'{place}: no such folder or tar file of videos')
+
+    def find(self, name: str) -> VideoFile | None:
+        """The video of a name.
+
+        Args:
+          name: path from a place, or the end of one: 'b/c.mp4' is found as 'a/b/c.mp4'.
+
+        Raises:
+          AmbiguousName: if several videos in one place end in it.
+        """
+        for place in self._places:
+            found = place.find(name)
+            if found is not None:
+                return found
+        return None
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a video of this name, or several."""
+        try:
+            return self.find(name) is not None
+        except AmbiguousName:
+            return True
+
+
+class _Folder:
+    def __init__(self, path: Path):
+        self._path = path
+        self._by_end: dict[str, list[str]] | None = None  # made when a name is not found directly
+
+    def find(self, name: str) -> VideoFile | None:
+        path = os.path.join(self._path, name)  # an absolute name stays as it is
+        if not os.path.exists(path):
+            if self._by_end is None:
+                self._by_end = defaultdict(list)
+                for folder, folders, files in os.walk(self._path):
+                    folders.sort()
+                    for file in (*folders, *sorted(files)):
+                        self._by_end[file].append(os.path.join(folder, file))
+            path = _only(self._by_end.get(os.path.basename(name), ()), name)
+        if path is None:
+            return None
+        return VideoFile(os.path.abspath(path), frames=os.path.isdir(path))
+
+
+class _Tar:
+    def __init__(self, path: Path):
+        self._path = os.path.abspath(path)
+        self._parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._by_end: dict[str, list[str]] = defaultdict(list)
+        self._frames: set[str] = set()
+        frames = []
+        try:
+            with tarfile.open(path, 'r:') as archive:
+                for member in archive:
+                    if not member.isreg():
+                        continue
+                    name = member.name.removeprefix('./')
+                    self._add(name, member)
+                    if _is_frame(name) and '/' in name:
+                        frames.append((name, member))
+        except (tarfile.TarError, OSError) as error:
+            raise ValueError(
+                f'{path}: not a tar file that can be read at random ({error}); unpack compressed '
+                'ones first: gunzip FILE.tar.gz'
+            ) from error
+        for name, member in sorted(frames, key=lambda pair: pair[0]):
+            folder = os.path.dirname(name)
+            self._frames.add(folder)
+            self._add(folder, member)
+
+    def _add(self, name: str, member: tarfile.TarInfo) -> None:
+        if name not in self._parts:
+            self._by_end[os.path.basename(name)].append(name)
+        self._parts[name].append((member.offset_data, member.size))
+
+    def find(self, name: str) -> VideoFile | None:
+        found = _only(self._by_end.get(os.path.basename(name), ()), name)
+        if found is None:
+            return None
+        return VideoFile(self._path, tuple(self._parts[found]), found in self._frames)
+
+
+def _only(paths: Sequence[str], name: str) -> str | None:
+    """The path that is the name or ends in it."""
+    found = [path for path in paths if path == name or path.endswith(f'/{name}')]
+    if name in found:
+        return name
+    if len(found) > 1:
+        raise AmbiguousName(f'{found[0]} and {found[1]}')
+    return found[0] if found else None
