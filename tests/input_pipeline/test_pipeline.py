@@ -381,4 +381,4 @@ def test_a_record_that_does_not_load_is_named_in_its_place(source):
         VideoList([broken], source.class_names), READER, batch_size=1, seed=0, num_steps=1
     )
     assert batch['mask'].tolist() == [0]
-    assert (batch['path'][0], batch['error'][0]) == ('shard#0', 'missing: the shard is gone')
+    assert (batch['path'][0], batch['error'][0]) == ('shard#0', 'unreadable: the shard is gone')
