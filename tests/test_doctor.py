@@ -66,6 +66,13 @@ def test_what_is_wrong_on_one_host_is_found(config, clips, tmp_path):
     assert all(check.help for check in checks if check.state == doctor.FAILED)
 
 
+def test_a_recipe_that_does_not_fit_is_found(config, tmp_path):
+    config.data.update(rand_augment='rand-m7', auto_augment='original')
+    checks = doctor.run(doctor.Request(config, str(tmp_path / 'run'), jax.device_count()))
+    assert states(checks)['batch'] == doctor.FAILED
+    assert 'exclude each other' in by_name(checks, 'batch').found
+
+
 def test_one_broken_video_is_a_warning(config, clips, tmp_path):
     bad = tmp_path / 'bad.mp4'
     bad.write_bytes(b'no video')

@@ -317,6 +317,43 @@ def named(error):
     return sorted(line.strip().partition(':')[0] for line in lines)
 
 
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'data.num_samples': 3}, r'batch_size=4 must be a multiple of 3 \(data.num_samples=3'),
+        ({'data.crop': 'middle'}, "data.crop='middle' is not one of"),
+        ({'data.rand_augment': 'rand-x1'}, "rand_augment='rand-x1'"),
+        ({'eval.crop_layout': 'corners'}, "layout='corners'"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_stops_a_run_before_it_reads(
+    make_config, fields, message, tmp_path
+):
+    config = make_config(**fields, **{'data.train_list': 'nowhere.txt'})
+    with pytest.raises(ValueError, match=message):
+        train.train(config, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_run_with_several_clips_of_a_video_continues_bit_for_bit(make_config, tmp_path):
+    config = make_config(
+        **{
+            'data.num_samples': 2,
+            'data.crop': 'random_resized',
+            'num_steps': 4,
+            'data.val_list': '',
+        }
+    )
+    straight = train.train(config, str(tmp_path / 'straight'))
+    with pytest.raises(Interruption):
+        interrupted_train(config, tmp_path / 'stopped', 3, fail)
+    assert steps_of(tmp_path / 'stopped') == [2]
+    continued = train.train(config, str(tmp_path / 'stopped'))
+    assert continued['params_sha256'] == straight['params_sha256']
+    (last,) = [row for row in rows(tmp_path / 'stopped', 'loss') if row['step'] == 4]
+    assert last['epoch'] == pytest.approx(4 * 4 / (2 * 18)) and last['clips'] == 4
+
+
 @pytest.mark.slow
 def test_another_training_list_is_refused(stopped, make_config, clips, tmp_path):
     lines = (clips / 'train.txt').read_text().splitlines(keepends=True)

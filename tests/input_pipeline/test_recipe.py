@@ -1,5 +1,6 @@
 """From the fields of a config to the readers."""
 
+import cv2
 import numpy as np
 import pytest
 from video_files import decode_everything, pictures, write_video
@@ -254,6 +255,18 @@ def test_a_picture_is_a_video_of_one_frame(protocol, tmp_path):
     views, _ = experiment.eval_reader(found).read(picture)
     assert video.shape == (1, 224, 224, 3) and label == 3
     np.testing.assert_array_equal(views[0], video)
+
+
+def test_a_still_image_is_a_video_of_one_frame(tmp_path):
+    path = tmp_path / 'picture.jpg'
+    cv2.imwrite(str(path), pictures(1, 264, 352)[0])
+    picture = Record(str(path), 3, 'picture')
+    found = recipe('sts_imagenet')
+    clips, labels = experiment.train_reader(found).read(picture, record_rng(0, 0, 0))
+    assert [video.shape for video in clips] == [(1, 224, 224, 3)] * 3 and labels == [3] * 3
+    assert (clips[0] != clips[1]).any()
+    views, _ = experiment.eval_reader(found).read(picture)
+    assert views.shape == (1, 1, 224, 224, 3)
 
 
 def test_flip_rules_of_the_data_sets():
