@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -41,7 +42,7 @@ from input_pipeline.transforms import (
     apply,
 )
 
-SIZE = 224
+SIZE, PATCH = 224, 16
 LEVEL = 7.0
 
 
@@ -117,7 +118,10 @@ def recipe_figures(video: np.ndarray, repeats: int) -> dict[str, float]:
 
 
 def device_figures(topology: str, clips: int, num_frames: int) -> dict[str, float]:
-    """Millions of cycles of programs that normalise, cut into patches and do one thing more."""
+    """Millions of cycles of programs that normalise, cut into patches and do one thing more.
+
+    The last ones also multiply with the patch embedding, from clips that arrive in other shapes.
+    """
     from dist_jax.plan.topology import devices, parse_topology, prepare_environment
 
     prepare_environment()
@@ -161,15 +165,36 @@ def device_figures(topology: str, clips: int, num_frames: int) -> dict[str, floa
             for key, operation in zip(keys, operations):
                 video = operation(key, video)
             pixels = clip.normalize(video, jnp.bfloat16)
-            return clip.patchify(pixels.reshape(-1, SIZE, SIZE, 3), 16)
+            return clip.patchify(pixels.reshape(-1, SIZE, SIZE, 3), PATCH)
 
         return run
 
+    grid, width = SIZE // PATCH, 3 * PATCH * PATCH
+
+    def embedded(video: jax.Array, kernel: jax.Array) -> jax.Array:
+        return program()(video, jnp.uint32(0)) @ kernel
+
+    def standardise(video: jax.Array) -> jax.Array:
+        repeats = video.shape[-1] // 3
+        mean, std = (np.tile(np.float32(row), repeats) for row in (clip.PIXEL_MEAN, clip.PIXEL_STD))
+        scale = 1 / (255 * std)
+        return (video.astype(jnp.float32) * scale - mean / std).astype(jnp.bfloat16)
+
+    def embedded_rows(video: jax.Array, kernel: jax.Array) -> jax.Array:
+        rows = standardise(video).reshape(-1, grid, PATCH, grid, 3 * PATCH)
+        return rows.transpose(0, 1, 3, 2, 4).reshape(-1, grid * grid, width) @ kernel
+
+    def embedded_patches(video: jax.Array, kernel: jax.Array) -> jax.Array:
+        return standardise(video) @ kernel
+
     found = parse_topology(topology)
     place = replicated(Mesh(np.asarray(devices(found)[:1]), ('data',)))
-    shape = (clips, num_frames, SIZE, SIZE, 3)
-    video = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=place)
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=place)
+
+    def argument(shape: tuple[int, ...], dtype: Any = jnp.uint8) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    pixels = (clips, num_frames, SIZE, SIZE, 3)
+    seed, kernel = argument((), jnp.uint32), argument((width, 768), jnp.bfloat16)
     programs = {
         'normalise': (),
         'normalise, flip': (flip,),
@@ -180,9 +205,21 @@ def device_figures(topology: str, clips: int, num_frames: int) -> dict[str, floa
         'normalise, mix, erase': (mixed, erase),
         'normalise, flip, grayscale, mix, erase': (flip, grayscale, mixed, erase),
     }
+    lowered = {
+        name: jax.jit(program(*operations)).lower(argument(pixels), seed)
+        for name, operations in programs.items()
+    }
+    shapes = {
+        '(B, T, H, W, 3) to the embedding': (embedded, pixels),
+        '(B, T, H, 3 W) to the embedding': (embedded_rows, (*pixels[:3], 3 * SIZE)),
+        'patches to the embedding': (embedded_patches, (clips * num_frames, grid * grid, width)),
+    }
+    lowered |= {
+        name: jax.jit(run).lower(argument(shape), kernel) for name, (run, shape) in shapes.items()
+    }
     cycles = {}
-    for name, operations in track(programs.items(), 'compiling'):
-        compiled = compiling.compile_lowered(jax.jit(program(*operations)).lower(video, seed))
+    for name, each in track(lowered.items(), 'compiling'):
+        compiled = compiling.compile_lowered(each)
         program_figures = figures.cycles(hlo.read_program(compiled.text), found.chip)
         cycles[name] = program_figures['estimated_cycles'] / 1e6
     return cycles
