@@ -23,6 +23,11 @@ def get_config() -> ConfigDict:
     config.num_steps = 0  # optimizer steps; above 0 it takes the place of num_epochs
     # Trainable parameters to start from: a run's folder or a converted checkpoint; '' for none.
     config.init_from = ''
+    # Its class names, where it does not hold them (converted checkpoints); as data.label_map.
+    config.init_label_map = ''
+    # Classes that a linear classifier finds no weights for there, by name: error, or fresh to start
+    # them anew.
+    config.init_missing = 'error'
 
     # Devices are data x fsdp x tensor. Batches are split over data and fsdp, weights over fsdp and
     # tensor; slices of a pod follow each other on data.

@@ -301,12 +301,18 @@ def is_run(path: str | os.PathLike[str]) -> bool:
     return _folder(path).exists()
 
 
+def stored_shapes(folder: epath.Path) -> Tree:
+    """Trainable parameters of one step as `jax.ShapeDtypeStruct` leaves; nothing is read."""
+    stored = ocp.PyTreeCheckpointHandler().metadata(folder / 'state').tree
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored[_trained_name(folder)]
+    )
+
+
 def read_host_params(folder: epath.Path) -> Tree:
     """Trainable parameters of one step in host memory: their average if the run kept one."""
-    stored = ocp.PyTreeCheckpointHandler().metadata(folder / 'state').tree
     name = _trained_name(folder)
-    item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {name: stored[name]})
-    return read_tree(folder / 'state', item, as_numpy=True)[name]
+    return read_tree(folder / 'state', {name: stored_shapes(folder)}, as_numpy=True)[name]
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

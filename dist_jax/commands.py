@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
-from dist_jax import checkpoint, experiment, report, step
+from dist_jax import checkpoint, experiment, init_from, report, step
 from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree, VideoModel
@@ -102,7 +102,7 @@ def load_trained(
     variables = jax.eval_shape(model.net.init, jax.random.key(0), features)
     variables = step.place_variables(model, variables, mesh)
     if folder is None:
-        params = experiment.load_trainable(config.init_from, variables['params'])
+        params = init_from.load_trainable(config, variables['params'], class_names)
         return Trained(model, frozen, {'params': params}, class_names, -1)
     found = checkpoint.read_variables(folder, variables)
     return Trained(model, frozen, found, class_names, int(folder.name))

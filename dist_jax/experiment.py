@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint
 from dist_jax.models import FAMILIES, clip, clip_params, converted, layers
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.sharding import (
@@ -453,22 +452,3 @@ def abstract_frozen(
         jax.ShapeDtypeStruct((count, backbone.context_length), np.int32) for count in num_classes
     )
     return jax.eval_shape(model.prepare, {name: params[name] for name in model.reads}, tokens)
-
-
-def load_trainable(path: str, params: Tree) -> Tree:
-    """Trainable parameters of a run (its newest step) or of a converted checkpoint.
-
-    Args:
-      path: a run's folder, or one written by `dist_jax convert`.
-      params: leaves with the shapes, dtypes and shardings to read into.
-
-    Raises:
-      ValueError: nothing to read at `path`, or other shapes.
-    """
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
-    )
-    if not checkpoint.is_run(path):
-        return converted.load_params(path, abstract=target)
-    folder = checkpoint.find_checkpoint(path)
-    return checkpoint.read_variables(folder, {'params': target})['params']

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, experiment, optim, pod, report, step
+from dist_jax import checkpoint, experiment, init_from, optim, pod, report, step
 from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.logbook import Bar, Logbook, duration
 from dist_jax.mixup import Mixing
@@ -207,7 +207,7 @@ def train(
     else:
         state = jax.jit(initialise, out_shardings=shardings(abstract))(frozen)
         if config.init_from:
-            state = start_from(state, config.init_from)
+            state = start_from(state, config, class_names)
     start = int(state.step)
 
     logbook = Logbook(workdir, start, config.log.tensorboard)
@@ -283,9 +283,11 @@ def run_metadata(
     }
 
 
-def start_from(state: step.TrainState, path: str) -> step.TrainState:
-    """A fresh state with the parameters of another run or of a converted checkpoint."""
-    params = experiment.load_trainable(path, state.params)
+def start_from(
+    state: step.TrainState, config: ConfigDict, class_names: experiment.ClassNames
+) -> step.TrainState:
+    """A fresh state with the parameters of `config.init_from`."""
+    params = init_from.load_trainable(config, state.params, class_names)
     ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
     return state.replace(params=params, ema=ema)
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from input_pipeline import motion_clips
+from input_pipeline import class_names, kinetics, motion_clips
 from input_pipeline.transforms import Flip
 
 PLAIN_FLIP = Flip()
@@ -37,6 +37,7 @@ class DatasetInfo:
       list_format: of its usual lists, see `sources.open_source`.
       flip: mirroring in training, with the labels that it swaps; None where it would lie.
       sampling: a key of `sampling.PROTOCOLS`, the one of DiST for it.
+      class_key: of a class name; names with equal keys are one class, in whatever list they are.
       splits: the original annotation files, which `tools.build_dataset` reads.
       label_files: class names, one file per head, relative to the annotations; alternatives are
         separated by '|'. () numbers the names of the lists in sorted order.
@@ -49,6 +50,7 @@ class DatasetInfo:
     list_format: str
     flip: Flip | None = PLAIN_FLIP
     sampling: str = 'segment'
+    class_key: Callable[[str], str] = class_names.key
     splits: Mapping[str, SplitFile] = field(default_factory=dict)
     label_files: tuple[str, ...] = ()
     captions: bool = False
@@ -61,14 +63,15 @@ KINETICS_SPLITS = {
     'validation': SplitFile(('validate.csv', 'val.csv', 'validation.csv')),
     'test': SplitFile(('test.csv',)),
 }
+KINETICS = {'class_key': kinetics.merged_key, 'splits': KINETICS_SPLITS}
 MSRVTT_JSON = ('MSRVTT_data.json', 'videodatainfo_2017.json', 'train_val_videodatainfo.json')
 
 DATASETS: dict[str, DatasetInfo] = {
-    'kinetics400': DatasetInfo(400, 'kinetics', splits=KINETICS_SPLITS),
-    'kinetics600': DatasetInfo(600, 'kinetics', splits=KINETICS_SPLITS),
-    'kinetics700': DatasetInfo(700, 'kinetics', splits=KINETICS_SPLITS),
-    'kinetics700_2020': DatasetInfo(700, 'kinetics', splits=KINETICS_SPLITS),
-    'kinetics710': DatasetInfo(710, 'kinetics', splits=KINETICS_SPLITS, label_files=('names.txt',)),
+    'kinetics400': DatasetInfo(400, 'kinetics', **KINETICS),
+    'kinetics600': DatasetInfo(600, 'kinetics', **KINETICS),
+    'kinetics700': DatasetInfo(700, 'kinetics', **KINETICS),
+    'kinetics700_2020': DatasetInfo(700, 'kinetics', **KINETICS),
+    'kinetics710': DatasetInfo(710, 'kinetics', label_files=('names.txt',), **KINETICS),
     # V1 numbers its classes differently and DiST gives no pairs for it: no mirroring.
     'something_v1': DatasetInfo(
         174,

@@ -24,6 +24,12 @@ TRAINABLE = {
     'l14_32+64f_ssv2': 32_745_312,
     'l14_32+64f_k710': 39_867_744,
     'l14_32+64f_k710_k400': 39_867_744,
+    'l14_32+64f_k710_k600': 39_867_744,
+    'l14_32+64f_k710_k700': 39_867_744,
+    'b16_8+16f_k710': 26_105_184,
+    'b16_8+16f_k710_k400': 26_105_184,
+    'b16_8+16f_k710_k600': 26_105_184,
+    'b16_8+16f_k710_k700': 26_105_184,
     'b16_32+64f_ek100': 26_456_301,
     'demo': 175_080,
 }
@@ -36,6 +42,11 @@ EVL = {
     'l14_16f_k400': 58_760_592,
     'l14_32f_k400': 58_826_128,
     'l14_336_32f_k400': 69_049_744,
+    # A class is a row of 768 weights and a bias.
+    'b16_8f_k710': 33_183_376 + 310 * 769,
+    'b16_8f_k710_k400': 33_183_376,
+    'b16_8f_k710_k600': 33_183_376 + 200 * 769,
+    'b16_8f_k710_k700': 33_183_376 + 300 * 769,
     'demo': 67_592,
 }
 BASELINE = {'b16_8f_k400': 205_200, 'demo': 520}
@@ -110,7 +121,7 @@ def test_an_epoch_has_every_clip_of_every_video():
 
 def test_evl_rows_follow_the_released_recipe():
     for name in evl.VARIANTS:
-        if name == 'demo':
+        if name == 'demo' or 'k710' in name:
             continue
         config = evl.get_config(name)
         settings = train.optimizer_settings(config, train.make_plan(config, 240_000))
@@ -131,6 +142,21 @@ def test_evl_rows_follow_the_released_recipe():
             'RandAugment',
             'RandomResizedCrop',
         ]
+
+
+def test_fine_tuning_is_shorter_and_slower():
+    for file in (dist, evl):
+        rows = [name for name in file.VARIANTS if '_k710_' in name]
+        assert {name.rpartition('_')[2] for name in rows} == {'k400', 'k600', 'k700'}
+        for name in rows:
+            before, _, own = name.rpartition('_')
+            first, then = file.get_config(before), file.get_config(name)
+            assert first.data.name == 'kinetics710' and then.data.name == f'kinetics{own[1:]}'
+            assert then.optimizer.peak_lr == pytest.approx(first.optimizer.peak_lr / 10)
+            lengths = [train.make_plan(c, 240_000).total_steps for c in (then, first)]
+            assert 5 <= lengths[1] / lengths[0] <= 10
+            assert then.data.num_frames == first.data.num_frames
+            assert then.model == first.model and then.backbone == first.backbone
 
 
 def test_backbone_reads_the_frames_of_the_name():

@@ -18,7 +18,7 @@ import optax
 
 from configs import dist as dist_config
 from dist_jax import checkpoint, experiment, mixup, step, train
-from dist_jax.models import clip, converted, dist, evl, frame_mean
+from dist_jax.models import clip, converted, dist, evl, frame_mean, heads
 from dist_jax.sharding import (
     check_batch_size, make_mesh, place, replicated, shardings, to_global, to_host)
 
@@ -165,6 +165,20 @@ same_places(drawn, split.abstract)
 same(drawn, family.fresh)
 print('initial values: equal')
 
+# A classifier for other classes lies where one drawn for them would.
+head, found = drawn.params['head'], np.array([4, -1, 0])
+fresh = jax.tree.map(
+    lambda x: jax.device_put(np.full(x.shape, 7, np.float32), x.sharding),
+    heads.with_classes(head, (3,)))
+taken = heads.take_classes(head, (found,), fresh)
+same_places(taken, fresh)
+kernel = taken['column_0']['classifier']['kernel']
+assert kernel.addressable_data(0).shape == (3, 3) and kernel.shape == (24, 3)
+expected = np.where(
+    found < 0, 7, family.fresh.params['head']['column_0']['classifier']['kernel'][:, found])
+np.testing.assert_array_equal(to_host(kernel), expected)
+print('classes: taken')
+
 # Partners of the reversed batch live on other devices.
 host = batch(0)
 targets = (np.eye(5, dtype=np.float32)[host['label']],)
@@ -273,6 +287,7 @@ def test_eight_devices_in_any_mesh_equal_one(tmp_path):
         'layers',
         'accumulation',
         'initial values',
+        'classes',
         'mixing',
         'checkpoints',
         'weights',

@@ -181,7 +181,7 @@ def load_params(
         wanted = flatten(abstract)
         if subtree is not None:
             wanted = {n: leaf for n, leaf in wanted.items() if any(_inside(n, p) for p in subtree)}
-        _check_same(path, stored, wanted)
+        check_same(path, stored, wanted)
     else:
         wanted = stored
         if dtype is not None:
@@ -228,7 +228,8 @@ def read_tree(folder: epath.Path, item: Tree, *, as_numpy: bool = False) -> Tree
         )
 
 
-def _check_same(path: PathLike, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same(path: PathLike, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError if names or shapes of two flat trees differ; the message lists all."""
     problems = [f'  {name}: not in the checkpoint' for name in wanted if name not in stored]
     problems += [f'  {name}: the model has no such parameter' for name in stored.keys() - wanted]
     problems += [

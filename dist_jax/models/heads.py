@@ -6,9 +6,12 @@ column.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dist_jax.models import clip
 from dist_jax.models.api import Tree
@@ -37,6 +40,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, embedding: jax.Array, features: Tree) -> tuple[jax.Array, ...]:
+        # Networks name this module `head`: `classes_of` and `take_classes` read its parameters.
         if self.kind == 'text':
             return cosine_logits(embedding, features['text'], features['logit_scale'])
         return tuple(
@@ -76,3 +80,51 @@ def text_features(
         )
         for tokens in class_tokens
     )
+
+
+def classes_of(params: Tree) -> tuple[int, ...]:
+    """Classes of each label column in the parameters of a network; () for a text head."""
+    return tuple(
+        params['head'][f'column_{i}']['classifier']['bias'].shape[-1]
+        for i in range(len(params.get('head', ())))
+    )
+
+
+def with_classes(head: Tree, num_classes: Sequence[int]) -> Tree:
+    """The shapes of a linear head for other numbers of classes; dtypes and shardings stay."""
+    return {
+        f'column_{i}': jax.tree.map(
+            lambda x, n=classes: jax.ShapeDtypeStruct(
+                (*x.shape[:-1], n), x.dtype, sharding=x.sharding
+            ),
+            head[f'column_{i}'],
+        )
+        for i, classes in enumerate(num_classes)
+    }
+
+
+def take_classes(head: Tree, places: Sequence[np.ndarray], fresh: Tree) -> Tree:
+    """A linear head for other classes.
+
+    Args:
+      head: of the classes that there are: kernels (E, source classes), biases (source classes,).
+      places: for each label column the source class of each class, int (classes,); -1: none.
+      fresh: the head to take the other classes from. It says where the result lies; without a -1,
+        shapes with shardings are enough.
+    """
+    complete = all((place >= 0).all() for place in places)
+
+    def take(head: Tree, fresh: Tree) -> Tree:
+        columns = {}
+        for i, place in enumerate(places):
+            name = f'column_{i}'
+            taken = jax.tree.map(lambda x, p=place: jnp.take(x, p, axis=-1), head[name])
+            if not complete:
+                taken = jax.tree.map(
+                    lambda new, old, p=place: jnp.where(p >= 0, new, old), taken, fresh[name]
+                )
+            columns[name] = taken
+        return columns
+
+    where = jax.tree.map(lambda x: x.sharding, fresh)
+    return jax.jit(take, out_shardings=where)(head, None if complete else fresh)

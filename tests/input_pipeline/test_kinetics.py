@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from kinetics_tables import whole_sets, whole_tables, write_table, write_tables, youtube_id
 from video_files import write_video
 
 from input_pipeline import check, kinetics
@@ -15,7 +16,7 @@ from input_pipeline.sources import open_source
 
 HUG, WINE, NOT_WINE = 'hugging (not baby)', 'opening wine bottle', 'opening bottle (not wine)'
 
-# (label, id, start, end); letters name the case, `ID` makes 11 characters of them.
+# (label, id, start, end); letters name the case, `youtube_id` makes 11 characters of them.
 TABLES = {
     'k400 train': [
         ('hugging', 'A', 0, 10),  # in k700 under its new name, with another window
@@ -78,50 +79,23 @@ LAYOUTS = {
 }
 
 
-def ID(name):
-    return f'{name:-<11}'
-
-
-def write_table(path, rows, split, columns=('split',)):
-    """An official table; test tables of k700 have no labels."""
-    labels = rows[0][0] is not None
-    with open(path, 'w', newline='') as file:
-        writer = csv.writer(file)
-        header = ['youtube_id', 'time_start', 'time_end', *columns]
-        writer.writerow(['label', *header] if labels else header)
-        for label, name, start, end in rows:
-            row = [ID(name), start, end, *({'split': split, 'is_cc': 0}[c] for c in columns)]
-            writer.writerow([label, *row] if labels else row)
-    return str(path)
-
-
-def write_tables(folder, tables=TABLES, order=None):
-    """set -> Inputs without videos; `order` shuffles the rows."""
-    folder.mkdir(exist_ok=True)
-    found = {source: {} for source in SETS}
-    for name, rows in tables.items():
-        source, split = name.split()
-        rows = order.sample(rows, len(rows)) if order else rows
-        columns = ('split', 'is_cc') if source == 'k400' else ('split',)
-        stated = 'validate' if (source, split) == ('k700', 'val') else split
-        path = folder / f'{source}_{split}.csv'
-        found[source][split] = (write_table(path, rows, stated, columns),)
-    return {source: Inputs(**tables) for source, tables in found.items()}
-
-
 @pytest.fixture(scope='module')
 def planted(tmp_path_factory):
     """Tables, real videos and the reports of `dist_jax check` of every set."""
     folder = tmp_path_factory.mktemp('planted')
     video = write_video(folder / 'video.mp4').read_bytes()
-    inputs = write_tables(folder / 'tables')
+    inputs = write_tables(folder / 'tables', TABLES)
     for source, layout in LAYOUTS.items():
         root = folder / source
         for name, rows in TABLES.items():
             for label, letter, start, end in rows if name.startswith(source) else ():
                 if (source, letter) in MISSING or label is None:
                     continue
-                fields = {'label': label, 'label_': label.replace(' ', '_'), 'id': ID(letter)}
+                fields = {
+                    'label': label,
+                    'label_': label.replace(' ', '_'),
+                    'id': youtube_id(letter),
+                }
                 path = root / layout.format(**fields, start=start, end=end)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b'no video' if (source, letter) in BROKEN else video)
@@ -212,7 +186,7 @@ def test_every_count_of_the_default_rule(planted):
     assert ('train', 'k600', 'J', 'broken') in dropped
     assert ('val_k400', 'k400', 'M', 'missing') in dropped
     (because,) = (d.because for d in merged.dropped if d.clip.youtube_id[0] == 'B')
-    assert because == f'other_label: k700 {ID("B")}_000000_000010 {WINE}'
+    assert because == f'other_label: k700 {youtube_id("B")}_000000_000010 {WINE}'
     (because,) = (d.because for d in merged.dropped if d.clip.youtube_id[0] == 'D')
     assert because == 'k600 val'
 
@@ -261,12 +235,14 @@ def test_another_set_may_be_preferred(planted):
 
 
 def test_tables_alone_drop_nothing_as_missing(tmp_path):
-    inputs = write_tables(tmp_path / 'tables')
+    inputs = write_tables(tmp_path / 'tables', TABLES)
     report = run(inputs).report
     assert report['train']['k400'] == row(leaked=3, duplicate=7, kept=7)
     bad = tmp_path / 'bad.txt'
     # An id, the name of a clip, a file name, a window that no row has.
-    bad.write_text(f'{ID("H")}\n{ID("I")}_000000_000010\n{ID("Q")}.mp4\n{ID("R")}_000001_000011\n')
+    bad.write_text(
+        f'{youtube_id("H")}\n{youtube_id("I")}_000000_000010\n{youtube_id("Q")}.mp4\n{youtube_id("R")}_000001_000011\n'
+    )
     inputs['k400'] = Inputs(**{**vars(inputs['k400']), 'broken': (str(bad),)})
     assert run(inputs).report['train']['k400'] == row(leaked=3, broken=3, duplicate=7, kept=4)
 
@@ -337,7 +313,7 @@ def bytes_of(folder):
 def test_order_of_rows_does_not_matter(tmp_path):
     seen = []
     for k, order in enumerate((None, random.Random(1), random.Random(2))):
-        inputs = write_tables(tmp_path / f'tables{k}', order=order)
+        inputs = write_tables(tmp_path / f'tables{k}', TABLES, order)
         out = tmp_path / f'out{k}'
         out.mkdir()
         merged = run(inputs)
@@ -349,7 +325,7 @@ def test_order_of_rows_does_not_matter(tmp_path):
 
 
 def test_several_tables_of_a_split_are_one(tmp_path):
-    inputs = write_tables(tmp_path / 'tables')
+    inputs = write_tables(tmp_path / 'tables', TABLES)
     rows = TABLES['k400 train']
     parts = [
         write_table(tmp_path / f'{k}.csv', part, 'train')
@@ -388,38 +364,19 @@ def test_no_training_id_is_in_what_the_rule_holds_out(rule, tmp_path):
         validation = {c.youtube_id for clips in merged.val_of.values() for c in clips}
         assert not validation & set(training)
         held = {
-            ID(r[1]) for split in RULES[rule].held_out for s in SETS for r in tables[f'{s} {split}']
+            youtube_id(r[1])
+            for split in RULES[rule].held_out
+            for s in SETS
+            for r in tables[f'{s} {split}']
         }
         assert not held & set(training)
         if rule == 'drop_val_and_test':
             assert not any(merged.report['ids_shared_after'].values())
-        everyone = {ID(r[1]) for s in SETS for r in tables[f'{s} train']}
+        everyone = {youtube_id(r[1]) for s in SETS for r in tables[f'{s} train']}
         assert set(training) == everyone - held  # and no more is lost
         for part in ('train', 'val_of_sets', 'val'):
             for counts in merged.report[part].values():
                 assert counts['input'] == sum(counts.values()) - counts['input']
-
-
-def whole_sets():
-    """Class names of the sets, made up around the 15 real pairs: 400, 600 and 700, 725 in all."""
-    old, new = list(SYNONYMS), list(SYNONYMS.values())
-    common = [f'class {k:03d}' for k in range(685)]
-    gone = [f'gone {k}' for k in range(10)]  # not in k700
-    return {
-        'k400': old[:13] + gone[:6] + common[:381],
-        'k600': old[12:] + new[:12] + gone + common[:575],
-        'k700': new + common,
-    }
-
-
-def whole_tables():
-    return {
-        f'{source} {split}': [
-            (name, f'{source}{split[:2]}{k}', 0, 10) for k, name in enumerate(names)
-        ]
-        for source, names in whole_sets().items()
-        for split in ('train', 'val', 'test')
-    }
 
 
 def test_725_names_become_710_classes(tmp_path):
@@ -473,16 +430,16 @@ def test_a_set_may_be_written_in_another_way(tmp_path):
 
 
 def test_of_several_files_that_in_the_folder_of_the_class_is_taken():
-    clip = kinetics.Clip(ID('a'), 3, 13, 'playing chess', 'k400', 'train')
-    name = f'{ID("a")}_000003_000013'
+    clip = kinetics.Clip(youtube_id('a'), 3, 13, 'playing chess', 'k400', 'train')
+    name = f'{youtube_id("a")}_000003_000013'
     files = {
         name: ['/r/Playing_Chess/x.mp4', '/r/abseiling/x.mp4'],
-        ID('a'): ['/r/playing chess/y.mp4'],
+        youtube_id('a'): ['/r/playing chess/y.mp4'],
     }
     assert kinetics.find_file(clip, files) == '/r/Playing_Chess/x.mp4'
     assert kinetics.find_file(clip._replace(label='other'), files) == '/r/Playing_Chess/x.mp4'
     assert kinetics.find_file(clip._replace(start=4), files) == '/r/playing chess/y.mp4'
-    assert kinetics.find_file(clip._replace(youtube_id=ID('b')), files) == ''
+    assert kinetics.find_file(clip._replace(youtube_id=youtube_id('b')), files) == ''
 
 
 def changed(name, rows):
@@ -522,21 +479,21 @@ def test_wrong_tables_are_errors_with_file_and_line(tmp_path, change, message):
         ('youtube_id,time_start,time_end\n', r'x\.csv:1: no column label'),
         ('label,youtube_id,time_start,time_end,split\n', r'no row of split train, it has no rows'),
         (
-            f'label,youtube_id,time_start,time_end,split\na,{ID("a")},0,10,val\n',
+            f'label,youtube_id,time_start,time_end,split\na,{youtube_id("a")},0,10,val\n',
             r"no row of split train, found \['val'\]",
         ),
         (
-            f'label,youtube_id,time_start,time_end,split\na,{ID("a")},0,10,holdout\n',
+            f'label,youtube_id,time_start,time_end,split\na,{youtube_id("a")},0,10,holdout\n',
             r"x\.csv:2: split 'holdout' is not one of train, val",
         ),
         (
-            f'label,youtube_id,time_start,time_end\na,{ID("a")},0\n',
+            f'label,youtube_id,time_start,time_end\na,{youtube_id("a")},0\n',
             r'x\.csv:2: 3 fields, the header has 4',
         ),
     ],
 )
 def test_what_is_no_official_table_is_said(tmp_path, text, message):
-    inputs = write_tables(tmp_path / 'tables')
+    inputs = write_tables(tmp_path / 'tables', TABLES)
     (tmp_path / 'x.csv').write_text(text)
     inputs['k400'] = Inputs((str(tmp_path / 'x.csv'),), inputs['k400'].val, inputs['k400'].test)
     with pytest.raises(ValueError, match=message):
