@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from input_pipeline import class_names
 from input_pipeline.list_formats import VIDEO_SUFFIXES
+from input_pipeline.text_files import read_lines, read_text
 
 # Sets, oldest first, with their number of classes.
 SETS = {'k400': 400, 'k600': 600, 'k700': 700}
@@ -287,13 +288,7 @@ def _read_table(path: str, source: str, split: str) -> _Table:
 
 def _csv_rows(path: str, labels: bool) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields ('file:line', row) with lower-case column names and stripped values."""
-    try:
-        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
-    except OSError as error:
-        raise ValueError(f'{path}: cannot be read: {error.strerror}') from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: is not UTF-8 text (byte {error.start})') from error
-    reader = csv.reader(lines)
+    reader = csv.reader(read_text(Path(path)).splitlines())
     try:
         header = [cell.strip().lower() for cell in next(reader, [])]
         needed = ('youtube_id', *(('label', 'time_start', 'time_end') if labels else ()))
@@ -490,26 +485,17 @@ def read_broken(path: str) -> set[str]:
     Raises:
       ValueError: naming file and line, if there is no id in it.
     """
-    try:
-        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path}: cannot be read: {error}') from error
     names = set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        file = line.strip()
+    for where, file in read_lines(Path(path)):
         if file.startswith('{'):
             try:
                 file = json.loads(file)['path']
             except (ValueError, KeyError) as error:
-                raise ValueError(f'{path}:{number}: not a line of a bad video report') from error
+                raise ValueError(f'{where}: not a line of a bad video report') from error
         name = os.path.basename(str(file))
         stem = name if re.fullmatch(_STEM, name) else os.path.splitext(name)[0]
         if not re.fullmatch(_STEM, stem):
-            raise ValueError(
-                f'{path}:{number}: no YouTube id in {name!r}; expected ID or ID_START_END'
-            )
+            raise ValueError(f'{where}: no YouTube id in {name!r}; expected ID or ID_START_END')
         names.add(stem)
     return names
 

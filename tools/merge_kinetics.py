@@ -32,6 +32,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from input_pipeline import kinetics
 from input_pipeline.kinetics import REASONS, RULES, SETS
+from input_pipeline.text_files import read_json
 
 KEYS = tuple(field.name for field in fields(kinetics.Inputs))
 COLOURS = {'k400': '#264653', 'k600': '#2a9d8f', 'k700': '#e9c46a'}
@@ -58,10 +59,7 @@ def read_synonyms(path: str) -> dict[str, str]:
     Raises:
       ValueError: something else.
     """
-    try:
-        synonyms = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise ValueError(f'{path}: cannot be read: {error}') from error
+    synonyms = read_json(Path(path))
     if not isinstance(synonyms, dict) or not all(isinstance(v, str) for v in synonyms.values()):
         raise ValueError(f'{path}: expected an object, old name -> merged name')
     return synonyms

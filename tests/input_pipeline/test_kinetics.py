@@ -512,7 +512,7 @@ def test_wrong_options_are_errors(planted, tmp_path):
         ({'videos': ()}, 'no video folder of k600; pass --k600 videos=DIR'),
         ({'videos': (str(tmp_path / 'none'),)}, 'no such folder of videos'),
         ({'videos': (str(tmp_path),)}, 'no videos'),
-        ({'broken': (str(tmp_path / 'none'),)}, 'cannot be read'),
+        ({'broken': (str(tmp_path / 'none'),)}, 'no such list file'),
     ):
         inputs = planted | {'k600': Inputs(**{**vars(without), **fields})}
         with pytest.raises(ValueError, match=message):
