@@ -168,6 +168,9 @@ def train_reader(config: ConfigDict) -> pipeline.TrainReader:
     data, info = config.data, dataset_info(config)
     if data.crop not in CROPS:
         raise ValueError(f'data.crop={data.crop!r} is not one of {", ".join(CROPS)}')
+    for name in ('colour_jitter', 'grayscale', 'erase'):
+        if not 0 <= data[name] <= 1:
+            raise ValueError(f'data.{name}={data[name]} must be a share of the clips, 0 to 1')
     steps, policy = CROPS[data.crop](data), _policy(data)
     steps = [*steps, *policy] if data.augment_after_crop else [*policy, *steps]
     if data.flip and info.flip is not None:

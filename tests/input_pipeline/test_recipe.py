@@ -106,6 +106,8 @@ def test_everything_at_once_is_in_order():
         ({'sampling': 'dense'}, "data.sampling.*sampling='dense'"),
         ({'sampling': 'stride', 'frame_interval': 0}, 'data.frame_interval.*interval=0'),
         ({'num_samples': 0}, 'data.num_samples.*num_samples=0'),
+        ({'grayscale': 20.0}, 'data.grayscale=20.0 must be a share'),
+        ({'erase': -0.1}, 'data.erase=-0.1 must be a share'),
     ],
 )
 def test_wrong_fields_are_named_before_anything_is_read(fields, message):
