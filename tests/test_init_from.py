@@ -18,7 +18,8 @@ from dist_jax.models import clip, converted, heads
 from dist_jax.sharding import make_mesh
 from input_pipeline import class_names, kinetics
 from input_pipeline.kinetics import SETS, SYNONYMS, merged_key
-from tools import merge_kinetics
+from input_pipeline.sources import open_source
+from tools import build_dataset, merge_kinetics
 
 # Classes of the clips: renamed ones, common ones and one that k700 lacks.
 CLASSES = {
@@ -43,7 +44,7 @@ def merged(clips, tmp_path_factory):
                     tables[f'{source} {split}'].append((label, name, 0, 10))
                     file = root / f'{youtube_id(name)}_000000_000010.mp4'
                     shutil.copy(videos[(7 * k + n) % len(videos)], file)
-    words = ['--k700_edition', '2020', '--out', str(folder / 'k710')]
+    words = ['--k700_edition', '2020', '--out', str(folder / 'k710'), '--root', str(folder)]
     for source, inputs in write_tables(folder / 'tables', tables).items():
         words += [f'--{source}', f'videos={folder / source}']
         words += [f'{split}={getattr(inputs, split)[0]}' for split in ('train', 'val', 'test')]
@@ -64,7 +65,7 @@ def make_config(merged, backbone):
         own = data_set.replace('kinetics', 'k')
         config = dist.get_config('demo')
         config.backbone.checkpoint = backbone
-        config.data.update(name=data_set, num_frames=4, image_size=48)
+        config.data.update(name=data_set, num_frames=4, image_size=48, root=str(merged.parent))
         config.data.train_list = str(merged / 'train.txt')
         config.data.label_map = str(merged / 'names.txt')
         if own != 'k710':
@@ -391,3 +392,20 @@ def test_the_lists_of_a_merge_carry_the_renamed_classes(merged):
     assert {'hugging', 'drinking'} <= {row['native_label'] for row in table}
     names = names_of(merged / 'names.txt')
     assert len(names) == kinetics.NUM_CLASSES and not set(SYNONYMS) & set(names)
+
+
+@pytest.mark.slow
+def test_a_merge_goes_through_the_builder(merged, tmp_path):
+    out = tmp_path / 'built'
+    words = ['kinetics710', '--annotations', str(merged), '--videos', str(merged.parent)]
+    words += ['--out', str(out), '--splits', 'train', 'validation', '--workers', '1']
+    assert build_dataset.main(words) == 0
+    names = tuple(names_of(merged / 'names.txt'))
+    for split, name, count in (('train', 'train', 18), ('validation', 'val', 9)):
+        built = open_source(out, 'built', subset=split)
+        assert built.class_names == names and len(built) == count
+        listed = open_source(
+            merged / f'{name}.csv', 'csv', merged.parent, merged / 'names.txt', subset=name
+        )
+        pairs = [sorted((s[i].video_id, s[i].label) for i in range(count)) for s in (built, listed)]
+        assert pairs[0] == pairs[1]

@@ -35,6 +35,7 @@ from input_pipeline.kinetics import REASONS, RULES, SETS
 from input_pipeline.text_files import read_json
 
 KEYS = tuple(field.name for field in fields(kinetics.Inputs))
+MOST_NAMED = 10  # classes in a warning
 COLOURS = {'k400': '#264653', 'k600': '#2a9d8f', 'k700': '#e9c46a'}
 
 
@@ -103,7 +104,8 @@ def report_text(report: Mapping[str, Any]) -> str:
         lines += ['', f'WARNING: this rule leaves held-out videos in training: {named}.']
     empty = classes['without_training_videos']
     if empty:
-        lines += ['', f'WARNING: {len(empty)} classes have no training video: {", ".join(empty)}.']
+        named = ', '.join(empty[:MOST_NAMED]) + (', ...' if len(empty) > MOST_NAMED else '')
+        lines += ['', f'WARNING: {len(empty)} classes have no training video: {named}.']
     rows = [[f'{own} -> {merged}', source] for source, own, merged in classes['respelled']]
     lines += ['', *_table(['classes under another name', 'set'], rows)]
     rows = [[name, *row.values()] for name, row in report['tables'].items()]
