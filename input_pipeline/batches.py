@@ -49,10 +49,11 @@ class Batches:
           ValueError: if the stream cannot be sent to processes, or a number is out of range.
         """
         self._num_batches = num_batches
+        self._pool = None
         if not num_batches:
             self._iterator = iter(())
         elif num_workers:
-            self._iterator = ReaderPool(
+            self._iterator = self._pool = ReaderPool(
                 stream,
                 _join,
                 num_batches=num_batches,
@@ -63,6 +64,16 @@ class Batches:
             )
         else:
             self._iterator = _in_threads(stream, num_batches, batch_size, num_threads, buffer_size)
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process numbers of the readers; none where threads read."""
+        return self._pool.pids if self._pool else []
+
+    @property
+    def num_restarts(self) -> int:
+        """Reader processes that died or hung and were replaced."""
+        return self._pool.restarts if self._pool else 0
 
     def __len__(self) -> int:
         return self._num_batches

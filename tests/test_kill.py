@@ -26,12 +26,12 @@ class Run:
         self.command = [*command, f'--workdir={workdir}']
         self.environment = environment
 
-    def start(self):
+    def start(self, workers=0):
+        """Starts it with so many reader processes; 0 for threads."""
         self.workdir.mkdir(exist_ok=True)
+        command = [*self.command, f'--config.data.num_workers={workers}']
         with (self.workdir / 'output.log').open('a') as output:
-            return subprocess.Popen(
-                self.command, stdout=output, stderr=output, env=self.environment
-            )
+            return subprocess.Popen(command, stdout=output, stderr=output, env=self.environment)
 
     def until(self, process, moment):
         """Waits for a moment; the process must not end before."""
@@ -103,7 +103,7 @@ def ended(process):
 
 
 def kill_between_steps(run):
-    with ended(run.start()) as process:
+    with ended(run.start(workers=2)) as process:
         run.until(process, lambda: len(run.logged()) >= 5)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -128,7 +128,7 @@ def kill_inside_a_save(run):
 
 def terminate(run):
     before = max(run.logged())
-    with ended(run.start()) as process:
+    with ended(run.start(workers=1)) as process:
         run.until(process, lambda: max(run.logged(), default=0) > before)
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT_SECONDS) == pod.AGAIN, run.output()

@@ -1,35 +1,48 @@
-"""Measures decoding and the training pipeline in clips per second, beside decord and plain PyAV.
+"""Measures the input pipeline in clips per second, beside what published code does.
 
   python -m tools.benchmark_input
-  python -m tools.benchmark_input --clips 8 --repeats 2 --json figures.json
+  python -m tools.benchmark_input --json figures.json --plot figures.png
   python -m tools.benchmark_input --list k400/train.txt --root /data/k400
+  python -m tools.benchmark_input --quick
 
-All decoders read the same files and the same frames in the same run, in turns, on one thread;
-figures are clips per second of CPU time, which is clips per second and core. The pipeline figures
-are wall clock: run on an idle machine. decord comes with the benchmark extra; without it its row is
-left out.
+All pipelines read the same videos and the same frames in the same run, in turns, on one thread,
+with the training recipe of DiST B/16 8+16. Their figures are clips per second of CPU time, which is
+clips per second and core. The published style decodes every frame with PyAV, converts all of them
+to RGB and transforms the chosen ones in float32. Scaling over processes and threads is wall clock:
+run on an idle machine. decord comes with the benchmark extra; without it its row is left out.
 """
 
 import argparse
+import collections
+import functools
 import json
+import math
+import os
+import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import cv2
+import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
+from configs import dist
+from dist_jax import experiment
+from dist_jax.models import clip
 from input_pipeline import sampling
 from input_pipeline.decode import VideoReader
-from input_pipeline.pipeline import TrainReader, train_batches
+from input_pipeline.encode import transcode
+from input_pipeline.pipeline import TrainReader, record_rng, train_batches
 from input_pipeline.sources import open_source
-from input_pipeline.transforms import Flip, Grayscale, RandomResizedCrop
+from input_pipeline.transforms import RandomResizedCrop, apply
 from input_pipeline.video_list import Record, VideoList
 
 try:
@@ -37,13 +50,40 @@ try:
 except ImportError:
     decord = None
 
-WIDTH, HEIGHT, FPS, SECONDS = 340, 256, 30, 10
+WIDTH, HEIGHT, FPS = 340, 256, 30
+CONFIG = 'b16_8+16f_k400'
+# What `transcode` makes of the files: short side 256, and key frame interval, crf, codec.
+TRANSCODED = {
+    'GOP 8': (8, 23, 'h264'),
+    'GOP 16': (16, 23, 'h264'),
+    'JPEG': (1, 4, 'jpeg'),
+}
+DEFAULT = 'GOP 8'  # the one that "transcoded" means in the figures
+# A Cloud TPU v4 host, and what the compiled step of DiST B/16 8+16 asks (docs/performance.md).
+HOST_CPUS, HOST_CHIPS, CLIPS_PER_CHIP = 240, 4, 157
+MEMORY_BATCH = 2  # clips of a batch while memory is watched
 
 
-def write_video(path: Path, seed: int) -> None:
-    """Writes 10 s of a camera drifting over a noise landscape with sensor noise: H.264, 250 GOP."""
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    videos: int
+    seconds: int  # of a video
+    repeats: int  # draws of each video
+    clips: int  # of a scaling run
+    runs: int  # scaling runs of a kind, the best counts
+    batches: int  # while memory is watched
+
+
+FULL = Sizes(videos=8, seconds=10, repeats=4, clips=160, runs=3, batches=2000)
+QUICK = Sizes(videos=2, seconds=2, repeats=1, clips=16, runs=1, batches=40)
+
+
+def write_video(path: Path, seed: int, seconds: int = 10) -> None:
+    """Writes a camera drifting over a noise landscape with sensor noise: H.264, GOP 250."""
     rng = np.random.default_rng(seed)
-    length = FPS * SECONDS
+    length = FPS * seconds
     noise = rng.integers(0, 256, (50, 90, 3), dtype=np.uint8)
     scene = cv2.resize(noise, (WIDTH + 2 * length, HEIGHT + 100), interpolation=cv2.INTER_CUBIC)
     grain = rng.normal(0, 4, (4, HEIGHT, WIDTH, 3))
@@ -59,67 +99,385 @@ def write_video(path: Path, seed: int) -> None:
         container.mux(stream.encode(None))
 
 
-def read_ours(path: str, indices: np.ndarray) -> np.ndarray:
-    """The frames through `input_pipeline.decode`."""
-    with VideoReader(path) as video:
-        return video.frames(indices)
+# The pipelines: (path, rng, recipe) -> clip.
 
 
-def read_decord(path: str, indices: np.ndarray) -> np.ndarray:
-    """The frames through decord, one thread, its own choice of how to get there."""
-    return decord.VideoReader(path, num_threads=1).get_batch(indices).asnumpy()
+def draw_frames(total: int, rng: np.random.Generator, recipe: TrainReader) -> np.ndarray:
+    """The frames that the recipe draws first; it cuts the whole video in parts."""
+    choose = sampling.PROTOCOLS[recipe.sampling].train
+    return choose(total, recipe.num_frames, rng, recipe.interval, sampling.REFERENCE_FPS)
 
 
-def read_all(path: str, indices: np.ndarray) -> np.ndarray:
-    """Decodes and converts every frame with PyAV, then picks."""
+def read_ours(path: str, rng: np.random.Generator, recipe: TrainReader) -> np.ndarray:
+    """(T, H, W, 3) uint8."""
+    return recipe.read(Record(path, 0, ''), rng)[0][0]
+
+
+def read_decord(path: str, rng: np.random.Generator, recipe: TrainReader) -> np.ndarray:
+    """decord on one thread, by its own choice of how to get to the frames; our transforms."""
+    video = decord.VideoReader(path, num_threads=1)
+    frames = video.get_batch(draw_frames(len(video), rng, recipe)).asnumpy()
+    return apply(recipe.transforms, frames, 0, rng.spawn(1)[0])[0]
+
+
+def decode_all(path: str) -> np.ndarray:
+    """Every frame of a video, (N, h, w, 3) uint8, in the plainest way."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = 'NONE'
         return np.stack(
             [frame.to_ndarray(format='rgb24', threads=1) for frame in container.decode(stream)]
-        )[indices]
-
-
-def measure_decoders(source: VideoList, num_frames: int, repeats: int) -> dict[str, float]:
-    """Clips per second of CPU time for each decoder, on a training draw of each video.
-
-    Raises:
-      RuntimeError: if two decoders disagree by more than rounding.
-    """
-    readers: dict[str, Callable] = {'ours': read_ours, 'pyav_all': read_all}
-    if decord is not None:
-        readers['decord'] = read_decord
-    seconds = dict.fromkeys(readers, 0.0)
-    for repeat in track(range(repeats), 'decoders'):
-        for number in range(len(source)):
-            path = source[number].path
-            with VideoReader(path) as video:
-                total = video.num_frames
-            rng = np.random.default_rng([repeat, number])
-            indices = sampling.segment_train(total, num_frames, rng)
-            clips = {}
-            for name, read in readers.items():
-                start = time.process_time()
-                clips[name] = read(path, indices)
-                seconds[name] += time.process_time() - start
-            for name, clip in clips.items():
-                if np.abs(clip.astype(np.int16) - clips['ours']).mean() > 1:
-                    raise RuntimeError(f'{name} and ours disagree on {path}, frames {indices}')
-    return {name: repeats * len(source) / spent for name, spent in seconds.items()}
-
-
-def measure_pipeline(source: VideoList, num_frames: int, threads: int, steps: int) -> float:
-    """Clips per second of the training pipeline with all transforms, wall clock."""
-    transforms = (RandomResizedCrop(224), Flip(), Grayscale())
-    reader = TrainReader(num_frames, 224, transforms=transforms)
-    for num_steps in (2, steps):  # the first run brings files into memory
-        start = time.perf_counter()
-        batches = train_batches(
-            source, reader, batch_size=4, seed=0, num_steps=num_steps, num_threads=threads
         )
-        clips = sum(int(batch['mask'].sum()) for batch in batches)
-        batches.close()
-    return clips / (time.perf_counter() - start)
+
+
+def read_published_style(path: str, rng: np.random.Generator, recipe: TrainReader) -> np.ndarray:
+    """Everything decoded, then crop, flip, grey and normalisation in float32: (T, H, W, 3)."""
+    frames = decode_all(path)
+    frames = frames[draw_frames(len(frames), rng, recipe)].astype(np.float32) / 255
+    draws = rng.spawn(1)[0]
+    crop = next(t for t in recipe.transforms if isinstance(t, RandomResizedCrop))
+    top, left, height, width = crop.draw_box(*frames.shape[1:3], draws)
+    size = (recipe.image_size, recipe.image_size)
+    boxes = frames[:, top : top + height, left : left + width]
+    video = np.stack([cv2.resize(box, size, interpolation=cv2.INTER_LINEAR) for box in boxes])
+    if draws.random() < 0.5:
+        video = np.ascontiguousarray(video[:, :, ::-1])
+    if draws.random() < 0.2:
+        grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video])
+        video = np.repeat(grey[..., None], 3, -1)
+    mean, std = (np.array(values, np.float32) for values in (clip.PIXEL_MEAN, clip.PIXEL_STD))
+    return (video - mean) / std
+
+
+def check_agreement(paths: list[str], recipe: TrainReader) -> None:
+    """Raises RuntimeError unless all decoders give the same frames but for rounding."""
+    for number, path in enumerate(paths):
+        everything = decode_all(path)
+        wanted = draw_frames(len(everything), record_rng(0, 0, number), recipe)
+        with VideoReader(path) as video:
+            found = {'ours': video.frames(wanted)}
+        if decord is not None:
+            found['decord'] = decord.VideoReader(path, num_threads=1).get_batch(wanted).asnumpy()
+        for name, frames in found.items():
+            if np.abs(frames.astype(np.int16) - everything[wanted]).mean() > 1:
+                raise RuntimeError(f'{name} and PyAV disagree on {path}, frames {wanted}')
+
+
+def measure_pipelines(
+    files: dict[str, list[str]], recipe: TrainReader, repeats: int, tick: Callable[[], None]
+) -> dict[str, float]:
+    """Clips per second of CPU time of every pipeline, which take turns at every draw."""
+    pipelines = {
+        'published style': (read_published_style, 'original'),
+        'published style, transcoded': (read_published_style, DEFAULT),
+        'ours, original': (read_ours, 'original'),
+        **{f'ours, {kind}': (read_ours, kind) for kind in TRANSCODED},
+    }
+    if decord is not None:
+        pipelines['decord, original'] = (read_decord, 'original')
+        pipelines['decord, transcoded'] = (read_decord, DEFAULT)
+    seconds = dict.fromkeys(pipelines, 0.0)
+    for repeat in range(-1, repeats):  # the first round brings files and code into memory
+        for number in range(len(files['original'])):
+            for name, (read, kind) in pipelines.items():
+                rng = record_rng(0, max(repeat, 0), number)
+                start = time.process_time()
+                read(files[kind][number], rng, recipe)
+                if repeat >= 0:
+                    seconds[name] += time.process_time() - start
+            tick()
+    return {name: repeats * len(files['original']) / spent for name, spent in seconds.items()}
+
+
+def measure_stages(
+    paths: list[str], recipe: TrainReader, repeats: int, tick: Callable[[], None]
+) -> dict[str, float]:
+    """Milliseconds of CPU time of a clip by stage; the transfer is to the first device of JAX."""
+    spent: dict[str, float] = collections.defaultdict(float)
+    clips = np.zeros((len(paths), *recipe.shape), np.uint8)
+    jax.block_until_ready(jax.device_put(clips))
+    clock = time.process_time
+
+    def timed(stage: str, work: Callable[[], object]) -> object:
+        start = clock()
+        result = work()
+        spent[stage] += clock() - start
+        return result
+
+    for repeat in range(repeats):
+        for number, path in enumerate(paths):
+            rng = record_rng(0, repeat, number)
+            content = timed('read', Path(path).read_bytes)
+            video = timed('open', functools.partial(VideoReader, content))
+            with video:
+                indices = draw_frames(video.num_frames, rng, recipe)
+                frames = timed('decode', functools.partial(video.frames, indices))
+            child = rng.spawn(1)[0]
+            made = timed('transform', lambda f=frames, c=child: apply(recipe.transforms, f, 0, c))
+            timed('batch', lambda k=number, m=made: np.copyto(clips[k], m[0]))
+            tick()
+        timed('transfer', lambda: jax.block_until_ready(jax.device_put(clips)))
+    return {stage: 1e3 * total / repeats / len(paths) for stage, total in spent.items()}
+
+
+def clip_rate(
+    source: VideoList, recipe: TrainReader, workers: int, threads: int, clips: int
+) -> tuple[float, float]:
+    """Clips a second of wall clock, and CPU milliseconds of this process for a clip."""
+    batch_size, first = 4, 4
+    batches = train_batches(
+        source,
+        recipe,
+        batch_size=batch_size,
+        seed=0,
+        num_steps=first + clips // batch_size,
+        num_threads=threads,
+        num_workers=workers,
+        buffer_size=2,
+    )
+    for _ in range(first):
+        next(batches)
+    start, busy = time.perf_counter(), time.process_time()
+    count = sum(len(batch['mask']) for batch in batches)
+    spent = time.perf_counter() - start
+    batches.close()
+    return count / spent, 1e3 * (time.process_time() - busy) / count
+
+
+def measure_scaling(
+    source: VideoList, recipe: TrainReader, sizes: Sizes, tick: Callable[[], None]
+) -> tuple[dict[str, float], float]:
+    """Best rate of each way to read, and what a clip from processes costs the trainer (CPU ms)."""
+    ways = {f'{n} workers': (n, 0) for n in (1, 2)} | {f'{n} threads': (0, n) for n in (1, 2)}
+    rates = dict.fromkeys(ways, 0.0)
+    cost = math.inf
+    for _ in range(sizes.runs):
+        for way, (workers, threads) in ways.items():
+            rate, busy = clip_rate(source, recipe, workers, threads, sizes.clips)
+            rates[way] = max(rates[way], rate)
+            cost = min(cost, busy) if workers else cost
+            tick()
+    return rates, cost
+
+
+def resident_mib(pids: list[int]) -> float:
+    """Memory of processes; what they share counts once (the kernel's Pss)."""
+    total = 0
+    for pid in pids:
+        lines = Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
+        total += sum(int(line.split()[1]) for line in lines if line.startswith('Pss:'))
+    return total / 1024
+
+
+def measure_memory(
+    source: VideoList, recipe: TrainReader, num_batches: int, tick: Callable[[], None]
+) -> list[float]:
+    """Memory of this process and two workers after every fortieth part of the batches."""
+    batches = train_batches(
+        source,
+        recipe,
+        batch_size=MEMORY_BATCH,
+        seed=0,
+        num_steps=2 * num_batches,  # the workers do not end before the last look
+        num_workers=2,
+    )
+    found = []
+    for done in range(1, num_batches + 1):
+        next(batches)
+        if done % max(num_batches // 40, 1) == 0:
+            found.append(resident_mib([os.getpid(), *batches.worker_pids]))
+            tick()
+    batches.close()
+    return found
+
+
+def memory_growth(found: list[float]) -> float:
+    """MiB from the second fifth of the run to the last."""
+    fifth = max(len(found) // 5, 1)
+    return float(np.median(found[-fifth:]) - np.median(found[fifth : 2 * fifth]))
+
+
+def quality(paths: list[str], originals: list[str]) -> dict[str, float]:
+    """Kilobytes of a video, and mean PSNR against the original in dB."""
+    errors = []
+    for path, original in zip(paths, originals):
+        with VideoReader(path) as video, VideoReader(original) as other:
+            wanted = np.arange(0, video.num_frames, 5)
+            difference = video.frames(wanted).astype(np.float32) - other.frames(wanted)
+        errors.append(10 * np.log10(255**2 / np.mean(difference**2)))
+    kilobytes = np.mean([os.path.getsize(path) for path in paths]) / 1e3
+    return {'kilobytes': float(kilobytes), 'psnr_db': float(np.mean(errors))}
+
+
+def host_needs(clips_per_core: float, scaling: float, trainer_ms: float) -> dict[str, float]:
+    """What feeding a v4 host takes, if its cores are like this one.
+
+    Two of its CPUs are threads of one core; the low figure takes them for half a core each.
+    """
+    needed = HOST_CHIPS * CLIPS_PER_CHIP
+    workers = needed / (clips_per_core * scaling / 2)
+    return {
+        'needed_clips_per_s': needed,
+        'workers': math.ceil(workers),
+        'workers_at_half_speed': math.ceil(2 * workers),
+        'cpus': HOST_CPUS,
+        'trainer_cores': needed * trainer_ms / 1e3,
+    }
+
+
+def find_videos(arguments: argparse.Namespace, folder: str, sizes: Sizes) -> Iterator[str]:
+    """Paths of the original videos: those of the list, or generated."""
+    if arguments.list:
+        source = open_source(arguments.list, root=arguments.root)
+        yield from (source[k].path for k in range(min(sizes.videos, len(source))))
+        return
+    for k in range(sizes.videos):
+        path = Path(folder) / f'original_{k}.mp4'
+        write_video(path, k, sizes.seconds)
+        yield str(path)
+
+
+def measure(arguments: argparse.Namespace, sizes: Sizes, progress: Progress) -> dict:
+    """All figures."""
+    recipe = experiment.train_reader(dist.get_config(CONFIG))
+    load = os.getloadavg()
+    figures: dict = {'machine': platform.processor(), 'cpus': os.cpu_count(), 'load_before': load}
+
+    def ticker(what: str, total: int) -> Callable[[], None]:
+        task = progress.add_task(what, total=total)
+        return lambda: progress.advance(task)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tick = ticker('writing videos', sizes.videos)
+        files: dict[str, list[str]] = collections.defaultdict(list)
+        for number, path in enumerate(find_videos(arguments, folder, sizes)):
+            files['original'].append(path)
+            for kind, (interval, crf, codec) in TRANSCODED.items():
+                name = Path(folder) / f'{kind}_{number}.mp4'
+                name.write_bytes(transcode(path, HEIGHT, interval, crf, codec))
+                files[kind].append(str(name))
+            tick()
+        originals, num_videos = files['original'], len(files['original'])
+        check_agreement(originals, recipe)
+        figures['files'] = {
+            kind: quality(files[kind], originals) for kind in files if kind != 'original'
+        }
+        figures['files']['original'] = {
+            'kilobytes': np.mean([os.path.getsize(path) for path in originals]) / 1e3
+        }
+
+        rounds = num_videos * (sizes.repeats + 1)
+        rates = measure_pipelines(files, recipe, sizes.repeats, ticker('pipelines', rounds))
+        rounds = num_videos * sizes.repeats * len(files)
+        tick = ticker('stages', rounds)
+        figures['stage_ms'] = {
+            kind: measure_stages(paths, recipe, sizes.repeats, tick)
+            for kind, paths in files.items()
+        }
+        sources = {
+            kind: VideoList([Record(path, 0, path) for path in files[kind]], ('0',))
+            for kind in ('original', DEFAULT)
+        }
+        figures['scaling'] = {}
+        tick = ticker('workers and threads', 4 * sizes.runs * len(sources))
+        for kind, source in sources.items():
+            wall, trainer_ms = measure_scaling(source, recipe, sizes, tick)
+            figures['scaling'][kind] = wall | {'trainer_ms_per_clip': trainer_ms}
+        found = measure_memory(sources[DEFAULT], recipe, sizes.batches, ticker('memory', 40))
+    wall = figures['scaling']['original']
+    figures |= {
+        'clips_per_s': rates,
+        'frames_per_s': {name: recipe.num_frames * rate for name, rate in rates.items()},
+        'published_style_clips_per_s': rates['published style'],
+        'ours_original_clips_per_s': rates['ours, original'],
+        'ours_transcoded_clips_per_s': rates[f'ours, {DEFAULT}'],
+        'original_ratio': rates['ours, original'] / rates['published style'],
+        'transcoded_ratio': rates[f'ours, {DEFAULT}'] / rates['published style'],
+        'two_worker_scaling': wall['2 workers'] / wall['1 workers'],
+        'two_thread_scaling': wall['2 threads'] / wall['1 threads'],
+        'rss_mib': found,
+        'rss_growth_mib': memory_growth(found),
+        'memory_batches': sizes.batches,
+        'load_after': os.getloadavg(),
+    }
+    figures['v4_host'] = {
+        kind: host_needs(
+            rates[f'ours, {kind}'],
+            min(figures['two_worker_scaling'], 2.0),
+            figures['scaling'][DEFAULT]['trainer_ms_per_clip'],
+        )
+        for kind in ('original', *TRANSCODED)
+    }
+    return figures
+
+
+def show(figures: dict, console: Console) -> None:
+    """Prints the figures as tables."""
+    published = figures['published_style_clips_per_s']
+    table = Table('pipeline, one core', 'clips/s', 'frames/s', 'of published style')
+    for name, rate in figures['clips_per_s'].items():
+        frames = figures['frames_per_s'][name]
+        table.add_row(name, f'{rate:.1f}', f'{frames:.0f}', f'{rate / published:.2f}x')
+    console.print(table)
+
+    stages = list(next(iter(figures['stage_ms'].values())))
+    table = Table('file', *stages, 'kB', 'PSNR', title='CPU ms of a clip by stage')
+    for kind, row in figures['stage_ms'].items():
+        file = figures['files'][kind]
+        psnr = f'{file["psnr_db"]:.1f}' if 'psnr_db' in file else ''
+        cells = [f'{row[stage]:.2f}' for stage in stages]
+        table.add_row(kind, *cells, f'{file["kilobytes"]:.0f}', psnr)
+    console.print(table)
+
+    ways = [f'{n} {kind}' for kind in ('workers', 'threads') for n in (1, 2)]
+    table = Table('file', *ways, 'trainer ms', title='clips/s, wall clock')
+    for kind, row in figures['scaling'].items():
+        table.add_row(
+            kind, *(f'{row[way]:.1f}' for way in ways), f'{row["trainer_ms_per_clip"]:.2f}'
+        )
+    console.print(table)
+    console.print(
+        f'2 workers give {figures["two_worker_scaling"]:.2f}x of one, 2 threads '
+        f'{figures["two_thread_scaling"]:.2f}x of one (load average '
+        f'{figures["load_before"][0]:.1f} before, {figures["load_after"][0]:.1f} after). '
+        f'Memory grew by {figures["rss_growth_mib"]:.1f} MiB over '
+        f'{figures["memory_batches"]} batches, from {figures["rss_mib"][0]:.0f} MiB.',
+        highlight=False,
+    )
+    for kind, host in figures['v4_host'].items():
+        console.print(
+            f'a v4 host needs {host["needed_clips_per_s"]} clips/s: {kind}, '
+            f'{host["workers"]} workers on cores like this, {host["workers_at_half_speed"]} on '
+            f'half as fast ones; it has {host["cpus"]} CPUs',
+            highlight=False,
+        )
+
+
+def plot(figures: dict, path: str) -> None:
+    """Draws rates and stages as bars into a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    rates = dict(sorted(figures['clips_per_s'].items(), key=lambda item: item[1]))
+    colours = ['#3b6fb6' if name.startswith('ours') else '#b0b0b0' for name in rates]
+    bars = left.barh(list(rates), list(rates.values()), color=colours)
+    left.bar_label(bars, fmt='%.0f', padding=3)
+    left.set_xlabel('clips per second and core')
+    left.set_xlim(0, 1.12 * max(rates.values()))
+    left.set_title('16 frames, training recipe of DiST', fontsize=10)
+    kinds = list(figures['stage_ms'])[::-1]
+    start = np.zeros(len(kinds))
+    for stage in figures['stage_ms'][kinds[0]]:
+        width = np.array([figures['stage_ms'][kind][stage] for kind in kinds])
+        right.barh(kinds, width, left=start, label=stage)
+        start += width
+    right.set_xlabel('CPU milliseconds of a clip')
+    right.set_title('stages of our pipeline', fontsize=10)
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path, dpi=120)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,48 +487,24 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--list', help='measure these videos (default: generate some)')
+    parser.add_argument('--list', help='measure videos of this list (default: generate some)')
     parser.add_argument('--root', default='', help='folder the paths of the list start from')
-    parser.add_argument('--clips', type=int, default=8, help='videos (default %(default)s)')
-    parser.add_argument('--frames', type=int, default=16, help='per clip (default %(default)s)')
-    parser.add_argument('--repeats', type=int, default=3, help='draws of each video')
-    parser.add_argument('--steps', type=int, default=24, help='batches of 4 for the pipeline')
+    parser.add_argument('--quick', action='store_true', help='seconds instead of minutes')
     parser.add_argument('--json', metavar='FILE', help='also write the figures there')
+    parser.add_argument('--plot', metavar='FILE', help='also draw them, as PNG')
     arguments = parser.parse_args(argv)
     console = Console()
-
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.list:
-            source = open_source(arguments.list, root=arguments.root)
-            records = [source[k] for k in range(min(arguments.clips, len(source)))]
-        else:
-            records = [
-                Record(f'{folder}/{k}.mp4', 0, str(k)) for k in range(max(arguments.clips, 1))
-            ]
-            for k, record in enumerate(track(records, 'writing videos')):
-                write_video(Path(record.path), k)
-        source = VideoList(records, ('0',))
-        decoders = measure_decoders(source, arguments.frames, arguments.repeats)
-        pipeline = {
-            threads: measure_pipeline(source, arguments.frames, threads, arguments.steps)
-            for threads in (1, 2)
-        }
-
-    table = Table('what', 'clips/s', 'ratio', title=f'{arguments.frames} frames per clip')
-    labels = {'ours': 'decode, ours', 'decord': 'decode, decord', 'pyav_all': 'decode all, PyAV'}
-    for name, label in labels.items():
-        if name in decoders:
-            ratio = f'{decoders["ours"] / decoders[name]:.2f}x slower' if name != 'ours' else ''
-            table.add_row(f'{label} (per core)', f'{decoders[name]:.1f}', ratio)
-    for threads, rate in pipeline.items():
-        ratio = f'{rate / pipeline[1]:.2f}x of one' if threads > 1 else ''
-        table.add_row(f'train pipeline, {threads} thread(s)', f'{rate:.1f}', ratio)
-    console.print(table)
+    try:
+        with Progress(console=console) as progress:
+            figures = measure(arguments, QUICK if arguments.quick else FULL, progress)
+    except ValueError as error:
+        console.print(f'[red]error:[/red] {error}', soft_wrap=True, highlight=False)
+        return 2
+    show(figures, console)
     if arguments.json:
-        figures = {f'{name}_clips_per_s_per_core': rate for name, rate in decoders.items()}
-        figures |= {f'pipeline_{n}_threads_clips_per_s': rate for n, rate in pipeline.items()}
-        figures['two_thread_scaling'] = pipeline[2] / pipeline[1]
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + '\n', encoding='utf-8')
+    if arguments.plot:
+        plot(figures, arguments.plot)
     return 0
 
 

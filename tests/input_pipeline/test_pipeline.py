@@ -99,6 +99,20 @@ def test_global_batches_do_not_depend_on_the_number_of_hosts(source, hosts):
     assert_same(whole, joined)
 
 
+@pytest.mark.parametrize('hosts', [1, 2, 3, 5, 6, 10])
+def test_hosts_together_read_every_record_once_an_epoch(source, hosts):
+    steps, batch_size = 7, 30  # 30 epochs of 7 records, which no number of hosts divides
+    seen = [
+        (int(epoch), int(index))
+        for j in range(hosts)
+        for batch in train(
+            source, num_steps=steps, batch_size=batch_size, host_index=j, host_count=hosts
+        )
+        for epoch, index in zip(batch['epoch'], batch['index'])
+    ]
+    assert sorted(seen) == [(epoch, index) for epoch in range(30) for index in range(7)]
+
+
 @pytest.mark.parametrize('step', [1, 5])
 def test_starting_late_gives_the_same_later_batches(source, step):
     assert_same(train(source)[step:], train(source, start_step=step))

@@ -54,10 +54,6 @@ def assert_same(batches, others):
             np.testing.assert_array_equal(batch[key], other[key])
 
 
-def pids_of(batches):
-    return batches._iterator.pids
-
-
 def until(moment):
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not moment():
@@ -143,6 +139,19 @@ def test_batches_do_not_depend_on_the_number_of_processes(source, workers):
     assert_same(train(source, num_workers=workers), train(source, num_workers=0))
 
 
+def test_a_run_continues_with_other_hosts_and_processes(source):
+    straight = train(source, batch_size=12, num_workers=0)
+    parts = [
+        train(source, batch_size=12, start_step=4, host_index=j, host_count=3, num_workers=j)
+        for j in range(3)
+    ]
+    joined = [
+        {key: np.concatenate([batch[key] for batch in step]) for key in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(joined, straight[4:])
+
+
 def test_copies_of_a_record_are_the_same_rows(source):
     reader = dataclasses.replace(READER, num_samples=2)
     assert_same(train(source, reader), train(source, reader, num_workers=0))
@@ -195,7 +204,7 @@ def test_a_process_that_is_killed_leaves_no_trace_in_the_batches(source, how):
     for batch in batches:
         found.append(batch)
         if len(found) in (1, 4):
-            os.kill(pids_of(batches)[0], how)
+            os.kill(batches.worker_pids[0], how)
     assert_same(found, train(source, num_steps=12, num_workers=0))
 
 
@@ -204,7 +213,7 @@ def test_a_record_that_kills_its_process_once_is_read_the_second_time(source, tm
     batches = batches_of(trouble)
     assert_same([next(batches) for _ in range(6)], train(source, num_workers=0))
     assert (tmp_path / 'once').exists()
-    assert batches._iterator.restarts == 1
+    assert batches.num_restarts == 1
 
 
 @pytest.mark.parametrize(
@@ -257,7 +266,7 @@ def test_close_ends_the_processes_and_keeps_what_was_handed_out(source):
     batches = batches_of(source, num_steps=100)
     batch = next(batches)
     video = batch['video'].copy()
-    pids = pids_of(batches)
+    pids = batches.worker_pids
     assert len(pids) == 2
     batches.close()
     batches.close()
@@ -269,7 +278,7 @@ def test_close_ends_the_processes_and_keeps_what_was_handed_out(source):
 def test_processes_end_with_the_iterator_that_is_dropped(source):
     batches = batches_of(source, num_steps=100)
     next(batches)
-    pids = pids_of(batches)
+    pids = batches.worker_pids
     del batches
     assert not any(map(runs, pids))
 
@@ -285,7 +294,7 @@ batches = train_batches(
     source, reader, batch_size=4, seed=0, num_steps=10**6, num_workers=2, buffer_size=3
 )
 next(batches)
-print(*batches._iterator.pids, flush=True)
+print(*batches.worker_pids, flush=True)
 for batch in batches:
     time.sleep(0.01)
 """
@@ -315,10 +324,10 @@ def test_processes_die_with_their_trainer(source, how):
 def test_ending_signals_of_a_group_leave_the_processes_to_the_trainer(source):
     batches = batches_of(source, num_steps=12)
     found = [next(batches)]
-    pids = pids_of(batches)
+    pids = batches.worker_pids
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
     found += [next(batches) for _ in range(5)]
-    assert pids_of(batches) == pids
+    assert batches.worker_pids == pids
     assert_same(found, train(source, num_workers=0))
