@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 README = Path(__file__).parent / 'README.md'
+BEAM = 'apache-beam>=2.70'  # wants protobuf 6, which jax, grain, tfds and orbax take as well
 
 setup(
     name='dist_jax',
@@ -18,6 +19,7 @@ setup(
     entry_points={'console_scripts': ['dist_jax=dist_jax.main:main']},
     install_requires=[
         'absl-py>=2.1',
+        'array_record>=0.8',  # shards of videos; tfds asks for it on Linux only
         'av>=14.0',  # FFmpeg decoders and encoders in one wheel, releases the GIL
         'clu>=0.0.12',
         'einops>=0.8',
@@ -46,8 +48,10 @@ setup(
             'pytest>=8.0',
             'pytest-xdist>=3.5',
             'ruff>=0.8',
+            BEAM,
             'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
+        'beam': [BEAM],  # data sets built by many machines; [gcp] beside it for Dataflow
         'benchmark': ['decord>=0.6', 'psutil>=5.9'],
         'tpu': [
             'jax[tpu]>=0.10',

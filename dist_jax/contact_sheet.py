@@ -48,7 +48,7 @@ def draw(
       numbers: of the frames, in their corners.
       captions: a text under each frame; none if empty.
     """
-    part.suptitle(title, fontsize=9.5, x=0.01, ha='left')
+    part.suptitle(title, fontsize=9.5, x=0.01, ha='left', parse_math=False)
     grid = part.subplots(-(-len(frames) // COLUMNS), COLUMNS, squeeze=False)
     for axis in grid.flat:
         axis.set_axis_off()

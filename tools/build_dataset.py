@@ -147,8 +147,10 @@ def _build(folder: BuildFolder, arguments: argparse.Namespace, beam_flags, conso
     if len(left) < len(tasks):
         console.print(f'{len(tasks) - len(left)} of {len(tasks)} shards are built already')
     if arguments.beam:
-        from tools.building.beam import build_with_beam  # apache-beam is an extra
-
+        try:
+            from tools.building.beam import build_with_beam
+        except ImportError as error:
+            raise ValueError(f"{error}: --beam needs pip install 'dist_jax[beam]'") from error
         build_with_beam(folder.path, left, beam_flags)
         return
     sizes = folder.manifest['splits']

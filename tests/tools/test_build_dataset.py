@@ -491,3 +491,15 @@ def test_wrong_arguments_say_what_to_do(tmp_path, video, capsys):
         build('something_v2', tmp_path, *arguments, code=2)
         assert message in ' '.join(capsys.readouterr().out.split())
         assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.slow
+def test_beam_gives_the_bytes_of_the_local_build(listed):
+    folder, arguments = listed
+    arguments += ['--short_side', 24]
+    expected = build('custom', folder, *arguments)
+    words = ['custom', '--out', f'{folder}/beam', *map(str, arguments), '--beam', '--']
+    words += ['--runner=DirectRunner', '--direct_num_workers=2']
+    assert build_dataset.main([*words, '--direct_running_mode=multi_processing']) == 0
+    assert checksums(folder / 'beam') == checksums(expected)
+    assert (folder / 'beam/report.json').read_bytes() == (expected / 'report.json').read_bytes()

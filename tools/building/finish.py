@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from input_pipeline.records import FACTS, INDEX, SplitIndex, Texts, index_file, index_text
 from tools.building.examples import label_names, make_features
@@ -203,14 +204,16 @@ def _draw_counts(axis, title: str, counts: Mapping[str, int]) -> None:
     empty = sum(value == 0 for value in values)
     mean = sum(values) / len(values)
     axis.set_title(
-        f'{title}: {sum(values)} videos, {len(values)} values, {max(values)} to {min(values)} a '
-        f'value, mean {mean:.1f}' + (f', {empty} without a video' if empty else ''),
+        f'{title}: {sum(values)} videos, {len(values)} values with {min(values)} to {max(values)} '
+        f'each, mean {mean:.1f}' + (f', {empty} without a video' if empty else ''),
         loc='left',
         fontsize=10,
+        parse_math=False,
     )
     axis.axhline(mean, color='#d1495b', linewidth=1, label='mean')
     axis.legend(frameon=False, fontsize=8, loc='upper right')
     axis.set_ylabel('videos')
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.margins(x=0.01)
     step = max(1, -(-len(pairs) // (2 * _MOST_NAMED)))
     axis.set_xticks(
@@ -219,5 +222,7 @@ def _draw_counts(axis, title: str, counts: Mapping[str, int]) -> None:
         rotation=60,
         ha='right',
         fontsize=7,
+        parse_math=False,
     )
+    axis.set_ylim(0, 1.12 * max(values))
     axis.spines[['top', 'right']].set_visible(False)

@@ -1,0 +1,324 @@
+"""Looks at a built data set: figures, pictures of every class, and a check of every record.
+
+examples:
+  python -m tools.inspect_dataset built/k400
+  python -m tools.inspect_dataset built/k400 --splits validation --full --threads 16
+  python -m tools.inspect_dataset built/k400 --no_check --videos 6 --out look/
+
+Written into OUT (FOLDER/inspection unless given): statistics.json, statistics.png (durations,
+sizes, frame rates, bytes), SPLIT/CLASS.png (frames of a few videos of each class, with a text in
+sets of captions) and check.jsonl, one line for every record that is not what it should be. The
+check compares each record with the checksum, id and label of the index, and decodes 8 frames of it,
+or with --full all. The exit code is 0 if every record is right, 1 if not, 2 if FOLDER is not a data
+set.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dist_jax import contact_sheet
+from input_pipeline.bad_videos import check_frames
+from input_pipeline.decode import DecodeError, VideoReader
+from input_pipeline.pipeline import open_video
+from input_pipeline.records import BuiltSplit, is_built, read_example, read_index
+
+MOST_SHEETS = 20  # of a set of captions, which has no classes
+_FIGURES = {  # title and unit of what statistics.png shows
+    'duration': 'duration, s',
+    'short side': 'short side, pixels',
+    'fps': 'frames per second',
+    'kB per second': 'kB per second of video',
+}
+
+
+def statistics(source: BuiltSplit) -> dict[str, Any]:
+    """Figures of a split, from its index alone.
+
+    Args:
+      source: the split.
+
+    Returns:
+      Numbers that describe it; for JSON.
+    """
+    index = source.index
+    hours = float(index.facts['duration'].sum() / 3600)
+    sizes, counts = np.unique(
+        np.stack([index.facts['width'], index.facts['height']], 1), axis=0, return_counts=True
+    )
+    common = np.argsort(-counts, kind='stable')[:5]
+    found = {
+        'records': len(source),
+        'shards': len(index.shards),
+        'hours': hours,
+        'frames': int(index.facts['num_frames'].sum()),
+        'video_bytes': int(index.num_bytes.sum()),
+        'sizes': {f'{sizes[k][0]} x {sizes[k][1]}': int(counts[k]) for k in common},
+        'other_sizes': int(counts.sum() - counts[common].sum()),
+    }
+    for name, values in _distributions(source).items():
+        low, median, high = np.percentile(values, [0, 50, 100]).tolist() if len(values) else [0] * 3
+        found[name] = {'min': low, 'median': median, 'max': high}
+    for head, names in enumerate(_heads(source)):
+        videos = np.bincount(index.labels[:, head], minlength=len(names))
+        found[f'classes of head {head + 1}'] = {
+            'number': len(names),
+            'without a video': int((videos == 0).sum()),
+            'fewest videos': int(videos.min()),
+            'most videos': int(videos.max()),
+        }
+    if not source.class_names:
+        found['captions'] = len(index.captions)
+    return found
+
+
+def _heads(source: BuiltSplit) -> tuple[tuple[str, ...], ...]:
+    names = source.class_names
+    return names if names and isinstance(names[0], tuple) else (names,) if names else ()
+
+
+def _distributions(source: BuiltSplit) -> dict[str, np.ndarray]:
+    facts = source.index.facts
+    return {
+        'duration': facts['duration'],
+        'short side': np.minimum(facts['height'], facts['width']),
+        'fps': facts['fps'],
+        'kB per second': source.index.num_bytes / 1e3 / np.maximum(facts['duration'], 1e-9),
+    }
+
+
+def draw_statistics(sources: Sequence[BuiltSplit], path: Path) -> None:
+    """Histograms: a row a split, a column each of duration, size, rate and bytes."""
+    figure = Figure(figsize=(4.2 * len(_FIGURES), 3 * len(sources)), layout='constrained')
+    axes = figure.subplots(len(sources), len(_FIGURES), squeeze=False)
+    for row, source in zip(axes, sources):
+        for axis, (name, values) in zip(row, _distributions(source).items()):
+            axis.hist(values, bins=40, color='#2a6f97')
+            axis.set_title(
+                f'{source.name}: median {np.median(values):.4g}', fontsize=10, loc='left'
+            )
+            axis.set_xlabel(_FIGURES[name])
+            axis.set_ylabel('videos')
+            axis.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def _sheets(source: BuiltSplit, num_videos: int) -> Iterator[tuple[str, str, list[int]]]:
+    """Yields file name, title and records of each contact sheet."""
+    names = _heads(source)
+    if not names:
+        for first in range(0, min(len(source), MOST_SHEETS * num_videos), num_videos):
+            records = list(range(first, min(first + num_videos, len(source))))
+            yield f'{first:06d}', f'{source.name}, records from {first}', records
+    for head, classes in enumerate(names):
+        order = np.argsort(source.index.labels[:, head], kind='stable')
+        starts = np.searchsorted(source.index.labels[order, head], np.arange(len(classes) + 1))
+        for label, name in enumerate(classes):
+            members = order[starts[label] : starts[label + 1]]
+            spread = np.linspace(0, len(members) - 1, min(num_videos, len(members)))
+            plain = re.sub(r'[^\w-]+', '_', name)[:60]
+            prefix = f'head{head + 1}_' if len(names) > 1 else ''
+            title = f'{source.name}, {label}  {name}: {len(members)} videos'
+            yield (
+                f'{prefix}{label:04d}_{plain}',
+                title,
+                members[spread.round().astype(int)].tolist(),
+            )
+
+
+def draw_sheet(source: BuiltSplit, title: str, records: Sequence[int], path: Path) -> None:
+    """Draws frames of records, a row each; what cannot be read is said in its row.
+
+    Args:
+      source: the split.
+      title: above all.
+      records: their numbers.
+      path: PNG to write.
+    """
+    heights = [0.35, *[contact_sheet.height(contact_sheet.COLUMNS)] * len(records)]
+    figure = Figure(figsize=(contact_sheet.WIDTH, sum(heights)), layout='constrained')
+    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.03, wspace=0.0, hspace=0.0)
+    head, *parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    head.suptitle(title, fontsize=11, x=0.01, ha='left', weight='bold', parse_math=False)
+    for part, record in zip(parts, records):
+        name = f'{record}  {source.index.video_ids[record]}'
+        try:
+            with open_video(source[record]) as video:
+                numbers = contact_sheet.choose(video.num_frames)
+                if len(numbers) > contact_sheet.COLUMNS:
+                    spread = np.linspace(0, video.num_frames - 1, contact_sheet.COLUMNS)
+                    numbers = np.unique(spread.round().astype(int))
+                frames = video.frames(numbers)
+                height, width = frames.shape[1:3]
+                facts = f'{width} x {height}, {video.num_frames} frames, {video.duration:.2f} s'
+        except DecodeError as error:
+            said = f'{name}: {error.kind}'
+            part.suptitle(said, x=0.01, ha='left', color='#d1495b', parse_math=False)
+            continue
+        captions = source.captions(record)
+        text = f'  “{captions[0]}” (1 of {len(captions)})' if captions else ''
+        contact_sheet.draw(part, f'{name}, {facts}{text}', frames, numbers)
+    figure.savefig(path, dpi=80)
+
+
+def check_record(source: BuiltSplit, index: int, full: bool = False) -> tuple[str, str] | None:
+    """Compares a record with the index and decodes it.
+
+    Args:
+      source: the split.
+      index: number of the record.
+      full: decode every frame.
+
+    Returns:
+      What is wrong as (kind, reason); None if nothing is.
+    """
+    shard, position = source.place(index)
+    first = index - position
+    span = f'{source.name} {first} to {first + int(source.index.shard_lengths[shard]) - 1}'
+    try:
+        example = read_example(
+            os.fspath(source.folder / source.index.shards[shard]), position, span
+        )
+    except OSError as error:
+        return 'unreadable', str(error)
+    content = example['video'].bytes_list.value[0]
+    if zlib.crc32(content) != int(source.index.crc32[index]):
+        return 'checksum', f'the video has not the checksum of the index, {len(content)} bytes'
+    video_id = example['video_id'].bytes_list.value[0].decode(errors='replace')
+    labels = [example[name].int64_list.value[0] for name in ('label', 'label_2') if name in example]
+    expected = source.index.video_ids[index], source.index.labels[index].tolist()
+    if (video_id, labels) != expected:
+        return 'mismatch', f'the record has {(video_id, labels)}, the index {expected}'
+    try:
+        with VideoReader(content, name=source[index].path) as video:
+            stated = int(source.index.facts['num_frames'][index])
+            if video.num_frames != stated:
+                return 'mismatch', f'{video.num_frames} frames, the index says {stated}'
+            check_frames(video, 0, video.num_frames, full)
+    except DecodeError as error:
+        return error.kind, error.reason
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m tools.inspect_dataset',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add('folder', metavar='FOLDER', help='built by tools.build_dataset')
+    add('--splits', nargs='+', default=[], help='default: all')
+    add('--out', default='', metavar='DIR', help='default: FOLDER/inspection')
+    add('--videos', type=int, default=4, help='on a contact sheet (default %(default)s); 0: none')
+    add('--full', action='store_true', help='decode every frame')
+    add('--no_check', action='store_true', help='statistics and pictures only')
+    add('--threads', type=int, default=os.cpu_count() or 1, help='default: all cores')
+    return parser
+
+
+def _print_statistics(console: Console, found: dict[str, dict[str, Any]]) -> None:
+    columns = ('split', 'records', 'shards', 'hours', 'GB', 'kB/s', 'seconds', 'fps')
+    table = Table(*columns)
+    for split, figures in found.items():
+        table.add_row(
+            split,
+            str(figures['records']),
+            str(figures['shards']),
+            f'{figures["hours"]:.2f}',
+            f'{figures["video_bytes"] / 1e9:.3f}',
+            f'{figures["kB per second"]["median"]:.0f}',
+            '{min:.1f} to {max:.1f}'.format(**figures['duration']),
+            '{min:.4g} to {max:.4g}'.format(**figures['fps']),
+        )
+    console.print(table)
+    for split, figures in found.items():
+        sizes = ', '.join(f'{count} of {size}' for size, count in figures['sizes'].items())
+        others = f', {figures["other_sizes"]} of other sizes' if figures['other_sizes'] else ''
+        console.print(f'{split}: {sizes}{others}', soft_wrap=True, highlight=False)
+
+
+def _check(
+    console: Console, pool: ThreadPoolExecutor, sources: Sequence[BuiltSplit], full: bool
+) -> list[dict[str, Any]]:
+    bad = []
+    with _progress(console) as bar:
+        task = bar.add_task('check', total=sum(map(len, sources)))
+        for source in sources:
+            results = pool.map(lambda k, s=source: check_record(s, k, full), range(len(source)))
+            for index, problem in enumerate(results):
+                bar.advance(task)
+                if problem is not None:
+                    kind, reason = problem
+                    path = source[index].path
+                    entry = {'split': source.name, 'index': index, 'path': path}
+                    bad.append(entry | {'kind': kind, 'reason': reason})
+                    bar.update(task, description=f'check, {len(bad)} bad')
+    return bad
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn('{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    folder = Path(arguments.folder)
+    try:
+        if not is_built(folder):
+            raise ValueError(f'{folder}: no data set of tools.build_dataset (no index.json)')
+        splits = arguments.splits or read_index(folder)['splits']
+        sources = [BuiltSplit(folder, split) for split in splits]
+    except ValueError as error:
+        console.print(f'error: {error}', style='red', soft_wrap=True, highlight=False, markup=False)
+        return 2
+    out = Path(arguments.out or folder / 'inspection')
+    out.mkdir(parents=True, exist_ok=True)
+    found = {source.name: statistics(source) for source in sources}
+    text = json.dumps(found, indent=1, ensure_ascii=False) + '\n'
+    (out / 'statistics.json').write_text(text, encoding='utf-8')
+    draw_statistics(sources, out / 'statistics.png')
+    _print_statistics(console, found)
+    with ThreadPoolExecutor(max(arguments.threads, 1)) as pool:
+        if arguments.videos > 0:
+            sheets = [(s, *sheet) for s in sources for sheet in _sheets(s, arguments.videos)]
+            for source in sources:
+                (out / source.name).mkdir(exist_ok=True)
+            with _progress(console) as bar:
+                for source, name, title, records in bar.track(sheets, description='pictures'):
+                    draw_sheet(source, title, records, out / source.name / f'{name}.png')
+        bad = [] if arguments.no_check else _check(console, pool, sources, arguments.full)
+    if not arguments.no_check:
+        lines = ''.join(json.dumps(entry, ensure_ascii=False) + '\n' for entry in bad)
+        (out / 'check.jsonl').write_text(lines, encoding='utf-8')
+        checked = sum(map(len, sources))
+        verdict = f'{len(bad)} of {checked} records are bad, see {out / "check.jsonl"}'
+        verdict = verdict if bad else f'all {checked} records are right'
+        console.print(verdict, soft_wrap=True, highlight=False)
+    console.print(f'see {out}: statistics.png', soft_wrap=True, highlight=False)
+    return 1 if bad else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
