@@ -92,9 +92,9 @@ DECISIONS = (
     'Copies whose merged labels differ are counted as other_label; the label of the kept copy '
     'counts, nothing is averaged.',
     'Ids of held-out tables count whether or not their video is there.',
-    'A validation list of one set keeps every row of its table except missing, broken and exactly '
-    'repeated ones, so that figures can be compared; the joint one has every id once, chosen as '
-    'for training.',
+    'A list of one set keeps every row of its table except missing, broken and exactly repeated '
+    'ones, and in training ids of its own held-out tables, so that figures can be compared; the '
+    'joint validation list has every id once, chosen as for training.',
     'A name is spelled as in the synonym table, else as in the newest set that has the class.',
     'Missing and broken are of a file: another copy of the same id may still be kept.',
     'A file is named ID_START_END, six digits each, else ID; folders do not matter, except that of '
@@ -188,14 +188,16 @@ class Merge:
       classes: the label space.
       train: the training list.
       val: the joint validation list.
+      train_of: set -> its own training list, for fine-tuning.
       val_of: set -> its validation list.
-      dropped: rows that are in no training list, or not in a validation list.
+      dropped: rows that are not in a list, for each list.
       report: counts and decisions, JSON values.
     """
 
     classes: Classes
     train: tuple[Clip, ...]
     val: tuple[Clip, ...]
+    train_of: Mapping[str, tuple[Clip, ...]]
     val_of: Mapping[str, tuple[Clip, ...]]
     dropped: tuple[Dropped, ...]
     report: Mapping[str, Any]
@@ -552,7 +554,8 @@ def merge(
     dropped: list[Dropped] = []
     merger = _Merger(inputs, RULES[rule], classes, tables, prefer, dropped, note)
     train = merger.train()
-    val_of = merger.val_lists({clip.youtube_id for clip in train})
+    train_of = merger.train_lists()
+    val_of = merger.val_lists(clip.youtube_id for clip in train)
     val = merger.unique('val', [clip for clips in val_of.values() for clip in clips])
     report = {
         'rule': rule,
@@ -576,11 +579,11 @@ def merge(
                 set(classes.names) - {merged_label(classes, clip) for clip in train}
             ),
         },
-        **merger.figures(train, val, val_of),
+        **merger.figures(train, val, train_of, val_of),
         'decisions': list(DECISIONS),
     }
     dropped.sort()
-    return Merge(classes, tuple(train), tuple(val), val_of, tuple(dropped), report)
+    return Merge(classes, tuple(train), tuple(val), train_of, val_of, tuple(dropped), report)
 
 
 def merged_label(classes: Classes, clip: Clip) -> str:
@@ -636,15 +639,35 @@ class _Merger:
                     kept.append(clip)
         return self.unique('train', self._readable('train', kept))
 
-    def val_lists(self, in_training: set[str]) -> dict[str, tuple[Clip, ...]]:
+    def train_lists(self) -> dict[str, tuple[Clip, ...]]:
+        """The training list of each set by itself: only its own tables are held out."""
+        own = {
+            source: {
+                clip.youtube_id: f'{source} {split}'
+                for split in self.rule.held_out
+                for clip in self.tables[source, split].clips
+            }
+            for source in SETS
+        }
+        return self._set_lists('train', own)
+
+    def val_lists(self, in_training: Iterable[str]) -> dict[str, tuple[Clip, ...]]:
         """The validation list of each set."""
+        leaked = dict.fromkeys(in_training if self.rule.clean_val else (), 'train')
+        return self._set_lists('val', dict.fromkeys(SETS, leaked))
+
+    def _set_lists(
+        self, split: str, leaked: Mapping[str, Mapping[str, str]]
+    ) -> dict[str, tuple[Clip, ...]]:
+        """What is left of the tables of a split; `leaked` is set -> id -> where else it is."""
         lists = {}
         for source in SETS:
-            name = f'val_{source}'
+            name = f'{split}_{source}'
             kept = []
-            for clip in self.tables[source, 'val'].clips:
-                if self.rule.clean_val and clip.youtube_id in in_training:
-                    self.dropped.append(Dropped(clip, name, 'leaked', 'train'))
+            for clip in self.tables[source, split].clips:
+                table = leaked[source].get(clip.youtube_id)
+                if table:
+                    self.dropped.append(Dropped(clip, name, 'leaked', table))
                 else:
                     kept.append(clip)
             kept = sorted(self._readable(name, kept))
@@ -696,7 +719,11 @@ class _Merger:
         return kept
 
     def figures(
-        self, train: Sequence[Clip], val: Sequence[Clip], val_of: Mapping[str, Sequence[Clip]]
+        self,
+        train: Sequence[Clip],
+        val: Sequence[Clip],
+        train_of: Mapping[str, Sequence[Clip]],
+        val_of: Mapping[str, Sequence[Clip]],
     ) -> dict[str, Any]:
         """The counts of the report."""
         lost = Counter((d.list_name, d.clip.source, d.reason) for d in self.dropped)
@@ -720,9 +747,12 @@ class _Merger:
                 s: counts('train', s, len(self.tables[s, 'train'].clips), kept['train'][s])
                 for s in SETS
             },
-            'val_of_sets': {
-                s: counts(f'val_{s}', s, len(self.tables[s, 'val'].clips), len(val_of[s]))
-                for s in SETS
+            **{
+                f'{split}_of_sets': {
+                    s: counts(f'{split}_{s}', s, len(self.tables[s, split].clips), len(lists[s]))
+                    for s in SETS
+                }
+                for split, lists in (('train', train_of), ('val', val_of))
             },
             'val': {s: counts('val', s, len(val_of[s]), kept['val'][s]) for s in SETS},
             'total': {'train': len(train), 'val': len(val)},
@@ -770,9 +800,9 @@ def write_lists(merged: Merge, folder: str | os.PathLike, root: str = '') -> Non
     classes.csv                    id, name, training videos by set, training and validation videos
     index.json                     merged names; for each set its names and their merged indices
     train.csv, val.csv             label is the merged name
-    val_SET.csv                    label is the set's own name
+    train_SET.csv, val_SET.csv     label is the set's own name
     *.txt                          'path index' lines of these lists, where files were looked up;
-                                   val_SET_as_k710.txt has merged indices
+                                   *_SET_as_k710.txt has merged indices
     dropped.csv                    every row that is not in a list, and why
 
     Args:
@@ -817,8 +847,9 @@ def write_lists(merged: Merge, folder: str | os.PathLike, root: str = '') -> Non
 
     write('train', merged.train, native=False)
     write('val', merged.val, native=False)
-    for source, clips in merged.val_of.items():
-        write(f'val_{source}', clips, native=True)
+    for split, lists in (('train', merged.train_of), ('val', merged.val_of)):
+        for source, clips in lists.items():
+            write(f'{split}_{source}', clips, native=True)
     _write_csv(
         folder / 'dropped.csv',
         ('list', 'reason', 'because', 'source', 'label', 'youtube_id', 'time_start', 'time_end'),

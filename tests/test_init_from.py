@@ -69,7 +69,7 @@ def make_config(merged, backbone):
         config.data.train_list = str(merged / 'train.txt')
         config.data.label_map = str(merged / 'names.txt')
         if own != 'k710':
-            config.data.train_list = str(merged / f'val_{own}.txt')
+            config.data.train_list = str(merged / f'train_{own}.txt')
             config.data.label_map = str(merged / f'names_{own}.txt')
         config.model.update(temporal_dim=8, head=head, unroll=False)
         config.update(batch_size=4, num_steps=2)

@@ -82,6 +82,7 @@ def report_text(report: Mapping[str, Any]) -> str:
     ]
     for title, part in (
         ('training', 'train'),
+        ('training, each set', 'train_of_sets'),
         ('validation, each set', 'val_of_sets'),
         ('validation, joint', 'val'),
     ):

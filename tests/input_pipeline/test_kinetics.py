@@ -159,6 +159,13 @@ def test_every_count_of_the_default_rule(planted):
         'val across_sets other_label': 1,  # P
         'val across_sets other_window': 1,  # O
     }
+    # Alone, a set holds out its own tables only, and keeps all windows.
+    assert report['train_of_sets'] == {
+        'k400': row(leaked=1, missing=1, broken=1, duplicate=1, kept=13),
+        'k600': row(broken=1, kept=3),
+        'k700': row(missing=1, kept=4),
+    }
+    assert ('k400', 'F', 20, 'abseiling') in kept(merged.train_of['k400'])
     assert report['val_of_sets'] == {
         'k400': row(missing=2, broken=1, duplicate=1, kept=3),
         'k600': row(kept=3),
@@ -180,6 +187,7 @@ def test_every_count_of_the_default_rule(planted):
     assert report['tables']['k400 train']['rows'] == 17
     assert report['tables']['k400 train']['ids'] == 14
     assert report['classes']['without_training_videos'] == []
+    assert report['train_of_sets']['k400']['kept'] == len(merged.train_of['k400'])
     dropped = {(d.list_name, d.clip.source, d.clip.youtube_id[0], d.reason) for d in merged.dropped}
     assert ('train', 'k400', 'L', 'leaked') in dropped  # and not missing: the first reason counts
     assert ('train', 'k700', 'J', 'missing') in dropped
@@ -374,7 +382,7 @@ def test_no_training_id_is_in_what_the_rule_holds_out(rule, tmp_path):
             assert not any(merged.report['ids_shared_after'].values())
         everyone = {youtube_id(r[1]) for s in SETS for r in tables[f'{s} train']}
         assert set(training) == everyone - held  # and no more is lost
-        for part in ('train', 'val_of_sets', 'val'):
+        for part in ('train', 'train_of_sets', 'val_of_sets', 'val'):
             for counts in merged.report[part].values():
                 assert counts['input'] == sum(counts.values()) - counts['input']
 

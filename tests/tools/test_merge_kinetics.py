@@ -76,7 +76,7 @@ def test_same_rows_in_another_order_give_the_same_bytes(out, arguments, tmp_path
     again = tmp_path / 'again'
     assert merge_kinetics.main(arguments('--out', again, reverse=True)) == 0
     files = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert len(files) == 15
+    assert len(files) == 18
     assert {path.name: path.read_bytes() for path in again.iterdir()} == files
 
 
