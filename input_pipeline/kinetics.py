@@ -803,7 +803,7 @@ def write_lists(merged: Merge, folder: str | os.PathLike, root: str = '') -> Non
     train_SET.csv, val_SET.csv     label is the set's own name
     *.txt                          'path index' lines of these lists, where files were looked up;
                                    *_SET_as_k710.txt has merged indices
-    dropped.csv                    every row that is not in a list, and why
+    dropped.csv                    for each list the rows that it lost, and why
 
     Args:
       merged: the outcome.
