@@ -22,6 +22,7 @@ The tree (W width, D depth, h heads, d head dim, p patch size, g = image_size / 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -152,25 +153,48 @@ def cast(params: Tree, dtype: Any) -> Tree:
 
 
 def _block(
-    x: jax.Array, params: Tree, activation: str, mask: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One pre-norm block. Returns the stream (N, L, W) and the block's q and k (N, L, h, d)."""
-    dtype = x.dtype
-    qkv, out = params['attn']['qkv'], params['attn']['out']
+    x: jax.Array,
+    params: Tree,
+    activation: str,
+    mask: jax.Array | None = None,
+    tapped: bool = False,
+) -> tuple[jax.Array, Tree]:
+    """One pre-norm block: the stream (N, L, W) and, if tapped, its `queries` and `keys`."""
+    taps = {}
     with jax.named_scope('attention'):
-        z = layers.layer_norm(x, **params['ln_1'])
-        heads, q, k = kernels.self_attention(
-            z, qkv['kernel'].astype(dtype), qkv['bias'].astype(dtype), mask
-        )
-        x = (
-            x
-            + jnp.einsum('nlhd,hdw->nlw', heads, out['kernel'].astype(dtype))
-            + out['bias'].astype(dtype)
-        )
+        halves = x, params['ln_1'], params['attn']
+        if tapped or mask is not None or not kernels.attention_fits(x, params['attn']):
+            x, q, k = _attention(*halves, mask)
+            taps = {'queries': q, 'keys': k} if tapped else {}
+        else:
+            fast = functools.partial(kernels.on_each_device, kernels.residual_attention)
+            x = kernels.on_tpu(fast, lambda *inputs: _attention(*inputs)[0], *halves)
     with jax.named_scope('mlp'):
-        z = layers.layer_norm(x, **params['ln_2'])
-        z = layers.ACTIVATIONS[activation](_linear(z, params['mlp']['c_fc']))
-        return x + _linear(z, params['mlp']['c_proj']), q, k
+        halves = x, params['ln_2'], params['mlp']
+        plain = functools.partial(_mlp, activation=activation)
+        if activation != 'quick_gelu' or not kernels.mlp_fits(x, params['mlp']):
+            return plain(*halves), taps
+        fast = functools.partial(kernels.on_each_device, kernels.residual_mlp)
+        return kernels.on_tpu(fast, plain, *halves), taps
+
+
+def _attention(
+    x: jax.Array, norm: Tree, attn: Tree, mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """First half of a block: the stream after it, and queries and keys (N, L, h, d)."""
+    dtype = x.dtype
+    qkv, out = attn['qkv'], attn['out']
+    heads, q, k = kernels.self_attention(
+        layers.layer_norm(x, **norm), qkv['kernel'].astype(dtype), qkv['bias'].astype(dtype), mask
+    )
+    y = jnp.einsum('nlhd,hdw->nlw', heads, out['kernel'].astype(dtype))
+    return x + y + out['bias'].astype(dtype), q, k
+
+
+def _mlp(x: jax.Array, norm: Tree, mlp: Tree, activation: str) -> jax.Array:
+    """Second half of a block: the stream after it."""
+    z = layers.ACTIVATIONS[activation](_linear(layers.layer_norm(x, **norm), mlp['c_fc']))
+    return x + _linear(z, mlp['c_proj'])
 
 
 def _linear(x: jax.Array, params: Tree) -> jax.Array:
@@ -253,13 +277,10 @@ def encode_image(
         def block(
             x: jax.Array, one: Tree, output: bool = output, attention: bool = attention
         ) -> tuple[jax.Array, Tree]:
-            x, q, k = _block(x, one, spec.activation)
-            tapped = {'outputs': x} if output else {}
+            x, tapped = _block(x, one, spec.activation, tapped=attention)
             if attention and taps.summary:
-                tapped['attention'] = taps.summary(q, k)
-            elif attention:
-                tapped |= {'queries': q, 'keys': k}
-            return x, tapped
+                tapped = {'attention': taps.summary(tapped['queries'], tapped['keys'])}
+            return x, tapped | ({'outputs': x} if output else {})
 
         x, tapped = scan_frozen(
             block, x, params['blocks'], start, stop, unroll=unroll, rules=SHARDING_RULES

@@ -1,19 +1,22 @@
 """Kernels of our own for TPU, each with a form in plain JAX that means the same.
 
 Attention within a frame: XLA's own form of it costs more than all matrix products of a ViT block,
-because logits of 197 x 197 are written, read, reduced and laid out again in HBM. Here the queries,
-keys and values of a frame come as the projection leaves them and everything else stays in VMEM.
+because logits of 197 x 197 are written, read, reduced and laid out again in HBM. Here a frame is
+read once and everything between stays in VMEM, with the weights: `residual_attention` and
+`residual_mlp` are the two halves of a frozen block. Where queries and keys are wanted as well, or
+heads are split over devices, or the weights are too large for VMEM, `frame_attention` does only the
+attention.
 
 The cost that a kernel declares is the time of its compiled schedule on v4, in terms of the matrix
-unit: it is bound by vector operations on the logits, at about 9 bundles for every 8 x 128 of them
-(5,436 bundles for a frame of 197 tokens and 12 heads; 12,231 for 257 tokens and 16 heads).
+unit, without waiting for memory; see docs/performance.md.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import einops
 import jax
@@ -22,13 +25,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from dist_jax.models.layers import attend
+from dist_jax.models.layers import attend, layer_norm
 from dist_jax.sharding import BATCH, TENSOR
 
+Tree = Any
 LANES = 128  # of a vector register, and the side of the matrix unit
 SUBLANES = 8
-BUNDLES_PER_REGISTER = 9  # of logits, measured (see above)
 FLOPS_PER_BUNDLE = 4 * LANES * LANES * 2  # of the matrix units of one v4 core
+# Measured schedules: bundles for a register of logits, and products against their time at peak.
+BUNDLES_PER_REGISTER = 9
+ATTENTION_OVER_PEAK = 1.19
+MLP_OVER_PEAK = 1.1
+VMEM_BYTES = 16 * 2**20  # of a v4 core
 
 
 def heads_per_group(head_dim: int) -> int:
@@ -60,9 +68,8 @@ def frame_attention(
     """
     frames, length, _ = qkv.shape
     width = num_heads * head_dim
-    registers = num_heads * math.ceil(length / SUBLANES) * math.ceil(length / LANES)
     cost = pl.CostEstimate(
-        flops=frames * registers * BUNDLES_PER_REGISTER * FLOPS_PER_BUNDLE,
+        flops=frames * _attention_bundles(length, num_heads) * FLOPS_PER_BUNDLE,
         transcendentals=frames * num_heads * length * length,
         bytes_accessed=4 * frames * length * width * qkv.dtype.itemsize,
     )
@@ -80,7 +87,15 @@ def frame_attention(
 
 
 def _frame_kernel(qkv_ref, out_ref, *, head_dim: int) -> None:
-    """One frame: (1, L, 3 W) -> (1, L, W).
+    """One frame: (1, L, 3 W) -> (1, L, W)."""
+    for group in range(out_ref.shape[2] // LANES):
+        q, k, v = (qkv_ref[0, :, pl.ds((3 * group + i) * LANES, LANES)] for i in range(3))
+        out = _attend(q, k, v, head_dim)
+        out_ref[0, :, pl.ds(group * LANES, LANES)] = out.astype(out_ref.dtype)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int) -> jax.Array:
+    """Attention of the heads that share a register: bfloat16 (L, 128) three times -> float32.
 
     Heads narrower than a register are not cut out of it: a head's logits are the product of whole
     registers in which the query's other lanes are zero, and of the product with the values only
@@ -88,37 +103,219 @@ def _frame_kernel(qkv_ref, out_ref, *, head_dim: int) -> None:
     """
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     scale = head_dim**-0.5 * math.log2(math.e)
-    for group in range(out_ref.shape[2] // LANES):
-        q, k, v = (qkv_ref[0, :, pl.ds((3 * group + i) * LANES, LANES)] for i in range(3))
-        out = jnp.zeros(q.shape, jnp.float32)
-        for start in range(0, LANES, head_dim):
-            own = (lane >= start) & (lane < start + head_dim)
-            logits = jax.lax.dot_general(
-                jnp.where(own, q, 0).astype(q.dtype),
-                k,
-                (((1,), (1,)), ((), ())),
-                precision=jax.lax.Precision.DEFAULT,  # of bfloat16: nothing is lost
-                preferred_element_type=jnp.float32,
+    out = jnp.zeros(q.shape, jnp.float32)
+    for start in range(0, LANES, head_dim):
+        own = (lane >= start) & (lane < start + head_dim)
+        logits = _product(jnp.where(own, q, 0).astype(q.dtype), k, transposed=True)
+        weights = jnp.exp2((logits - logits.max(-1, keepdims=True)) * scale)
+        total = weights.sum(-1, keepdims=True)
+        out = jnp.where(own, _product(weights.astype(v.dtype), v) * (1 / total), out)
+    return out
+
+
+def _product(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
+    """float32 `a @ b` of bfloat16 arrays, or `a @ b.T`."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=jax.lax.Precision.DEFAULT,  # of bfloat16: nothing is lost
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _attention_bundles(length: int, num_heads: int) -> int:
+    """Of logits, softmax and mixing of a frame."""
+    registers = num_heads * math.ceil(length / SUBLANES) * math.ceil(length / LANES)
+    return registers * BUNDLES_PER_REGISTER
+
+
+def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = False) -> jax.Array:
+    """`x + out(attention(LayerNorm(x)))` of a block, frame by frame.
+
+    Args:
+      x: the stream, bfloat16 (N, L, W).
+      norm: `scale` and `bias` of the norm, (W,).
+      attn: `qkv` with `kernel` (W, 3, h, d) and `bias` (3, h, d), `out` with `kernel` (h, d, W) and
+        `bias` (W,); h and d as `fits` wants them.
+      interpret: run without a TPU, slowly, for tests.
+
+    Returns:
+      The stream after it, (N, L, W).
+    """
+    _, length, width = x.shape
+    *_, num_heads, head_dim = attn['qkv']['kernel'].shape
+    inner = num_heads * head_dim
+    peak = _rows(length) * width * 4 * inner * 2 / FLOPS_PER_BUNDLE
+    bundles = ATTENTION_OVER_PEAK * peak + _attention_bundles(length, num_heads)
+    return _per_frame(
+        functools.partial(_residual_attention_kernel, head_dim=head_dim),
+        x,
+        (
+            *_rows_of(norm['scale'], norm['bias']),
+            attn['qkv']['kernel'].astype(x.dtype).reshape(width, 3 * inner),
+            *_rows_of(attn['qkv']['bias']),
+            attn['out']['kernel'].astype(x.dtype).reshape(inner, width),
+            *_rows_of(attn['out']['bias']),
+        ),
+        [pltpu.VMEM((length, width), x.dtype), pltpu.VMEM((length, inner), x.dtype)],
+        bundles=bundles,
+        transcendentals=num_heads * length * length,
+        interpret=interpret,
+        name='residual_attention',
+    )
+
+
+def _residual_attention_kernel(
+    x_ref,
+    scale_ref,
+    shift_ref,
+    qkv_ref,
+    qkv_bias_ref,
+    out_ref,
+    out_bias_ref,
+    y_ref,
+    z_ref,
+    h_ref,
+    *,
+    head_dim: int,
+) -> None:
+    """One frame, (1, L, W) -> (1, L, W); scratch for the norm of it and for the heads."""
+    inner = h_ref.shape[1]
+    z_ref[...] = _norm(x_ref[0], scale_ref, shift_ref)
+
+    def group(number: jax.Array, carry: None) -> None:
+        def lanes(part: int) -> pl.Slice:
+            return pl.ds(pl.multiple_of(part * inner + number * LANES, LANES), LANES)
+
+        q, k, v = (
+            (_product(z_ref[...], qkv_ref[:, lanes(i)]) + qkv_bias_ref[:, lanes(i)]).astype(
+                z_ref.dtype
             )
-            weights = jnp.exp2((logits - logits.max(-1, keepdims=True)) * scale)
-            total = weights.sum(-1, keepdims=True)
-            product = jnp.dot(
-                weights.astype(v.dtype),
-                v,
-                precision=jax.lax.Precision.DEFAULT,
-                preferred_element_type=jnp.float32,
-            )
-            out = jnp.where(own, product * (1 / total), out)
-        out_ref[0, :, pl.ds(group * LANES, LANES)] = out.astype(out_ref.dtype)
+            for i in range(3)
+        )
+        h_ref[:, lanes(0)] = _attend(q, k, v, head_dim).astype(h_ref.dtype)
+
+    jax.lax.fori_loop(0, inner // LANES, group, None)
+    y = x_ref[0].astype(jnp.float32) + _product(h_ref[...], out_ref[...]) + out_bias_ref[...]
+    y_ref[0] = y.astype(y_ref.dtype)
+
+
+def residual_mlp(x: jax.Array, norm: Tree, mlp: Tree, interpret: bool = False) -> jax.Array:
+    """`x + c_proj(quick_gelu(c_fc(LayerNorm(x))))` of a block, frame by frame.
+
+    Args:
+      x: the stream, bfloat16 (N, L, W).
+      norm: `scale` and `bias` of the norm, (W,).
+      mlp: `c_fc` with `kernel` (W, hidden) and `bias` (hidden,), `c_proj` with `kernel` (hidden, W)
+        and `bias` (W,).
+      interpret: run without a TPU, slowly, for tests.
+
+    Returns:
+      The stream after it, (N, L, W).
+    """
+    _, length, width = x.shape
+    hidden = mlp['c_fc']['kernel'].shape[1]
+    peak = _rows(length) * width * 2 * hidden * 2 / FLOPS_PER_BUNDLE
+    return _per_frame(
+        _residual_mlp_kernel,
+        x,
+        (
+            *_rows_of(norm['scale'], norm['bias']),
+            mlp['c_fc']['kernel'].astype(x.dtype),
+            *_rows_of(mlp['c_fc']['bias']),
+            mlp['c_proj']['kernel'].astype(x.dtype),
+            *_rows_of(mlp['c_proj']['bias']),
+        ),
+        [pltpu.VMEM((length, width), x.dtype), pltpu.VMEM((length, width), jnp.float32)],
+        bundles=MLP_OVER_PEAK * peak,
+        transcendentals=length * hidden,
+        interpret=interpret,
+        name='residual_mlp',
+    )
+
+
+def _residual_mlp_kernel(
+    x_ref, scale_ref, shift_ref, fc_ref, fc_bias_ref, proj_ref, proj_bias_ref, y_ref, z_ref, sum_ref
+) -> None:
+    """One frame, (1, L, W) -> (1, L, W); scratch for the norm of it and for the sum of chunks."""
+    width, hidden = fc_ref.shape
+    chunk = math.gcd(hidden, 2 * width)
+    z_ref[...] = _norm(x_ref[0], scale_ref, shift_ref)
+    sum_ref[...] = x_ref[0].astype(jnp.float32) + proj_bias_ref[...]
+
+    def add(number: jax.Array, carry: None) -> None:
+        part = pl.ds(pl.multiple_of(number * chunk, LANES), chunk)
+        h = _product(z_ref[...], fc_ref[:, part]) + fc_bias_ref[:, part]
+        # quick_gelu: a sigmoid is half of 1 + tanh, which is one operation here.
+        h = 0.5 * h
+        h += h * jnp.tanh(2 * 0.851 * h)
+        sum_ref[...] += _product(h.astype(z_ref.dtype), proj_ref[part, :])
+
+    jax.lax.fori_loop(0, hidden // chunk, add, None)
+    y_ref[0] = sum_ref[...].astype(y_ref.dtype)
+
+
+def _norm(x: jax.Array, scale_ref, shift_ref) -> jax.Array:
+    """`layers.layer_norm` of (L, W) with rows (1, W) as parameters."""
+    return layer_norm(x, scale_ref[...], shift_ref[...])
+
+
+def _rows_of(*vectors: jax.Array) -> list[jax.Array]:
+    """Vectors as float32 rows, (1, n), which is what VMEM holds."""
+    return [vector.astype(jnp.float32).reshape(1, -1) for vector in vectors]
+
+
+def _rows(length: int) -> int:
+    """Rows that registers hold for this many tokens."""
+    return math.ceil(length / SUBLANES) * SUBLANES
+
+
+def _per_frame(
+    kernel: Callable[..., None],
+    x: jax.Array,
+    whole: tuple[jax.Array, ...],
+    scratch: list[Any],
+    *,
+    bundles: float,
+    transcendentals: int,
+    interpret: bool,
+    name: str,
+) -> jax.Array:
+    """Runs a kernel on each frame of (N, L, W), with weights that are read once and stay."""
+    frames, length, width = x.shape
+    frame = pl.BlockSpec((1, length, width), lambda n: (n, 0, 0))
+    stay = [pl.BlockSpec(w.shape, lambda n: (0, 0), pipeline_mode=pl.Buffered(1)) for w in whole]
+    cost = pl.CostEstimate(
+        flops=int(frames * bundles * FLOPS_PER_BUNDLE),
+        transcendentals=frames * transcendentals,
+        bytes_accessed=2 * x.nbytes + sum(w.nbytes for w in whole),
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(frames,),
+        in_specs=[frame, *stay],
+        out_specs=frame,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=('parallel',), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=name,
+    )(x, *whole)
+
+
+Heads = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def self_attention(
     z: jax.Array, kernel: jax.Array, bias: jax.Array, mask: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Heads:
     """Projections and attention of a block of a frozen tower.
 
-    On TPU, in bfloat16 and without a mask, by `frame_attention`; its gradient is that of the plain
-    form.
+    On TPU, in bfloat16 and without a mask, by `frame_attention`.
 
     Args:
       z: (N, L, W), the normalised stream.
@@ -130,29 +327,37 @@ def self_attention(
       Output of the heads, queries and keys, each (N, L, h, d).
     """
     if mask is None and fits(*kernel.shape[-2:], z.dtype):
-        return jax.lax.platform_dependent(z, kernel, bias, tpu=_fast, default=_plain)
-    return _plain(z, kernel, bias, mask)
+        return on_tpu(_fast_heads, _plain_heads, z, kernel, bias)
+    return _plain_heads(z, kernel, bias, mask)
 
 
-Heads = tuple[jax.Array, jax.Array, jax.Array]
+def on_tpu(fast: Callable[..., Tree], plain: Callable[..., Tree], *inputs: Tree) -> Tree:
+    """`fast(*inputs)` on TPU, `plain(*inputs)` elsewhere; gradients are those of `plain`."""
+    run = jax.custom_vjp(fast)
+    run.defvjp(
+        lambda *inputs: (fast(*inputs), inputs),
+        lambda inputs, upstream: jax.vjp(plain, *inputs)[1](upstream),
+    )
+    return jax.lax.platform_dependent(*inputs, tpu=run, default=plain)
 
 
-def _plain(
+def _plain_heads(
     z: jax.Array, kernel: jax.Array, bias: jax.Array, mask: jax.Array | None = None
 ) -> Heads:
     q, k, v = jnp.einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
     return attend(q, k, v, mask), q, k
 
 
-@jax.custom_vjp
-def _fast(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> Heads:
+def _fast_heads(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> Heads:
     num_heads, head_dim = kernel.shape[-2:]
     qkv, q, k = grouped_projection(z, kernel, bias)
 
     def one_device(qkv: jax.Array) -> jax.Array:
         return frame_attention(qkv, qkv.shape[-1] // (3 * head_dim), head_dim)
 
-    out = _on_each_device(one_device, qkv, num_heads // heads_per_group(head_dim))
+    groups = num_heads // heads_per_group(head_dim)
+    tensor = TENSOR if groups % _mesh_sizes().get(TENSOR, 1) == 0 else None
+    out = on_each_device(one_device, qkv, split=tensor)
     return out.reshape(*out.shape[:2], num_heads, head_dim), q, k
 
 
@@ -167,29 +372,54 @@ def grouped_projection(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> Head
     return qkv, q, k
 
 
-def _fast_forward(*inputs: jax.Array) -> tuple[Heads, tuple[jax.Array, ...]]:
-    return _fast(*inputs), inputs
+def attention_fits(x: jax.Array, attn: Tree) -> bool:
+    """Whether `residual_attention` takes these: `fits`, whole heads on a device, room in VMEM."""
+    *_, num_heads, head_dim = attn['qkv']['kernel'].shape
+    _, length, width = x.shape
+    weights = 4 * width * num_heads * head_dim * x.dtype.itemsize
+    logits = 9 * length * math.ceil(length / LANES) * LANES
+    return (
+        fits(num_heads, head_dim, x.dtype)
+        and _mesh_sizes().get(TENSOR, 1) == 1
+        and weights + 12 * length * width + logits < VMEM_BYTES
+    )
 
 
-def _fast_backward(inputs: tuple[jax.Array, ...], upstream: Heads) -> tuple[jax.Array, ...]:
-    return jax.vjp(_plain, *inputs)[1](upstream)
+def mlp_fits(x: jax.Array, mlp: Tree) -> bool:
+    """Whether `residual_mlp` takes these: bfloat16, nothing split, room in VMEM."""
+    _, length, width = x.shape
+    hidden = mlp['c_fc']['kernel'].shape[1]
+    weights = 2 * width * hidden * x.dtype.itemsize
+    return (
+        x.dtype == jnp.bfloat16
+        and width % LANES == hidden % LANES == 0
+        and _mesh_sizes().get(TENSOR, 1) == 1
+        and weights + 19 * length * width < VMEM_BYTES
+    )
 
 
-_fast.defvjp(_fast_forward, _fast_backward)
+def _mesh_sizes() -> Mapping[str, int]:
+    return jax.sharding.get_abstract_mesh().shape
 
 
-def _on_each_device(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, groups: int
+def on_each_device(
+    function: Callable[..., jax.Array], x: jax.Array, *whole: Tree, split: str | None = None
 ) -> jax.Array:
-    """A kernel on the part of (N, L, C) that a device holds: N over the batch axes, C over tensor.
+    """A kernel on the part of (N, L, C) that a device holds: N over the batch axes.
 
-    A program for several devices cannot split a kernel by itself. Where an axis does not divide
-    what it should split, every device along it does the same work.
+    A program for several devices cannot split a kernel by itself. Where N does not divide, every
+    device does the same work.
+
+    Args:
+      function: (x, *whole) -> array of the rank of `x`.
+      x: (N, L, C).
+      whole: what every device needs all of.
+      split: the axis of the mesh that C is split over, of `x` and of the result.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
+    sizes = _mesh_sizes()
     if math.prod(sizes.values()) == 1:
-        return function(x)
+        return function(x, *whole)
     batch = BATCH if x.shape[0] % math.prod(sizes[axis] for axis in BATCH) == 0 else None
-    tensor = TENSOR if groups % sizes[TENSOR] == 0 else None
-    spec = PartitionSpec(batch, None, tensor)
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(x)
+    spec = PartitionSpec(batch, None, split)
+    inputs = (spec, *(PartitionSpec() for _ in whole))
+    return jax.shard_map(function, in_specs=inputs, out_specs=spec, check_vma=False)(x, *whole)
