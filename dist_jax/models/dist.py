@@ -137,8 +137,11 @@ def build(
         return patches[:, ::alpha].reshape(-1, *patches.shape[2:])
 
     def features(frozen: Tree, video: jax.Array) -> Tree:
-        # Both networks begin with the same patches.
-        patches = clip.patchify(video.astype(dtype), backbone.patch_size)
+        # Both networks begin with the same patches. The barrier has them kept for the backward pass
+        # as they are: the compiler would keep rows of 48 values padded to 128, and patchify again.
+        patches = jax.lax.optimization_barrier(
+            clip.patchify(video.astype(dtype), backbone.patch_size)
+        )
         found = clip.encode_image(
             frozen['visual'], frozen_view(patches), backbone, taps, unroll=unroll
         )

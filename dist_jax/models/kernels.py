@@ -88,10 +88,16 @@ def frame_attention(
 
 def _frame_kernel(qkv_ref, out_ref, *, head_dim: int) -> None:
     """One frame: (1, L, 3 W) -> (1, L, W)."""
-    for group in range(out_ref.shape[2] // LANES):
-        q, k, v = (qkv_ref[0, :, pl.ds((3 * group + i) * LANES, LANES)] for i in range(3))
-        out = _attend(q, k, v, head_dim)
-        out_ref[0, :, pl.ds(group * LANES, LANES)] = out.astype(out_ref.dtype)
+
+    def group(number: jax.Array, carry: None) -> None:
+        def lanes(first: jax.Array) -> pl.Slice:
+            return pl.ds(pl.multiple_of(first * LANES, LANES), LANES)
+
+        q, k, v = (qkv_ref[0, :, lanes(3 * number + i)] for i in range(3))
+        out_ref[0, :, lanes(number)] = _attend(q, k, v, head_dim).astype(out_ref.dtype)
+
+    # A loop, not a row of copies: memory of one group serves the next.
+    jax.lax.fori_loop(0, out_ref.shape[2] // LANES, group, None)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int) -> jax.Array:
