@@ -299,7 +299,7 @@ def make_eval_step(
         features = model.features(frozen, pixels)
         columns = model.net.apply({**variables, 'params': gathered}, features)['logits']
         if fusion:
-            own = model.frozen_logits(frozen, pixels)
+            own = model.frozen_logits(frozen, features)
             columns = tuple((1 - fusion) * a + fusion * b for a, b in zip(columns, own))
         scores = (jax.nn.softmax(logits.astype(jnp.float32)) for logits in columns)
         return tuple(s.reshape(clips, views, -1).mean(1) for s in scores)

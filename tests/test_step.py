@@ -182,6 +182,6 @@ def test_fusion_mixes_logits(model, runner, frozen, batch):
     np.testing.assert_allclose(
         half - half.mean(1, keepdims=True), mean - mean.mean(1, keepdims=True), atol=1e-3
     )
-    pixels = model.normalize(batch['video'])
-    expected = jax.nn.log_softmax(model.frozen_logits(frozen, pixels)[0])
+    features = model.features(frozen, model.normalize(batch['video']))
+    expected = jax.nn.log_softmax(model.frozen_logits(frozen, features)[0])
     np.testing.assert_allclose(backbone, expected, atol=1e-3)

@@ -51,8 +51,8 @@ class VideoModel:
       param_groups: must cover every trainable parameter.
       sharding_rules: likewise; where they lie on a mesh.
       frozen_rules: likewise, of the converted backbone tree and of the frozen tree.
-      frozen_logits: (frozen tree, video) -> tuple of (B, num_classes), the backbone's own
-        prediction for fusion and zero-shot reports; None where the family has no text features.
+      frozen_logits: (frozen tree, result of `features`) -> tuple of (B, num_classes), the
+        backbone's own prediction for fusion; None where the family has no text features.
       attention: (variables of `net`, frozen tree, video as for `features`) -> float32
         (B, t, g, g), the share of the query's attention on each patch of each frame that the
         backbone sees. Non-negative; the sum over (t, g, g) is at most 1, class tokens have the
@@ -68,5 +68,5 @@ class VideoModel:
     param_groups: tuple[ParamGroup, ...]
     sharding_rules: tuple[ShardingRule, ...]
     frozen_rules: tuple[ShardingRule, ...]
-    frozen_logits: Callable[[Tree, jax.Array], tuple[jax.Array, ...]] | None = None
+    frozen_logits: Callable[[Tree, Tree], tuple[jax.Array, ...]] | None = None
     attention: Callable[[Tree, Tree, jax.Array], jax.Array] | None = None

@@ -102,7 +102,8 @@ def build(
         if size % 2 == 0:
             raise ValueError(f'model.{name}={size} must be odd')
     selected = tuple(selected_layers) or tuple(range(backbone.depth))
-    taps = clip.Taps(outputs=selected)
+    # The embedding serves `frozen_logits` only: where that is not asked, nothing computes it.
+    taps = clip.Taps(outputs=selected, embedding=head == 'text')
     taps.blocks_needed(backbone.depth)
 
     net = DistNet(
@@ -147,18 +148,15 @@ def build(
         )
         inputs = {'taps': found['outputs'], 'patches': patches}
         if head == 'text':
-            inputs |= {'text': frozen['text'], 'logit_scale': frozen['logit_scale']}
+            inputs |= {
+                'text': frozen['text'],
+                'logit_scale': frozen['logit_scale'],
+                'embedding': found['embedding'],
+            }
         return jax.lax.stop_gradient(inputs)
 
-    def frozen_logits(frozen: Tree, video: jax.Array) -> tuple[jax.Array, ...]:
-        found = clip.encode_image(
-            frozen['visual'],
-            frozen_view(clip.patchify(video.astype(dtype), backbone.patch_size)),
-            backbone,
-            clip.Taps(embedding=True),
-            unroll=unroll,
-        )
-        frames = found['embedding'].reshape(video.shape[0], -1, backbone.embed_dim)
+    def frozen_logits(frozen: Tree, inputs: Tree) -> tuple[jax.Array, ...]:
+        frames = inputs['embedding'].reshape(len(inputs['patches']), -1, backbone.embed_dim)
         columns = heads.cosine_logits(frames, frozen['text'], frozen['logit_scale'])
         return tuple(column.mean(1) for column in columns)
 

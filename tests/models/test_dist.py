@@ -144,7 +144,7 @@ def test_frozen_logits_are_the_mean_cosine_of_the_frames(backbone, plain):
     unit = clip.l2_normalize(embedding['embedding'])
     text = clip.l2_normalize(clip.encode_text(backbone['text'], tokens(4)[0], SPEC))
     expected = (100 * unit @ text.T).reshape(2, 2, 4).mean(1)
-    found = jax.jit(model.frozen_logits)(frozen, video())[0]
+    found = model.frozen_logits(frozen, jax.jit(model.features)(frozen, video()))[0]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
