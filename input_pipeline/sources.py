@@ -44,6 +44,11 @@ def open_source(
     Raises:
       ValueError: naming file and line, if the list or a label is wrong, or the list is empty.
     """
+    if '://' in os.fspath(list_path):
+        raise ValueError(
+            f'{list_path}: lists and built data sets are not read from a bucket; mount it or copy '
+            'them to a disk'
+        )
     path = Path(list_path)
     if not path.exists():
         raise ValueError(f'{path}: no such list; set the list path')

@@ -24,9 +24,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -41,7 +41,7 @@ from rich.table import Table
 from input_pipeline.datasets import DATASETS
 from input_pipeline.encode import CODECS
 from input_pipeline.list_formats import FORMATS
-from input_pipeline.records import is_built
+from input_pipeline.records import INDEX
 from tools.building import finish, plan, shards, workers
 from tools.building.plan import Options
 from tools.building.shards import BuildFolder
@@ -57,8 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     names = [name for name, info in DATASETS.items() if info.splits or name == 'custom']
     add('name', choices=names, help='data set; custom takes any list', metavar='NAME')
-    add('--out', required=True, metavar='DIR', help='folder of the data set, made here')
-    add('--videos', nargs='+', required=True, metavar='PATH', help='folders and tar files')
+    add('--out', required=True, metavar='DIR', help='folder of the data set; may be in a bucket')
+    add(
+        '--videos',
+        nargs='+',
+        required=True,
+        metavar='PATH',
+        help='folders (also in a bucket), tar files',
+    )
     add('--annotations', default='', metavar='DIR', help='folder of the original files')
     add('--splits', nargs='+', default=[], help='default: all whose files are there')
     add('--list', nargs='+', default=[], metavar='SPLIT=FILE', help='lists by another name')
@@ -87,7 +93,7 @@ def _arguments_of_result(arguments: argparse.Namespace, options: Options) -> dic
     paths = {name: os.path.abspath(path) for name, path in _lists(arguments.list).items()}
     return {
         'name': arguments.name,
-        'videos': [os.path.abspath(path) for path in arguments.videos],
+        'videos': [_absolute(path) for path in arguments.videos],
         'annotations': os.path.abspath(arguments.annotations) if arguments.annotations else '',
         'splits': arguments.splits,
         'list': paths,
@@ -95,6 +101,10 @@ def _arguments_of_result(arguments: argparse.Namespace, options: Options) -> dic
         'label_map': [os.path.abspath(path) for path in arguments.label_map],
         **asdict(options),
     }
+
+
+def _absolute(path: str) -> str:
+    return path if '://' in path else os.path.abspath(path)
 
 
 def _lists(pairs: Sequence[str]) -> dict[str, str]:
@@ -129,7 +139,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> BuildFolder:
     label_maps = plan.find_label_maps(arguments.name, arguments.annotations, arguments.label_map)
     result_of = _arguments_of_result(arguments, options)
     result_of['sha256'] = plan.digest([path for path, _ in lists.values()] + label_maps)
-    out = Path(arguments.out)
+    out = epath.Path(arguments.out)
     folder = shards.continue_folder(out, result_of)
     if folder is not None:
         return folder
@@ -142,7 +152,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> BuildFolder:
 
 def _build(folder: BuildFolder, arguments: argparse.Namespace, beam_flags, console) -> None:
     tasks = folder.tasks()
-    results = {task: folder.result(task) for task in tasks}
+    results = dict(zip(tasks, folder.results(tasks)))
     left = [task for task in tasks if results[task] is None]
     if len(left) < len(tasks):
         console.print(f'{len(tasks) - len(left)} of {len(tasks)} shards are built already')
@@ -182,7 +192,7 @@ def _check_complete(folder: BuildFolder) -> None:
     for split in folder.manifest['splits'].values():
         for shard in split['shards']:
             path = folder.path / shard['file']
-            if not path.exists() or path.stat().st_size != shard['bytes']:
+            if not path.exists() or path.stat().length != shard['bytes']:
                 raise ValueError(
                     f'{path}: missing or of another size than the manifest says; delete the '
                     'folder and build it again'
@@ -199,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         if beam_flags and not arguments.beam:
             raise ValueError(f"{beam_flags[0]} after '--' is for --beam")
         folder = _prepare(arguments, console)
-        if is_built(folder.path):
+        if (folder.path / INDEX).exists():
             _check_complete(folder)
             console.print(f'{folder.path} is complete already', soft_wrap=True, highlight=False)
             return 0

@@ -8,18 +8,23 @@ import subprocess
 import sys
 import tarfile
 import time
+import typing
 import zlib
 
 import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 
 from input_pipeline.datasets import DATASETS
 from input_pipeline.decode import VideoReader
 from input_pipeline.records import BuiltSplit
 from tests.input_pipeline.video_files import pictures, write_video
 from tools import build_dataset
+from tools.building.shards import ShardBuilder
 
 
 @pytest.fixture(scope='session')
@@ -367,9 +372,9 @@ def test_a_killed_build_continues_to_the_same_bytes(listed):
     # More workers than one may write when the build is killed.
     command = [sys.executable, '-m', 'tools.build_dataset', *words, '--workers', '2']
     kills = 0
-    for shards in (1, 3):
+    for number in (1, 3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while len(list(out.glob('build/done/*.json'))) < shards and process.poll() is None:
+        while len(list(out.glob('build/done/*.json'))) < number and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
@@ -421,10 +426,10 @@ def test_videos_in_tar_files_give_the_same_set(listed):
     words.insert(words.index(f'{folder}/part_0.tar') + 1, f'{folder}/part_1.tar')
     assert build_dataset.main(words) == 0
     # The two files of one name lie in different tar files now: the first wins.
-    shards = {name for name in checksums(expected) if 'array_record-00003' not in name}
-    shards = {name for name in shards if 'array_record' in name}
-    assert {n: checksums(folder / 'tar')[n] for n in shards} == {
-        n: checksums(expected)[n] for n in shards
+    same = {name for name in checksums(expected) if 'array_record' in name}
+    same = {name for name in same if 'array_record-00003' not in name}
+    assert {n: checksums(folder / 'tar')[n] for n in same} == {
+        n: checksums(expected)[n] for n in same
     }
 
 
@@ -503,3 +508,48 @@ def test_beam_gives_the_bytes_of_the_local_build(listed):
     assert build_dataset.main([*words, '--direct_running_mode=multi_processing']) == 0
     assert checksums(folder / 'beam') == checksums(expected)
     assert (folder / 'beam/report.json').read_bytes() == (expected / 'report.json').read_bytes()
+
+
+class Objects(MemoryFileSystem):
+    """A bucket: objects are written whole, and a folder is there while something lies in it."""
+
+    protocol = ('gs', 'gcs')
+    cachable = False
+    store: typing.ClassVar[dict] = {}
+    pseudo_dirs: typing.ClassVar[list] = ['']
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix('gs://').removeprefix('gcs://'))
+
+    def mkdir(self, path, create_parents=True, **kwargs):
+        pass
+
+    def makedirs(self, path, exist_ok=False):
+        pass
+
+
+def test_videos_and_the_set_may_lie_in_a_bucket(listed, monkeypatch):
+    Objects.store.clear()
+    objects = Objects()
+    monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: objects)
+    folder, arguments = listed
+    expected = build('custom', folder, *arguments)
+    for path in (folder / 'videos').rglob('*.mp4'):
+        url = f'gs://bucket/videos/{path.relative_to(folder / "videos")}'
+        epath.Path(url).write_bytes(path.read_bytes())
+    arguments[arguments.index('--videos') + 1] = 'gs://bucket/videos'
+    words = ['custom', '--out', 'gs://bucket/out', '--workers', '0', *map(str, arguments)]
+    whole = ShardBuilder.build
+
+    def interrupted(self, task, *rest):
+        if task.number == 3:
+            raise KeyboardInterrupt
+        return whole(self, task, *rest)
+
+    monkeypatch.setattr(ShardBuilder, 'build', interrupted)
+    assert build_dataset.main(words) == 130
+    monkeypatch.setattr(ShardBuilder, 'build', whole)
+    assert build_dataset.main(words) == 0
+    assert build_dataset.main(words) == 0
+    assert checksums(epath.Path('gs://bucket/out')) == checksums(expected)

@@ -1,15 +1,15 @@
 """The shards of a folder as an Apache Beam pipeline, for many machines.
 
-Workers need what a process of this machine needs: the folder and the videos under the same paths (a
-shared file system), and this package. A bundle that is tried again, or twice at the same time, does
-no harm: a shard gets its name when it is whole, and has the same bytes each time.
+Workers need what a process of this machine needs: the folder and the videos under the same paths,
+in a bucket or on a shared file system, and this package. A bundle that is tried again, or twice at
+the same time, does no harm: a shard gets its name when it is whole, and has the same bytes each
+time.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -35,7 +35,9 @@ class BuildShard(beam.DoFn):
         yield len(result['rows'])
 
 
-def build_with_beam(folder: Path, tasks: Sequence[Task], options: Sequence[str]) -> None:
+def build_with_beam(
+    folder: str | os.PathLike, tasks: Sequence[Task], options: Sequence[str]
+) -> None:
     """Builds shards and waits until all are there.
 
     Args:

@@ -1,7 +1,7 @@
 """From finished shards to a data set: index, TFDS metadata, manifest, report and histograms."""
 
+import io
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def finish(folder: BuildFolder) -> dict[str, Summary]:
     summaries, problems, histograms, infos = {}, {}, {}, []
     for split, count in folder.splits.items():
         tasks = [Task(split, k) for k in range(count)]
-        results = [folder.result(task) for task in tasks]
+        results = folder.results(tasks)
         index = _make_index(folder, tasks, results)
         folder.write(index_file(split), index.to_bytes())
         problems[split] = [problem for result in results for problem in result['problems']]
@@ -100,7 +100,7 @@ def finish(folder: BuildFolder) -> dict[str, Summary]:
     manifest['complete'] = True
     folder.write(MANIFEST, _json(manifest))
     folder.write(INDEX, index_text(folder.name, list(folder.splits), folder.class_names))
-    shutil.rmtree(folder.path / 'build')
+    (folder.path / 'build').rmtree()
     return summaries
 
 
@@ -194,7 +194,9 @@ def _draw_histograms(
     for row, (split, found) in zip(axes, histograms.items()):
         for axis, (what, counts) in zip(row, found.items()):
             _draw_counts(axis, f'{folder.name}, {split}, {what}', counts)
-    figure.savefig(folder.path / 'labels.png', dpi=110)
+    file = io.BytesIO()
+    figure.savefig(file, format='png', dpi=110)
+    folder.write('labels.png', file.getvalue())
 
 
 def _draw_counts(axis, title: str, counts: Mapping[str, int]) -> None:

@@ -6,8 +6,8 @@
     OUT/build/done/SPLIT-00000.json   what came out of it; written after the shard has its name
     OUT/build/partial/                what is being written
 
-A file appears under its final name whole or not at all. A shard counts as built when its entry in
-`done` is there and the shard has the size that the entry says.
+OUT may be in a bucket (gs://...). A file appears under its final name whole or not at all. A shard
+counts as built when its entry in `done` is there and the shard has the size that the entry says.
 """
 
 import fcntl
@@ -15,14 +15,16 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 
 from input_pipeline.decode import DecodeError
 from tools.building.examples import VideoMaker, make_features, serialize
@@ -63,9 +65,9 @@ class BuildFolder:
         Raises:
           ValueError: if it has none.
         """
-        self.path = Path(path)
+        self.path = epath.Path(path)
         try:
-            self.manifest = json.loads((self.path / MANIFEST).read_text(encoding='utf-8'))
+            self.manifest = json.loads((self.path / MANIFEST).read_bytes())
             known = {field.name for field in fields(Options)}
             arguments = self.manifest['arguments']
             self.options = Options(**{k: v for k, v in arguments.items() if k in known})
@@ -100,19 +102,23 @@ class BuildFolder:
 
     def entries(self, task: Task) -> list[Entry]:
         """What belongs into a shard."""
-        path = _plan_folder(self.path) / f'{task}.jsonl'
-        with open(path, encoding='utf-8') as lines:
-            return [Entry.from_json(line) for line in lines]
+        lines = (_plan_folder(self.path) / f'{task}.jsonl').read_bytes().decode().split('\n')
+        return [Entry.from_json(line) for line in lines if line]
 
     def result(self, task: Task) -> dict[str, Any] | None:
         """What came out of a shard; None if it is not built."""
         path = self.path / 'build' / 'done' / f'{task}.json'
         try:
-            result = json.loads(path.read_text(encoding='utf-8'))
-            size = (self.path / self.shard_name(task)).stat().st_size
+            result = json.loads(path.read_bytes())
+            size = (self.path / self.shard_name(task)).stat().length
         except (OSError, ValueError):
             return None
         return result if size == result['file_bytes'] else None
+
+    def results(self, tasks: Sequence[Task]) -> list[dict[str, Any] | None]:
+        """The `result` of each; many at a time, for buckets answer slowly."""
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(self.result, tasks))
 
     def write(self, name: str, text: str | bytes) -> None:
         """Puts a file in place, whole or not at all; `name` is relative to the folder."""
@@ -120,11 +126,14 @@ class BuildFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other builds out.
+        """Keeps other builds out, where the file system can.
 
         Raises:
           ValueError: if one is at work.
         """
+        if _in_bucket(self.path):
+            yield
+            return
         with open(self.path / 'build' / 'lock', 'w') as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,21 +142,29 @@ class BuildFolder:
             yield
 
 
-def _plan_folder(path: Path) -> Path:
+def _plan_folder(path: epath.Path) -> epath.Path:
     return path / 'build' / 'plan'
 
 
-def write_whole(path: Path, text: str | bytes) -> None:
+def _in_bucket(path: epath.Path) -> bool:
+    return '://' in os.fspath(path)
+
+
+def write_whole(path: epath.Path, text: str | bytes) -> None:
     """Writes a file and gives it its name when all of it is on disk."""
+    content = text.encode() if isinstance(text, str) else text
+    if _in_bucket(path):  # an object is whole or not there
+        path.write_bytes(content)
+        return
     partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
     with open(partial, 'wb') as file:
-        file.write(text.encode() if isinstance(text, str) else text)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def start_folder(path: Path, arguments: Mapping[str, Any], plan: Plan) -> BuildFolder:
+def start_folder(path: epath.Path, arguments: Mapping[str, Any], plan: Plan) -> BuildFolder:
     """Writes plan and manifest of a new build.
 
     Args:
@@ -158,14 +175,12 @@ def start_folder(path: Path, arguments: Mapping[str, Any], plan: Plan) -> BuildF
     Raises:
       ValueError: if something else is in the folder.
     """
-    strange = (
-        sorted(entry.name for entry in path.iterdir() if entry.name != 'build')
-        if (path.exists())
-        else []
-    )
+    found = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    strange = sorted(found - {'build'})
     if strange:
         raise ValueError(f'{path}: holds {strange[0]} and no build; name a new or empty folder')
-    shutil.rmtree(path / 'build', ignore_errors=True)
+    if (path / 'build').exists():
+        (path / 'build').rmtree()
     for name in ('plan', 'done', 'partial'):
         (path / 'build' / name).mkdir(parents=True)
     size = arguments['records_per_shard']
@@ -176,7 +191,7 @@ def start_folder(path: Path, arguments: Mapping[str, Any], plan: Plan) -> BuildF
         for number in range(count):
             lines = [entry.to_json() + '\n' for entry in entries[number * size :][:size]]
             file = _plan_folder(path) / f'{Task(split, number)}.jsonl'
-            file.write_text(''.join(lines), encoding='utf-8')
+            file.write_bytes(''.join(lines).encode())
     manifest = {
         'name': plan.name,
         'complete': False,
@@ -188,7 +203,7 @@ def start_folder(path: Path, arguments: Mapping[str, Any], plan: Plan) -> BuildF
     return BuildFolder(path)
 
 
-def continue_folder(path: Path, arguments: Mapping[str, Any]) -> BuildFolder | None:
+def continue_folder(path: epath.Path, arguments: Mapping[str, Any]) -> BuildFolder | None:
     """Opens the build of a folder if its arguments are these.
 
     Returns:
@@ -242,14 +257,53 @@ class ShardBuilder:
         result = folder.result(task)
         if result is not None:
             return result
-        partial = folder.path / 'build' / 'partial' / f'{task}.{uuid.uuid4().hex}'
+        with self._room() as room:
+            partial = os.path.join(room, f'{task}.{uuid.uuid4().hex}')
+            rows, problems = self._write(partial, task, given_up or {}, progress)
+            stored = ArrayRecordReader(partial).num_records()
+            if stored != len(rows):
+                raise OSError(
+                    f'{partial}: holds {stored} of {len(rows)} records; is the disk full?'
+                )
+            with open(partial, 'rb+') as file:
+                os.fsync(file.fileno())
+                checksum = hashlib.file_digest(file, 'sha256').hexdigest()
+                size = file.tell()
+            shard = folder.path / folder.shard_name(task)
+            if _in_bucket(shard):
+                with open(partial, 'rb') as source, shard.open('wb') as target:
+                    shutil.copyfileobj(source, target, 2**22)
+            else:
+                os.replace(partial, shard)
+        result = {'file_bytes': size, 'sha256': checksum, 'rows': rows, 'problems': problems}
+        text = json.dumps(result, ensure_ascii=False)
+        folder.write(f'build/done/{task}.json', text)
+        return json.loads(text)
+
+    @contextmanager
+    def _room(self) -> Iterator[str]:
+        """A local folder for a shard that is being written; a shard is moved from it if it can."""
+        if not _in_bucket(self._folder.path):
+            yield os.fspath(self._folder.path / 'build' / 'partial')
+            return
+        with tempfile.TemporaryDirectory(prefix='build_dataset_') as room:
+            yield room
+
+    def _write(
+        self,
+        partial: str,
+        task: Task,
+        given_up: Mapping[int, tuple[str, str]],
+        progress: Callable[[int], None],
+    ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+        """Writes the videos of a shard; returns rows for the index, and what is left out."""
         rows, problems = [], []
-        maker = VideoMaker(folder.options)
-        writer = ArrayRecordWriter(os.fspath(partial), _WRITER_OPTIONS)
+        maker = VideoMaker(self._folder.options)
+        writer = ArrayRecordWriter(partial, _WRITER_OPTIONS)
         try:
-            for position, entry in enumerate(folder.entries(task)):
+            for position, entry in enumerate(self._folder.entries(task)):
                 progress(position)
-                problem = (given_up or {}).get(position, entry.problem)
+                problem = given_up.get(position, entry.problem)
                 if problem is None:
                     try:
                         video = maker.make(entry)
@@ -272,17 +326,7 @@ class ShardBuilder:
         finally:
             maker.close()
             writer.close()
-        stored = ArrayRecordReader(os.fspath(partial)).num_records()
-        if stored != len(rows):
-            raise OSError(f'{partial}: holds {stored} of {len(rows)} records; is the disk full?')
-        with open(partial, 'rb+') as file:
-            os.fsync(file.fileno())
-            checksum = hashlib.file_digest(file, 'sha256').hexdigest()
-            size = file.tell()
-        os.replace(partial, folder.path / folder.shard_name(task))
-        result = {'file_bytes': size, 'sha256': checksum, 'rows': rows, 'problems': problems}
-        folder.write(f'build/done/{task}.json', json.dumps(result, ensure_ascii=False))
-        return json.loads(json.dumps(result))
+        return rows, problems
 
 
 def _problem(entry: Entry, kind: str, reason: str) -> dict[str, str]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from etils import epath
+
 from input_pipeline.decode import DecodeError
 from input_pipeline.encode import join_jpegs
 from input_pipeline.list_formats import IMAGE_SUFFIXES
@@ -41,6 +43,8 @@ class VideoFile:
         """
         try:
             if not self.frames:
+                if '://' in self.path:
+                    return epath.Path(self.path).read_bytes()
                 return self._read_parts()[0] if self.parts else self.path
             return join_jpegs(self._read_parts() if self.parts else self._read_frames(), frame_rate)
         except (OSError, ValueError) as error:
@@ -67,8 +71,8 @@ class VideoFile:
         return contents
 
     def _read_frames(self) -> list[bytes]:
-        names = sorted(name for name in os.listdir(self.path) if _is_frame(name))
-        return [Path(self.path, name).read_bytes() for name in names]
+        files = [file for file in epath.Path(self.path).iterdir() if _is_frame(file.name)]
+        return [file.read_bytes() for file in sorted(files)]
 
 
 def _is_frame(name: str) -> bool:
@@ -82,13 +86,18 @@ class VideoFiles:
         """Opens folders and tar files.
 
         Args:
-          places: folders with videos in any depth, or with tar files; tar files.
+          places: folders with videos in any depth, or with tar files; tar files; folders in a
+            bucket.
 
         Raises:
           ValueError: if a place is not there or a tar file is damaged or compressed.
         """
-        self._places: list[_Folder | _Tar] = []
-        for place in map(Path, places):
+        self._places: list[_Folder | _Tar | _Bucket] = []
+        for place in places:
+            if '://' in os.fspath(place):
+                self._places.append(_Bucket(os.fspath(place)))
+                continue
+            place = Path(place)
             if place.is_dir():
                 self._places += [_Tar(file) for file in sorted(place.glob('*.tar'))]
                 self._places.append(_Folder(place))
@@ -138,6 +147,24 @@ class _Folder:
         if path is None:
             return None
         return VideoFile(os.path.abspath(path), frames=os.path.isdir(path))
+
+
+class _Bucket:
+    def __init__(self, url: str):
+        self._by_end: dict[str, list[str]] = defaultdict(list)
+        self._frames: set[str] = set()
+        scheme = url.split('://')[0]
+        for folder, folders, files in epath.Path(url).walk():
+            # epath gives '/bucket/name' for 'gs://bucket/name' here.
+            place = f'{scheme}://{os.fspath(folder).split("://")[-1].lstrip("/")}'
+            if any(map(_is_frame, files)):
+                self._frames.add(place)
+            for name in (*folders, *files):
+                self._by_end[name].append(f'{place}/{name}')
+
+    def find(self, name: str) -> VideoFile | None:
+        found = _only(self._by_end.get(os.path.basename(name), ()), name)
+        return VideoFile(found, frames=found in self._frames) if found else None
 
 
 class _Tar:

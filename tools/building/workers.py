@@ -14,7 +14,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from tools.building.shards import ShardBuilder, Task
@@ -24,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 
 def build_shards(
-    folder: Path,
+    folder: str | os.PathLike,
     tasks: Sequence[Task],
     num_workers: int,
     timeout: float,
@@ -84,7 +83,7 @@ def build_shards(
 class _Worker:
     """A process, seen from the one that started it."""
 
-    folder: Path
+    folder: str | os.PathLike
     task: Task | None = None
     position: int | None = None  # of the video that it is at
     since: float = 0.0
@@ -147,7 +146,7 @@ class _Worker:
         return task, self.position, kind, reason
 
 
-def _work(connection: Connection, folder: Path) -> None:
+def _work(connection: Connection, folder: str | os.PathLike) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
