@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import jax
@@ -35,7 +35,8 @@ FLOPS_PER_BUNDLE = 4 * LANES * LANES * 2  # of the matrix units of one v4 core
 # Measured schedules: bundles for a register of logits, and products against their time at peak.
 BUNDLES_PER_REGISTER = 9
 ATTENTION_OVER_PEAK = 1.19
-MLP_OVER_PEAK = 1.1
+MLP_OVER_PEAK = 1.12
+BUNDLES_PER_SUM = 1.5  # for a register of the sum, for every part but the first
 VMEM_BYTES = 16 * 2**20  # of a v4 core
 
 
@@ -154,17 +155,20 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
     inner = num_heads * head_dim
     peak = _rows(length) * width * 4 * inner * 2 / FLOPS_PER_BUNDLE
     bundles = ATTENTION_OVER_PEAK * peak + _attention_bundles(length, num_heads)
-    return _per_frame(
+    weights = (
+        *_rows_of(norm['scale'], norm['bias']),
+        attn['qkv']['kernel'].astype(x.dtype).reshape(width, 3 * inner),
+        *_rows_of(attn['qkv']['bias']),
+        attn['out']['kernel'].astype(x.dtype).reshape(inner, width),
+        *_rows_of(attn['out']['bias']),
+    )
+    return _on_frames(
         functools.partial(_residual_attention_kernel, head_dim=head_dim),
         x,
-        (
-            *_rows_of(norm['scale'], norm['bias']),
-            attn['qkv']['kernel'].astype(x.dtype).reshape(width, 3 * inner),
-            *_rows_of(attn['qkv']['bias']),
-            attn['out']['kernel'].astype(x.dtype).reshape(inner, width),
-            *_rows_of(attn['out']['bias']),
-        ),
+        weights,
+        [_stays(w.shape) for w in weights],
         [pltpu.VMEM((length, width), x.dtype), pltpu.VMEM((length, inner), x.dtype)],
+        grid=(x.shape[0],),
         bundles=bundles,
         transcendentals=num_heads * length * length,
         interpret=interpret,
@@ -222,44 +226,93 @@ def residual_mlp(x: jax.Array, norm: Tree, mlp: Tree, interpret: bool = False) -
     """
     _, length, width = x.shape
     hidden = mlp['c_fc']['kernel'].shape[1]
+    tile = mlp_tile(x.shape, hidden)
     peak = _rows(length) * width * 2 * hidden * 2 / FLOPS_PER_BUNDLE
-    return _per_frame(
+    registers = _rows(length) * width / (SUBLANES * LANES)
+    sums = (hidden // tile.hidden - 1) * registers * BUNDLES_PER_SUM
+    weights = (
+        *_rows_of(norm['scale'], norm['bias']),
+        mlp['c_fc']['kernel'].astype(x.dtype),
+        *_rows_of(mlp['c_fc']['bias']),
+        mlp['c_proj']['kernel'].astype(x.dtype),
+        *_rows_of(mlp['c_proj']['bias']),
+    )
+    # A part of the hidden channels: columns of the first matrix, rows of the second.
+    row, columns, rows = (1, width), (width, tile.hidden), (tile.hidden, width)
+    specs = [
+        _stays(row),
+        _stays(row),
+        _part(columns, hidden, axis=1),
+        _part((1, tile.hidden), hidden, axis=1),
+        _part(rows, hidden, axis=0),
+        _stays(row),
+    ]
+    shape = (tile.frames, length, width)
+    return _on_frames(
         _residual_mlp_kernel,
         x,
-        (
-            *_rows_of(norm['scale'], norm['bias']),
-            mlp['c_fc']['kernel'].astype(x.dtype),
-            *_rows_of(mlp['c_fc']['bias']),
-            mlp['c_proj']['kernel'].astype(x.dtype),
-            *_rows_of(mlp['c_proj']['bias']),
-        ),
-        [pltpu.VMEM((length, width), x.dtype), pltpu.VMEM((length, width), jnp.float32)],
-        bundles=MLP_OVER_PEAK * peak,
+        weights,
+        specs,
+        [pltpu.VMEM(shape, x.dtype), pltpu.VMEM(shape, jnp.float32)],
+        grid=(x.shape[0] // tile.frames, hidden // tile.hidden),
+        bundles=MLP_OVER_PEAK * peak + sums,
         transcendentals=length * hidden,
         interpret=interpret,
         name='residual_mlp',
     )
 
 
+class MlpTile(NamedTuple):
+    """What `residual_mlp` works on at a time."""
+
+    frames: int
+    hidden: int
+
+
+# Where the weights do not fit, parts of them are read again for every few frames; this many tokens
+# take longer than their parts need to arrive.
+TOKENS_TO_STREAM = 384
+
+
+def mlp_tile(shape: tuple[int, int, int], hidden: int) -> MlpTile | None:
+    """The largest tile that fits into VMEM, of streams (N, L, W); None if nothing does."""
+    frames, length, width = shape
+    for tile in (MlpTile(1, hidden), MlpTile(2, 512), MlpTile(1, 512), MlpTile(1, 256)):
+        whole = tile.hidden == hidden
+        buffers = 1 if whole else 2
+        weights = buffers * 2 * width * tile.hidden * 2
+        streams = tile.frames * length * width * 19  # in, out, norm, sum and what products leave
+        if (
+            frames % tile.frames == hidden % tile.hidden == 0
+            and (whole or tile.frames * length >= TOKENS_TO_STREAM)
+            and weights + streams + length * tile.hidden * 6 < VMEM_BYTES
+        ):
+            return tile
+    return None
+
+
 def _residual_mlp_kernel(
     x_ref, scale_ref, shift_ref, fc_ref, fc_bias_ref, proj_ref, proj_bias_ref, y_ref, z_ref, sum_ref
 ) -> None:
-    """One frame, (1, L, W) -> (1, L, W); scratch for the norm of it and for the sum of chunks."""
-    width, hidden = fc_ref.shape
-    chunk = math.gcd(hidden, 2 * width)
-    z_ref[...] = _norm(x_ref[0], scale_ref, shift_ref)
-    sum_ref[...] = x_ref[0].astype(jnp.float32) + proj_bias_ref[...]
+    """A few frames and a part of the hidden channels; scratch for the norm and for the sum."""
+    number, count = pl.program_id(1), pl.num_programs(1)
 
-    def add(number: jax.Array, carry: None) -> None:
-        part = pl.ds(pl.multiple_of(number * chunk, LANES), chunk)
-        h = _product(z_ref[...], fc_ref[:, part]) + fc_bias_ref[:, part]
+    @pl.when(number == 0)
+    def _() -> None:
+        for frame in range(x_ref.shape[0]):
+            z_ref[frame] = _norm(x_ref[frame], scale_ref, shift_ref)
+            sum_ref[frame] = x_ref[frame].astype(jnp.float32) + proj_bias_ref[...]
+
+    for frame in range(x_ref.shape[0]):
+        h = _product(z_ref[frame], fc_ref[...]) + fc_bias_ref[...]
         # quick_gelu: a sigmoid is half of 1 + tanh, which is one operation here.
         h = 0.5 * h
         h += h * jnp.tanh(2 * 0.851 * h)
-        sum_ref[...] += _product(h.astype(z_ref.dtype), proj_ref[part, :])
+        sum_ref[frame] += _product(h.astype(z_ref.dtype), proj_ref[...])
 
-    jax.lax.fori_loop(0, hidden // chunk, add, None)
-    y_ref[0] = sum_ref[...].astype(y_ref.dtype)
+    @pl.when(number == count - 1)
+    def _() -> None:
+        y_ref[...] = sum_ref[...].astype(y_ref.dtype)
 
 
 def _norm(x: jax.Array, scale_ref, shift_ref) -> jax.Array:
@@ -277,40 +330,54 @@ def _rows(length: int) -> int:
     return math.ceil(length / SUBLANES) * SUBLANES
 
 
-def _per_frame(
+def _stays(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """A weight that is read once."""
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape), pipeline_mode=pl.Buffered(1))
+
+
+def _part(shape: tuple[int, int], full: int, axis: int) -> pl.BlockSpec:
+    """A weight of which the second axis of the grid takes parts, or all of it at once."""
+    if shape[axis] == full:
+        return _stays(shape)
+    return pl.BlockSpec(shape, lambda _, c: (c, 0) if axis == 0 else (0, c))
+
+
+def _on_frames(
     kernel: Callable[..., None],
     x: jax.Array,
-    whole: tuple[jax.Array, ...],
+    weights: tuple[jax.Array, ...],
+    specs: list[pl.BlockSpec],
     scratch: list[Any],
     *,
+    grid: tuple[int, ...],
     bundles: float,
     transcendentals: int,
     interpret: bool,
     name: str,
 ) -> jax.Array:
-    """Runs a kernel on each frame of (N, L, W), with weights that are read once and stay."""
+    """Runs a kernel on (N, L, W), N cut over the first axis of the grid; costs are of one frame."""
     frames, length, width = x.shape
-    frame = pl.BlockSpec((1, length, width), lambda n: (n, 0, 0))
-    stay = [pl.BlockSpec(w.shape, lambda n: (0, 0), pipeline_mode=pl.Buffered(1)) for w in whole]
+    some = pl.BlockSpec((frames // grid[0], length, width), lambda n, *_: (n, 0, 0))
     cost = pl.CostEstimate(
         flops=int(frames * bundles * FLOPS_PER_BUNDLE),
         transcendentals=frames * transcendentals,
-        bytes_accessed=2 * x.nbytes + sum(w.nbytes for w in whole),
+        bytes_accessed=2 * x.nbytes + sum(w.nbytes for w in weights),
     )
     return pl.pallas_call(
         kernel,
-        grid=(frames,),
-        in_specs=[frame, *stay],
-        out_specs=frame,
+        grid=grid,
+        in_specs=[some, *specs],
+        out_specs=some,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=('parallel',), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=('parallel', 'arbitrary')[: len(grid)],
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         cost_estimate=cost,
         interpret=interpret,
         name=name,
-    )(x, *whole)
+    )(x, *weights)
 
 
 Heads = tuple[jax.Array, jax.Array, jax.Array]
@@ -393,14 +460,12 @@ def attention_fits(x: jax.Array, attn: Tree) -> bool:
 
 def mlp_fits(x: jax.Array, mlp: Tree) -> bool:
     """Whether `residual_mlp` takes these: bfloat16, nothing split, room in VMEM."""
-    _, length, width = x.shape
-    hidden = mlp['c_fc']['kernel'].shape[1]
-    weights = 2 * width * hidden * x.dtype.itemsize
+    width, hidden = mlp['c_fc']['kernel'].shape
     return (
         x.dtype == jnp.bfloat16
         and width % LANES == hidden % LANES == 0
         and _mesh_sizes().get(TENSOR, 1) == 1
-        and weights + 19 * length * width < VMEM_BYTES
+        and mlp_tile(_on_device(x).shape, hidden) is not None
     )
 
 
@@ -422,10 +487,21 @@ def on_each_device(
       whole: what every device needs all of.
       split: the axis of the mesh that C is split over, of `x` and of the result.
     """
-    sizes = _mesh_sizes()
-    if math.prod(sizes.values()) == 1:
+    if math.prod(_mesh_sizes().values()) == 1:
         return function(x, *whole)
-    batch = BATCH if x.shape[0] % math.prod(sizes[axis] for axis in BATCH) == 0 else None
-    spec = PartitionSpec(batch, None, split)
+    spec = PartitionSpec(_batch_axes(x), None, split)
     inputs = (spec, *(PartitionSpec() for _ in whole))
     return jax.shard_map(function, in_specs=inputs, out_specs=spec, check_vma=False)(x, *whole)
+
+
+def _batch_axes(x: jax.Array) -> tuple[str, ...] | None:
+    """Axes of the mesh that N of (N, L, C) is split over; None where they do not divide it."""
+    sizes = _mesh_sizes()
+    return BATCH if x.shape[0] % math.prod(sizes.get(axis, 1) for axis in BATCH) == 0 else None
+
+
+def _on_device(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """The part of (N, L, C) that a device holds."""
+    sizes, axes = _mesh_sizes(), _batch_axes(x) or ()
+    parts = math.prod(sizes.get(axis, 1) for axis in axes)
+    return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype)

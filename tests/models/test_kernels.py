@@ -96,6 +96,22 @@ def test_the_halves_of_a_block_equal_the_plain_ones(
     assert error.max() < 1.5 * usual.max()
 
 
+def test_an_mlp_whose_weights_do_not_fit_is_worked_on_in_parts():
+    """Six frames of 200 tokens, two at a time, and four parts of the hidden channels."""
+    rng = np.random.default_rng(2)
+    params = block_params(rng, 1024, 2, 64, 2048)
+    x = jnp.asarray(rng.normal(size=(6, 200, 1024)) * 3, jnp.bfloat16)
+    assert kernels.mlp_tile(x.shape, 4096) == (2, 512)
+    inputs = (x, params['norm'], params['mlp'])
+    whole = kernels.residual_mlp(*inputs, interpret=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, 'mlp_tile', lambda *_: kernels.MlpTile(2, 512))
+        parts = kernels.residual_mlp(*inputs, interpret=True)
+    error = np.abs(np.asarray(whole, np.float32) - np.asarray(parts, np.float32))
+    assert error.max() <= 2**-7 * np.abs(np.asarray(whole, np.float32)).max()
+    assert error.mean() < 1e-3
+
+
 def test_which_blocks_the_halves_take():
     """Published towers, at their published sizes: bfloat16 weights and a frame in 16 MiB."""
 
@@ -108,8 +124,8 @@ def test_which_blocks_the_halves_take():
 
     assert takes(197, 768) == (True, True)  # B/16
     assert takes(50, 768) == (True, True)  # B/32
-    assert takes(257, 1024) == (True, False)  # L/14
-    assert takes(577, 1024) == (False, False)  # L/14, 336 pixels
+    assert takes(257, 1024) == (True, True)  # L/14
+    assert takes(577, 1024) == (False, True)  # L/14, 336 pixels
     assert takes(197, 768, jnp.float32) == (False, False)
     assert takes(50, 192) == (False, False)  # half a register would be left
 
@@ -182,7 +198,7 @@ def test_towers_compile_for_several_chips_with_the_kernels_that_fit():
             ('tensor', [heads]),
             ('vit_b16', [whole, mlp]),
             ('vit_b32', [whole, mlp]),
-            ('vit_l14', [whole]),
-            ('vit_l14_336', [heads]),
+            ('vit_l14', [whole, mlp]),
+            ('vit_l14_336', [heads, mlp]),
         )
     ]
