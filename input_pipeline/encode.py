@@ -63,14 +63,17 @@ def transcode(
       An mp4 file.
 
     Raises:
-      DecodeError: if a frame cannot be read.
+      DecodeError: if a frame cannot be read or encoded.
       ValueError: if an argument is out of range.
     """
     check_options(short_side, keyframe_interval, crf, codec)
-    if isinstance(source, VideoReader):
+    if not isinstance(source, VideoReader):
+        with VideoReader(source, max_pixels) as video:
+            return transcode(video, short_side, keyframe_interval, crf, codec, start=start, end=end)
+    try:
         return _encode(source, short_side, keyframe_interval, crf, codec, start, end)
-    with VideoReader(source, max_pixels) as video:
-        return _encode(video, short_side, keyframe_interval, crf, codec, start, end)
+    except av.FFmpegError as error:  # of the encoder; the reader has errors of its own
+        raise DecodeError(source.path, 'corrupt', f'cannot be encoded: {error}') from error
 
 
 def check_options(short_side: int, keyframe_interval: int, crf: int, codec: str) -> None:

@@ -145,6 +145,8 @@ def test_wrong_uses_are_errors_that_say_so(built, clips, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             open_source(built, **arguments)
+    with pytest.raises(ValueError, match='mount it or copy'):
+        open_source('gs://bucket/built')
     for name, content in (('train.index.npz', b'PK junk'), ('index.json', b'{"format": 99}')):
         copy = tmp_path / name
         shutil.copytree(built, copy)

@@ -13,6 +13,7 @@ import zlib
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
@@ -376,8 +377,10 @@ def test_a_killed_build_continues_to_the_same_bytes(listed):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while len(list(out.glob('build/done/*.json'))) < number and process.poll() is None:
             time.sleep(0.002)
+        children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
+        assert not psutil.wait_procs(children, timeout=20)[1]  # they end with it
         for shard in out.glob('*array_record*'):  # whatever has its name is whole
             assert shard.read_bytes() == (expected / shard.name).read_bytes()
     assert kills
@@ -389,6 +392,23 @@ def test_a_killed_build_continues_to_the_same_bytes(listed):
     before = (out / 'manifest.json').stat().st_mtime_ns
     assert build_dataset.main(words) == 0  # complete already
     assert (out / 'manifest.json').stat().st_mtime_ns == before
+
+
+def test_two_builds_in_one_folder_are_refused(listed, monkeypatch, capsys):
+    folder, arguments = listed
+    build_shard = ShardBuilder.build
+    codes = []
+
+    def meanwhile(self, *rest):
+        monkeypatch.setattr(ShardBuilder, 'build', build_shard)
+        words = ['custom', '--out', f'{folder}/out', '--workers', '0', *map(str, arguments)]
+        codes.append(build_dataset.main(words))
+        return build_shard(self, *rest)
+
+    monkeypatch.setattr(ShardBuilder, 'build', meanwhile)
+    build('custom', folder, *arguments)
+    assert codes == [2]
+    assert 'another build is at work' in capsys.readouterr().out
 
 
 def test_changed_arguments_and_lists_are_named(listed, capsys):

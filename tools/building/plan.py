@@ -35,7 +35,7 @@ class Options:
 
     records_per_shard: int = 256
     short_side: int = 0
-    keyframe_interval: int = 16
+    keyframe_interval: int = 8
     crf: int = 23
     codec: str = 'h264'
     full_check: bool = False
