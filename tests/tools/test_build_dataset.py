@@ -69,7 +69,10 @@ def kinetics710(folder, video):
     names = numbered(710)[::-1]
     put(folder / 'lists/names.txt', '\n'.join(names))
     header = 'label,youtube_id,time_start,time_end,split,source\n'
-    put(folder / 'lists/train.csv', f'{header}{names[7]},abc,0,10,train,k600\n')
+    # As tools.merge_kinetics writes it: with the file, of two of this name.
+    text = f'{header.strip()},path\n{names[7]},abc,0,10,train,k600,k600/abc_000000_000010.mp4\n'
+    put(folder / 'lists/train.csv', text)
+    put(folder / 'videos/k400/abc_000000_000010.mp4', b'another')
     put(folder / 'lists/val.csv', f'{header}{names[0]},def,0,10,val,k400\n')
     put(folder / 'videos/k600/abc_000000_000010.mp4', video)
     put(folder / 'videos/k400/def_000000_000010.mp4', video)
@@ -364,6 +367,7 @@ def test_any_number_of_workers_gives_the_same_bytes(listed):
     assert checksums(one) == checksums(folder / 'two')
 
 
+@pytest.mark.slow
 def test_a_killed_build_continues_to_the_same_bytes(listed):
     folder, arguments = listed
     arguments += ['--short_side', 24]
@@ -473,6 +477,7 @@ def test_a_compressed_tar_file_is_an_error_that_says_what_to_do(listed, capsys):
     assert 'gunzip' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_video_that_kills_or_hangs_its_process_is_left_out(listed, monkeypatch):
     folder, arguments = listed
     # Real processes, which die or sleep at a video: what a decoder's fault looks like from outside.

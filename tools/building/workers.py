@@ -69,7 +69,7 @@ def build_shards(
                 tries[task, position] += 1
                 if tries[task, position] >= (1 if kind == 'timed out' else TRIES):
                     if position is None:
-                        raise RuntimeError(f'a process {reason} before it read a video of {task}')
+                        raise RuntimeError(f'{task}: {reason}, before it came to a video')
                     given_up.setdefault(task, {})[position] = (kind, reason)
                 waiting.appendleft(task)
     finally:
