@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -116,23 +117,31 @@ def evaluate(
     )
     kept: list[tuple[np.ndarray, ...]] = []
     bad: list[tuple[str, str]] = []
-    for done, batch in enumerate(batches, 1):
-        probabilities = eval_step(
-            variables, frozen, to_global({'video': batch['video']}, mesh)['video']
-        )
+
+    def collect(batch: dict[str, np.ndarray], probabilities: tuple[jax.Array, ...]) -> None:
         local = [_local_rows(column) for column in probabilities]
         # What several hosts read is counted once.
         rows = (batch['mask'] > 0) & part.first
         labels = batch['label'].reshape(len(rows), -1)
         kept.append((batch['index'][rows], labels[rows], *(column[rows] for column in local)))
-        bad += [
+        bad.extend(
             (str(path), str(error))
             for path, error in zip(batch['path'], batch['error'])
             if error and part.first
-        ]
+        )
         if on_batch is not None:
-            on_batch(done, len(batches))
-    batches.close()
+            on_batch(len(kept), len(batches))
+
+    # One step is on the devices while the next batch goes there.
+    running: tuple[dict[str, np.ndarray], tuple[jax.Array, ...]] | None = None
+    with contextlib.closing(batches):
+        for batch in batches:
+            video = to_global({'video': batch.pop('video')}, mesh)['video']
+            probabilities = eval_step(variables, frozen, video)
+            if running is not None:
+                collect(*running)
+            running = batch, probabilities
+        collect(*running)
     num_bad = _sum_over_hosts(len(bad))
     if num_bad and not allow_bad_videos:
         named = '\n'.join(f'  {path}: {reason}' for path, reason in bad[:50])

@@ -49,7 +49,8 @@ from input_pipeline.video_list import LabelledSource
 
 log = logging.getLogger('dist_jax')
 
-# Steps that may be on the device while the host goes on; their losses are checked when they end.
+# Steps that may be on the device while the host goes on: so many batches are sent ahead of the one
+# that is computed. Their losses are checked when they end.
 STEPS_IN_FLIGHT = 2
 
 BATCH_KEYS = ('video', 'label', 'mask')  # what goes to the devices

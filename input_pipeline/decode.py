@@ -100,6 +100,7 @@ class VideoReader:
         self._container = None
         self._packets = []
         self._reformatter = VideoReformatter()
+        self._turned: bool | None = None  # whether a frame has a display matrix; not known yet
         try:
             self._open(source, max_pixels)
             self._read_packets()
@@ -262,6 +263,18 @@ class VideoReader:
         _, frame = next(self._pick(np.zeros(1, np.int64), shortcuts=False))
         return round(frame.rotation / 90) * 90 % 360
 
+    def display_matrix(self, decoded: av.VideoFrame) -> tuple[int, ...] | None:
+        """How a frame of this video is to be turned, for `turn`; None for a frame that is upright.
+
+        Frames that no container turned are not looked at closely: PyAV ties a frame whose side data
+        is read to itself, and its memory would wait for the garbage collector.
+        """
+        if self._turned is False and not decoded.rotation:
+            return None
+        matrix = decoded.side_data.get(SideDataType.DISPLAYMATRIX)
+        self._turned = self._turned or matrix is not None
+        return None if matrix is None else tuple(np.frombuffer(matrix, np.int32)[:5].tolist())
+
     def frame_range(self, start: float | None, end: float | None) -> tuple[int, int]:
         """The part of the video between two times.
 
@@ -334,9 +347,8 @@ class VideoReader:
         video, count = None, 0
         for index, frame in self._pick(wanted, shortcuts):
             with self._failing_as('corrupt'):
-                picture = _upright(
-                    self._reformatter.reformat(frame, format='rgb24', threads=1), frame
-                )
+                picture = self._reformatter.reformat(frame, format='rgb24', threads=1)
+                picture = turn(_pixels(picture), self.display_matrix(frame))
             if video is None:
                 video = np.empty((len(indices), *picture.shape), np.uint8)
             if picture.shape != video.shape[1:]:
@@ -491,28 +503,27 @@ def _open_container(file: str | io.BytesIO, max_pixels: int) -> av.container.Inp
         return av.open(file, options=options)
 
 
-def _upright(picture: av.VideoFrame, decoded: av.VideoFrame) -> np.ndarray:
-    """(h, w, 3) uint8 of an RGB frame, turned as the display matrix of the decoded one says."""
+def _pixels(picture: av.VideoFrame) -> np.ndarray:
+    """(h, w, 3) uint8 of an RGB frame."""
     plane = picture.planes[0]
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: picture.height]
-    return turn(rows[:, : picture.width * 3].reshape(picture.height, picture.width, 3), decoded)
+    return rows[:, : picture.width * 3].reshape(picture.height, picture.width, 3)
 
 
-def turn(pixels: np.ndarray, decoded: av.VideoFrame) -> np.ndarray:
+def turn(pixels: np.ndarray, matrix: tuple[int, ...] | None) -> np.ndarray:
     """Turns an image upright.
 
     Args:
-      pixels: (h, w, ...) made of the frame, or one plane of it.
-      decoded: the frame as it came out of the decoder, with its display matrix.
+      pixels: (h, w, ...) made of a frame, or one plane of it.
+      matrix: its `VideoReader.display_matrix`.
 
     Returns:
       A view, (h, w, ...) or (w, h, ...); `pixels` itself where nothing is to be turned.
     """
-    matrix = decoded.side_data.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
         return pixels
     # x' = a x + c y, y' = b x + d y; rounded to the nearest of the eight exact positions.
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    a, b, _, c, d = matrix
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels = pixels.swapaxes(0, 1)
         flip_x, flip_y = c < 0, b < 0

@@ -166,7 +166,8 @@ def _shrunk(
     except (av.FFmpegError, ValueError) as error:
         raise DecodeError(video.path, 'corrupt', f'cannot be scaled: {error}') from error
     planes = [_plane(frame, k) for k in range(3)]
-    turned = [turn(plane, decoded) for plane in planes]
+    matrix = video.display_matrix(decoded)
+    turned = [turn(plane, matrix) for plane in planes]
     if all(before is after for before, after in zip(planes, turned)):
         return frame
     upright = av.VideoFrame(turned[0].shape[1], turned[0].shape[0], frame.format.name)

@@ -192,10 +192,10 @@ def measure_pipelines(
 def measure_stages(
     paths: list[str], recipe: TrainReader, repeats: int, tick: Callable[[], None]
 ) -> dict[str, float]:
-    """Milliseconds of CPU time of a clip by stage; the transfer is to the first device of JAX."""
+    """Milliseconds of CPU time of a clip by stage; the transfer copies to the device of JAX."""
     spent: dict[str, float] = collections.defaultdict(float)
     clips = np.zeros((len(paths), *recipe.shape), np.uint8)
-    jax.block_until_ready(jax.device_put(clips))
+    jax.block_until_ready(jax.device_put(clips, may_alias=False))
     clock = time.process_time
 
     def timed(stage: str, work: Callable[[], object]) -> object:
@@ -216,7 +216,7 @@ def measure_stages(
             made = timed('transform', lambda f=frames, c=child: apply(recipe.transforms, f, 0, c))
             timed('batch', lambda k=number, m=made: np.copyto(clips[k], m[0]))
             tick()
-        timed('transfer', lambda: jax.block_until_ready(jax.device_put(clips)))
+        timed('transfer', lambda: jax.block_until_ready(jax.device_put(clips, may_alias=False)))
     return {stage: 1e3 * total / repeats / len(paths) for stage, total in spent.items()}
 
 
@@ -261,11 +261,16 @@ def measure_scaling(
 
 
 def resident_mib(pids: list[int]) -> float:
-    """Memory of processes; what they share counts once (the kernel's Pss)."""
+    """Resident memory of processes without the code that they map from files.
+
+    What they share counts once: the kernel's Pss. Code would count by how many other processes of
+    the machine use the same libraries at the moment.
+    """
+    kinds = ('Pss_Anon:', 'Pss_Shmem:')
     total = 0
     for pid in pids:
         lines = Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
-        total += sum(int(line.split()[1]) for line in lines if line.startswith('Pss:'))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(kinds))
     return total / 1024
 
 
@@ -345,7 +350,7 @@ def measure(arguments: argparse.Namespace, sizes: Sizes, progress: Progress) -> 
 
     def ticker(what: str, total: int) -> Callable[[], None]:
         task = progress.add_task(what, total=total)
-        return lambda: progress.advance(task)
+        return lambda: progress.update(task, advance=1, refresh=True)
 
     with tempfile.TemporaryDirectory() as folder:
         tick = ticker('writing videos', sizes.videos)
@@ -495,7 +500,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console = Console()
     try:
-        with Progress(console=console) as progress:
+        # Drawn between measurements, not by a thread that would be measured too.
+        with Progress(console=console, auto_refresh=False) as progress:
             figures = measure(arguments, QUICK if arguments.quick else FULL, progress)
     except ValueError as error:
         console.print(f'[red]error:[/red] {error}', soft_wrap=True, highlight=False)

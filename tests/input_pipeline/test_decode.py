@@ -1,6 +1,8 @@
+import gc
 import itertools
 import struct
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -99,6 +101,20 @@ def test_mirroring_display_matrix_is_honoured(tmp_path):
     everything = decode_everything(path)
     with VideoReader(path) as video:
         np.testing.assert_array_equal(video.frames([5])[0], everything[5][:, ::-1])
+
+
+def test_frames_do_not_wait_for_the_garbage_collector(tmp_path):
+    path = write_video(tmp_path / 'v.mp4')
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with VideoReader(path) as video:
+                video.frames(np.arange(20))
+        left = sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert left < 10  # of 60; the first of a file is asked whether it is turned
 
 
 def test_bytes_read_like_a_file(tmp_path):
