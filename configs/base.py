@@ -94,9 +94,9 @@ def get_config() -> ConfigDict:
     config.data.erase = 0.0  # share of clips with an erased box
     config.data.erase_mode = 'const'  # const (mean colour), rand (one colour) or pixel (noise)
     config.data.max_bad_share = 0.01  # share of unreadable videos beyond which a run stops
-    # Readers of a host: processes, or with 0 processes threads. Processes scale to many cores, and
-    # one that dies over a hostile file is replaced.
-    config.data.num_workers = 0
+    # Readers of a host: processes, which use all cores and are replaced when they die over a file;
+    # -1 for one a CPU, at most 64. With 0 there are none, and threads read.
+    config.data.num_workers = -1
     config.data.num_threads = 8
     config.data.record_timeout = 60.0  # seconds after which a reader process is given up
     config.data.buffer_size = 8  # batches read ahead
@@ -158,6 +158,7 @@ def demo(config: ConfigDict) -> None:
         crop='centre',
         flip=False,  # directions are classes
         grayscale=0.0,
+        num_workers=0,
         num_threads=2,
     )
     config.mixing.probability = 0.0

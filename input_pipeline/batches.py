@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from input_pipeline.workers import Element, ReaderPool, Stream
+from input_pipeline.workers import Element, ReaderPool, Stream, usual_number
 
 # What all rows of a record share.
 _RECORD_FIELDS = {
@@ -41,7 +41,8 @@ class Batches:
           num_batches: batches in all.
           batch_size: elements of a batch.
           num_threads: reader threads, each of which makes whole batches; 0 reads in `next`.
-          num_workers: reader processes, which take the place of threads; 0 for threads.
+          num_workers: reader processes, which take the place of threads; 0 for threads, -1 for as
+            many as `workers.usual_number` says.
           buffer_size: batches that are made ahead.
           record_timeout: seconds that a reader process may take over an element.
 
@@ -50,6 +51,8 @@ class Batches:
         """
         self._num_batches = num_batches
         self._pool = None
+        if num_workers == -1:
+            num_workers = usual_number()
         if not num_batches:
             self._iterator = iter(())
         elif num_workers:

@@ -355,8 +355,9 @@ def train_batches(
       host_index: this host, from 0.
       host_count: number of hosts.
       num_threads: reader threads; the batches do not depend on it.
-      num_workers: reader processes instead of threads, see `workers`; 0 for threads. The batches do
-        not depend on it, but for videos that a process dies of or takes too long over.
+      num_workers: reader processes instead of threads, see `workers`; 0 for threads, -1 for one a
+        CPU. The batches do not depend on it, but for videos that a process dies of or takes too
+        long over.
       buffer_size: batches made ahead.
       record_timeout: seconds that a reader process may take over a record.
       shuffle: False keeps the order of the list in every epoch.
@@ -413,8 +414,9 @@ def eval_batches(
       host_index: this host, from 0.
       host_count: number of hosts.
       num_threads: reader threads; the batches do not depend on it.
-      num_workers: reader processes instead of threads, see `workers`; 0 for threads. The batches do
-        not depend on it, but for videos that a process dies of or takes too long over.
+      num_workers: reader processes instead of threads, see `workers`; 0 for threads, -1 for one a
+        CPU. The batches do not depend on it, but for videos that a process dies of or takes too
+        long over.
       buffer_size: batches made ahead.
       record_timeout: seconds that a reader process may take over a record.
 

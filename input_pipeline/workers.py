@@ -39,6 +39,7 @@ KINDS = ('crashed', 'timed out')  # of elements that a process could not make, b
 ATTEMPTS = 2  # processes that may fail over an element
 AHEAD = 2  # elements that a process is given at a time, so that it does not wait for the next one
 LENT = 3  # buffers that the consumer may keep; what it keeps beyond them is copied
+MOST_WORKERS = 64  # of `usual_number`; so many feed four v4 chips twice over
 START_SECONDS = 120  # for a process to be ready
 FAILED_STARTS = 3  # in a row, after which it is not the fault of a record
 
@@ -59,6 +60,16 @@ class Stream(Protocol):
 
     def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
         """Makes an element; with `failure`, a (kind, reason), the one of a bad video instead."""
+
+
+def usual_number() -> int:
+    """Processes for this machine: one a CPU that this process may use, at most `MOST_WORKERS`.
+
+    0, which means threads, where the system is not Linux.
+    """
+    if not hasattr(os, 'memfd_create'):
+        return 0
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
 class ReaderError(RuntimeError):
@@ -159,8 +170,8 @@ class ReaderPool:
         """
         if num_workers < 1 or not record_timeout > 0:
             raise ValueError(
-                f'num_workers={num_workers} must be at least 1 and '
-                f'record_timeout={record_timeout} more than 0 s'
+                f'num_workers={num_workers} must be -1 or more and record_timeout='
+                f'{record_timeout} more than 0 s'
             )
         if not hasattr(os, 'memfd_create'):
             raise ReaderError('reader processes need Linux; set num_workers=0 to read in threads')

@@ -36,6 +36,6 @@ def test_growth_of_memory_is_from_the_second_fifth_to_the_last():
 
 def test_a_host_needs_fewer_cores_when_clips_are_cheaper():
     needs = benchmark_input.host_needs(clips_per_core=50.0, scaling=2.0, trainer_ms=0.5)
-    assert needs['needed_clips_per_s'] == 628
-    assert needs['workers'] == 13 and needs['workers_at_half_speed'] == 26
-    assert needs['trainer_cores'] == pytest.approx(0.314)
+    assert needs['needed_clips_per_s'] == 720
+    assert needs['workers'] == 15 and needs['workers_at_half_speed'] == 29
+    assert needs['trainer_cores'] == pytest.approx(0.36)

@@ -16,7 +16,7 @@ from video_files import pictures, write_video
 from input_pipeline.pipeline import EvalReader, TrainReader, eval_batches, train_batches
 from input_pipeline.transforms import Flip, Grayscale, RandomResizedCrop
 from input_pipeline.video_list import Record, VideoList
-from input_pipeline.workers import LENT, ReaderError
+from input_pipeline.workers import LENT, MOST_WORKERS, ReaderError, usual_number
 
 READER = TrainReader(4, 32, transforms=(Flip(), RandomResizedCrop(32), Grayscale(0.5)))
 NAMES = tuple('abc')
@@ -245,6 +245,15 @@ def test_an_error_of_a_transform_is_raised_with_its_record(source):
     assert 'while reading record' in caught.value.__notes__[0]
     assert 'in __call__' in caught.value.__notes__[1]  # where it was raised
     assert list(batches) == []
+
+
+def test_one_process_a_cpu_unless_told_otherwise(source):
+    batches = batches_of(source, num_workers=-1, num_steps=100)
+    next(batches)
+    assert len(batches.worker_pids) == usual_number() <= MOST_WORKERS
+    batches.close()
+    with pytest.raises(ValueError, match='num_workers=-2 must be -1 or more'):
+        batches_of(source, num_workers=-2)
 
 
 def test_what_cannot_be_sent_is_an_error_at_once(source):
