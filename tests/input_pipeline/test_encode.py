@@ -4,10 +4,10 @@ import av
 import cv2
 import numpy as np
 import pytest
+from video_files import pictures, write_audio, write_video
 
 from input_pipeline.decode import DecodeError, VideoReader
 from input_pipeline.encode import join_jpegs, transcode
-from tests.input_pipeline.video_files import pictures, write_audio, write_video
 
 
 def _smooth(num_frames, height=96, width=128):

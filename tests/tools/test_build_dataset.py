@@ -19,11 +19,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from video_files import pictures, write_video
 
 from input_pipeline.datasets import DATASETS
 from input_pipeline.decode import VideoReader
 from input_pipeline.records import BuiltSplit
-from tests.input_pipeline.video_files import pictures, write_video
 from tools import build_dataset
 from tools.building.shards import ShardBuilder
 
