@@ -491,7 +491,7 @@ def plot(figures: dict, path: str) -> None:
         start += width
     right.set_xlabel('CPU milliseconds of a clip')
     right.set_title('stages of our pipeline', fontsize=10)
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0.36, 0.0), ncols=2)
     for axes in (left, right):
         axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(path, dpi=120)
