@@ -169,13 +169,12 @@ small = dataclasses.replace(clip.SPECS['vit_b16'], depth=1, vocab_size=8, text_d
 tapped = clip.Taps(attention=(0,), outputs=(0,))
 devices = topology.devices(topology.parse_topology('v5e:2x2'))
 print('v5e', compile(make_mesh(devices, fsdp=2), small))
-print('v5e tapped', compile(make_mesh(devices, fsdp=2), small, tapped))
 devices = topology.devices(topology.parse_topology('v4:2x2x1'))
 mesh = make_mesh(devices, fsdp=2)
 print('tapped', compile(mesh, small, tapped))
 print('gradient', compile(mesh, small, gradient=True))
 print('tensor', compile(make_mesh(devices, fsdp=2, tensor=2), small))
-for tower in ('vit_b16', 'vit_b32', 'vit_l14', 'vit_l14_336'):
+for tower in ('vit_l14', 'vit_l14_336'):
     spec = dataclasses.replace(clip.SPECS[tower], depth=1, vocab_size=8, text_depth=1)
     print(tower, compile(mesh, spec))
 """
@@ -192,12 +191,9 @@ def test_towers_compile_for_several_chips_with_the_kernels_that_fit():
         f'{case} {expected}'
         for case, expected in (
             ('v5e', [whole, mlp]),
-            ('v5e tapped', [heads, mlp]),
             ('tapped', [heads, mlp]),
             ('gradient', [heads, whole]),
             ('tensor', [heads]),
-            ('vit_b16', [whole, mlp]),
-            ('vit_b32', [whole, mlp]),
             ('vit_l14', [whole, mlp]),
             ('vit_l14_336', [heads, mlp]),
         )
