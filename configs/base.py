@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     config.data.erase_mode = 'const'  # const (mean colour), rand (one colour) or pixel (noise)
     config.data.max_bad_share = 0.01  # share of unreadable videos beyond which a run stops
     # Readers of a host: processes, which use all cores and are replaced when they die over a file;
-    # -1 for one a CPU, at most 64. With 0 there are none, and threads read.
+    # -1 for one a CPU, at most 128. With 0 there are none, and threads read.
     config.data.num_workers = -1
     config.data.num_threads = 8
     config.data.record_timeout = 60.0  # seconds after which a reader process is given up

@@ -39,7 +39,7 @@ KINDS = ('crashed', 'timed out')  # of elements that a process could not make, b
 ATTEMPTS = 2  # processes that may fail over an element
 AHEAD = 2  # elements that a process is given at a time, so that it does not wait for the next one
 LENT = 3  # buffers that the consumer may keep; what it keeps beyond them is copied
-MOST_WORKERS = 64  # of `usual_number`; so many feed four v4 chips twice over
+MOST_WORKERS = 128  # of `usual_number`; so many feed four v4 chips, see docs/performance.md
 START_SECONDS = 120  # for a process to be ready
 FAILED_STARTS = 3  # in a row, after which it is not the fault of a record
 

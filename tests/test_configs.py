@@ -63,30 +63,57 @@ def test_no_row_is_missing():
     assert frame_mean.VARIANTS.keys() == BASELINE.keys()
 
 
+def abstract_run(config):
+    """Model, frozen tree and state of a row as shapes, with its optimizer's settings."""
+    spec = clip.SPECS[config.backbone.name]
+    assert config.data.image_size == spec.image_size
+    model = experiment.make_model(config, spec, classes(config))
+    frozen = experiment.abstract_frozen(spec, model, classes(config))
+    settings = train.optimizer_settings(config, train.make_plan(config, 1000))
+    state = jax.eval_shape(train.state_initialiser(config, model, settings), frozen)
+    return model, frozen, state, settings
+
+
+def classes(config):
+    number = DATASETS[config.data.name].num_classes
+    return number if isinstance(number, tuple) else (number,)
+
+
+def program(config):
+    """What decides the program of a row, but for the number of classes and numbers in it."""
+    data = config.data
+    shape = (data.num_frames, data.image_size, config.eval.num_clips, len(classes(config)))
+    optimizer = (config.optimizer.label_smoothing, config.optimizer.ema_decay)
+    groups = (config.model.to_dict(), config.mixing.to_dict(), config.backbone.name)
+    return repr((shape, optimizer, groups, config.accumulation))
+
+
 @pytest.mark.parametrize(
     ('file', 'name', 'count'), ROWS, ids=[f'{f.__name__}-{n}' for f, n, _ in ROWS]
 )
-def test_row_traces_and_has_its_size(file, name, count):
-    config = file.get_config(name)
-    classes = DATASETS[config.data.name].num_classes
-    num_classes = classes if isinstance(classes, tuple) else (classes,)
-    spec = clip.SPECS[config.backbone.name]
-    assert config.data.image_size == spec.image_size
-    model = experiment.make_model(config, spec, num_classes)
-    frozen = experiment.abstract_frozen(spec, model, num_classes)
-    plan = train.make_plan(config, 1000)
-    settings = train.optimizer_settings(config, plan)
-    state = jax.eval_shape(train.state_initialiser(config, model, settings), frozen)
+def test_row_has_its_size(file, name, count):
+    _, _, state, _ = abstract_run(file.get_config(name))
     assert sum(x.size for x in jax.tree.leaves(state.params)) == count
+
+
+CONFIGS = {f'{file.__name__}-{name}': file.get_config(name) for file, name, _ in ROWS}
+PROGRAMS = {program(config): name for name, config in reversed(CONFIGS.items())}
+
+
+@pytest.mark.parametrize('name', sorted(PROGRAMS.values()))
+def test_steps_of_each_program_trace(name):
+    """Rows that differ in data set and schedule alone are traced once."""
+    config = CONFIGS[name]
+    model, frozen, state, settings = abstract_run(config)
     train_step = step.make_train_step(
         model,
         optim.make_optimizer(state.params, model.param_groups, settings),
         optim.make_schedule(settings),
-        train.step_settings(config, num_classes),
+        train.step_settings(config, classes(config)),
         make_mesh(jax.devices()[:1]),
     )
     data, clips = config.data, 2 * config.accumulation
-    labels = (clips, len(num_classes)) if len(num_classes) > 1 else (clips,)
+    labels = (clips, len(classes(config))) if len(classes(config)) > 1 else (clips,)
     shape = (clips, data.num_frames, data.image_size, data.image_size, 3)
     batch = {
         'video': jax.ShapeDtypeStruct(shape, jnp.uint8),
@@ -101,7 +128,7 @@ def test_row_traces_and_has_its_size(file, name, count):
     eval_step = step.make_eval_step(model, make_mesh(jax.devices()[:1]))
     views = jax.ShapeDtypeStruct((clips, config.eval.num_clips, *shape[1:]), jnp.uint8)
     scores = jax.eval_shape(eval_step, state.eval_variables, frozen, views)
-    assert [s.shape for s in scores] == [(clips, n) for n in num_classes]
+    assert [s.shape for s in scores] == [(clips, n) for n in classes(config)]
 
 
 def test_rows_follow_the_released_recipe():
