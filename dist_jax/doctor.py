@@ -33,7 +33,7 @@ from rich.table import Table
 
 from dist_jax import checkpoint, experiment, pod
 from dist_jax.models import converted
-from dist_jax.sharding import check_batch_size, check_samples, make_mesh
+from dist_jax.sharding import make_mesh
 from input_pipeline.decode import DecodeError
 from input_pipeline.pipeline import open_video
 
@@ -481,12 +481,7 @@ def _workdir(rows: list[dict[str, Any]], shared: list[list[int]], workdir: str) 
 
 def _batches(config: ConfigDict) -> Check:
     try:
-        mesh = make_mesh(**config.mesh)
-        check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
-        check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-        reader = experiment.train_reader(config)
-        check_samples(config.batch_size, mesh, reader.num_samples)
-        experiment.eval_reader(config)  # checks its fields
+        experiment.check_batches(config, make_mesh(**config.mesh))
     except ValueError as error:
         return Check('batch', FAILED, _reason(error), 'Set the field that is named.')
     return Check('batch', OK, f'{config.batch_size} clips, {config.eval.batch_size} in evaluation')

@@ -25,7 +25,9 @@ from dist_jax.models.api import Tree, VideoModel
 from dist_jax.sharding import (
     FSDP,
     TENSOR,
+    check_batch_size,
     check_replicated_share,
+    check_samples,
     on_mesh,
     place,
     replicated,
@@ -289,6 +291,20 @@ def eval_reader(config: ConfigDict) -> pipeline.EvalReader:
             interpolation=data.resize_interpolation,
             layout=test.crop_layout,
         )
+
+
+def check_batches(config: ConfigDict, mesh: Mesh) -> pipeline.TrainReader:
+    """The training recipe of a config whose batches fit the mesh, and whose test protocol is whole.
+
+    Raises:
+      ValueError: naming the fields that do not fit.
+    """
+    check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
+    check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
+    reader = train_reader(config)
+    check_samples(config.batch_size, mesh, reader.num_samples)
+    eval_reader(config)  # checks its fields
+    return reader
 
 
 def find_backbone(config: ConfigDict, workdir: str) -> Backbone:

@@ -35,8 +35,6 @@ from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.models.params import tree_sha256
 from dist_jax.sharding import (
-    check_batch_size,
-    check_samples,
     feed,
     make_mesh,
     shardings,
@@ -160,11 +158,7 @@ def train(
     started = time.monotonic()
     config = ConfigDict(config)
     mesh = make_mesh(**config.mesh)
-    check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
-    check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-    train_reader = experiment.train_reader(config)
-    check_samples(config.batch_size, mesh, train_reader.num_samples)
-    experiment.eval_reader(config)  # checks its fields
+    train_reader = experiment.check_batches(config, mesh)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
 
     with config.unlocked():
