@@ -227,6 +227,11 @@ def tsn_train(
     return rng.integers(borders[:-1], borders[1:], endpoint=True)
 
 
+def _middles(num_views: int) -> np.ndarray:
+    """Middles of V equal parts of 0 to 1, (V, 1)."""
+    return ((2 * np.arange(num_views) + 1) / (2 * num_views))[:, None]
+
+
 def tsn_test(
     num_total: int,
     num_frames: int,
@@ -246,8 +251,7 @@ def tsn_test(
       into V equal ones and view v takes the middle of the v-th; halves round to even.
     """
     _check(num_total, num_frames, num_views)
-    places = (2 * np.arange(num_views) + 1) / (2 * num_views)
-    positions = (num_total - 1) / num_frames * (np.arange(num_frames) + places[:, None])
+    positions = (num_total - 1) / num_frames * (np.arange(num_frames) + _middles(num_views))
     return np.rint(positions).astype(np.int64)
 
 
@@ -408,8 +412,7 @@ def block_test(num_total: int, num_frames: int, num_views: int) -> np.ndarray:
       the first; here its frames repeat evenly.
     """
     _check(num_total, num_frames, num_views)
-    places = (2 * np.arange(num_views) + 1) / (2 * num_views)
-    positions = num_total / num_frames * (np.arange(num_frames) + places[:, None])
+    positions = num_total / num_frames * (np.arange(num_frames) + _middles(num_views))
     return np.floor(positions).astype(np.int64)
 
 

@@ -192,7 +192,7 @@ def _residual_attention_kernel(
 ) -> None:
     """One frame, (1, L, W) -> (1, L, W); scratch for the norm of it and for the heads."""
     inner = h_ref.shape[1]
-    z_ref[...] = _norm(x_ref[0], scale_ref, shift_ref)
+    z_ref[...] = layer_norm(x_ref[0], scale_ref[...], shift_ref[...])
 
     def group(number: jax.Array, carry: None) -> None:
         def lanes(part: int) -> pl.Slice:
@@ -300,7 +300,7 @@ def _residual_mlp_kernel(
     @pl.when(number == 0)
     def _() -> None:
         for frame in range(x_ref.shape[0]):
-            z_ref[frame] = _norm(x_ref[frame], scale_ref, shift_ref)
+            z_ref[frame] = layer_norm(x_ref[frame], scale_ref[...], shift_ref[...])
             sum_ref[frame] = x_ref[frame].astype(jnp.float32) + proj_bias_ref[...]
 
     for frame in range(x_ref.shape[0]):
@@ -313,11 +313,6 @@ def _residual_mlp_kernel(
     @pl.when(number == count - 1)
     def _() -> None:
         y_ref[...] = sum_ref[...].astype(y_ref.dtype)
-
-
-def _norm(x: jax.Array, scale_ref, shift_ref) -> jax.Array:
-    """`layers.layer_norm` of (L, W) with rows (1, W) as parameters."""
-    return layer_norm(x, scale_ref[...], shift_ref[...])
 
 
 def _rows_of(*vectors: jax.Array) -> list[jax.Array]:
