@@ -4,16 +4,14 @@ import http.server
 import json
 import re
 import threading
-import typing
 import urllib.parse
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from buckets import Objects, stand_in_for_buckets
 from etils import epath
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 
 from configs import frame_mean
@@ -22,35 +20,10 @@ from dist_jax.step import TrainState
 from input_pipeline.bad_videos import BadVideoLog
 
 
-class Objects(MemoryFileSystem):
-    """A bucket: no appending, and a folder is there only while something lies in it."""
-
-    protocol = ('gs', 'gcs')
-    cachable = False
-    store: typing.ClassVar[dict] = {}
-    pseudo_dirs: typing.ClassVar[list] = ['']
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix('gs://').removeprefix('gcs://'))
-
-    def mkdir(self, path, create_parents=True, **kwargs):
-        pass
-
-    def makedirs(self, path, exist_ok=False):
-        pass
-
-    def _open(self, path, mode='rb', **options):
-        assert mode in ('rb', 'wb'), f'{path} was opened with mode {mode}'
-        return super()._open(path, mode, **options)
-
-
 @pytest.fixture
 def bucket(monkeypatch):
     """URL of a folder in an empty bucket; behind epath, where gcsfs is on a pod."""
-    Objects.store.clear()
-    objects = Objects()
-    monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: objects)
+    stand_in_for_buckets(monkeypatch)
     return 'gs://bucket/runs/one'
 
 

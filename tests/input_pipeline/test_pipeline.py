@@ -3,7 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from video_files import decode_everything, pictures, write_video
+from streams import BAD, NAMES, READER, assert_same, write_seven
+from video_files import decode_everything
 
 from input_pipeline.pipeline import (
     EvalReader,
@@ -14,37 +15,18 @@ from input_pipeline.pipeline import (
     train_batches,
 )
 from input_pipeline.sampling import PROTOCOLS
-from input_pipeline.transforms import CentreCrop, Flip, Grayscale, RandomResizedCrop
+from input_pipeline.transforms import CentreCrop, Flip, RandomResizedCrop
 from input_pipeline.video_list import Record, VideoList
-
-READER = TrainReader(4, 32, transforms=(Flip(), RandomResizedCrop(32), Grayscale(0.5)))
-NAMES = tuple('abc')
-BAD = 3
 
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
-    """Seven videos of which number 3 is broken."""
-    folder = tmp_path_factory.mktemp('videos')
-    records = []
-    for k in range(7):
-        path = write_video(folder / f'{k}.mp4', pictures(10 + k, seed=k))
-        records.append(Record(str(path), k % 3, str(k)))
-    (folder / f'{BAD}.mp4').write_text('not a video')
-    return VideoList(records, NAMES)
+    return write_seven(tmp_path_factory.mktemp('videos'))
 
 
 def train(source, reader=READER, **changes):
     options = {'batch_size': 4, 'seed': 7, 'num_steps': 6} | changes
     return list(train_batches(source, reader, **options))
-
-
-def assert_same(batches, others):
-    assert len(batches) == len(others)
-    for batch, other in zip(batches, others):
-        assert batch.keys() == other.keys()
-        for key in batch:
-            np.testing.assert_array_equal(batch[key], other[key])
 
 
 def test_shapes_and_types(source):

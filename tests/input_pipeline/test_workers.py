@@ -11,29 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from video_files import pictures, write_video
+from streams import NAMES, READER, assert_same, write_seven
 
 from input_pipeline.pipeline import EvalReader, TrainReader, eval_batches, train_batches
-from input_pipeline.transforms import Flip, Grayscale, RandomResizedCrop
-from input_pipeline.video_list import Record, VideoList
+from input_pipeline.transforms import RandomResizedCrop
+from input_pipeline.video_list import VideoList
 from input_pipeline.workers import LENT, MOST_WORKERS, ReaderError, usual_number
 
-READER = TrainReader(4, 32, transforms=(Flip(), RandomResizedCrop(32), Grayscale(0.5)))
-NAMES = tuple('abc')
-BAD = 3
 TIMEOUT_SECONDS = 30
 
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
-    """Seven videos of which number 3 is broken."""
-    folder = tmp_path_factory.mktemp('videos')
-    records = []
-    for k in range(7):
-        path = write_video(folder / f'{k}.mp4', pictures(10 + k, seed=k))
-        records.append(Record(str(path), k % 3, str(k)))
-    (folder / f'{BAD}.mp4').write_text('not a video')
-    return VideoList(records, NAMES)
+    return write_seven(tmp_path_factory.mktemp('videos'))
 
 
 def batches_of(source, reader=READER, **changes):
@@ -43,15 +33,6 @@ def batches_of(source, reader=READER, **changes):
 
 def train(source, reader=READER, **changes):
     return list(batches_of(source, reader, **changes))
-
-
-def assert_same(batches, others):
-    assert len(batches) == len(others)
-    for batch, other in zip(batches, others):
-        assert batch.keys() == other.keys()
-        for key in batch:
-            assert batch[key].dtype == other[key].dtype
-            np.testing.assert_array_equal(batch[key], other[key])
 
 
 def until(moment):

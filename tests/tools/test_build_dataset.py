@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import typing
 import zlib
 
 import cv2
@@ -16,9 +15,8 @@ import numpy as np
 import psutil
 import pytest
 import tensorflow_datasets as tfds
+from buckets import stand_in_for_buckets
 from etils import epath
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 from video_files import pictures, write_video
 
 from input_pipeline.datasets import DATASETS
@@ -535,29 +533,8 @@ def test_beam_gives_the_bytes_of_the_local_build(listed):
     assert (folder / 'beam/report.json').read_bytes() == (expected / 'report.json').read_bytes()
 
 
-class Objects(MemoryFileSystem):
-    """A bucket: objects are written whole, and a folder is there while something lies in it."""
-
-    protocol = ('gs', 'gcs')
-    cachable = False
-    store: typing.ClassVar[dict] = {}
-    pseudo_dirs: typing.ClassVar[list] = ['']
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix('gs://').removeprefix('gcs://'))
-
-    def mkdir(self, path, create_parents=True, **kwargs):
-        pass
-
-    def makedirs(self, path, exist_ok=False):
-        pass
-
-
 def test_videos_and_the_set_may_lie_in_a_bucket(listed, monkeypatch):
-    Objects.store.clear()
-    objects = Objects()
-    monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: objects)
+    stand_in_for_buckets(monkeypatch)
     folder, arguments = listed
     expected = build('custom', folder, *arguments)
     for path in (folder / 'videos').rglob('*.mp4'):

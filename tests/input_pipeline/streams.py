@@ -1,0 +1,33 @@
+"""Seven small videos, one of them broken, and how the tests of streams read and compare them."""
+
+from pathlib import Path
+
+import numpy as np
+from video_files import pictures, write_video
+
+from input_pipeline.pipeline import TrainReader
+from input_pipeline.transforms import Flip, Grayscale, RandomResizedCrop
+from input_pipeline.video_list import Record, VideoList
+
+READER = TrainReader(4, 32, transforms=(Flip(), RandomResizedCrop(32), Grayscale(0.5)))
+NAMES = tuple('abc')
+BAD = 3  # number of the broken one
+
+
+def write_seven(folder: Path) -> VideoList:
+    """Writes them; each has another length."""
+    records = []
+    for k in range(7):
+        path = write_video(folder / f'{k}.mp4', pictures(10 + k, seed=k))
+        records.append(Record(str(path), k % 3, str(k)))
+    (folder / f'{BAD}.mp4').write_text('not a video')
+    return VideoList(records, NAMES)
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            assert batch[key].dtype == other[key].dtype
+            np.testing.assert_array_equal(batch[key], other[key])
