@@ -40,13 +40,20 @@ class Trained:
 
 
 def saved_config(workdir: str) -> ConfigDict:
-    """The config of a run, locked, as lists and plain values."""
+    """The config of a run, locked."""
     metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))
     config = base.get_config().to_dict()
     for name, value in metadata['config'].items():
         # Fields that are newer than the run have the values it was trained under.
         config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
-    return ConfigDict(config).lock()
+    return ConfigDict(_with_tuples(config)).lock()
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as what they were before `checkpoint.plain`: configs hold tuples alone."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def load_trained(
@@ -124,6 +131,7 @@ def run_evaluation(
         trained.model, mesh, config.eval.fusion, trained.variables, trained.frozen
     )
     with Bar('evaluate', -(-len(source) // config.eval.batch_size)) as bar:
+        bar.line(f'{len(source)} videos, compiling the step')
         result = evaluate_config(
             config, eval_step, trained.variables, trained.frozen, source, mesh, bar
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from dist_jax import experiment, metrics
 from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree
 from dist_jax.sharding import feed, to_global
-from input_pipeline import pipeline
+from input_pipeline import bad_videos, pipeline
 from input_pipeline.video_list import LabelledSource
 
 EvalStep = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, ...]]
@@ -38,7 +39,8 @@ class EvalResult:
       top5: of the first label column.
       mean_class_accuracy: of the first label column.
       num_videos: videos that were scored.
-      bad_videos: (path, reason) of those that could not be read; they are in no figure.
+      bad_videos: (path, reason) of those that could not be read, of all hosts in the order of the
+        list; they are in no figure.
       seconds: duration.
       scores: (N, num_classes) probabilities of each label column, in the order of `index`.
       index: (N,) record numbers.
@@ -79,7 +81,7 @@ def evaluate(
     *,
     batch_size: int,
     num_threads: int,
-    allow_bad_videos: bool,
+    max_bad_share: float = 0.0,
     num_workers: int = 0,
     record_timeout: float = 60.0,
     on_batch: Callable[[int, int], None] | None = None,
@@ -95,13 +97,15 @@ def evaluate(
       mesh: devices.
       batch_size: videos a step over all hosts.
       num_threads: reader threads of this host.
-      allow_bad_videos: leave out videos that cannot be read, instead of stopping.
+      max_bad_share: share of the list that may be unreadable, 0 to 1; these are left out.
       num_workers: reader processes of this host instead of threads; 0 for threads.
       record_timeout: seconds that a reader process may take over a video.
       on_batch: called with (batches done, batches in all).
 
     Raises:
-      BadVideosError: naming the videos, if there are any and they are not allowed.
+      BadVideosError: naming the videos, if there are more than allowed or none is left.
+      NonFiniteScoresError: naming the videos, if scores are NaN or infinite.
+    Both are raised on all hosts alike.
     """
     start = time.monotonic()
     part = feed(mesh)
@@ -116,7 +120,7 @@ def evaluate(
         record_timeout=record_timeout,
     )
     kept: list[tuple[np.ndarray, ...]] = []
-    bad: list[tuple[str, str]] = []
+    bad: list[tuple[int, str, str]] = []
 
     def collect(batch: dict[str, np.ndarray], probabilities: tuple[jax.Array, ...]) -> None:
         local = [_local_rows(column) for column in probabilities]
@@ -125,8 +129,8 @@ def evaluate(
         labels = batch['label'].reshape(len(rows), -1)
         kept.append((batch['index'][rows], labels[rows], *(column[rows] for column in local)))
         bad.extend(
-            (str(path), str(error))
-            for path, error in zip(batch['path'], batch['error'])
+            (int(number), str(path), str(error))
+            for number, path, error in zip(batch['index'], batch['path'], batch['error'])
             if error and part.first
         )
         if on_batch is not None:
@@ -142,15 +146,17 @@ def evaluate(
                 collect(*running)
             running = batch, probabilities
         collect(*running)
-    num_bad = _sum_over_hosts(len(bad))
-    if num_bad and not allow_bad_videos:
-        named = '\n'.join(f'  {path}: {reason}' for path, reason in bad[:50])
+    unreadable = tuple((path, reason) for _, path, reason in sorted(_gather_values(bad)))
+    limit = bad_videos.allowed(max_bad_share, len(source))
+    if len(unreadable) > limit or len(unreadable) == len(source):
+        named = '\n'.join(f'  {path}: {reason}' for path, reason in unreadable[:50])
         raise BadVideosError(
-            f'{num_bad} of {len(source)} videos cannot be read, so the accuracy would not be of '
-            'the whole list. Repair the list (`dist_jax check` names all), or pass '
-            f'--config.eval.allow_bad_videos=true to leave them out.\n{named}'
+            f'{len(unreadable)} of {len(source)} videos cannot be read, {limit} are allowed, so '
+            'the accuracy would not be of the whole list. Repair the list (`dist_jax check` names '
+            f'all), or pass --config.eval.allow_bad_videos=true to leave them out.\n{named}'
         )
     index, labels, *scores = _gather([np.concatenate(parts) for parts in zip(*kept)])
+    metrics.check_finite(scores, lambda row: str(source[int(index[row])].path))
     columns = tuple(metrics.classification(column, labels[:, i]) for i, column in enumerate(scores))
     return EvalResult(
         columns=columns,
@@ -158,7 +164,7 @@ def evaluate(
         top5=columns[0]['top5'],
         mean_class_accuracy=columns[0]['mean_class_accuracy'],
         num_videos=len(index),
-        bad_videos=tuple(bad),
+        bad_videos=unreadable,
         seconds=time.monotonic() - start,
         scores=tuple(scores),
         index=index,
@@ -173,8 +179,12 @@ def evaluate_config(
     source: LabelledSource,
     mesh: Mesh,
     bar: Bar,
+    max_bad_share: float = 0.0,
 ) -> EvalResult:
-    """`evaluate` with the views, the batch size and the rules of a config, moving a bar."""
+    """`evaluate` with the views, the batch size and the rules of a config, moving a bar.
+
+    With `config.eval.allow_bad_videos`, any number of videos may be unreadable.
+    """
     return evaluate(
         eval_step,
         variables,
@@ -186,7 +196,7 @@ def evaluate_config(
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
         record_timeout=config.data.record_timeout,
-        allow_bad_videos=config.eval.allow_bad_videos,
+        max_bad_share=1.0 if config.eval.allow_bad_videos else max_bad_share,
         on_batch=lambda done, _: bar.update(done),
     )
 
@@ -197,10 +207,16 @@ def _local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def _sum_over_hosts(value: int) -> int:
+def _gather_values(values: list[Any]) -> list[Any]:
+    """JSON values of all hosts, one host's after the other's."""
     if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.process_allgather(np.int32(value)).sum())
+        return values
+    text = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [value for row, n in zip(texts, lengths) for value in json.loads(row[:n].tobytes())]
 
 
 def _gather(arrays: list[np.ndarray]) -> list[np.ndarray]:

@@ -2,9 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+MOST_NAMED = 10  # rows in a message
+CAUSE = (
+    'The likely cause is damaged weights, of the backbone or of the run, or numbers that bfloat16 '
+    'cannot hold: convert the backbone again, take another checkpoint, or compute with '
+    '--config.model.dtype=float32.'
+)
+
+
+class NonFiniteScoresError(FloatingPointError):
+    """Scores are NaN or infinite, so there is no accuracy; the message names the rows."""
+
+
+def check_finite(
+    scores: Sequence[np.ndarray], name: Callable[[int], str] = 'row {}'.format
+) -> None:
+    """Refuses scores that no ranking can be made of.
+
+    Args:
+      scores: (N, num_classes) of each label column.
+      name: what the message calls a row.
+
+    Raises:
+      NonFiniteScoresError: some are NaN or infinite, in any column.
+    """
+    fine = np.all([np.isfinite(column).all(1) for column in scores], axis=0)
+    bad = np.flatnonzero(~fine)
+    if len(bad):
+        named = ', '.join(name(int(row)) for row in bad[:MOST_NAMED])
+        more = f' and {len(bad) - MOST_NAMED} more' if len(bad) > MOST_NAMED else ''
+        raise NonFiniteScoresError(
+            f'{len(bad)} of {len(fine)} videos have scores that are not finite numbers, so there '
+            f'is no accuracy: {named}{more}. {CAUSE}'
+        )
 
 
 def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -17,7 +52,11 @@ def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
       `top1`, `top5` and `mean_class_accuracy` in [0, 1] (classes without videos are left out);
       `per_class_accuracy` (num_classes,), NaN without videos; `per_class_count`;
       `confusion` (num_classes, num_classes) int64, rows are labels.
+
+    Raises:
+      NonFiniteScoresError: some scores are NaN or infinite.
     """
+    check_finite([scores])
     num_classes = scores.shape[1]
     own = np.take_along_axis(scores, labels[:, None], 1)
     rank = (scores >= own).sum(1)  # 1 is best; the label itself counts
@@ -39,7 +78,12 @@ def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def joint_top1(scores: list[np.ndarray], labels: np.ndarray) -> float:
-    """Share of videos with every label column right (verb and noun); labels (N, columns)."""
+    """Share of videos with every label column right (verb and noun); labels (N, columns).
+
+    Raises:
+      NonFiniteScoresError: some scores are NaN or infinite.
+    """
+    check_finite(scores)
     right = [column.argmax(1) == labels[:, i] for i, column in enumerate(scores)]
     return _mean(np.all(right, axis=0))
 

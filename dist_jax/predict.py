@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from dist_jax import attention_map, commands, contact_sheet, experiment, report, step
+from dist_jax import attention_map, commands, contact_sheet, experiment, metrics, report, step
 from dist_jax.logbook import Bar
 from dist_jax.sharding import batch_parts, batched, make_mesh
 from dist_jax.train import write_json
@@ -44,12 +44,13 @@ class Prediction:
 
     Attributes:
       path: the video.
-      top: the most probable classes of each label column; empty if the video cannot be read.
+      top: the most probable classes of each label column; empty after an error.
       scores: (num_classes,) probabilities of each label column; likewise.
       video: (V, T, H, W, 3) uint8 RGB, the views as the model got them; None likewise.
       attention: (V, t, g, g) float32, see `VideoModel.attention`; None if it was not asked for, and
         likewise.
-      error: '' or why the video cannot be read.
+      error: '' or why there is no prediction: the video cannot be read, or the model's scores are
+        NaN or infinite.
     """
 
     path: str
@@ -88,7 +89,8 @@ def predict_videos(
       attention: also say where the model's query looked; another pass over each video.
 
     Yields:
-      One prediction a path, in order. A video that cannot be read gets one with an error.
+      One prediction a path, in order. A video that cannot be read, or whose scores are no
+      numbers, gets one with an error.
 
     Raises:
       ValueError: fusion is asked of a model without text features, or attention of one in which
@@ -124,7 +126,7 @@ def _predictions(
         try:
             video, _ = reader.read(Record(path, 0, path))
         except DecodeError as error:
-            yield Prediction(path, error=f'{error.kind}: {error.reason}')
+            yield Prediction(path, error=f'cannot be read: {error.kind}: {error.reason}')
             continue
         # A batch has at least one row for each of its parts.
         batch = np.zeros((batch_parts(mesh), *video.shape), np.uint8)
@@ -132,6 +134,9 @@ def _predictions(
         batch = jax.device_put(batch, batched(mesh))
         columns = eval_step(trained.variables, trained.frozen, batch)
         scores = tuple(np.asarray(column)[0] for column in columns)
+        if not all(np.isfinite(column).all() for column in scores):
+            yield Prediction(path, error=f'scores are not finite numbers. {metrics.CAUSE}')
+            continue
         top = tuple(
             tuple((names[i], float(column[i])) for i in np.argsort(-column, kind='stable')[:most])
             for names, column in zip(trained.class_names, scores)
@@ -165,7 +170,7 @@ def run(
       attention: also draw where the model's query looked, as a sheet and an animation.
 
     Returns:
-      The exit code: 0, or 1 if a video could not be read.
+      The exit code: 0, or 1 if there is a video without a prediction.
 
     Raises:
       ValueError: the run, the backbone or the labels do not fit, or the model has no attention to
@@ -183,6 +188,7 @@ def run(
     stems = picture_stems(paths, tuple(endings.values()))
     rows: list[dict[str, Any]] = []
     with Bar('predict', len(paths)) as bar:
+        bar.line(f'{len(paths)} videos, compiling the step')
         for prediction, stem in zip(predictions, stems):
             files = {field: '' for field in PICTURES | ATTENTION_PICTURES}
             if not prediction.error:
@@ -233,7 +239,7 @@ def print_predictions(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         path = report.plain(row['path'])
         if row['error']:
-            table.add_row(path, f'[bold red]cannot be read:[/] {report.plain(row["error"])}')
+            table.add_row(path, f'[bold red]{report.plain(row["error"])}[/]')
         else:
             cells = [path]
             for ranking in row['top']:

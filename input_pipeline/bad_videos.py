@@ -30,6 +30,11 @@ class TooManyBadVideos(RuntimeError):
     """More records than allowed cannot be read; the message lists them."""
 
 
+def allowed(max_share: float, total: int) -> int:
+    """How many of `total` records may be unreadable: at least one, unless the share is 0."""
+    return max(1, math.floor(max_share * total)) if max_share else 0
+
+
 class BadVideoLog:
     """Counts records that cannot be read and stops the run when there are too many.
 
@@ -73,7 +78,7 @@ class BadVideoLog:
         self.path = epath.Path(path)
         self._total = total
         self._alone = alone
-        self.limit = max(1, math.floor(max_share * total)) if max_share else 0
+        self.limit = allowed(max_share, total)
         self.found: list[int] = []
         self.num_shared = 0
         self._known: set[int] = set()  # of other hosts
@@ -154,7 +159,7 @@ class BadVideoLog:
             lines.append(more if self._alone else f'{more} and those of the other hosts beside it')
         return (
             f'{len(self)} of {self._total} videos cannot be read, {self.limit} are allowed. Repair '
-            'the list (`dist_jax check` names all bad videos) or raise max_share.\n'
+            'the list (`dist_jax check` names all bad videos) or raise data.max_bad_share.\n'
             + '\n'.join(lines)
         )
 

@@ -11,7 +11,9 @@ import pytest
 
 from configs import dist as dist_config
 from dist_jax import checkpoint, commands, experiment, main, step, train
+from dist_jax import evaluate as evaluation
 from dist_jax.evaluate import BadVideosError, evaluate
+from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.sharding import make_mesh, to_global
 from input_pipeline import pipeline
 from input_pipeline.sources import open_source
@@ -77,7 +79,7 @@ class Scorer:
     eval_step: object
 
     def __call__(self, source, **options):
-        options = {'batch_size': 4, 'allow_bad_videos': False, 'num_threads': 1} | options
+        options = {'batch_size': 4, 'num_threads': 1} | options
         return evaluate(
             self.eval_step,
             self.trained.variables,
@@ -160,7 +162,7 @@ def test_a_bad_video_is_an_error_unless_allowed(score, scored, clips, tmp_path):
 
     progress = []
     result = score(
-        open_list(folder), allow_bad_videos=True, on_batch=lambda *done: progress.append(done)
+        open_list(folder), max_bad_share=0.1, on_batch=lambda *done: progress.append(done)
     )
     assert progress == [(1, 3), (2, 3), (3, 3)]
     ((path, reason),) = result.bad_videos
@@ -171,6 +173,70 @@ def test_a_bad_video_is_an_error_unless_allowed(score, scored, clips, tmp_path):
     np.testing.assert_allclose(result.scores[0], scored.scores[0][others], atol=1e-6)
     labels = np.array([open_list(folder)[i].label for i in others])
     assert result.top1 == pytest.approx((result.scores[0].argmax(1) == labels).mean())
+
+
+@pytest.mark.slow
+def test_a_list_without_a_readable_video_has_no_accuracy(score, tmp_path):
+    (tmp_path / 'val.txt').write_text('a.mp4 0\nb.mp4 1\n')
+    (tmp_path / 'labels.txt').write_text(''.join(f'class {i}\n' for i in range(8)))
+    for name in ('a.mp4', 'b.mp4'):
+        (tmp_path / name).write_bytes(b'no video')
+    with pytest.raises(BadVideosError, match='2 of 2 videos'):
+        score(open_list(tmp_path), max_bad_share=1.0)
+
+
+@pytest.mark.slow
+def test_scores_that_are_no_numbers_are_an_error_that_names_the_videos(score, clips):
+    source = open_list(clips)
+
+    def spoiled(*arguments):
+        (scores,) = score.eval_step(*arguments)
+        return (scores.at[1, 3].set(jnp.nan),)
+
+    with pytest.raises(NonFiniteScoresError) as error:
+        dataclasses.replace(score, eval_step=spoiled)(source)
+    message = str(error.value)
+    assert f'3 of {NUM_VIDEOS} videos' in message and 'damaged weights' in message
+    assert all(str(source[i].path) in message for i in (1, 5, 9))
+    assert str(source[0].path) not in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fusion', [0.0, 0.5])
+def test_a_damaged_backbone_has_no_accuracy(
+    text_run, score, clips, tmp_path, capsys, monkeypatch, fusion
+):
+    visual = score.trained.frozen['visual']
+    visual = visual | {'conv1': jax.tree.map(lambda x: x.at[...].set(jnp.nan), visual['conv1'])}
+    damaged = score.trained.frozen | {'visual': visual}
+    monkeypatch.setattr(
+        commands, 'load_trained', lambda *_: dataclasses.replace(score.trained, frozen=damaged)
+    )
+    arguments = [f'--workdir={text_run}', f'--output={tmp_path}', f'--config.data.root={clips}']
+    arguments += ['--config.data.val_list=val.txt', f'--config.eval.fusion={fusion}']
+    assert evaluate_command(*arguments) == 1
+    message = capsys.readouterr().err
+    assert f'{NUM_VIDEOS} of {NUM_VIDEOS} videos' in message and 'backbone' in message
+    assert 'val/' in message or '.mp4' in message
+    assert not (tmp_path / 'evaluation.json').exists()
+
+
+def test_unreadable_videos_of_all_hosts_are_named(monkeypatch):
+    """Two hosts in one process: what one of them sends comes back with the other's."""
+    found = [[[4, 'b.mp4', 'cut'], [0, 'ä.mp4', 'no video']], [[2, 'c.mp4', 'no video']]]
+    texts = [np.frombuffer(json.dumps(values).encode(), np.uint8) for values in found]
+    longest = max(map(len, texts))
+
+    def process_allgather(value):
+        if value.ndim == 0:
+            return np.array([len(text) for text in texts], np.int32)
+        assert value.shape == (longest,)
+        return np.stack([np.pad(text, (0, longest - len(text))) for text in texts])
+
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(evaluation.multihost_utils, 'process_allgather', process_allgather)
+    for values in found:
+        assert evaluation._gather_values(values) == found[0] + found[1]
 
 
 def evaluate_command(*arguments):
@@ -261,3 +327,18 @@ def test_a_run_from_before_a_field_existed_gets_its_default(monkeypatch):
     )
     with pytest.raises(AttributeError):
         config.data.crop_roundin = 'down'
+
+
+def test_tuples_of_a_saved_run_can_be_set(monkeypatch):
+    config = dist_config.get_config('b16_8+16f_ssv2')
+    saved = {'config': json.loads(json.dumps(checkpoint.plain(config)))}
+    monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda workdir: workdir)
+    monkeypatch.setattr(checkpoint, 'read_metadata', lambda folder: saved)
+    found = commands.saved_config('anywhere')
+    assert found.to_dict() == config.to_dict()
+    fields = ['eval.resize=(256,)', 'data.crop_area=(0.5, 1.0)', 'data.resize=(240, 320)']
+    fields += ['model.selected_layers=(1, 2)']
+    main.read_config([f'--config.{field}' for field in fields], found)
+    assert found.eval.resize == (256,) and found.data.crop_area == (0.5, 1.0)
+    assert found.data.resize == (240, 320) and found.model.selected_layers == (1, 2)
+    assert checkpoint.plain(found)['eval']['resize'] == [256]

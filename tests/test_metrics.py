@@ -1,6 +1,7 @@
 """Accuracies and confusions."""
 
 import numpy as np
+import pytest
 
 from dist_jax import metrics
 
@@ -45,3 +46,18 @@ def test_worst_confusions_come_first():
     confusion = np.array([[5, 2, 0], [0, 5, 7], [1, 0, 5]])
     assert metrics.worst_confusions(confusion, 2) == [(1, 2, 7), (0, 1, 2)]
     assert metrics.worst_confusions(np.eye(3, dtype=int)) == []
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_scores_that_are_no_numbers_have_no_accuracy(value):
+    scores = SCORES.copy()
+    scores[3, 1] = value
+    with pytest.raises(metrics.NonFiniteScoresError, match=r'1 of 5 videos .*: row 3\. .*weights'):
+        metrics.classification(scores, LABELS)
+    with pytest.raises(metrics.NonFiniteScoresError, match='row 3'):
+        metrics.joint_top1([SCORES, scores], np.stack([LABELS, LABELS], 1))
+
+
+def test_of_many_rows_without_numbers_the_first_are_named():
+    with pytest.raises(metrics.NonFiniteScoresError, match=r'row 0, row 1, .*row 9 and 30 more'):
+        metrics.classification(np.full((40, 8), np.nan), np.arange(40) % 8)

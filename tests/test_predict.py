@@ -53,7 +53,6 @@ def run(tmp_path_factory):
         mesh,
         batch_size=8,
         num_threads=1,
-        allow_bad_videos=False,
     )
     videos = folder / 'videos'
     videos.mkdir()
@@ -111,6 +110,35 @@ def test_command_goes_on_after_an_unreadable_video(run, tmp_path, console, capsy
         sheet = cv2.imread(row['picture'])
         assert sheet.shape[1] > 800 and sheet.std() > 5
     assert sorted(file.name for file in output.iterdir()) == ['clip 0.png', 'clip 1.png']
+
+
+def test_scores_that_are_no_numbers_are_an_error_of_the_video(
+    run, tmp_path, console, capsys, monkeypatch
+):
+    workdir, paths, _ = run
+    make_eval_step = step.make_eval_step
+
+    def spoiled(*arguments):
+        inner = make_eval_step(*arguments)
+        calls = []
+
+        def eval_step(*arguments):
+            calls.append(1)
+            scores = inner(*arguments)
+            return tuple(np.full_like(s, np.nan) if len(calls) == 1 else s for s in scores)
+
+        return eval_step
+
+    monkeypatch.setattr(step, 'make_eval_step', spoiled)
+    report = tmp_path / 'top5.json'
+    arguments = [f'--workdir={workdir}', f'--output={tmp_path}', f'--json={report}']
+    assert console('predict', *arguments, *paths[:2]) == 1
+    assert 'NaN' not in report.read_text()
+    bad, good = json.loads(report.read_text())
+    assert bad['path'] == paths[0] and bad['top'] == [] and bad['picture'] == ''
+    assert 'not finite' in bad['error'] and 'damaged weights' in bad['error']
+    assert not good['error'] and len(good['top'][0]) == 5
+    assert 'not finite' in capsys.readouterr().out
 
 
 def test_other_labels_can_be_asked_for(run, tmp_path, console):
