@@ -149,11 +149,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class Bar:
     """A progress bar on a terminal; plain lines where the output is a file.
 
+    There, a line says how far it is whenever nothing else was printed for `silence` seconds.
     Use as a context manager. Only the first process prints.
     """
 
-    def __init__(self, title: str, total: int, completed: int = 0):
+    def __init__(self, title: str, total: int, completed: int = 0, silence: float = 10.0):
         self._title, self._total, self._done = title, total, completed
+        self._silence = silence
+        self._printed = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when, and how much was done
         self._quiet = jax.process_index() != 0
         self._console = Console(stderr=True)
         self._progress = None
@@ -191,9 +195,21 @@ class Bar:
         if self._progress is not None:
             fields = {} if note is None else {'note': note}
             self._progress.update(self._task, completed=done, **fields)
+            return
+        now = time.monotonic()
+        if self._first is None:  # what came before is compilation, and says nothing of the rest
+            self._first = now, done
+        if now - self._printed >= self._silence and done < self._total:
+            since, had = self._first
+            left = ''
+            if done > had:
+                seconds = (now - since) / (done - had) * (self._total - done)
+                left = f', ETA {duration(seconds)}'
+            self.line(f'{100 * done / self._total:.0f} %{left}')
 
     def line(self, text: str) -> None:
         """Prints a line above the bar."""
+        self._printed = time.monotonic()
         if self._quiet:
             return
         if self._progress is not None:
