@@ -7,7 +7,8 @@ its table of variants. The result is locked: a field that does not exist is an e
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
@@ -21,6 +22,7 @@ def get_config() -> ConfigDict:
     config.accumulation = 1  # parts a batch is processed in, one after the other
     config.num_epochs = 36.0  # passes over the training list
     config.num_steps = 0  # optimizer steps; above 0 it takes the place of num_epochs
+    # Paths of this file are made absolute where a run starts, but for names found from data.root.
     # Trainable parameters to start from: a run's folder or a converted checkpoint; '' for none.
     config.init_from = ''
     # Its class names, where it does not hold them (converted checkpoints); as data.label_map.
@@ -93,7 +95,9 @@ def get_config() -> ConfigDict:
     config.data.grayscale = 0.2  # share of clips turned grey
     config.data.erase = 0.0  # share of clips with an erased box
     config.data.erase_mode = 'const'  # const (mean colour), rand (one colour) or pixel (noise)
-    config.data.max_bad_share = 0.01  # share of unreadable videos beyond which a run stops
+    # Share of unreadable videos beyond which a run stops, and beyond which an evaluation inside it
+    # fails (the run goes on); one video is always allowed, unless this is 0.
+    config.data.max_bad_share = 0.01
     # Readers of a host: processes, which use all cores and are replaced when they die over a file;
     # -1 for one a CPU, at most 128. With 0 there are none, and threads read.
     config.data.num_workers = -1
@@ -111,9 +115,8 @@ def get_config() -> ConfigDict:
     config.optimizer.peak_lr = 3.2e-4  # of AdamW, at the top of the cosine
     config.optimizer.end_lr = 0.0  # at the last step
     config.optimizer.warmup_start_lr = 8e-7  # at step 0
-    config.optimizer.warmup_epochs = (
-        6.0  # linear; with num_steps, counted as its share of num_epochs
-    )
+    # Linear, and shorter than num_epochs; with num_steps, counted as its share of num_epochs.
+    config.optimizer.warmup_epochs = 6.0
     config.optimizer.weight_decay = 1e-4  # of matrices; biases, norms and tables are not decayed
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
@@ -124,7 +127,8 @@ def get_config() -> ConfigDict:
     )
 
     config.eval = ConfigDict()
-    config.eval.every_epochs = 4.0  # between evaluations; the last step is always evaluated
+    # Between evaluations; the last step is always evaluated, with 0 no other.
+    config.eval.every_epochs = 4.0
     config.eval.batch_size = 64  # videos per step, over all devices and hosts
     config.eval.num_clips = 3  # views along time
     config.eval.num_crops = 1  # views along a side, 1 or 3
@@ -132,17 +136,99 @@ def get_config() -> ConfigDict:
     config.eval.image_size = 0  # pixels; 0 for data.image_size, which most backbones need
     config.eval.resize = ()  # (short side,) or (height, width); () for the image size
     config.eval.fusion = 0.0  # weight of the frozen backbone's own logits
-    config.eval.allow_bad_videos = False  # report unreadable videos instead of stopping
+    # Report unreadable videos, however many; else one fails `dist_jax evaluate`, and more than
+    # data.max_bad_share an evaluation inside training.
+    config.eval.allow_bad_videos = False
 
     config.checkpoint = ConfigDict()
+    # Between saves; an evaluation, the last step and a stop always save, with 0 nothing else.
     config.checkpoint.every_steps = 500
-    config.checkpoint.keep = 1  # newest checkpoints kept, beside the best one
+    config.checkpoint.keep = 1  # newest checkpoints kept, at least 1, beside the best one
 
     config.log = ConfigDict()
-    config.log.every_steps = 20
+    config.log.every_steps = 20  # between lines; the last step always has one, with 0 no other
     config.log.tensorboard = True
 
     return config
+
+
+# (lowest, highest) of numbers that nothing else checks; None for no bound.
+BOUNDS: dict[str, tuple[float, float | None]] = {
+    **dict.fromkeys(('accumulation', 'data.num_samples', 'checkpoint.keep'), (1, None)),
+    **dict.fromkeys(
+        (
+            'seed',
+            'num_steps',
+            'data.num_threads',
+            'data.buffer_size',
+            'mixing.mixup_alpha',
+            'mixing.cutmix_alpha',
+            'optimizer.peak_lr',
+            'optimizer.end_lr',
+            'optimizer.warmup_start_lr',
+            'optimizer.warmup_epochs',
+            'optimizer.weight_decay',
+            'optimizer.clip_norm',
+            'eval.every_epochs',
+            'eval.image_size',
+            'checkpoint.every_steps',
+            'log.every_steps',
+        ),
+        (0, None),
+    ),
+    'data.num_workers': (-1, None),
+    **dict.fromkeys(
+        (
+            'data.max_bad_share',
+            'mixing.probability',
+            'mixing.switch_probability',
+            'optimizer.label_smoothing',
+            'eval.fusion',
+        ),
+        (0, 1),
+    ),
+}
+POSITIVE = ('num_epochs', 'data.record_timeout')
+DECAYS = ('optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay')  # 1 would never forget
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses numbers that a run could not be made of.
+
+    Raises:
+      ValueError: naming the field, its value and what it may be.
+    """
+    for field, value in _numbers(config):
+        if not math.isfinite(value):
+            raise ValueError(f'{field}={value} must be a finite number')
+        low, high = BOUNDS.get(field, (None, None))
+        if low is not None and value < low:
+            raise ValueError(f'{field}={value} must be at least {low}')
+        if high is not None and value > high:
+            raise ValueError(f'{field}={value} must be at most {high}')
+        if field in POSITIVE and value <= 0:
+            raise ValueError(f'{field}={value} must be above 0')
+        if field in DECAYS and not 0 <= value < 1:
+            raise ValueError(f'{field}={value} must be at least 0 and below 1')
+    warmup, epochs = config.optimizer.warmup_epochs, config.num_epochs
+    if warmup >= epochs:
+        raise ValueError(
+            f'optimizer.warmup_epochs={warmup} is not shorter than num_epochs={epochs}: the '
+            'learning rate would rise to the end and never come near optimizer.peak_lr. Shorten '
+            f'it, as in --config.optimizer.warmup_epochs={epochs / 6:.2g} (the share in the '
+            'recipes), or give the length with --config.num_steps, which keeps the share'
+        )
+
+
+def _numbers(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, float]]:
+    """('group.field', value) of all numbers, those of tuples too."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _numbers(value, f'{prefix}{name}.')
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, (int, float)):
+                yield f'{prefix}{name}', each
 
 
 def demo(config: ConfigDict) -> None:

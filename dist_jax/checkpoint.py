@@ -354,10 +354,17 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f'{current["backbone"]["name"]}'
         )
     if differences:
+        way_out = 'Restore these fields, or choose another --workdir.'
+        if any(line.startswith(('  num_steps:', '  num_epochs:')) for line in differences):
+            way_out += (
+                ' The learning rate falls over the whole run, so its length is part of it: to train'
+                ' longer, start another run from its parameters, with --config.init_from=RUN '
+                '(this workdir) and a --workdir of its own.'
+            )
         raise ValueError(
             'this workdir holds a run with other settings:\n'
             + '\n'.join(differences)
-            + '\nRestore these fields, or choose another --workdir.'
+            + f'\n{way_out}'
         )
 
 

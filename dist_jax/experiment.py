@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from configs import base
 from dist_jax.models import FAMILIES, clip, clip_params, converted, layers
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.sharding import (
@@ -42,6 +43,7 @@ from input_pipeline.video_list import LabelledSource
 log = logging.getLogger('dist_jax')
 
 RANDOM = 'random'
+MOST_NAMED = 10  # classes in a warning
 BUILT_SPLITS = {'train': 'train', 'val': 'validation'}  # of a built data set, unless one is named
 DTYPES = {'bfloat16': jnp.bfloat16, 'float32': jnp.float32}
 
@@ -103,6 +105,47 @@ def prepare_builtin_data(config: ConfigDict, workdir: str) -> None:
     config.data.label_map = os.path.join(root, 'labels.txt')
 
 
+def resolve_paths(config: ConfigDict) -> None:
+    """Makes the local paths of a config absolute, so that its run can be used from any folder.
+
+    Names that are found from `data.root` stay as they are: the root may move with all its files.
+    """
+    data = config.data
+    data.root = _absolute(data.root)
+
+    def found(name: str) -> str:
+        name = name.strip()
+        return name if data.root and not os.path.exists(name) else _absolute(name)
+
+    data.train_list = found(data.train_list)
+    data.val_list = found(data.val_list)
+    data.label_map = ','.join(map(found, data.label_map.split(',')))
+    config.backbone.checkpoint = _absolute(config.backbone.checkpoint)
+    for field, value in _full_origin(config).items():
+        config[field] = value
+
+
+def with_full_origin(saved: dict[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint, possibly from before paths were resolved, to be compared.
+
+    `init_from` and its label map say what a run is and are compared; other paths are free.
+    """
+    return saved | _full_origin(saved)
+
+
+def _full_origin(config: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        field: ','.join(_absolute(name.strip()) for name in config[field].split(','))
+        for field in ('init_from', 'init_label_map')
+        if field in config
+    }
+
+
+def _absolute(path: str) -> str:
+    """A local path from the root of the file system; URLs, 'random' and '' as they are."""
+    return path if not path or path == RANDOM or '://' in path else os.path.abspath(path)
+
+
 def open_split(config: ConfigDict, split: str) -> LabelledSource:
     """The 'train' or 'val' list of the config.
 
@@ -134,10 +177,22 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
 
 
 def _under(root: str, name: str) -> str:
-    """A file that is named as it is, or from the data root."""
+    """A file that is named as it is, or from the data root.
+
+    Raises:
+      ValueError: the name leads to two files.
+    """
     name = name.strip()
-    if name and root and not os.path.isabs(name) and not os.path.exists(name):
-        return os.path.join(root, name)
+    if not name or not root or os.path.isabs(name):
+        return name
+    there = os.path.join(root, name)
+    if not os.path.exists(name):
+        return there
+    if os.path.exists(there) and not os.path.samefile(name, there):
+        raise ValueError(
+            f'{name} is in {os.getcwd()} and in data.root={root}; write the path of the one you '
+            'mean in full'
+        )
     return name
 
 
@@ -145,6 +200,24 @@ def class_columns(source: LabelledSource) -> ClassNames:
     """Class names of every label column."""
     names = source.class_names
     return names if names and isinstance(names[0], tuple) else (tuple(names),)
+
+
+def warn_of_classes(source: LabelledSource, field: str) -> None:
+    """Warns of a list with nothing to tell apart, and of classes that no video belongs to."""
+    if jax.process_index() != 0:
+        return
+    labels = np.array([source[i].label for i in range(len(source))]).reshape(len(source), -1)
+    for names, column in zip(class_columns(source), labels.T):
+        if len(names) == 1:
+            log.warning('%s has one class, %r: there is nothing to tell apart', field, names[0])
+        empty = np.flatnonzero(np.bincount(column, minlength=len(names)) == 0)
+        if len(empty):
+            named = ', '.join(repr(names[k]) for k in empty[:MOST_NAMED])
+            log.warning(
+                '%s has no video of %d of the %d classes: %s',
+                *(field, len(empty), len(names)),
+                named + (f' and {len(empty) - MOST_NAMED} more' * (len(empty) > MOST_NAMED)),
+            )
 
 
 def list_sha256(source: LabelledSource) -> str:
@@ -294,11 +367,12 @@ def eval_reader(config: ConfigDict) -> pipeline.EvalReader:
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> pipeline.TrainReader:
-    """The training recipe of a config whose batches fit the mesh, and whose test protocol is whole.
+    """The training recipe of a config whose fields and batches fit, and whose test is whole.
 
     Raises:
       ValueError: naming the fields that do not fit.
     """
+    base.check(config)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
     reader = train_reader(config)
@@ -417,6 +491,8 @@ def load_frozen(
       ValueError: the head needs class texts and the data set has none, a text is too long, or the
         mesh would leave too much of the weights whole.
     """
+    if jax.process_index() == 0:
+        log.info('loading the backbone %s', backbone.path)
     stored = converted.stored_shapes(backbone.path)
     abstract = place(
         {name: stored[name] for name in model.reads if name in stored}, model.frozen_rules, mesh

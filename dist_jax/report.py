@@ -219,6 +219,7 @@ LABELS = {
     'val_top5': 'validation top-5',
     'val_mean_class_accuracy': 'validation mean class',
     'frame_only_top1': 'frame-only baseline top-1',
+    'frame_only_seconds': 'frame-only baseline duration',
     'top1': 'top-1',
     'top5': 'top-5',
     'mean_class_accuracy': 'mean class accuracy',

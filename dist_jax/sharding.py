@@ -356,6 +356,8 @@ def feed(mesh: Mesh) -> Feed:
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str, accumulation: int = 1) -> None:
     """Raises ValueError unless a global batch divides over devices and accumulation steps."""
+    if accumulation < 1:
+        raise ValueError(f'accumulation={accumulation} must be at least 1')
     parts = batch_parts(mesh) * accumulation
     if batch_size <= 0 or batch_size % parts:
         sizes = f'mesh.data={mesh.shape[DATA]} x mesh.fsdp={mesh.shape[FSDP]}'

@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,8 +28,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint, experiment, init_from, optim, pod, report, step
-from dist_jax.evaluate import EvalResult, evaluate_config
+from dist_jax.evaluate import BadVideosError, EvalResult, evaluate_config
 from dist_jax.logbook import Bar, Logbook, duration
+from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.mixup import Mixing
 from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
@@ -50,6 +51,10 @@ log = logging.getLogger('dist_jax')
 # Steps that may be on the device while the host goes on: so many batches are sent ahead of the one
 # that is computed. Their losses are checked when they end.
 STEPS_IN_FLIGHT = 2
+# Steps after which hosts count their unreadable videos together, in a run that logs no figures.
+COUNTED_EVERY = 100
+SILENCE = 60.0  # seconds without a line of figures after which one says how far the run is
+LONG_WARMUP = 0.5  # share of a run beyond which its warm-up is worth a warning
 
 BATCH_KEYS = ('video', 'label', 'mask')  # what goes to the devices
 
@@ -63,7 +68,7 @@ class Plan:
     """Lengths of a run, in optimizer steps."""
 
     total_steps: int
-    eval_every: float
+    eval_every: float  # infinite: only after the last step
     steps_per_epoch: float
 
     def evaluates_after(self, done: int) -> bool:
@@ -85,7 +90,8 @@ def make_plan(config: ConfigDict, num_videos: int) -> Plan:
             f'{num_videos} videos, num_epochs={config.num_epochs} and batch_size='
             f'{config.batch_size} make no step; set num_steps, num_epochs or batch_size'
         )
-    return Plan(total, max(1.0, config.eval.every_epochs * per_epoch), per_epoch)
+    every = config.eval.every_epochs
+    return Plan(total, max(1.0, every * per_epoch) if every else math.inf, per_epoch)
 
 
 def optimizer_settings(config: ConfigDict, plan: Plan) -> optim.OptimizerSettings:
@@ -103,6 +109,23 @@ def optimizer_settings(config: ConfigDict, plan: Plan) -> optim.OptimizerSetting
         b2=o.b2,
         clip_norm=o.clip_norm,
     )
+
+
+def log_schedule(config: ConfigDict, settings: optim.OptimizerSettings) -> None:
+    """Says what the learning rate will do, and warns of a run that is mostly warm-up."""
+    top = float(optim.make_schedule(settings)(settings.warmup_steps))
+    log.info(
+        'learning rate: %.3g, %.3g after %.4g steps of warm-up, then a cosine to %.3g at step %d',
+        *(settings.warmup_start_lr if settings.warmup_steps else top, top, settings.warmup_steps),
+        *(settings.end_lr, settings.total_steps),
+    )
+    if settings.warmup_steps > LONG_WARMUP * settings.total_steps:
+        log.warning(
+            'the warm-up takes %.0f %% of the run (optimizer.warmup_epochs=%s of num_epochs=%s), '
+            'so the learning rate reaches %.3g of optimizer.peak_lr=%.3g only',
+            100 * settings.warmup_steps / settings.total_steps,
+            *(config.optimizer.warmup_epochs, config.num_epochs, top, settings.peak_lr),
+        )
 
 
 def step_settings(config: ConfigDict, num_classes: tuple[int, ...]) -> step.StepSettings:
@@ -147,7 +170,9 @@ def train(
 
     Returns:
       The summary: step, val_top1, val_top5, params_sha256, seconds and more; with `interrupted`
-      true after SIGTERM.
+      true after SIGTERM, and with `val_error` if the last evaluation gave no accuracy. `seconds`
+      is the time in this function, of all starts together; what a killed start did after its
+      newest checkpoint is done and counted again.
 
     Raises:
       ValueError: a field, a file or an earlier run in the workdir does not fit; the message says
@@ -163,6 +188,7 @@ def train(
 
     with config.unlocked():
         experiment.prepare_builtin_data(config, workdir)
+        experiment.resolve_paths(config)
     train_source = experiment.open_split(config, 'train')
     val_source = experiment.open_split(config, 'val') if config.data.val_list else None
     class_names = experiment.class_columns(train_source)
@@ -171,6 +197,7 @@ def train(
             f'{config.data.train_list} and {config.data.val_list} have different classes; '
             'name one file of class names for both in data.label_map'
         )
+    experiment.warn_of_classes(train_source, 'data.train_list')
     num_classes = tuple(map(len, class_names))
     backbone = experiment.find_backbone(config, workdir)
     model = experiment.make_model(config, backbone.spec, num_classes)
@@ -178,6 +205,8 @@ def train(
 
     plan = make_plan(config, len(train_source))
     optimizer = optimizer_settings(config, plan)
+    if jax.process_index() == 0:
+        log_schedule(config, optimizer)
     initialise = state_initialiser(config, model, optimizer)
     abstract = step.place_state(model, jax.eval_shape(initialise, frozen), mesh)
     train_step = step.make_train_step(
@@ -194,7 +223,8 @@ def train(
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
     saved = checkpoints.latest_metadata()
     if saved is not None:
-        checkpoint.check_same_run(saved, metadata)
+        earlier = saved | {'config': experiment.with_full_origin(saved['config'])}
+        checkpoint.check_same_run(earlier, metadata)
     restored = checkpoints.restore_latest(abstract)
     if restored is not None:
         state = restored[0]
@@ -204,6 +234,10 @@ def train(
         if config.init_from:
             state = start_from(state, config, class_names)
     start = int(state.step)
+    before = restored[1].get('seconds', 0.0) if restored is not None else 0.0
+
+    def seconds() -> float:
+        return round(before + time.monotonic() - started, 2)
 
     logbook = Logbook(workdir, start, config.log.tensorboard)
     _write_overview(workdir, logbook, config, state, frozen)
@@ -223,6 +257,7 @@ def train(
         checkpoints=checkpoints,
         metadata=metadata,
         logbook=logbook,
+        seconds=seconds,
     )
     try:
         state, result, interrupted = run(state)
@@ -239,14 +274,17 @@ def train(
         'val_top1': result.top1 if result else None,
         'val_top5': result.top5 if result else None,
         'val_mean_class_accuracy': result.mean_class_accuracy if result else None,
+        **({'val_error': run.val_error} if run.val_error else {}),
         'num_bad_videos': run.num_bad_videos,
         'params_sha256': tree_sha256(to_host(state.params)),
         'num_classes': list(num_classes),
         'trainable_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
         'devices': mesh.size,
-        'seconds': round(time.monotonic() - started, 2),
+        'seconds': _finished_seconds(workdir) if start == plan.total_steps else None,
         **(also or {}),
     }
+    if summary['seconds'] is None:
+        summary['seconds'] = seconds()
     if jax.process_index() == 0 and not interrupted:
         write_json(epath.Path(workdir) / 'summary.json', summary)
         report.write_report(workdir, summary, result, class_names)
@@ -288,15 +326,28 @@ def start_from(
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a JSON file, local or in a bucket, that appears whole or not at all."""
+    """Writes a JSON file, local or in a bucket, that appears whole or not at all.
+
+    Raises:
+      ValueError: a number is NaN or infinite, for which JSON has no word.
+    """
     path = epath.Path(path)
-    data = (json.dumps(value, indent=1) + '\n').encode()
+    data = (json.dumps(value, indent=1, allow_nan=False) + '\n').encode()
     if '://' in os.fspath(path):  # an object appears whole
         path.write_bytes(data)
         return
     partial = path.with_name(f'.{path.name}.partial')
     partial.write_bytes(data)
     partial.replace(path)
+
+
+def _finished_seconds(workdir: str) -> float | None:
+    """The duration that the summary of a finished run holds; None without one."""
+    path = epath.Path(workdir) / 'summary.json'
+    try:
+        return json.loads(path.read_text())['seconds']
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # killed before it was written
 
 
 def _write_overview(
@@ -354,7 +405,11 @@ class _Loop:
     checkpoints: checkpoint.Checkpoints
     metadata: dict[str, Any]
     logbook: Logbook
+    seconds: Callable[[], float]  # of the run so far, over all starts
     num_bad_videos: int = 0
+    val_error: str = ''  # why the last evaluation gave no accuracy
+    evaluated: bool = False  # whether the evaluation step is compiled
+    known_bad: set[str] = dataclasses.field(default_factory=set)  # validation videos named so far
 
     def __call__(self, state: step.TrainState) -> tuple[step.TrainState, EvalResult | None, bool]:
         """Runs to the end or to a stop signal: state, last evaluation, whether it was stopped."""
@@ -382,7 +437,7 @@ class _Loop:
         stop = _StopSignal()
         stopped = False
         try:
-            with Bar('train', plan.total_steps, start) as bar:
+            with Bar('train', plan.total_steps, start, SILENCE) as bar:
                 for number in range(start, plan.total_steps):
                     pod.note(doing='reading')
                     with meter.waiting():
@@ -390,7 +445,11 @@ class _Loop:
                     pod.note(doing='computing')
                     bad_videos.add(batch)
                     device_batch = to_global({k: batch[k] for k in BATCH_KEYS}, self.mesh)
-                    state, metrics = self.train_step(state, self.frozen, device_batch)
+                    if number == start:
+                        bar.line('compiling the step')
+                    # The call returns once the step is compiled, and does not wait for its result.
+                    with meter.pause() if number == start else contextlib.nullcontext():
+                        state, metrics = self.train_step(state, self.frozen, device_batch)
                     names = {k: batch[k] for k in ('index', 'path')}
                     pending.append((number, names, metrics))
                     self._settle(pending, STEPS_IN_FLIGHT)
@@ -399,32 +458,34 @@ class _Loop:
                     bar.update(done)
                     pod.note(step=done)
 
-                    if done % config.log.every_steps == 0 or done == plan.total_steps:
+                    last = done == plan.total_steps
+                    if last or _due(done, config.log.every_steps):
                         # The figures of this step: the loop waits here for the device.
                         scalars = self._settle(pending, 0) | meter.read()
                         scalars['epoch'] = done / plan.steps_per_epoch
                         pod.note(data_wait_seconds=scalars['data_wait_seconds'])
-                        share_bad_videos(bad_videos)
                         self.logbook.write_scalars(done, scalars)
                         bar.update(done, f'{scalars["clips_per_second"]:.1f} clips/s')
                         bar.line(_line(scalars, plan.total_steps - done))
+                    if last or _due(done, config.log.every_steps or COUNTED_EVERY):
+                        share_bad_videos(bad_videos)
                     evaluating = self.val_source is not None and plan.evaluates_after(done)
                     if evaluating:
                         self._settle(pending, 0)
                         pod.note(doing='evaluating')
                         with meter.pause():
                             result = self._evaluate(state)
-                        figures = {f'val_{k}': v for k, v in result.scalars().items()}
-                        self.logbook.write_scalars(done, figures)
+                        self.logbook.write_scalars(done, _eval_figures(result))
                         bar.line(_eval_line(result))
-                    stopped = stop.reached(done) and done < plan.total_steps
-                    due = done % config.checkpoint.every_steps == 0
-                    if evaluating or due or stopped or done == plan.total_steps:
+                    stopped = stop.reached(done) and not last
+                    due = _due(done, config.checkpoint.every_steps)
+                    if evaluating or due or stopped or last:
                         self._settle(pending, 0)  # nothing that is not a number is saved
                         top1 = result.top1 if evaluating and result else None
                         pod.note(doing='saving')
                         self.logbook.flush()
-                        self.checkpoints.save(state, self.metadata, top1)
+                        metadata = self.metadata | {'seconds': self.seconds()}
+                        self.checkpoints.save(state, metadata, top1)
                     if stopped:
                         bar.line(f'SIGTERM: saved step {done}; the same command continues')
                         break
@@ -435,7 +496,7 @@ class _Loop:
             batches.close()
             self.num_bad_videos = len(bad_videos)
         pod.note(doing='evaluating')
-        if result is None and self.val_source is not None and not stopped:
+        if start == plan.total_steps and self.val_source is not None:
             result = self._evaluate(state)  # the run was complete already
         return state, result, stopped
 
@@ -457,20 +518,43 @@ class _Loop:
                 )
         return scalars
 
-    def _evaluate(self, state: step.TrainState) -> EvalResult:
+    def _evaluate(self, state: step.TrainState) -> EvalResult | None:
+        """Accuracy on the validation list; None, after an error in the log, if there is none.
+
+        What is wrong with the evaluation does no harm to the state: the run goes on.
+        """
         config = self.config
         total = math.ceil(len(self.val_source) / config.eval.batch_size)
+        self.val_error = ''
         with Bar('evaluate', total) as bar:
-            bar.line(f'{len(self.val_source)} videos')
-            return evaluate_config(
-                config,
-                self.eval_step,
-                state.eval_variables,
-                self.frozen,
-                self.val_source,
-                self.mesh,
-                bar,
-            )
+            first = '' if self.evaluated else ', compiling the step'
+            bar.line(f'{len(self.val_source)} videos{first}')
+            try:
+                result = evaluate_config(
+                    config,
+                    self.eval_step,
+                    state.eval_variables,
+                    self.frozen,
+                    self.val_source,
+                    self.mesh,
+                    bar,
+                    config.data.max_bad_share,
+                )
+            except (BadVideosError, NonFiniteScoresError) as error:  # the same on all hosts
+                self.val_error = str(error).splitlines()[0]
+                if jax.process_index() == 0:
+                    log.error('the evaluation failed: %s', error)
+                return None
+        self.evaluated = True
+        self._name_bad(result)
+        return result
+
+    def _name_bad(self, result: EvalResult) -> None:
+        """Names the validation videos that could not be read, once each."""
+        for path, reason in result.bad_videos:
+            if path not in self.known_bad and jax.process_index() == 0:
+                log.warning('cannot read validation video %s: %s', path, reason)
+            self.known_bad.add(path)
 
 
 class _Meter:
@@ -547,6 +631,11 @@ def share_bad_videos(log: BadVideoLog) -> None:
     log.check()
 
 
+def _due(done: int, every: int) -> bool:
+    """Whether something follows after so many steps; 0 means never."""
+    return every > 0 and done % every == 0
+
+
 def _line(scalars: dict[str, float], steps_left: int) -> str:
     slowest = ''
     if member := pod.current():
@@ -563,7 +652,16 @@ def _line(scalars: dict[str, float], steps_left: int) -> str:
     )
 
 
-def _eval_line(result: EvalResult) -> str:
+def _eval_figures(result: EvalResult | None) -> dict[str, float]:
+    """What the log holds of an evaluation, failed if there is no result."""
+    if result is None:
+        return {'val_failed': 1}
+    return {f'val_{name}': value for name, value in result.scalars().items()}
+
+
+def _eval_line(result: EvalResult | None) -> str:
+    if result is None:
+        return 'validation: failed, see above'
     bad = f', {len(result.bad_videos)} unreadable' if result.bad_videos else ''
     return (
         f'validation: top-1 {100 * result.top1:.2f} %  top-5 {100 * result.top5:.2f} %  '

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import dist, evl, frame_mean
-from dist_jax import experiment, optim, step, train
+from configs import base, dist, evl, frame_mean
+from dist_jax import checkpoint, experiment, optim, step, train
 from dist_jax.models import clip
 from dist_jax.sharding import make_mesh
 from input_pipeline.datasets import DATASETS
+from input_pipeline.sources import open_source
 
 # Trainable parameters. The release has 26.1 M for B/16 8+16 frames on K400; published comparisons
 # on SSv2 count 19 M for B/16 and 32 M for L/14.
@@ -138,6 +139,108 @@ def test_rows_follow_the_released_recipe():
     assert config.batch_size == 256 and plan.total_steps == 36 * 240_000 // 256
     np.testing.assert_allclose(settings.warmup_steps, 6 * 240_000 / 256)
     assert (settings.peak_lr, settings.weight_decay, settings.b2) == (3.2e-4, 1e-4, 0.999)
+
+
+def test_a_warm_up_that_is_most_of_a_run_is_a_warning(caplog):
+    for num_epochs, warns in ((36.0, False), (10.0, True)):
+        config = dist.get_config('b16_8+16f_k400')
+        config.num_epochs = num_epochs
+        with caplog.at_level('INFO', 'dist_jax'):
+            plan = train.make_plan(config, 240_000)
+            train.log_schedule(config, train.optimizer_settings(config, plan))
+        assert ('optimizer.warmup_epochs=6.0 of num_epochs=10.0' in caplog.text) == warns
+    assert 'learning rate: 8e-07, 0.000111 after 5625 steps of warm-up' in caplog.text
+
+
+@pytest.mark.parametrize('num_steps', [0, 50])
+def test_a_run_that_is_shorter_than_its_warm_up_is_refused(num_steps):
+    config = dist.get_config('b16_8+16f_k400')
+    config.num_epochs, config.num_steps = 5.0, num_steps
+    with pytest.raises(ValueError, match=r'warmup_epochs=6\.0 is not shorter than num_epochs=5'):
+        base.check(config)
+    config.num_epochs = 36.0
+    base.check(config)
+    config.num_steps = 50  # which keeps the share
+    settings = train.optimizer_settings(config, train.make_plan(config, 240_000))
+    assert (settings.warmup_steps, settings.total_steps) == (pytest.approx(50 / 6), 50)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_row_passes_its_own_check(name):
+    base.check(CONFIGS[name])
+
+
+def test_paths_are_made_absolute_where_a_run_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('here.txt', 'root/train.txt', 'names/verbs.csv'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('')
+    config = dist.get_config('demo')
+    config.backbone.checkpoint, config.init_from = 'clip_b16', 'runs/first'
+    config.data.update(root='root', train_list='train.txt', val_list='here.txt')
+    config.data.label_map = 'names/verbs.csv, nouns.csv'
+    experiment.resolve_paths(config)
+    assert config.data.root == f'{tmp_path}/root'
+    assert config.data.train_list == 'train.txt'  # from the root, wherever that is
+    assert config.data.val_list == f'{tmp_path}/here.txt'
+    assert config.data.label_map == f'{tmp_path}/names/verbs.csv,nouns.csv'
+    assert config.backbone.checkpoint == f'{tmp_path}/clip_b16'
+    assert config.init_from == f'{tmp_path}/runs/first' and config.init_label_map == ''
+    before = config.to_dict()
+    monkeypatch.chdir('/')
+    experiment.resolve_paths(config)
+    assert config.to_dict() == before
+    config.backbone.checkpoint, config.init_from = 'random', 'gs://bucket/runs/first'
+    config.data.update(root='', train_list='', label_map='')
+    before = config.to_dict()
+    experiment.resolve_paths(config)
+    assert config.to_dict() == before
+
+
+def test_a_run_from_before_its_paths_were_resolved_continues(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dist.get_config('demo')
+    config.init_from = 'runs/first'
+    rest = {'class_names': [], 'train_list_sha256': '', 'backbone': {'params_sha256': ''}}
+    saved = experiment.with_full_origin(checkpoint.plain(config))
+    experiment.resolve_paths(config)
+    checkpoint.check_same_run(
+        {'config': saved, **rest}, {'config': checkpoint.plain(config), **rest}
+    )
+
+
+def test_a_name_of_two_files_is_refused(tmp_path, monkeypatch):
+    (tmp_path / 'root').mkdir()
+    for name in ('val.txt', 'root/val.txt'):
+        (tmp_path / name).write_text('a.mp4 0\n')
+    monkeypatch.chdir(tmp_path)
+    config = dist.get_config('b16_8+16f_k400')
+    config.data.update(name='custom', root='root', val_list='val.txt')
+    with pytest.raises(
+        ValueError, match=r'val\.txt is in .* and in data\.root=root; write the path'
+    ):
+        experiment.open_split(config, 'val')
+    monkeypatch.chdir(tmp_path / 'root')  # one file, by two names
+    config.data.update(root=str(tmp_path / 'root'), list_format='kinetics')
+    assert len(experiment.open_split(config, 'val')) == 1
+
+
+def test_a_list_with_nothing_to_learn_from_is_a_warning(tmp_path, caplog):
+    (tmp_path / 'list.txt').write_text('a.mp4 0\nb.mp4 2\n')
+    (tmp_path / 'labels.txt').write_text(''.join(f'class {i}\n' for i in range(15)))
+    for labels, expected in (
+        (15, ['no video of 13 of the 15 classes', "'class 1', 'class 3'", 'and 3 more']),
+        (1, ["one class, 'class 0'"]),
+    ):
+        (tmp_path / 'labels.txt').write_text(''.join(f'class {i}\n' for i in range(labels)))
+        if labels == 1:
+            (tmp_path / 'list.txt').write_text('a.mp4 0\n')
+        source = open_source(
+            tmp_path / 'list.txt', 'kinetics', label_map=str(tmp_path / 'labels.txt')
+        )
+        caplog.clear()
+        experiment.warn_of_classes(source, 'data.train_list')
+        assert all(text in caplog.text for text in ['data.train_list', *expected])
 
 
 def test_an_epoch_has_every_clip_of_every_video():

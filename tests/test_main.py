@@ -1,6 +1,7 @@
 """The console command: help, messages, config fields, folders."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -175,7 +176,7 @@ def test_a_relative_workdir_is_a_folder_here(clips, tmp_path, monkeypatch, capsy
     command = [
         '--workdir=runs/here',
         DIST,
-        f'--config.data.root={clips}',
+        f'--config.data.root={os.path.relpath(clips, tmp_path)}',
         '--config.data.train_list=train.txt',
         '--config.data.label_map=labels.txt',
         '--config.data.num_frames=4',
@@ -193,6 +194,12 @@ def test_a_relative_workdir_is_a_folder_here(clips, tmp_path, monkeypatch, capsy
     evaluate = ['evaluate', '--workdir=runs/here', '--config.data.val_list=val.txt']
     assert run(*evaluate, '--config.eval.batch_size=2', '--output=here') == 0
     assert json.loads(Path('here/evaluation.json').read_text())['num_videos'] == 10
+    # From any other folder too.
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    evaluate = ['evaluate', f'--workdir={tmp_path}/runs/here', '--config.data.val_list=val.txt']
+    assert run(*evaluate, '--config.eval.batch_size=2', '--output=there') == 0
+    assert json.loads(Path('there/evaluation.json').read_text())['num_videos'] == 10
 
 
 def test_the_module_starts_as_the_command_does(tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -124,6 +126,10 @@ def losses(workdir):
     return {row['step']: row['loss'] for row in rows(workdir, 'loss')}
 
 
+def seconds_at(workdir, step):
+    return checkpoint.read_metadata(checkpoint.find_checkpoint(workdir, step))['seconds']
+
+
 def rows(workdir, figure):
     return [row for row in read_metrics(workdir / 'metrics.jsonl') if figure in row]
 
@@ -227,8 +233,10 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(stopped, straight, m
     (leftover / 'metadata' / 'metadata').write_text('{"fo')
     (stopped / '.summary.json.partial').write_text('{')
     free = {'data.num_threads': 1, 'data.buffer_size': 2, 'checkpoint.every_steps': 5}
+    before = seconds_at(stopped, 4)
     summary = train.train(make_config(**free), str(stopped))
     assert figures(summary) == figures(straight[1])
+    assert summary['seconds'] > seconds_at(stopped, 5) > before > 0  # of both starts
     assert steps_of(stopped) == [5, 6]
     assert not list((stopped / 'checkpoints').glob('*tmp*'))
     assert not (stopped / 'checkpoints-broken').exists()
@@ -278,7 +286,7 @@ def test_sigterm_saves_and_the_same_command_continues(make_config, straight, tmp
 def test_a_finished_run_repeats_its_summary(straight, make_config, tmp_path):
     workdir = shutil.copytree(straight[0], tmp_path / 'run')
     summary = train.train(make_config(), str(workdir))
-    assert figures(summary) == figures(straight[1])
+    assert summary == straight[1]  # the duration too
     assert json.loads((workdir / 'summary.json').read_text()) == summary
     assert losses(workdir) == losses(straight[0])
     assert len(rows(workdir, 'val_top1')) == 1
@@ -443,6 +451,134 @@ def test_too_many_bad_videos_stop_the_run(make_config, broken_clips, tmp_path):
     assert not (tmp_path / 'run' / 'summary.json').exists()
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Steps that learn nothing and compile nothing; `scores[n]` spoils those of evaluation n."""
+    scores = {}
+
+    def make_train_step(*_):
+        names = ('loss', 'grad_norm', 'learning_rate', 'clips', 'finite')
+        return lambda state, *_: (state.replace(step=state.step + 1), dict.fromkeys(names, 1.0))
+
+    def make_eval_step(*_):
+        calls = []
+
+        def eval_step(variables, frozen, video):
+            calls.append(1)
+            evaluation = (len(calls) - 1) // 3  # of 10 videos, 4 a step
+            value = scores.get(evaluation, 0.125)
+            return (jnp.full((len(video), 8), value).at[:, len(calls) % 8].add(0.1),)
+
+        return eval_step
+
+    monkeypatch.setattr(train.step, 'make_train_step', make_train_step)
+    monkeypatch.setattr(train.step, 'make_eval_step', make_eval_step)
+    monkeypatch.setattr(train.report, 'write_report', lambda *_: None)
+    return scores
+
+
+EVERY_SECOND = 4 * 2 / 18  # epochs in two steps
+
+
+@pytest.mark.slow
+def test_an_evaluation_without_numbers_fails_and_the_run_goes_on(
+    quick, make_config, tmp_path, caplog
+):
+    quick[1] = np.nan  # of three
+    config = make_config(**{'eval.every_epochs': EVERY_SECOND})
+    with caplog.at_level(logging.ERROR, 'dist_jax'):
+        summary = train.train(config, str(tmp_path))
+    assert summary['step'] == NUM_STEPS and summary['val_top1'] is not None
+    assert 'val_error' not in summary
+    assert [row['step'] for row in rows(tmp_path, 'val_top1')] == [2, 6]
+    assert [row['step'] for row in rows(tmp_path, 'val_failed')] == [4]
+    assert 'evaluation failed: 10 of 10 videos' in caplog.text and '.mp4' in caplog.text
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    assert checkpoints.best_step() in (2, 6)
+    checkpoints.close()
+
+
+@pytest.mark.slow
+def test_a_last_evaluation_without_numbers_leaves_no_accuracy(quick, make_config, tmp_path):
+    quick[1] = np.inf
+    config = make_config(**{'eval.every_epochs': EVERY_SECOND, 'num_steps': 4})
+    summary = train.train(config, str(tmp_path))
+    assert summary['step'] == 4 and summary['val_top1'] is None
+    assert '10 of 10 videos have scores that are not finite' in summary['val_error']
+    assert json.loads((tmp_path / 'summary.json').read_text()) == summary
+    # The same command evaluates again, and does nothing else.
+    again = train.train(config, str(tmp_path))
+    assert again['val_top1'] is not None and 'val_error' not in again
+    assert again['seconds'] == summary['seconds']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('num_bad', [1, 2])
+def test_unreadable_validation_videos_are_tolerated_up_to_a_share(
+    quick, make_config, clips, tmp_path, caplog, num_bad
+):
+    folder = shutil.copytree(clips, tmp_path / 'clips')
+    paths = [line.rsplit(maxsplit=1)[0] for line in (folder / 'val.txt').open()][:num_bad]
+    for path in paths:
+        (folder / path).write_bytes(b'no video')
+    config = make_config(
+        **{'data.root': str(folder), 'eval.every_epochs': EVERY_SECOND, 'num_steps': 4}
+    )
+    with caplog.at_level(logging.WARNING, 'dist_jax'):
+        summary = train.train(config, str(tmp_path / 'run'))
+    assert summary['step'] == 4 and steps_of(tmp_path / 'run') == [2, 4]
+    assert all(path in caplog.text for path in paths)
+    found = rows(tmp_path / 'run', 'val_num_bad_videos')
+    if num_bad == 1:  # data.max_bad_share=0.01 of 10 allows one
+        assert [(row['val_num_bad_videos'], row['val_num_videos']) for row in found] == [(1, 9)] * 2
+        assert summary['val_top1'] is not None
+        assert caplog.text.count(paths[0]) == 1  # named once
+    else:
+        assert not found and len(rows(tmp_path / 'run', 'val_failed')) == 2
+        assert summary['val_top1'] is None
+        assert '2 of 10 videos cannot be read, 1 are allowed' in summary['val_error']
+    # They do not count with those of the training list.
+    assert summary['num_bad_videos'] == 0
+
+
+@pytest.mark.slow
+def test_zero_means_never_but_at_the_end(quick, make_config, tmp_path):
+    every = {'eval.every_epochs': 0.0, 'checkpoint.every_steps': 0, 'log.every_steps': 0}
+    summary = train.train(make_config(**every), str(tmp_path))
+    assert summary['step'] == NUM_STEPS and summary['val_top1'] is not None
+    assert [row['step'] for row in rows(tmp_path, 'loss')] == [NUM_STEPS]
+    assert [row['step'] for row in rows(tmp_path, 'val_top1')] == [NUM_STEPS]
+    assert steps_of(tmp_path) == [NUM_STEPS]
+
+
+@pytest.mark.slow
+def test_what_takes_long_is_said_and_compilation_counts_in_no_figure(
+    quick, make_config, tmp_path, monkeypatch, caplog, capsys
+):
+    make_train_step = train.step.make_train_step
+
+    def slow_at_first(*arguments):
+        inner, waits = make_train_step(*arguments), [0.6]
+
+        def train_step(*arguments):
+            time.sleep(waits.pop() if waits else 0.0)
+            return inner(*arguments)
+
+        return train_step
+
+    monkeypatch.setattr(train.step, 'make_train_step', slow_at_first)
+    config = make_config(**{'num_steps': 2, 'log.every_steps': 1})
+    with caplog.at_level(logging.INFO, 'dist_jax'):
+        train.train(config, str(tmp_path))
+    first, _ = rows(tmp_path, 'loss')
+    assert first['compute_seconds'] < 0.5
+    assert 'loading the backbone' in caplog.text
+    assert 'learning rate: ' in caplog.text and 'steps of warm-up' in caplog.text
+    lines = capsys.readouterr().err.splitlines()
+    assert 'train 0/2 compiling the step' in lines
+    assert 'evaluate 0/3 10 videos, compiling the step' in lines
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_another(straight, make_config, tmp_path, monkeypatch):
     seen = []
@@ -602,6 +738,8 @@ def test_what_may_change_between_sessions():
         with pytest.raises(ValueError) as error:
             checkpoint.check_same_run(saved, metadata(**{field: value}))
         assert named(error) == [field]
+    with pytest.raises(ValueError, match=r'num_steps: saved 0, now 900[^$]*config\.init_from=RUN'):
+        checkpoint.check_same_run(saved, metadata(num_steps=900))
     with pytest.raises(ValueError, match='class_names'):
         checkpoint.check_same_run(saved, metadata() | {'class_names': [['b']]})
 
@@ -609,7 +747,10 @@ def test_what_may_change_between_sessions():
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'num_steps': 0, 'num_epochs': 0.1}, 'make no step; set num_steps'),
+        (
+            {'num_steps': 0, 'num_epochs': 0.1, 'optimizer.warmup_epochs': 0.0},
+            'make no step; set num_steps',
+        ),
         ({'batch_size': 0}, 'batch_size=0 must be a positive multiple'),
         ({'accumulation': 3}, r'batch_size=4 must be a positive multiple of 3 .*accumulation'),
         ({'backbone.checkpoint': ''}, r'backbone\.checkpoint is empty'),
@@ -617,6 +758,23 @@ def test_what_may_change_between_sessions():
         ({'model.family': 'dits'}, r"model\.family='dits' is not one of"),
         ({'model.dtype': 'float16'}, r"model\.dtype='float16' is not one of"),
         ({'data.name': 'kinetics'}, r"data\.name='kinetics' is not one of"),
+        ({'accumulation': 0}, 'accumulation=0 must be at least 1'),
+        ({'num_epochs': 0.0}, r'num_epochs=0\.0 must be above 0'),
+        ({'num_steps': -1}, 'num_steps=-1 must be at least 0'),
+        ({'checkpoint.keep': 0}, r'checkpoint\.keep=0 must be at least 1'),
+        ({'checkpoint.every_steps': -1}, r'checkpoint\.every_steps=-1 must be at least 0'),
+        ({'log.every_steps': -5}, r'log\.every_steps=-5 must be at least 0'),
+        ({'eval.every_epochs': -1.0}, r'eval\.every_epochs=-1\.0 must be at least 0'),
+        ({'eval.every_epochs': math.nan}, r'eval\.every_epochs=nan must be a finite number'),
+        ({'optimizer.peak_lr': math.inf}, r'optimizer\.peak_lr=inf must be a finite number'),
+        ({'data.crop_area': (math.nan, 1.0)}, r'data\.crop_area=nan must be a finite number'),
+        ({'data.max_bad_share': 1.5}, r'data\.max_bad_share=1\.5 must be at most 1'),
+        ({'data.record_timeout': 0.0}, r'data\.record_timeout=0\.0 must be above 0'),
+        ({'optimizer.ema_decay': 1.0}, r'optimizer\.ema_decay=1\.0 must be at least 0 and below 1'),
+        (
+            {'num_steps': 0, 'num_epochs': 2.0, 'optimizer.warmup_epochs': 6.0},
+            r'optimizer\.warmup_epochs=6\.0 is not shorter than num_epochs=2\.0.*=0\.33',
+        ),
     ],
 )
 def test_wrong_fields_are_named(make_config, tmp_path, fields, message):

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from configs import base
 from dist_jax import experiment, optim, step, train
 from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
@@ -55,6 +56,7 @@ def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Ste
     Raises:
       ValueError: a field that does not fit, or a batch that the mesh does not divide.
     """
+    base.check(config)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     model, frozen, state, num_classes = _model(config, mesh, gradients)
     settings = _optimizer_settings(config)
