@@ -53,16 +53,20 @@ def get_config() -> ConfigDict:
     # List of training videos, a folder of class folders, or one that tools.build_dataset wrote.
     config.data.train_list = ''
     config.data.val_list = ''  # list of validation videos
-    # For lists that hold several splits (HMDB51: train1 to train3); of a built set, '' is train.
+    # For lists that hold several splits (HMDB51: train1 to train3); '' is the one named train.
     config.data.train_subset = ''
     config.data.val_subset = (
-        ''  # likewise (HMDB51: test1 to test3); of a built set, '' is validation
+        ''  # likewise (HMDB51: test1 to test3); '' is the one named val or validation, else test
     )
-    config.data.list_format = ''  # '' for the data set's own; see input_pipeline.list_formats
+    # '' for what the file is, and the data set's own; see input_pipeline.list_formats.
+    config.data.list_format = ''
     config.data.label_map = (
         ''  # class names; two files, separated by a comma, for two label columns
     )
     config.data.truncate_texts = False  # cut class names that are too long for the text tower
+    # Text heads read ApplyEyeMakeup as Apply Eye Makeup and brush_hair as brush hair, in sets where
+    # no class name has a space. Names in results stay as the list has them.
+    config.data.split_names = True
     config.data.num_frames = 16  # frames of a clip
     config.data.image_size = 224  # pixels
     # A key of input_pipeline.sampling.PROTOCOLS; '' for the data set's own.

@@ -34,7 +34,8 @@ from dist_jax.sharding import (
     replicated,
     shardings,
 )
-from input_pipeline import pipeline, randaugment, records, transforms
+from input_pipeline import pipeline, randaugment, transforms
+from input_pipeline.class_names import as_words, mirror_pairs
 from input_pipeline.datasets import DATASETS, DatasetInfo
 from input_pipeline.sources import open_source
 from input_pipeline.tokenizer import tokenize
@@ -44,7 +45,6 @@ log = logging.getLogger('dist_jax')
 
 RANDOM = 'random'
 MOST_NAMED = 10  # classes in a warning
-BUILT_SPLITS = {'train': 'train', 'val': 'validation'}  # of a built data set, unless one is named
 DTYPES = {'bfloat16': jnp.bfloat16, 'float32': jnp.float32}
 
 ClassNames = tuple[tuple[str, ...], ...]
@@ -162,17 +162,15 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
     root = config.data.root
     path = _under(root, path)
     label_map = [_under(root, name) for name in config.data.label_map.split(',')]
-    subset = config.data[f'{split}_subset']
-    if records.is_built(path):
-        subset = subset or BUILT_SPLITS[split]
-    list_format = config.data.list_format or ('folder' if os.path.isdir(path) else '')
     return open_source(
         path,
-        list_format or info.list_format,
-        root='' if os.path.isdir(path) else root,
+        config.data.list_format or 'auto',
+        root=root,
         label_map=label_map if len(label_map) > 1 else label_map[0],
         num_classes=info.num_classes,
-        subset=subset,
+        subset=config.data[f'{split}_subset'],
+        purpose=split,
+        usual_format=info.list_format,
     )
 
 
@@ -231,11 +229,16 @@ def list_sha256(source: LabelledSource) -> str:
     return digest.hexdigest()
 
 
-def train_reader(config: ConfigDict) -> pipeline.TrainReader:
+def train_reader(config: ConfigDict, class_names: ClassNames = ()) -> pipeline.TrainReader:
     """The training recipe of the config: policy, crop, flip, colours, erasing; one draw for a clip.
 
     What moves or recolours pixels comes after the crop where that gives the same clips, since there
     are fewer pixels then.
+
+    Args:
+      config: of the experiment.
+      class_names: of each label column, which say what labels a mirrored clip swaps; () takes the
+        recorded ones of the data set.
 
     Raises:
       ValueError: naming the fields of config.data that do not fit.
@@ -249,7 +252,7 @@ def train_reader(config: ConfigDict) -> pipeline.TrainReader:
     steps, policy = CROPS[data.crop](data), _policy(data)
     steps = [*steps, *policy] if data.augment_after_crop else [*policy, *steps]
     if data.flip and info.flip is not None:
-        steps.append(info.flip)
+        steps.append(_flip(info, class_names))
     if data.colour_jitter:
         steps.append(transforms.ColourJitter(probability=data.colour_jitter))
     if data.grayscale:
@@ -273,6 +276,38 @@ def train_reader(config: ConfigDict) -> pipeline.TrainReader:
             transforms=tuple(steps),
             num_samples=data.num_samples,
         )
+
+
+def _flip(info: DatasetInfo, class_names: ClassNames) -> transforms.Flip:
+    """Mirroring, with the pairs of labels that these classes swap.
+
+    Raises:
+      ValueError: sides are named by one of several label columns, which nothing swaps.
+    """
+    recorded = info.flip.label_pairs
+    if all(name.isdigit() for column in class_names for name in column):
+        if class_names and recorded:
+            log.info(
+                'the classes have numbers and no names: mirrored clips swap the labels %s of the '
+                'official label map',
+                recorded,
+            )
+        return info.flip
+    found = [mirror_pairs(column) for column in class_names]
+    if len(found) > 1 and any(found):
+        raise ValueError(
+            'data.flip: classes name left and right, and with several label columns nothing swaps '
+            'them in mirrored clips; pass --config.data.flip=false'
+        )
+    pairs, names = found[0], class_names[0]
+    if pairs:
+        log.info(
+            'mirrored clips swap the labels of: %s',
+            '; '.join(f'{names[a]} / {names[b]} ({a}, {b})' for a, b in pairs),
+        )
+    if recorded and pairs != recorded:
+        log.warning('these are not the pairs of the official label map, %s', recorded)
+    return dataclasses.replace(info.flip, label_pairs=pairs)
 
 
 @contextlib.contextmanager
@@ -366,8 +401,8 @@ def eval_reader(config: ConfigDict) -> pipeline.EvalReader:
         )
 
 
-def check_batches(config: ConfigDict, mesh: Mesh) -> pipeline.TrainReader:
-    """The training recipe of a config whose fields and batches fit, and whose test is whole.
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Checks the fields of a config, its training recipe, test protocol, and batches on the mesh.
 
     Raises:
       ValueError: naming the fields that do not fit.
@@ -375,10 +410,8 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> pipeline.TrainReader:
     base.check(config)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-    reader = train_reader(config)
-    check_samples(config.batch_size, mesh, reader.num_samples)
+    check_samples(config.batch_size, mesh, train_reader(config).num_samples)
     eval_reader(config)  # checks its fields
-    return reader
 
 
 def find_backbone(config: ConfigDict, workdir: str) -> Backbone:
@@ -474,6 +507,7 @@ def load_frozen(
     class_names: ClassNames,
     mesh: Mesh,
     truncate_texts: bool = False,
+    split_names: bool = True,
 ) -> Tree:
     """The frozen tree of the steps, with text features of these classes, on the devices.
 
@@ -486,6 +520,7 @@ def load_frozen(
       class_names: of each label column.
       mesh: the devices.
       truncate_texts: cut class names that are too long for the text tower.
+      split_names: put spaces between the words of names that have none.
 
     Raises:
       ValueError: the head needs class texts and the data set has none, a text is too long, or the
@@ -509,7 +544,9 @@ def load_frozen(
     tokens: tuple[Any, ...] = ()
     if 'text' in model.reads:
         tokens = tuple(
-            np.asarray(tokenize(_texts(column), backbone.spec.context_length, truncate_texts))
+            np.asarray(
+                tokenize(_texts(column, split_names), backbone.spec.context_length, truncate_texts)
+            )
             for column in class_names
         )
     placed = place_frozen(model, jax.eval_shape(model.prepare, params, tokens), mesh)
@@ -528,14 +565,14 @@ def place_frozen(model: VideoModel, frozen: Tree, mesh: Mesh) -> Tree:
     return placed
 
 
-def _texts(names: tuple[str, ...]) -> list[str]:
+def _texts(names: tuple[str, ...], split_names: bool) -> list[str]:
     """Class names as prompts. Source: DiST uses the bare label text without double quotes."""
     if all(name.isdigit() for name in names):
         raise ValueError(
             'model.head=text needs class names, but the list has numbers only; '
             'pass --config.data.label_map=FILE with one name a line, or use model.head=linear'
         )
-    return [name.replace('"', '') for name in names]
+    return [name.replace('"', '') for name in (as_words(names) if split_names else names)]
 
 
 def abstract_frozen(

@@ -183,7 +183,7 @@ def train(
     started = time.monotonic()
     config = ConfigDict(config)
     mesh = make_mesh(**config.mesh)
-    train_reader = experiment.check_batches(config, mesh)
+    experiment.check_batches(config, mesh)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
 
     with config.unlocked():
@@ -198,10 +198,12 @@ def train(
             'name one file of class names for both in data.label_map'
         )
     experiment.warn_of_classes(train_source, 'data.train_list')
+    train_reader = experiment.train_reader(config, class_names)
     num_classes = tuple(map(len, class_names))
     backbone = experiment.find_backbone(config, workdir)
     model = experiment.make_model(config, backbone.spec, num_classes)
-    frozen = experiment.load_frozen(backbone, model, class_names, mesh, config.data.truncate_texts)
+    texts = config.data.truncate_texts, config.data.split_names
+    frozen = experiment.load_frozen(backbone, model, class_names, mesh, *texts)
 
     plan = make_plan(config, len(train_source))
     optimizer = optimizer_settings(config, plan)

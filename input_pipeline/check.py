@@ -5,8 +5,9 @@ examples:
   dist_jax check --list videos/ --format folder --full
   dist_jax check --list trainlist01.txt --label_map classInd.txt --root UCF-101 --report bad.jsonl
 
-The report has the lines that a training run writes to bad_videos.jsonl. The exit code is 0 if every
-video can be read, 1 if not, 2 if the list itself is wrong.
+The report has the lines that a training run writes to bad_videos.jsonl; if every video can be read,
+it is empty where --report names it, and else there is none. The exit code is 0 if every video can
+be read, 1 if not, 2 if the list itself is wrong.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from rich.table import Table
 from input_pipeline.bad_videos import NUM_CHECK_FRAMES, check_source
 from input_pipeline.list_formats import LIST_FORMATS
 from input_pipeline.sources import open_source
+
+REPORT = 'bad_videos.jsonl'
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,9 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--label_map', default=[], nargs='+', metavar='FILE', help='class names, one file per head'
     )
-    parser.add_argument('--subset', default='', help='train1 .. test3 of HMDB51, split of a CSV')
     parser.add_argument(
-        '--report', default='bad_videos.jsonl', metavar='FILE', help='default %(default)s'
+        '--subset', default='', help='train1 .. test3 of HMDB51 and UCF101, split of a CSV'
+    )
+    parser.add_argument(
+        '--report', default='', metavar='FILE', help=f'default {REPORT}, if a video is bad'
     )
     parser.add_argument(
         '--full',
@@ -63,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
       The exit code: 0 all good, 1 some videos are bad, 2 the list is wrong.
     """
     arguments = _parser().parse_args(argv)
+    report = arguments.report or REPORT
     console = Console()
     try:
         source = open_source(
@@ -72,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.label_map or '',
             subset=arguments.subset,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         console.print(f'[red]error:[/red] {error}', soft_wrap=True, highlight=False)
         return 2
     columns = (
@@ -85,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         task = bar.add_task('0 bad', total=len(source))
         result = check_source(
             source,
-            arguments.report,
+            report,
             full=arguments.full,
             num_threads=max(arguments.threads, 1),
             progress=lambda done, _, bad: bar.update(
@@ -93,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
             ),
         )
     if not result.bad:
+        if not arguments.report:
+            os.remove(report)
         console.print(f'all {result.total} videos can be read')
         return 0
     table = Table('kind', 'videos', 'first of them', title=None)
@@ -102,8 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table)
     share = len(result.bad) / result.total
     console.print(
-        f'{len(result.bad)} of {result.total} videos ({share:.2%}) cannot be read; see '
-        f'{arguments.report}',
+        f'{len(result.bad)} of {result.total} videos ({share:.2%}) cannot be read; see {report}',
         soft_wrap=True,
         highlight=False,
     )

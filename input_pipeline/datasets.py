@@ -8,7 +8,8 @@ from input_pipeline import class_names, kinetics, motion_clips
 from input_pipeline.transforms import Flip
 
 PLAIN_FLIP = Flip()
-# "... from left to right" and its two relatives; class indices of the official label map.
+# "... from left to right" and its two relatives, in the official label map: for lists of numbers.
+# Where names are known, `class_names.mirror_pairs` finds the pairs, and the same ones there.
 SOMETHING_FLIP = Flip(label_pairs=((86, 87), (93, 94), (166, 167)))
 
 
@@ -35,7 +36,8 @@ class DatasetInfo:
       num_classes: number of classes; one per head (verb, noun) as a tuple; 0 takes what the label
         map or the list says.
       list_format: of its usual lists, see `sources.open_source`.
-      flip: mirroring in training, with the labels that it swaps; None where it would lie.
+      flip: mirroring in training; None where it would lie. Its pairs of labels count for lists
+        whose classes have no names; else they come from the names.
       sampling: a key of `sampling.PROTOCOLS`, the one of DiST for it.
       class_key: of a class name; names with equal keys are one class, in whatever list they are.
       splits: the original annotation files, which `tools.build_dataset` reads.
@@ -72,7 +74,7 @@ DATASETS: dict[str, DatasetInfo] = {
     'kinetics700': DatasetInfo(700, 'kinetics', **KINETICS),
     'kinetics700_2020': DatasetInfo(700, 'kinetics', **KINETICS),
     'kinetics710': DatasetInfo(710, 'kinetics', label_files=('names.txt',), **KINETICS),
-    # V1 numbers its classes differently and DiST gives no pairs for it: no mirroring.
+    # No recipe here mirrors V1.
     'something_v1': DatasetInfo(
         174,
         'csv',

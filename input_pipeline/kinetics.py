@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from input_pipeline import class_names
 from input_pipeline.list_formats import VIDEO_SUFFIXES
-from input_pipeline.text_files import read_lines, read_text
+from input_pipeline.text_files import number, quoted, read_lines, read_text
 
 # Sets, oldest first, with their number of classes.
 SETS = {'k400': 400, 'k600': 600, 'k700': 700}
@@ -312,13 +312,10 @@ def _csv_rows(path: str, labels: bool) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _whole(text: str, name: str, where: str) -> int:
     """Whole seconds of '12' or '12.0'; 0 where a test table has no times."""
-    try:
-        value = float(text or 0)
-        if value >= 0 and value == int(value):
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError(f'{where}: {name} {text!r} is not a whole number of seconds')
+    value = number(text or '0')
+    if value is not None and value >= 0 and value == int(value):
+        return int(value)
+    raise ValueError(f'{where}: {name} {quoted(text)} is not a whole number of seconds')
 
 
 def _read_sets(inputs: Mapping[str, Inputs], note: Progress) -> dict[tuple[str, str], _Table]:

@@ -1,13 +1,35 @@
 """Class names and ids, in the formats in which data sets give them."""
 
-import csv
 import difflib
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from input_pipeline.text_files import integer, read_json, read_lines, read_text
+from input_pipeline.text_files import integer, quoted, read_csv, read_json, read_lines, read_text
+
+# What systems and programs put beside the files of others.
+_NOT_DATA = {
+    '__MACOSX',
+    '@eaDir',
+    '#recycle',
+    '$RECYCLE.BIN',
+    'lost+found',
+    'System Volume Information',
+}
+_LONGEST_NAME = 1000  # characters of a class name
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a data set: .git, __MACOSX, @eaDir."""
+    return name.startswith('.') or name in _NOT_DATA
+
+
+def class_folders(path: Path) -> list[str]:
+    """The class names of a folder of class folders, sorted."""
+    with os.scandir(path) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
 
 
 class ClassMap:
@@ -27,10 +49,15 @@ class ClassMap:
         for name in names:
             if not name:
                 raise ValueError(f'{where}: empty class name')
+            if len(name) > _LONGEST_NAME:
+                raise ValueError(
+                    f'{where}: a class name of {len(name)} characters, {quoted(name)}; is it a '
+                    'list of class names?'
+                )
         for what, values in (('class name', names), ('class id', ids)):
             twice = [value for value, number in Counter(values).items() if number > 1]
             if twice:
-                raise ValueError(f'{where}: {what} {twice[0]!r} appears twice')
+                raise ValueError(f'{where}: {what} {quoted(twice[0])} appears twice')
         self.names = tuple(names)
         self.where = where
         self._by_id = {number: k for k, number in enumerate(ids)}
@@ -48,9 +75,10 @@ class ClassMap:
                     f'{min(self._by_id)} to {max(self._by_id)}'
                 )
             return self._by_id[number]
-        close = difflib.get_close_matches(label, self.names, 1, 0.6)
+        near = label if len(label) <= _LONGEST_NAME else ''
+        close = difflib.get_close_matches(near, self.names, 1, 0.6)
         hint = f'; did you mean {close[0]!r}?' if close else ''
-        raise ValueError(f'{where}: label {label!r} is not a class of {self.where}{hint}')
+        raise ValueError(f'{where}: label {quoted(label)} is not a class of {self.where}{hint}')
 
 
 def read_label_map(path: str | os.PathLike) -> ClassMap:
@@ -69,11 +97,10 @@ def read_label_map(path: str | os.PathLike) -> ClassMap:
     """
     path = Path(path)
     if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        pairs = list(enumerate(names))
-    elif path.suffix == '.json':
+        pairs = list(enumerate(class_folders(path)))
+    elif path.suffix.lower() == '.json':
         pairs = _label_pairs_json(path)
-    elif path.suffix == '.csv':
+    elif path.suffix.lower() == '.csv':
         pairs = _label_pairs_csv(path)
     else:
         lines = [text for _, text in read_lines(path)]
@@ -96,36 +123,47 @@ def read_label_map(path: str | os.PathLike) -> ClassMap:
 def _label_pairs_json(path: Path) -> list[tuple[int, str]]:
     content = read_json(path)
     if isinstance(content, list):
-        return list(enumerate(map(str, content)))
+        for place, name in enumerate(content):
+            if not isinstance(name, str):
+                raise ValueError(f'{path}[{place}]: expected a class name, found {quoted(name)}')
+        return list(enumerate(content))
     if not isinstance(content, dict):
         raise ValueError(f'{path}: expected an object name -> id or a list of names')
-    pairs = [(integer(str(value)), key) for key, value in content.items()]
+    pairs = [(_class_id(value), key) for key, value in content.items()]
     if any(number is None for number, _ in pairs):
-        pairs = [(integer(key), str(value)) for key, value in content.items()]
-    if any(number is None for number, _ in pairs):
-        raise ValueError(f'{path}: neither its keys nor its values are all integers')
+        pairs = [(integer(key), value) for key, value in content.items()]
+    if not all(number is not None and isinstance(name, str) for number, name in pairs):
+        raise ValueError(
+            f'{path}: neither its keys nor its values are all integers, with names opposite'
+        )
     return pairs
 
 
+def _class_id(value: Any) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return integer(value) if isinstance(value, str) else None
+
+
 def _label_pairs_csv(path: Path) -> list[tuple[int, str]]:
-    lines = read_text(path).splitlines()
-    rows = list(csv.reader(lines))
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    rows = read_csv(path)
+    header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
     id_column, name_column = 0, 1
     if 'id' in header:
         names = [k for k, cell in enumerate(header) if cell in ('name', 'key', 'label', 'class')]
         if not names:
-            raise ValueError(f'{path}:1: column id without a column name, found {header}')
+            raise ValueError(f'{path}:1: column id without a column name, found {quoted(header)}')
         id_column, name_column = header.index('id'), names[0]
-        rows[0] = []
-    elif all(integer(row[0]) is None for row in rows if row):
+        rows = rows[1:]
+    elif all(integer(row[0]) is None for _, row in rows):
         # A name a line, with commas of its own.
+        lines = read_text(path).splitlines()
         return list(enumerate(line.strip() for line in lines if line.strip()))
     pairs = []
-    for number, row in enumerate(rows, 1):
-        if not row:
-            continue
-        if len(row) <= max(id_column, name_column) or integer(row[id_column]) is None:
-            raise ValueError(f'{path}:{number}: expected "id,name", found {",".join(row)!r}')
-        pairs.append((int(row[id_column]), row[name_column].strip()))
+    for where, row in rows:
+        wide = len(row) > max(id_column, name_column)
+        number = integer(row[id_column]) if wide else None
+        if number is None:
+            raise ValueError(f'{where}: expected "id,name", found {quoted(",".join(row))}')
+        pairs.append((number, row[name_column].strip()))
     return pairs

@@ -2,24 +2,113 @@
 
 A parser takes a list file and yields a `Row` per video; labels are still text then. Copies of a
 data set name their files differently: where a list gives no names, `exists` tells which rule fits.
+Whatever bytes a list has, a parser raises no other error than ValueError and OSError.
 """
 
-import csv
 import functools
 import itertools
-import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from input_pipeline.text_files import integer, read_json, read_lines, read_text
+from absl import logging
+
+from input_pipeline.label_maps import class_folders, is_hidden
+from input_pipeline.text_files import (
+    integer,
+    number,
+    quoted,
+    read_csv,
+    read_json,
+    read_json_lines,
+    read_lines,
+    read_text,
+)
 
 Exists = Callable[[str], bool]
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
-VIDEO_SUFFIXES = ('.mp4', '.webm', '.avi', '.mkv', '.mov', '.m4v', '.mpg', '.mpeg', '.ts', '.flv')
+# Of the formats that `decode` opens. A file of another suffix is skipped, and counted in the log.
+# fmt: off
+VIDEO_SUFFIXES = (
+    '.mp4', '.m4v', '.mov', '.qt', '.3gp', '.3g2', '.f4v', '.mj2',
+    '.webm', '.mkv', '.mk3d', '.avi', '.divx', '.wmv', '.asf', '.flv', '.swf',
+    '.mpg', '.mpeg', '.mpe', '.m1v', '.m2v', '.mpv', '.vob', '.ts', '.mts', '.m2t', '.m2ts',
+    '.ogv', '.ogm', '.ogg', '.gif', '.mxf', '.dv', '.dif', '.rm', '.rmvb', '.wtv', '.nut', '.ivf',
+    '.h264', '.264', '.avc', '.hevc', '.h265', '.265', '.obu',
+)
+# fmt: on
+_TRAIN = ('train', 'training')
+_VALIDATION = ('val', 'valid', 'validate', 'validation', 'dev')
+_TEST = ('test', 'testing')
+# Splits that a list is taken to mean where its file holds several and none was chosen.
+_MEANT = {
+    'train': (_TRAIN,),
+    'val': (_VALIDATION, _TEST),
+    'validation': (_VALIDATION, _TEST),
+    'test': (_TEST,),
+}
+# Formats whose files may hold several splits.
+_WITH_SUBSETS = ('csv', 'json', 'ucf101', 'hmdb51', 'msrvtt')
+
+
+def choose_split(splits: Iterable[str], where: str, subset: str, purpose: str) -> str:
+    """Which split of a file that holds several to take.
+
+    Args:
+      splits: those that there are.
+      where: the file, for messages.
+      subset: the one that was asked for; '' for the one that the purpose means.
+      purpose: see `sources.open_source`; of no purpose, the whole file is meant.
+
+    Returns:
+      One of `splits`, or '' for all of them.
+
+    Raises:
+      ValueError: if that split is not there, or it is not certain which one is meant.
+    """
+    splits = sorted(set(splits))
+    if subset and subset not in splits:
+        raise ValueError(f'{where}: no row has split {subset!r}, found {splits}')
+    if subset or purpose not in _MEANT or not splits:
+        return subset
+    meant = _MEANT[purpose]
+    for names in meant:
+        fitting = [split for split in splits if split.lower() in names]
+        if len(fitting) == 1:
+            if len(splits) > 1:
+                logging.info('%s: of the splits %s taking %r', where, splits, fitting[0])
+            return fitting[0]
+        if fitting:
+            break
+    others = set(_TRAIN + _VALIDATION + _TEST).difference(*meant)
+    if len(splits) == 1 and splits[0].lower() not in others:
+        return splits[0]  # a file of one split, under a name of its own
+    raise ValueError(
+        f'{where}: its rows have split {", ".join(map(quoted, splits))}, and which of them is the '
+        f'{purpose} list is not certain; name one as subset{_field(purpose)}'
+    )
+
+
+def _field(purpose: str) -> str:
+    return f' (data.{purpose}_subset)' if purpose in ('train', 'val') else ''
+
+
+def check_subset(path: Path, list_format: str, subset: str, purpose: str) -> None:
+    """Refuses a subset where the format of a list knows none; raises ValueError."""
+    if subset and list_format not in _WITH_SUBSETS:
+        raise _no_subset(path, subset, purpose, f'a list in format {list_format} holds one split')
+
+
+def _no_subset(path: Path, subset: str, purpose: str, reason: str) -> ValueError:
+    return ValueError(
+        f'{path}: subset={subset!r}{_field(purpose)} was asked for, but {reason}; leave it empty '
+        'or name a list that holds several'
+    )
 
 
 @dataclass(frozen=True)
@@ -45,61 +134,94 @@ class Row:
     captions: tuple[str, ...] = ()
 
 
-def _rows_kinetics(path: Path, **unused) -> Iterator[Row]:
+def _rows_kinetics(path: Path, exists: Exists, **unused) -> Iterator[Row]:
+    """Lines of "path label", or of "path frames label" as lists of frame folders have them."""
+    lines = []
     for where, line in read_lines(path):
         fields = line.rsplit(maxsplit=1)
         if len(fields) < 2:
-            raise ValueError(f'{where}: expected "path label", found {line!r}')
-        yield Row(where, fields[0], (fields[1],))
+            raise ValueError(f'{where}: expected "path label", found {quoted(line)}')
+        lines.append((where, *fields))
+    counted = [name.rsplit(maxsplit=1) for _, name, _ in lines]
+    layouts: list[Callable[[str], str]] = [str]
+    if all(len(fields) == 2 and integer(fields[1]) is not None for fields in counted):
+        layouts.append(lambda name: name.rsplit(maxsplit=1)[0])
+    layout = _best(layouts, [name for _, name, _ in lines], exists)
+    for where, name, label in lines:
+        yield Row(where, layout(name), (label,))
 
 
 _PATH_COLUMNS = ('path', 'video_path', 'file', 'filename', 'video')
 _CAPTION_COLUMNS = ('captions', 'caption', 'sentence')
 _LABEL_COLUMNS = ('label', 'class', 'label_id', 'class_id')
+_KNOWN_COLUMNS = {
+    *_PATH_COLUMNS,
+    *_LABEL_COLUMNS,
+    *_CAPTION_COLUMNS,
+    'youtube_id',
+    'verb_class',
+    'video_id',
+}
 
 
-def _rows_csv(path: Path, exists: Exists, subset: str, **unused) -> Iterator[Row]:
+def _rows_csv(
+    path: Path, exists: Exists, subset: str, purpose: str = '', num_heads: int = 0, **unused
+) -> Iterator[Row]:
     lines = read_text(path).splitlines()
     # Text has commas of its own: the delimiter is in every line.
     delimiter = max(';\t,', key=lambda sign: sum(sign in line for line in lines))
-    rows = list(enumerate(csv.reader(lines, delimiter=delimiter), 1))
+    rows = read_csv(path, delimiter)
     header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
-    known = {
-        *_PATH_COLUMNS,
-        *_LABEL_COLUMNS,
-        *_CAPTION_COLUMNS,
-        'youtube_id',
-        'verb_class',
-        'video_id',
-    }
-    if not known & set(header):
-        for number, row in rows:
-            if not row:
-                continue
-            if len(row) < 2:
-                raise ValueError(f'{path}:{number}: expected "path,label", found {row[0]!r}')
-            yield Row(f'{path}:{number}', row[0].strip(), tuple(c.strip() for c in row[1:]))
+    if not _KNOWN_COLUMNS & set(header):
+        if subset:
+            raise _no_subset(path, subset, purpose, 'the list has no header and no column split')
+        yield from _rows_bare_csv(rows, exists, num_heads)
         return
     table = []
-    for number, row in rows[1:]:
-        if not row:
-            continue
+    for where, row in rows[1:]:
         if len(row) < len(header):
             raise ValueError(
-                f'{path}:{number}: {len(row)} fields, the header has {len(header)}: {row}'
+                f'{where}: {len(row)} fields, the header has {len(header)}: {quoted(row)}'
             )
-        table.append((f'{path}:{number}', dict(zip(header, (cell.strip() for cell in row)))))
-    if 'split' in header and subset:
-        splits = sorted({row['split'] for _, row in table})
-        table = [(where, row) for where, row in table if row['split'] == subset]
-        if not table:
-            raise ValueError(f'{path}: no row has split {subset!r}, found {splits}')
+        table.append((where, dict(zip(header, (cell.strip() for cell in row)))))
+    if 'split' in header:
+        wanted = choose_split((row['split'] for _, row in table), str(path), subset, purpose)
+        table = [(where, row) for where, row in table if not wanted or row['split'] == wanted]
+    elif subset:
+        raise _no_subset(path, subset, purpose, f'it has no column split, found {header}')
     if 'youtube_id' in header and not set(_PATH_COLUMNS) & set(header):
         yield from _rows_kinetics_csv(path, table, header, exists)
     elif 'verb_class' in header:
         yield from _rows_epic_csv(path, table, header)
     else:
-        yield from _rows_plain_csv(path, table, header)
+        yield from _rows_plain_csv(path, table, header, exists)
+
+
+def _rows_bare_csv(
+    rows: Sequence[tuple[str, list[str]]], exists: Exists, num_heads: int
+) -> Iterator[Row]:
+    """Rows without a header: path,label; path,frames,label; or a path and a label per head."""
+    complete = _completion([row[0].strip() for _, row in rows], exists)
+    for where, row in rows:
+        name, *fields = (cell.strip() for cell in row)
+        if not fields:
+            raise ValueError(f'{where}: expected "path,label", found {quoted(row[0])}')
+        if len(fields) == 2 and num_heads == 1 and integer(fields[0]) is not None:
+            fields = fields[1:]
+        if len(fields) != max(num_heads, 1):
+            raise ValueError(
+                f'{where}: {len(row)} fields and no header that says what they are; begin the '
+                'list with a line such as "path,num_frames,label" or "path,label,label_2"'
+            )
+        yield Row(where, complete(name), tuple(fields))
+
+
+def _completion(names: Sequence[str], exists: Exists) -> Callable[[str], str]:
+    """From the name in a list to the file: lists of ids leave the suffix out."""
+    endings = ('',)
+    if not any(name.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) for name in names):
+        endings = ('', '.webm', '.mp4', '.avi', '.mkv')
+    return _best([f'{{}}{ending}'.format for ending in endings], names, exists)
 
 
 def _one_of(names: Sequence[str], header: Sequence[str], path: Path, what: str) -> str:
@@ -107,21 +229,24 @@ def _one_of(names: Sequence[str], header: Sequence[str], path: Path, what: str) 
         if name in header:
             return name
     advice = '; a test list without labels cannot be used' if what == 'label' else ''
-    raise ValueError(f'{path}:1: no {what} column ({", ".join(names)}), found {header}{advice}')
+    raise ValueError(
+        f'{path}:1: no {what} column ({", ".join(names)}), found {quoted(header)}{advice}'
+    )
 
 
-def _rows_plain_csv(path: Path, table: list, header: list[str]) -> Iterator[Row]:
+def _rows_plain_csv(path: Path, table: list, header: list[str], exists: Exists) -> Iterator[Row]:
     path_column = _one_of(_PATH_COLUMNS, header, path, 'path')
     if not set(_LABEL_COLUMNS) & set(header) and set(_CAPTION_COLUMNS) & set(header):
         yield from _rows_caption_csv(table, path_column, header)
         return
     label_column = _one_of(_LABEL_COLUMNS, header, path, 'label')
     second = f'{label_column}_2'
+    complete = _completion([row[path_column] for _, row in table], exists)
     for where, row in table:
         labels = (row[label_column], row[second]) if second in row else (row[label_column],)
         yield Row(
             where,
-            row[path_column],
+            row[path_column] and complete(row[path_column]),
             labels,
             row.get('video_id') or row.get('youtube_id', ''),
             _seconds(row.get('start', ''), where),
@@ -144,30 +269,40 @@ def _rows_caption_csv(table: list, path_column: str, header: list[str]) -> Itera
 def _rows_kinetics_csv(path: Path, table: list, header: list[str], exists: Exists) -> Iterator[Row]:
     """Official lists: label,youtube_id,time_start,time_end,split; the files are trimmed clips."""
     _one_of(('label',), header, path, 'label')
-    layouts: tuple[Callable[[dict], str], ...] = (
-        lambda row: f'{_trimmed(row)}.mp4',
-        lambda row: f'{row["label"]}/{_trimmed(row)}.mp4',
-        lambda row: f'{row["label"].replace(" ", "_")}/{_trimmed(row)}.mp4',
-        lambda row: f'{row["youtube_id"]}.mp4',
-        lambda row: f'{row["label"]}/{row["youtube_id"]}.mp4',
-        lambda row: f'{row["label"].replace(" ", "_")}/{row["youtube_id"]}.mp4',
-    )
-    layout = _best(layouts, [row for _, row in table], exists)
+    entries = []
     for where, row in table:
         if not row['label']:
             raise ValueError(f'{where}: no label; a test list without labels cannot be used')
-        yield Row(where, layout(row), (row['label'],), row['youtube_id'])
+        entries.append((row['label'], row['youtube_id'], _trimmed(row, where)))
+    layouts: tuple[Callable[[tuple[str, str, str]], str], ...] = (
+        lambda entry: f'{entry[2]}.mp4',
+        lambda entry: f'{entry[0]}/{entry[2]}.mp4',
+        lambda entry: f'{entry[0].replace(" ", "_")}/{entry[2]}.mp4',
+        lambda entry: f'{entry[1]}.mp4',
+        lambda entry: f'{entry[0]}/{entry[1]}.mp4',
+        lambda entry: f'{entry[0].replace(" ", "_")}/{entry[1]}.mp4',
+    )
+    layout = _best(layouts, entries, exists)
+    for (where, _), entry in zip(table, entries):
+        yield Row(where, layout(entry), (entry[0],), entry[1])
 
 
 def _best(layouts: Sequence[Callable[[Any], str]], entries: Sequence[Any], exists: Exists):
     """The rule from an entry to its file name that finds most of a sample."""
+    if len(layouts) == 1:
+        return layouts[0]
     sample = entries[:: max(1, len(entries) // 50)]
     return max(layouts, key=lambda rule: sum(exists(rule(entry)) for entry in sample))
 
 
-def _trimmed(row: dict) -> str:
-    start, end = (int(float(row.get(name) or 0)) for name in ('time_start', 'time_end'))
-    return f'{row["youtube_id"]}_{start:06d}_{end:06d}'
+def _trimmed(row: dict, where: str) -> str:
+    times = []
+    for name in ('time_start', 'time_end'):
+        value = number(row.get(name) or '0')
+        if value is None or value < 0:
+            raise ValueError(f'{where}: {name} {quoted(row[name])} is not a number of seconds')
+        times.append(f'{int(value):06d}')
+    return f'{row["youtube_id"]}_{times[0]}_{times[1]}'
 
 
 def _rows_epic_csv(path: Path, table: list, header: list[str]) -> Iterator[Row]:
@@ -186,79 +321,108 @@ def _rows_epic_csv(path: Path, table: list, header: list[str]) -> Iterator[Row]:
         )
 
 
-def _seconds(text: str | float | None, where: str) -> float | None:
-    """Seconds of '12.5' or 'hh:mm:ss.ff'."""
-    if text is None or text == '':
+def _seconds(time: Any, where: str) -> float | None:
+    """Seconds of 12.5, '12.5' or 'hh:mm:ss.ff'; None where there is none."""
+    if time is None or time == '':
         return None
-    try:
-        total = 0.0
-        for part in str(text).split(':'):
-            total = 60 * total + float(part)
-        return total
-    except ValueError as error:
-        raise ValueError(f'{where}: {text!r} is not a time (seconds or hh:mm:ss)') from error
+    known = isinstance(time, (str, int, float)) and not isinstance(time, bool)
+    parts = [number(part) for part in str(time).split(':')] if known else [None]
+    if len(parts) > 3 or any(part is None or part < 0 for part in parts):
+        raise ValueError(f'{where}: {quoted(time)} is not a time (seconds or hh:mm:ss)')
+    return functools.reduce(lambda total, part: 60 * total + part, parts, 0.0)
+
+
+def _objects(content: Any, where: str, fields: str) -> list[dict[str, Any]]:
+    """A JSON value that must be a list of objects."""
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise ValueError(f'{where}: expected a list of objects with {fields}')
+    return content
+
+
+def _text(entry: dict[str, Any], name: str, where: str) -> str:
+    """A field of a JSON object that must be a text."""
+    value = entry.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'{where}: {name} must be a text, found {quoted(value)}')
+    return value
+
+
+def _name(value: Any, name: str, where: str) -> str:
+    """A JSON value that may be a text or a whole number: an id or a label."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f'{where}: {name} must be a text or a whole number, found {quoted(value)}')
+    return str(value)
+
+
+def _texts(entry: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """A field of a JSON object that must be a text or a list of texts."""
+    value = entry[name]
+    if isinstance(value, list):
+        return tuple(_text({name: text}, name, where) for text in value)
+    return (_text(entry, name, where),)
 
 
 def _rows_ssv2_json(path: Path, exists: Exists, **unused) -> Iterator[Row]:
-    entries = read_json(path)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f'{path}: expected a list of objects with id and template')
-    layout = _best(
-        (lambda entry: f'{entry.get("id")}.webm', lambda entry: f'{entry.get("id")}.mp4'),
-        entries,
-        exists,
-    )
-    for number, entry in enumerate(entries):
-        where = f'{path}[{number}]'
+    entries = []
+    for place, entry in enumerate(_objects(read_json(path), str(path), 'id and template')):
+        where = f'{path}[{place}]'
         if 'id' not in entry:
-            raise ValueError(f'{where}: no field id, found {sorted(entry)}')
-        label = entry.get('template') or entry.get('label')
-        if not label:
+            raise ValueError(f'{where}: no field id, found {quoted(sorted(entry))}')
+        field = 'template' if entry.get('template') else 'label'
+        if not entry.get(field):
             raise ValueError(
                 f'{where}: no template and no label; this is a test list without labels, use the '
                 'train or the validation list'
             )
-        label = label.replace('[', '').replace(']', '')
-        yield Row(where, layout(entry), (label,), str(entry['id']))
+        label = _text(entry, field, where).replace('[', '').replace(']', '')
+        entries.append((where, _name(entry['id'], 'id', where), label))
+    layout = _best(
+        (lambda entry: f'{entry[1]}.webm', lambda entry: f'{entry[1]}.mp4'), entries, exists
+    )
+    for entry in entries:
+        yield Row(entry[0], layout(entry), (entry[2],), entry[1])
 
 
-def _rows_json(path: Path, **unused) -> Iterator[Row]:
-    if path.suffix == '.jsonl':
-        entries = []
-        for where, line in read_lines(path):
-            try:
-                entries.append((where, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f'{where}: not valid JSON: {error.msg}') from error
+def _rows_json(path: Path, subset: str, purpose: str = '', **unused) -> Iterator[Row]:
+    if path.suffix.lower() == '.jsonl':
+        entries = list(read_json_lines(path))
     else:
-        content = read_json(path)
-        if not isinstance(content, list):
-            raise ValueError(f'{path}: expected a list of objects with path and label')
-        entries = [(f'{path}[{number}]', entry) for number, entry in enumerate(content)]
+        content = _objects(read_json(path), str(path), 'path and label')
+        entries = [(f'{path}[{place}]', entry) for place, entry in enumerate(content)]
     for where, entry in entries:
         if not isinstance(entry, dict):
-            raise ValueError(f'{where}: expected an object with path and label, found {entry!r}')
+            raise ValueError(
+                f'{where}: expected an object with path and label, found {quoted(entry)}'
+            )
+    if any('split' in entry for _, entry in entries):
+        splits = [_text(entry, 'split', where) for where, entry in entries]
+        wanted = choose_split(splits, str(path), subset, purpose)
+        entries = [pair for pair, split in zip(entries, splits) if not wanted or split == wanted]
+    elif subset:
+        raise _no_subset(path, subset, purpose, 'its objects have no field split')
+    for where, entry in entries:
         path_field = next((name for name in _PATH_COLUMNS if name in entry), None)
         label_field = next((name for name in _LABEL_COLUMNS if name in entry), None)
         caption_field = next((name for name in _CAPTION_COLUMNS if name in entry), None)
         if path_field is None or (label_field is None and caption_field is None):
-            raise ValueError(f'{where}: needs path and label, found {sorted(entry)}')
+            raise ValueError(f'{where}: needs path and label, found {quoted(sorted(entry))}')
         yield Row(
             where,
-            entry[path_field],
-            () if label_field is None else _texts(entry[label_field]),
-            str(entry.get('video_id', '')),
+            _text(entry, path_field, where),
+            () if label_field is None else _labels(entry[label_field], where),
+            _name(entry.get('video_id', ''), 'video_id', where),
             _seconds(entry.get('start'), where),
             _seconds(entry.get('end'), where),
-            _texts(entry[caption_field]) if label_field is None else (),
+            _texts(entry, caption_field, where) if label_field is None else (),
         )
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
+def _labels(value: Any, where: str) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(_name(label, 'label', where) for label in values)
 
 
-def _rows_msrvtt(path: Path, subset: str, **unused) -> Iterator[Row]:
+def _rows_msrvtt(path: Path, subset: str, purpose: str = '', **unused) -> Iterator[Row]:
     """MSR-VTT: the official JSON with videos and sentences, or a CSV of the retrieval splits.
 
     A CSV lists video ids. Its column sentence is the caption (test of 1k-A); without one the
@@ -266,31 +430,46 @@ def _rows_msrvtt(path: Path, subset: str, **unused) -> Iterator[Row]:
     """
     if path.suffix == '.json':
         videos, captions = _read_msrvtt_json(path)
-        for number, video in enumerate(videos):
-            if not subset or video.get('split') == subset:
-                where, name = f'{path}.videos[{number}]', video['video_id']
+        for place, (name, split) in enumerate(videos):
+            if not subset or split == subset:
+                where = f'{path}.videos[{place}]'
                 yield Row(where, f'{name}.mp4', video_id=name, captions=captions.get(name, ()))
         return
-    rows = list(csv.DictReader(read_text(path).splitlines()))
-    if not rows or 'video_id' not in rows[0]:
-        raise ValueError(f'{path}:1: no column video_id, found {list(rows[0]) if rows else []}')
-    own = 'sentence' in rows[0]
+    if subset:
+        raise _no_subset(path, subset, purpose, 'a CSV of MSR-VTT is one split')
+    rows = read_csv(path)
+    header = rows[0][1] if rows else []
+    if 'video_id' not in header:
+        raise ValueError(f'{path}:1: no column video_id, found {quoted(header)}')
+    own = 'sentence' in header
     captions = {} if own else _read_msrvtt_json(path.parent / 'MSRVTT_data.json')[1]
-    for number, row in enumerate(rows, 2):
+    for where, fields in rows[1:]:
+        if len(fields) < len(header):
+            raise ValueError(f'{where}: {len(fields)} fields, the header has {len(header)}')
+        row = dict(zip(header, fields))
         name = row['video_id']
         texts = (row['sentence'],) if own else captions.get(name, ())
-        yield Row(f'{path}:{number}', f'{name}.mp4', video_id=name, captions=texts)
+        yield Row(where, f'{name}.mp4', video_id=name, captions=texts)
 
 
-def _read_msrvtt_json(path: Path) -> tuple[list[dict], dict[str, tuple[str, ...]]]:
+def _read_msrvtt_json(path: Path) -> tuple[list[tuple[str, str]], dict[str, tuple[str, ...]]]:
+    """Name and split of each video, and the captions by name."""
     content = read_json(path)
-    try:
-        captions = {}
-        for sentence in content['sentences']:
-            captions.setdefault(str(sentence['video_id']), []).append(str(sentence['caption']))
-        videos = [video | {'video_id': str(video['video_id'])} for video in content['videos']]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f'{path}: not the MSR-VTT format (videos, sentences): {error}') from error
+    if not isinstance(content, dict) or not {'videos', 'sentences'} <= content.keys():
+        raise ValueError(f'{path}: not the MSR-VTT format, an object with videos and sentences')
+    captions = {}
+    where = f'{path}.sentences'
+    for sentence in _objects(content['sentences'], where, 'video_id and caption'):
+        name = _name(sentence.get('video_id'), 'video_id', where)
+        captions.setdefault(name, []).append(_text(sentence, 'caption', where))
+    where = f'{path}.videos'
+    videos = [
+        (
+            _name(video.get('video_id'), 'video_id', where),
+            _name(video.get('split', ''), 'split', where),
+        )
+        for video in _objects(content['videos'], where, 'video_id and split')
+    ]
     return videos, {name: tuple(texts) for name, texts in captions.items()}
 
 
@@ -312,28 +491,44 @@ def _rows_msvd(path: Path, exists: Exists, **unused) -> Iterator[Row]:
 
 def _rows_vatex(path: Path, exists: Exists, **unused) -> Iterator[Row]:
     """VATEX: videoID (a YouTube id with start and end) and enCap, its English captions."""
-    entries = read_json(path)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f'{path}: expected a list of objects with videoID and enCap')
-    for number, entry in enumerate(entries):
+    entries = []
+    for place, entry in enumerate(_objects(read_json(path), str(path), 'videoID and enCap')):
+        where = f'{path}[{place}]'
         if 'videoID' not in entry or not entry.get('enCap'):
             raise ValueError(
-                f'{path}[{number}]: needs videoID and enCap, found {sorted(entry)}; a list without '
+                f'{where}: needs videoID and enCap, found {quoted(sorted(entry))}; a list without '
                 'captions cannot be used'
             )
+        name = _name(entry['videoID'], 'videoID', where)
+        entries.append((where, name, _texts(entry, 'enCap', where)))
     layouts = (
-        lambda entry: f'{entry["videoID"]}.mp4',
-        lambda entry: f'{entry["videoID"].rsplit("_", 2)[0]}.mp4',
-        lambda entry: f'{entry["videoID"]}.webm',
-        lambda entry: f'{entry["videoID"]}.mkv',
+        lambda entry: f'{entry[1]}.mp4',
+        lambda entry: f'{entry[1].rsplit("_", 2)[0]}.mp4',
+        lambda entry: f'{entry[1]}.webm',
+        lambda entry: f'{entry[1]}.mkv',
     )
     layout = _best(layouts, entries, exists)
-    for number, entry in enumerate(entries):
-        name, texts = str(entry['videoID']), _texts(entry['enCap'])
-        yield Row(f'{path}[{number}]', layout(entry), video_id=name, captions=texts)
+    for where, name, texts in entries:
+        yield Row(where, layout((where, name, texts)), video_id=name, captions=texts)
 
 
-def _rows_ucf101(path: Path, **unused) -> Iterator[Row]:
+def _fold(path: Path, subset: str, purpose: str) -> tuple[str, str]:
+    """'train' or 'test', and the number of the official split, of 'train1', 'test3' or 'train'."""
+    subset = subset or {'train': 'train1', 'val': 'test1'}.get(purpose, '')
+    found = re.fullmatch(r'(train|test)([0-9]?)', subset)
+    if not found:
+        raise ValueError(
+            f'{path}: subset={subset!r} must be train or test, with the split: train1, test3'
+        )
+    return found[1], found[2] or '1'
+
+
+def _rows_ucf101(path: Path, subset: str, purpose: str = '', **unused) -> Iterator[Row]:
+    if path.is_dir():
+        kind, fold = _fold(path, subset, purpose)
+        path = path / f'{kind}list0{fold}.txt'
+    elif subset and path.stem != 'list0'.join(_fold(path, subset, purpose)):
+        raise _no_subset(path, subset, purpose, 'a list of UCF101 is one split')
     for where, line in read_lines(path):
         fields = line.rsplit(maxsplit=1)
         name = fields[0].replace('\\', '/')
@@ -343,35 +538,79 @@ def _rows_ucf101(path: Path, **unused) -> Iterator[Row]:
         yield Row(where, name, (name.split('/')[0],), Path(name).stem)
 
 
-def _rows_hmdb51(path: Path, subset: str, **unused) -> Iterator[Row]:
-    subset = subset or 'train'
-    kind, split = subset.rstrip('0123456789'), subset.lstrip('abcdefghijklmnopqrstuvwxyz') or '1'
-    if kind not in ('train', 'test'):
-        raise ValueError(f'subset={subset!r} must be train or test, with the split: train1, test3')
-    files = sorted(path.glob(f'*_test_split{split}.txt')) if path.is_dir() else []
+def _rows_hmdb51(path: Path, subset: str, purpose: str = '', **unused) -> Iterator[Row]:
+    kind, fold = _fold(path, subset, purpose)
+    files = sorted(path.glob(f'*_test_split{fold}.txt')) if path.is_dir() else []
     if not files:
-        raise ValueError(
-            f'{path}: no files *_test_split{split}.txt; give the folder of split files'
-        )
+        raise ValueError(f'{path}: no files *_test_split{fold}.txt; give the folder of split files')
     wanted = {'train': '1', 'test': '2'}[kind]
     for file in files:
-        name = file.name.removesuffix(f'_test_split{split}.txt')
+        name = file.name.removesuffix(f'_test_split{fold}.txt')
         for where, line in read_lines(file):
             fields = line.rsplit(maxsplit=1)
             if len(fields) < 2 or fields[1] not in ('0', '1', '2'):
-                raise ValueError(f'{where}: expected "video.avi 0|1|2", found {line!r}')
+                raise ValueError(f'{where}: expected "video.avi 0|1|2", found {quoted(line)}')
             if fields[1] == wanted:
                 yield Row(where, f'{name}/{fields[0]}', (name,), Path(fields[0]).stem)
 
 
-def _rows_folder(path: Path, suffixes: Sequence[str] = VIDEO_SUFFIXES, **unused) -> Iterator[Row]:
+def _rows_folder(
+    path: Path, purpose: str = '', suffixes: Sequence[str] = VIDEO_SUFFIXES, **unused
+) -> Iterator[Row]:
     if not path.is_dir():
         raise ValueError(f'{path}: not a folder; it should hold FOLDER/class name/file')
-    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
-        for file in sorted(folder.rglob('*')):
-            if file.suffix.lower() in suffixes:
-                relative = file.relative_to(path).as_posix()
-                yield Row(str(file), str(file.absolute()), (folder.name,), relative)
+    _refuse_splits(path, purpose, suffixes)
+    absolute = os.fspath(path.absolute())
+    skipped: Counter[str] = Counter()
+    for folder in class_folders(path):
+        for name in _files_below(path, folder):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in suffixes:
+                yield Row(f'{path}/{name}', f'{absolute}/{name}', (folder,), name)
+            else:
+                skipped[suffix or 'without a suffix'] += 1
+    if skipped:
+        kinds = ', '.join(f'{count} {suffix}' for suffix, count in skipped.most_common(10))
+        more = f' and {len(skipped) - 10} other suffixes' if len(skipped) > 10 else ''
+        logging.warning(
+            '%s: skipped %d files whose suffix is none of those that are read: %s%s',
+            path,
+            skipped.total(),
+            kinds,
+            more,
+        )
+    with os.scandir(path) as entries:
+        loose = sum(os.path.splitext(entry.name)[1].lower() in suffixes for entry in entries)
+    if loose:
+        logging.warning('%s: skipped %d files that lie in no class folder', path, loose)
+
+
+def _files_below(path: Path, folder: str) -> list[str]:
+    """Files in all depths of a folder, by their names from `path` on; hidden ones are left out."""
+    found = []
+    for top, folders, files in os.walk(path / folder, onerror=_raise):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        place = Path(top).relative_to(path).as_posix()
+        found += [f'{place}/{name}' for name in files if not is_hidden(name)]
+    return sorted(found, key=lambda name: name.split('/'))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _refuse_splits(path: Path, purpose: str, suffixes: Sequence[str]) -> None:
+    """Says so where a folder holds the splits of a data set, not its classes."""
+    names = class_folders(path)
+    if not names or not all(name.lower() in _TRAIN + _VALIDATION + _TEST for name in names):
+        return
+    for name in names:
+        with os.scandir(path / name) as entries:
+            if any(os.path.splitext(entry.name)[1].lower() in suffixes for entry in entries):
+                return  # classes of such names
+    choices = ' or '.join(f'{path}/{name}' for name in names)
+    field = f'set data.{purpose}_list to' if purpose in ('train', 'val') else 'name'
+    raise ValueError(f'{path}: holds the splits {", ".join(names)}, not classes; {field} {choices}')
 
 
 FORMATS: dict[str, Callable[..., Iterable[Row]]] = {
@@ -390,11 +629,18 @@ FORMATS: dict[str, Callable[..., Iterable[Row]]] = {
 LIST_FORMATS = ('auto', *FORMATS)
 
 
-def guess_format(list_path: str | os.PathLike) -> str:
+# Of lists that are text files; their lines look alike, so the data set decides.
+_TEXT_FORMATS = ('kinetics', 'ucf101', 'msvd')
+_JSON_FORMATS = ('ssv2_json', 'json', 'msrvtt', 'vatex')
+
+
+def guess_format(list_path: str | os.PathLike, usual: str = '') -> str:
     """Names the format of a list where that is certain.
 
     Args:
       list_path: list file or folder.
+      usual: the format of the data set's own lists, for what the file leaves open; '' or 'auto'
+        if it has none.
 
     Returns:
       One of `LIST_FORMATS` other than 'auto'.
@@ -403,36 +649,62 @@ def guess_format(list_path: str | os.PathLike) -> str:
       ValueError: if it is not certain.
     """
     path = Path(list_path)
+    suffix = path.suffix.lower()
     if path.is_dir():
-        if any(path.glob('*_test_split[0-9].txt')):
-            return 'hmdb51'
-        if any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.glob('*/*')):
-            return 'folder'
-        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.glob('*/*')):
-            return 'image_folder'
-    elif path.suffix == '.csv':
+        found = _guess_folder(path, usual)
+        if found:
+            return found
+    elif suffix in ('.csv', '.tsv'):
         return 'csv'
-    elif path.suffix == '.jsonl':
+    elif suffix == '.jsonl':
         return 'json'
-    elif path.suffix == '.json':
-        content = read_json(path)
-        if isinstance(content, dict) and {'videos', 'sentences'} <= set(content):
-            return 'msrvtt'
-        first = content[0] if isinstance(content, list) and content else None
-        if isinstance(first, dict):
-            if 'template' in first or set(first) == {'id'}:
-                return 'ssv2_json'
-            if any(name in first for name in _PATH_COLUMNS):
-                return 'json'
-            if 'videoID' in first:
-                return 'vatex'
+    elif suffix == '.json':
+        found = _guess_json(read_json(path))
+        if found or usual in _JSON_FORMATS:
+            return found or usual
     else:
         lines = [line for _, line in itertools.islice(read_lines(path), 100)]
-        ends = [line.rsplit(maxsplit=1) for line in lines]
+        if not lines:
+            raise ValueError(f'{path}: the list is empty')
+        if usual in _TEXT_FORMATS:
+            return usual
         if path.name.startswith(('trainlist', 'testlist')):
             return 'ucf101'
-        if ends and all(len(end) == 2 and integer(end[1]) is not None for end in ends):
+        ends = [line.rsplit(maxsplit=1) for line in lines]
+        if all(len(end) == 2 and integer(end[1]) is not None for end in ends):
             return 'kinetics'
     raise ValueError(
-        f'{path}: cannot tell the format of this list; set it to one of {", ".join(FORMATS)}'
+        f'{path}: cannot tell the format of this list; set it to one of {", ".join(FORMATS)} '
+        '(data.list_format)'
     )
+
+
+def _guess_json(content: Any) -> str:
+    if isinstance(content, dict) and {'videos', 'sentences'} <= set(content):
+        return 'msrvtt'
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(first, dict):
+        if 'template' in first or set(first) == {'id'}:
+            return 'ssv2_json'
+        if any(name in first for name in _PATH_COLUMNS):
+            return 'json'
+        if 'videoID' in first:
+            return 'vatex'
+    return ''
+
+
+def _guess_folder(path: Path, usual: str) -> str:
+    if any(path.glob('*_test_split[0-9].txt')):
+        return 'hmdb51'
+    if any(path.glob('*list0[0-9].txt')):
+        return 'ucf101'
+    if usual == 'image_folder':  # found at once, not after a look at a million names
+        return usual
+    images = False
+    for folder in class_folders(path):
+        for top, _, files in os.walk(path / folder):
+            suffixes = {os.path.splitext(name)[1].lower() for name in files}
+            if suffixes & set(VIDEO_SUFFIXES):
+                return 'folder'
+            images |= Path(top) == path / folder and bool(suffixes & set(IMAGE_SUFFIXES))
+    return 'image_folder' if images else ''

@@ -11,6 +11,7 @@ raised in a reader thread, where grain could not carry on.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ import numpy as np
 
 from input_pipeline.batches import Batches
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
+from input_pipeline.frame_folder import FrameFolder
 from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
 from input_pipeline.transforms import Label, Transform, ViewCrops, apply, choose
 from input_pipeline.video_list import Record
@@ -42,13 +44,15 @@ def _check_reader(reader: 'TrainReader | EvalReader') -> None:
     protocol.test(1, reader.num_frames, 1, reader.interval, REFERENCE_FPS)
 
 
-def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader:
-    """Opens the video of a record, from its file or from where it says.
+def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader | FrameFolder:
+    """Opens the video of a record, from its file, its folder of frames or from where it says.
 
     Raises:
       DecodeError: if the video cannot be read.
     """
     if record.load is None:
+        if os.path.isdir(record.path):
+            return FrameFolder(record.path, max_pixels)
         return VideoReader(record.path, max_pixels)
     try:
         content = record.load()

@@ -11,14 +11,17 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from input_pipeline.text_files import read_json
+from input_pipeline.list_formats import choose_split
+from input_pipeline.text_files import quoted, read_json
 from input_pipeline.video_list import Names, Record
 
 INDEX = 'index.json'
@@ -110,6 +113,7 @@ class SplitIndex:
     def from_file(cls, path: Path) -> 'SplitIndex':
         """Reads what `to_bytes` gave; raises ValueError if the file is damaged."""
         try:
+            _refuse_compressed(path)
             with np.load(path, allow_pickle=False) as arrays:
                 index = cls(
                     video_ids=Texts(arrays['video_ids'], arrays['video_id_ends']),
@@ -126,9 +130,49 @@ class SplitIndex:
             raise ValueError(
                 f'{path}: the index of this split is missing; build it again'
             ) from error
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            index.check()
+        except (Exception, MemoryError) as error:  # numpy and zipfile raise what they like
             raise ValueError(f'{path}: damaged index ({error}); build the set again') from error
         return index
+
+    def check(self) -> None:
+        """Raises ValueError if the arrays are not of the kinds and lengths that belong together."""
+        count = len(self.labels)
+        columns = {**self.facts, 'num_bytes': self.num_bytes, 'crc32': self.crc32}
+        for name, column in columns.items():
+            if column.shape != (count,) or column.dtype.kind not in 'iuf':
+                raise ValueError(f'{name} has shape {column.shape}, not {(count,)}')
+        if self.labels.ndim != 2 or self.labels.dtype.kind != 'i':
+            raise ValueError(f'labels have shape {self.labels.shape}')
+        for name, texts, length in (
+            ('video_ids', self.video_ids, count),
+            ('captions', self.captions, len(self.captions)),
+        ):
+            if texts.content.dtype != np.uint8 or texts.content.ndim != 1 or len(texts) != length:
+                raise ValueError(f'{name} are {len(texts)} texts, expected {length}')
+            _check_ends(name, texts.ends, length, len(texts.content))
+        _check_ends('captions', self.caption_ends, count, len(self.captions))
+        if self.shard_lengths.shape != (len(self.shards),) or self.shard_lengths.dtype.kind != 'i':
+            raise ValueError(f'{len(self.shards)} shards, {self.shard_lengths.shape} lengths')
+        if (self.shard_lengths < 0).any() or self.shard_lengths.sum() != count:
+            raise ValueError(f'the shards do not hold {count} records together')
+        for shard in self.shards:
+            if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard:
+                raise ValueError(f'{quoted(shard)} is not the name of a shard')
+
+
+def _refuse_compressed(path: Path) -> None:
+    """An index is stored as it is: no array is larger than the file."""
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError('it is compressed')
+
+
+def _check_ends(name: str, ends: np.ndarray, count: int, total: int) -> None:
+    if ends.shape != (count,) or ends.dtype.kind not in 'iu':
+        raise ValueError(f'the ends of {name} have shape {ends.shape}, not {(count,)}')
+    if count and (ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] > total):
+        raise ValueError(f'the ends of {name} are not in order')
 
 
 class BuiltSplit:
@@ -143,12 +187,13 @@ class BuiltSplit:
       index: all that is known of the records.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str = ''):
+    def __init__(self, folder: str | os.PathLike, name: str = '', purpose: str = ''):
         """Reads the index of a split.
 
         Args:
           folder: of the data set.
-          name: of the split; '' for the only one.
+          name: of the split; '' for the only one, or the one that the purpose means.
+          purpose: see `sources.open_source`.
 
         Raises:
           ValueError: if it has no such split or the index is damaged.
@@ -156,6 +201,8 @@ class BuiltSplit:
         self.folder = Path(folder)
         content = read_index(self.folder)
         splits = content['splits']
+        if not name:
+            name = choose_split(splits, str(folder), name, purpose)
         if not name and len(splits) == 1:
             name = splits[0]
         if name not in splits:
@@ -186,7 +233,13 @@ class BuiltSplit:
             f'{path}[{position}]',
             labels[0] if len(labels) == 1 else tuple(labels),
             self.index.video_ids[index],
-            load=_Load(path, position, f'{self.name} {first} to {stop - 1}'),
+            load=_Load(path, position, f'{self.name} {first} to {stop - 1}', self.expected(index)),
+        )
+
+    def expected(self, index: int) -> 'Identity':
+        """What the record must be, by the index."""
+        return Identity(
+            self.index.video_ids[index], tuple(self._labels[index]), int(self.index.crc32[index])
         )
 
     def place(self, index: int) -> tuple[int, int]:
@@ -202,21 +255,63 @@ class BuiltSplit:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """By what a record is recognised.
+
+    Attributes:
+      video_id: name in the data set.
+      labels: class index per head.
+      crc32: of the encoded video.
+    """
+
+    video_id: str
+    labels: tuple[int, ...]
+    crc32: int
+
+    @classmethod
+    def of_example(cls, example: Mapping) -> 'Identity':
+        """Of a record, as `read_example` gives it."""
+        heads = [name for name in ('label', 'label_2') if name in example]
+        return cls(
+            example['video_id'].bytes_list.value[0].decode(errors='replace'),
+            tuple(example[name].int64_list.value[0] for name in heads),
+            zlib.crc32(example['video'].bytes_list.value[0]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Load:
     """Gives the encoded video of a record; pickles as it is, and opens the shard where it runs.
+
+    A shard from another build, or under another's name, would give videos with labels that are not
+    theirs: what the record says of itself must be what the index says.
 
     Attributes:
       shard: file.
       position: of the record in it.
       span: the records of the shard, for messages.
+      expected: what the index says of the record.
     """
 
     shard: str
     position: int
     span: str
+    expected: Identity
 
     def __call__(self) -> bytes:
-        return read_example(self.shard, self.position, self.span)['video'].bytes_list.value[0]
+        example = read_example(self.shard, self.position, self.span)
+        try:
+            found = Identity.of_example(example)
+        except (KeyError, IndexError) as error:
+            found = f'no record of a data set ({error!r})'
+        if found != self.expected:
+            raise ShardError(
+                f'{self.shard} (records {self.span}): record {self.position} of the shard is not '
+                f'the one of the index: it has {found}, the index {self.expected}. The shard is '
+                "another build's or was renamed: copy it again, with index.json and the .npz "
+                'files of the same build, or build the set again'
+            )
+        return example['video'].bytes_list.value[0]
 
 
 def read_example(shard: str, position: int, span: str = ''):
@@ -273,7 +368,16 @@ def read_index(folder: Path) -> dict:
     content = read_json(path)
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise ValueError(f'{path}: not the index of a data set in format {FORMAT}; build it again')
+    splits, heads = content.get('splits'), content.get('class_names')
+    if not _are_texts(splits) or not all(split.isidentifier() for split in splits):
+        raise ValueError(f'{path}: splits must be names, found {quoted(splits)}; build it again')
+    if not isinstance(heads, list) or not all(_are_texts(names) for names in heads):
+        raise ValueError(f'{path}: class_names must be lists of names; build it again')
     return content
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def index_text(name: str, splits: Sequence[str], class_names: Sequence[Names]) -> str:
@@ -288,7 +392,10 @@ def index_text(name: str, splits: Sequence[str], class_names: Sequence[Names]) -
 
 
 def open_built(
-    folder: str | os.PathLike, subset: str = '', num_classes: int | tuple[int, ...] = 0
+    folder: str | os.PathLike,
+    subset: str = '',
+    num_classes: int | tuple[int, ...] = 0,
+    purpose: str = '',
 ) -> BuiltSplit:
     """Opens a split of a built data set for classification.
 
@@ -296,11 +403,12 @@ def open_built(
       folder: of the data set.
       subset: name of the split; '' for the only one.
       num_classes: expected number of classes, one per head; 0 for whatever comes.
+      purpose: see `sources.open_source`.
 
     Raises:
       ValueError: if there is no such split, it has captions instead of classes, or other classes.
     """
-    source = BuiltSplit(folder, subset)
+    source = BuiltSplit(folder, subset, purpose)
     if not source.class_names:
         raise ValueError(
             f'{folder}: has captions and no classes: it is for text-video retrieval and cannot be '

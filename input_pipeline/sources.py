@@ -9,10 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from input_pipeline.label_maps import ClassMap, read_label_map
-from input_pipeline.list_formats import FORMATS, LIST_FORMATS, Exists, Row, guess_format
+from input_pipeline.list_formats import (
+    FORMATS,
+    LIST_FORMATS,
+    Exists,
+    Row,
+    check_subset,
+    guess_format,
+)
 from input_pipeline.records import BuiltSplit, is_built, open_built
-from input_pipeline.text_files import integer
+from input_pipeline.text_files import integer, quoted
 from input_pipeline.video_list import Record, VideoList
+
+# Classes that numbers without a label map may stand for, in lists of fewer videos than that.
+MOST_UNNAMED_CLASSES = 1000
 
 
 def open_source(
@@ -22,21 +32,28 @@ def open_source(
     label_map: str | os.PathLike | Sequence[str | os.PathLike] = '',
     num_classes: int | tuple[int, ...] = 0,
     subset: str = '',
+    purpose: str = '',
+    usual_format: str = '',
 ) -> VideoList | BuiltSplit:
     """Reads a list of videos, or opens a data set that `tools.build_dataset` wrote.
 
     Args:
-      list_path: the list file; for 'folder' and 'hmdb51' a folder; the folder of a built data set,
-        which of the other arguments needs `subset` only.
+      list_path: the list file; for 'folder' and 'hmdb51' a folder, for 'ucf101' a file or the
+        folder of all; the folder of a built data set, which of the other arguments needs `subset`
+        only.
       list_format: one of `LIST_FORMATS`; 'auto' decides only where there is no doubt.
       root: folder that the paths in the list start from; '' means the folder of the list.
       label_map: file of class names, see `read_label_map`; one per head for labels with two heads.
-        Without it, integer labels become the names '0', '1' and so on, and other labels are
-        numbered in sorted order ('folder', 'hmdb51' and lists with names).
+        Without it, integer labels become the names '0', '1' and so on up to the largest, which
+        must be below `MOST_UNNAMED_CLASSES` or the number of videos; other labels are numbered in
+        sorted order ('folder', 'hmdb51' and lists with names).
       num_classes: expected number of classes, 0 for whatever comes; with integer labels and no
         label map it is also the upper bound. One per head for labels with two heads.
-      subset: for 'hmdb51' train1 to test3; for CSV files with a column split the value to keep;
-        for a built data set the split.
+      subset: for 'hmdb51' and 'ucf101' train1 to test3; for CSV and JSON with a column split the
+        value to keep; for a built data set the split. An error for lists that hold one split only.
+      purpose: 'train' or 'val' for such a list of a run: where the list holds several splits and
+        `subset` names none, it is the one that is meant; an error if that is not certain.
+      usual_format: of the data set's own lists, for 'auto' where the file leaves it open.
 
     Returns:
       The records in the order of the list, with class names.
@@ -50,18 +67,26 @@ def open_source(
             'them to a disk'
         )
     path = Path(list_path)
-    if not path.exists():
-        raise ValueError(f'{path}: no such list; set the list path')
+    if not os.path.exists(path):
+        field = f'data.{purpose}_list' if purpose else 'the list path'
+        raise ValueError(f'{path}: no such list; set {field}')
     if is_built(path):
         if any(map(os.fspath, _listed(label_map))):
             raise ValueError(f'{path}: a built data set has its class names; leave label_map empty')
-        return open_built(path, subset, num_classes)
+        return open_built(path, subset, num_classes, purpose)
     if list_format == 'auto':
-        list_format = guess_format(path)
+        list_format = guess_format(path, usual_format)
     if list_format not in FORMATS:
         raise ValueError(f'list_format={list_format!r} must be one of {", ".join(LIST_FORMATS)}')
     root = Path(root) if os.fspath(root) else (path if path.is_dir() else path.parent)
-    rows = read_rows(path, list_format, lambda name: (root / name).exists(), subset)
+    rows = read_rows(
+        path,
+        list_format,
+        lambda name: os.path.exists(os.path.join(root, name)),
+        subset,
+        purpose,
+        count_heads(label_map, num_classes),
+    )
     if rows[0].captions:
         raise ValueError(
             f'{path}: has captions and no classes: it is for text-video retrieval and cannot be '
@@ -84,7 +109,25 @@ def open_source(
     return VideoList(records, names if len(names) > 1 else names[0])
 
 
-def read_rows(path: Path, list_format: str, exists: Exists, subset: str = '') -> list[Row]:
+def count_heads(
+    label_map: str | os.PathLike | Sequence[str | os.PathLike],
+    num_classes: int | tuple[int, ...],
+) -> int:
+    """Labels of a video as far as the arguments of `open_source` tell; 0 if they do not."""
+    if isinstance(num_classes, tuple):
+        return len(num_classes)
+    maps = [name for name in _listed(label_map) if os.fspath(name)]
+    return len(maps) or int(num_classes > 0)
+
+
+def read_rows(
+    path: Path,
+    list_format: str,
+    exists: Exists,
+    subset: str = '',
+    purpose: str = '',
+    num_heads: int = 0,
+) -> list[Row]:
     """Reads a list whose format is known.
 
     Args:
@@ -92,6 +135,8 @@ def read_rows(path: Path, list_format: str, exists: Exists, subset: str = '') ->
       list_format: a key of `FORMATS`.
       exists: whether a name from the root is a video, for lists that leave the names open.
       subset: see `open_source`.
+      purpose: likewise.
+      num_heads: labels of a video, where that is known; 0 where it is not.
 
     Returns:
       At least one row. All have labels, equally many, or all have captions.
@@ -99,7 +144,9 @@ def read_rows(path: Path, list_format: str, exists: Exists, subset: str = '') ->
     Raises:
       ValueError: naming file and line, if the list is wrong or empty.
     """
-    rows = list(FORMATS[list_format](path, exists=exists, subset=subset))
+    check_subset(path, list_format, subset, purpose)
+    parse = FORMATS[list_format]
+    rows = list(parse(path, exists=exists, subset=subset, purpose=purpose, num_heads=num_heads))
     if not rows:
         raise ValueError(f'{path}: the list has no videos')
     num_heads = len(rows[0].labels)
@@ -123,6 +170,8 @@ def find_classes(
     Raises:
       ValueError: if label maps and labels do not fit.
     """
+    if list_format == 'ucf101' and not label_map and path.is_dir():
+        label_map = path / 'classInd.txt'
     if list_format == 'ucf101' and not label_map:
         raise ValueError(f'{path}: UCF101 lists need label_map, the path of classInd.txt')
     num_heads = len(rows[0].labels)
@@ -155,12 +204,42 @@ def _listed(label_map: str | os.PathLike | Sequence[str | os.PathLike]) -> list[
 def _collect_classes(path: Path, rows: Sequence[Row], head: int, count: int) -> ClassMap:
     """Classes of a list that comes without a label map."""
     numbers = [integer(row.labels[head]) for row in rows]
-    if None in numbers:
+    if all(number is None for number in numbers):
+        for row in rows:
+            _check_name(row, row.labels[head])
         names = sorted({row.labels[head] for row in rows})
         return ClassMap(names, range(len(names)), str(path))
+    # The names are made from the largest number: a wrong column must not become a million classes.
+    limit = count or max(MOST_UNNAMED_CLASSES, len(rows))
     for row, number in zip(rows, numbers):
-        if number < 0 or (count and number >= count):
-            limit = f'0 to {count - 1}' if count else '0 or more'
-            raise ValueError(f'{row.where}: label {number} is out of range, expected {limit}')
+        if number is None:
+            raise ValueError(
+                f'{row.where}: label {quoted(row.labels[head])} is no whole number, as other '
+                'labels of the list are; set label_map if the numbers are names'
+            )
+        if number < 0 or number >= limit:
+            reason = (
+                ''
+                if count
+                else (
+                    f'; without a label map the classes are 0 to the largest label, and a list of '
+                    f'{len(rows)} videos may have {limit}: set label_map if the label is right'
+                )
+            )
+            raise ValueError(
+                f'{row.where}: label {number} is out of range, expected 0 to {limit - 1}{reason}'
+            )
     names = [str(number) for number in range(count or max(numbers) + 1)]
     return ClassMap(names, range(len(names)), str(path))
+
+
+def _check_name(row: Row, name: str) -> None:
+    """Refuses what only looks like a class name: an empty label, nan, 1.0 and 1_0."""
+    try:
+        float(name or 'nan')
+    except ValueError:
+        return
+    raise ValueError(
+        f'{row.where}: label {quoted(name)} is neither a whole number nor a class name; set '
+        'label_map if it is a name'
+    )

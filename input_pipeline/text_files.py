@@ -1,29 +1,62 @@
 """Text files from outside: what cannot be read is a ValueError that names file and line."""
 
+import csv
 import json
+import math
+import os
+import re
+import reprlib
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 2**29  # of a file; the lists of the largest sets have a fifth of it
+# Python's own int and float also take '1_0', other scripts' digits, nan and inf.
+_INTEGER = re.compile(r'-?[0-9]{1,18}')
+_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{0,30})?([eE][-+]?[0-9]{1,3})?')
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = 100
 
 
 def integer(text: str) -> int | None:
-    """The number, or None if it is none."""
-    try:
-        return int(text)
-    except ValueError:
-        return None
+    """The number that ASCII digits with or without a minus write; None for all else."""
+    text = text.strip()
+    return int(text) if _INTEGER.fullmatch(text) else None
+
+
+def number(text: str) -> float | None:
+    """The finite number of a decimal such as '12', '1.5' or '1e-05'; None for all else."""
+    text = text.strip()
+    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    return value if math.isfinite(value) else None
+
+
+def quoted(value: Any) -> str:
+    """A value from a file for a message: escaped, and cut where it is long."""
+    return _QUOTE.repr(value)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yields ('file:line', text) of the lines that are not blank."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for line_number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
-            yield f'{path}:{number}', line.strip()
+            yield f'{path}:{line_number}', line.strip()
 
 
 def read_text(path: Path) -> str:
     """The whole text of a UTF-8 file."""
     try:
-        return path.read_text(encoding='utf-8-sig')
+        with open(path, 'rb', opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f'{path}: is not a regular file')
+            if status.st_size > MAX_BYTES:
+                raise ValueError(
+                    f'{path}: has {status.st_size} bytes, more than the {MAX_BYTES} that a list '
+                    'may have; is it a video?'
+                )
+            return file.read(MAX_BYTES).decode('utf-8-sig')
     except FileNotFoundError as error:
         raise ValueError(f'{path}: no such list file') from error
     except IsADirectoryError as error:
@@ -32,9 +65,49 @@ def read_text(path: Path) -> str:
         raise ValueError(f'{path}: is not UTF-8 text (byte {error.start})') from error
 
 
-def read_json(path: Path):
-    """The content of a JSON file."""
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens without waiting for somebody to write into a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_csv(path: Path, delimiter: str = ',') -> list[tuple[str, list[str]]]:
+    """The rows of a CSV file as ('file:line', fields); blank lines are left out."""
+    reader = csv.reader(read_text(path).splitlines(), delimiter=delimiter)
     try:
-        return json.loads(read_text(path))
+        return [(f'{path}:{reader.line_num}', row) for row in reader if row]
+    except csv.Error as error:
+        raise ValueError(
+            f'{path}:{reader.line_num}: not CSV: {error}; is a quote not closed?'
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    text = read_text(path)
+    try:
+        return _loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f'{path}:{error.lineno}: not valid JSON: {error.msg}') from error
+    except ValueError as error:
+        raise ValueError(f'{path}: not valid JSON: {error}') from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields ('file:line', content) of a JSON Lines file."""
+    for where, line in read_lines(path):
+        try:
+            yield where, _loads(line)
+        except ValueError as error:
+            message = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f'{where}: not valid JSON: {message}') from error
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError('nested too deeply') from error
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f'{name} is not a JSON value')

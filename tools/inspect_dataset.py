@@ -18,7 +18,6 @@ import json
 import os
 import re
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +33,7 @@ from dist_jax import contact_sheet
 from input_pipeline.bad_videos import check_frames
 from input_pipeline.decode import DecodeError, VideoReader
 from input_pipeline.pipeline import open_video
-from input_pipeline.records import BuiltSplit, is_built, read_example, read_index
+from input_pipeline.records import BuiltSplit, Identity, is_built, read_example, read_index
 
 MOST_SHEETS = 20  # of a set of captions, which has no classes
 _FIGURES = {  # title and unit of what statistics.png shows
@@ -195,13 +194,11 @@ def check_record(source: BuiltSplit, index: int, full: bool = False) -> tuple[st
     except OSError as error:
         return 'unreadable', str(error)
     content = example['video'].bytes_list.value[0]
-    if zlib.crc32(content) != int(source.index.crc32[index]):
+    found, expected = Identity.of_example(example), source.expected(index)
+    if found.crc32 != expected.crc32:
         return 'checksum', f'the video has not the checksum of the index, {len(content)} bytes'
-    video_id = example['video_id'].bytes_list.value[0].decode(errors='replace')
-    labels = [example[name].int64_list.value[0] for name in ('label', 'label_2') if name in example]
-    expected = source.index.video_ids[index], source.index.labels[index].tolist()
-    if (video_id, labels) != expected:
-        return 'mismatch', f'the record has {(video_id, labels)}, the index {expected}'
+    if found != expected:
+        return 'mismatch', f'the record has {found}, the index {expected}'
     try:
         with VideoReader(content, name=source[index].path) as video:
             stated = int(source.index.facts['num_frames'][index])

@@ -149,6 +149,18 @@ def test_check_command_exits_with_zero_when_all_is_well(folder, tmp_path, capsys
     assert report.read_text() == ''
 
 
+def test_check_command_leaves_no_empty_report_that_was_not_asked_for(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'list.txt').write_text(f'{folder}/run/a.mp4 0\n')
+    assert check.main(['--list', 'list.txt']) == 0
+    assert not (tmp_path / 'bad_videos.jsonl').exists()
+    (tmp_path / 'list.txt').write_text(f'{folder}/run/c.mp4 0\n')
+    assert check.main(['--list', 'list.txt']) == 1
+    assert len(lines(tmp_path / 'bad_videos.jsonl')) == 1
+
+
 def test_check_command_exits_with_two_when_the_list_is_wrong(tmp_path, capsys):
     assert check.main(['--list', str(tmp_path / 'nothing.txt')]) == 2
     assert 'no such list' in capsys.readouterr().out

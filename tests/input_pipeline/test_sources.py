@@ -216,7 +216,7 @@ def test_a_folder_of_class_folders(tmp_path):
 @pytest.mark.parametrize(
     ('name', 'text', 'message'),
     [
-        ('empty.txt', '\n', 'cannot tell the format'),
+        ('empty.txt', '\n', 'the list is empty'),
         ('names.txt', 'a.mp4 jumping\n', 'cannot tell the format.*kinetics, csv, ssv2_json'),
         ('odd.json', '{"a": 1}', 'cannot tell the format'),
         ('broken.json', '[{"path": \n', r'broken\.json:2: not valid JSON'),

@@ -14,7 +14,7 @@ from pathlib import Path
 from input_pipeline.datasets import DATASETS, SplitFile
 from input_pipeline.encode import check_options
 from input_pipeline.list_formats import FORMATS, guess_format
-from input_pipeline.sources import find_classes, read_rows
+from input_pipeline.sources import count_heads, find_classes, read_rows
 from input_pipeline.video_list import Names
 from tools.building.videos import AmbiguousName, VideoFile, VideoFiles
 
@@ -199,10 +199,17 @@ def make_plan(
         form = list_format or file.list_format
         # A list of another name than the original may have another format, too.
         if form == 'auto' or (not list_format and path.name not in file.names and path.is_file()):
-            form = guess_format(path)
+            form = guess_format(path, file.list_format)
         if form not in FORMATS:
             raise ValueError(f'--format {form!r} must be one of {", ".join(FORMATS)}')
-        rows[split] = read_rows(path, form, videos.exists, file.subset)
+        rows[split] = read_rows(
+            path,
+            form,
+            videos.exists,
+            file.subset if form == file.list_format else '',
+            split,
+            count_heads(label_maps, info.num_classes),
+        )
         formats[split] = form
     everything = [row for split_rows in rows.values() for row in split_rows]
     if len({(len(row.labels), bool(row.captions)) for row in everything}) > 1:
