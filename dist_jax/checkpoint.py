@@ -33,6 +33,8 @@ FOLDER = 'checkpoints'
 
 # Fields that may change when a run is resumed: where things lie (contents are compared by hash)
 # and what leaves the parameters alone (another mesh rounds sums differently, no more).
+# Fields that came after the first runs and changed what a run does, as it was before them.
+BEFORE_FIELDS = {'data.split_names': False}
 FREE_FIELDS = (
     'mesh.',
     'backbone.checkpoint',
@@ -338,7 +340,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
       ValueError: listing every field that differs.
     """
-    before, now = flat(saved['config']), flat(current['config'])
+    before, now = BEFORE_FIELDS | flat(saved['config']), flat(current['config'])
     differences = [
         f'  {name}: saved {before.get(name, "absent")!r}, now {now.get(name, "absent")!r}'
         for name in sorted(before.keys() | now.keys())

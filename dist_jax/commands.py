@@ -43,7 +43,9 @@ def saved_config(workdir: str) -> ConfigDict:
     """The config of a run, locked."""
     metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))
     config = base.get_config().to_dict()
-    config['data']['split_names'] = False  # no run did that before the field
+    for name, value in checkpoint.BEFORE_FIELDS.items():
+        group, field = name.split('.')
+        config[group][field] = value
     for name, value in metadata['config'].items():
         # Fields that are newer than the run have the values it was trained under.
         config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
@@ -105,7 +107,7 @@ def load_trained(
     model = experiment.make_model(config, backbone.spec, num_classes)
     data = config.data
     frozen = experiment.load_frozen(
-        backbone, model, class_names, mesh, data.truncate_texts, data.split_names
+        backbone, model, class_names, mesh, data.truncate_texts, split_names=data.split_names
     )
     video_shape = (1, data.num_frames, data.image_size, data.image_size, 3)
     features = step.example_features(model, frozen, video_shape)

@@ -507,6 +507,7 @@ def load_frozen(
     class_names: ClassNames,
     mesh: Mesh,
     truncate_texts: bool = False,
+    *,
     split_names: bool = True,
 ) -> Tree:
     """The frozen tree of the steps, with text features of these classes, on the devices.

@@ -202,8 +202,14 @@ def train(
     num_classes = tuple(map(len, class_names))
     backbone = experiment.find_backbone(config, workdir)
     model = experiment.make_model(config, backbone.spec, num_classes)
-    texts = config.data.truncate_texts, config.data.split_names
-    frozen = experiment.load_frozen(backbone, model, class_names, mesh, *texts)
+    frozen = experiment.load_frozen(
+        backbone,
+        model,
+        class_names,
+        mesh,
+        config.data.truncate_texts,
+        split_names=config.data.split_names,
+    )
 
     plan = make_plan(config, len(train_source))
     optimizer = optimizer_settings(config, plan)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -110,16 +110,36 @@ class FrameFolder:
           IndexError: if a number is out of range.
         """
         indices = np.asarray(indices, np.int64).reshape(-1)
-        if not len(indices) or indices.min() < 0 or indices.max() >= self.num_frames:
-            raise IndexError(f'{self.path}: indices {indices} outside 0 to {self.num_frames - 1}')
         video = None
-        for index in np.unique(indices):
-            with VideoReader(self._files[index], self._max_pixels) as picture:
-                (pixels,) = picture.frames([0])
+        for index, pixels in self.pictures(indices):
             if video is None:
                 video = np.empty((len(indices), *pixels.shape), np.uint8)
-            if pixels.shape != video.shape[1:]:
-                reason = f'{self._files[index]} has shape {pixels.shape}, others {video.shape[1:]}'
-                raise DecodeError(self.path, 'corrupt', reason)
             video[indices == index] = pixels
         return video
+
+    def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames of `frames` one after another, so that not all are in memory at once.
+
+        Args:
+          indices: (T,) frame numbers in [0, num_frames), in any order.
+
+        Yields:
+          (number, (height, width, 3) uint8 RGB) of every frame asked for, in order, once for a
+          repeated number.
+
+        Raises:
+          DecodeError: if a picture does not decode or has another size than the others.
+          IndexError: if a number is out of range.
+        """
+        wanted = np.unique(np.asarray(indices, np.int64))
+        if not len(wanted) or wanted[0] < 0 or wanted[-1] >= self.num_frames:
+            raise IndexError(f'{self.path}: indices {indices} outside 0 to {self.num_frames - 1}')
+        shape = None
+        for index in wanted:
+            with VideoReader(self._files[index], self._max_pixels) as picture:
+                (pixels,) = picture.frames([0])
+            if pixels.shape != (shape or pixels.shape):
+                reason = f'{self._files[index]} has shape {pixels.shape}, others {shape}'
+                raise DecodeError(self.path, 'corrupt', reason)
+            shape = pixels.shape
+            yield int(index), pixels

@@ -113,8 +113,8 @@ class SplitIndex:
     def from_file(cls, path: Path) -> 'SplitIndex':
         """Reads what `to_bytes` gave; raises ValueError if the file is damaged."""
         try:
-            _refuse_compressed(path)
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
+                _refuse_compressed(arrays.zip)
                 index = cls(
                     video_ids=Texts(arrays['video_ids'], arrays['video_id_ends']),
                     labels=arrays['labels'],
@@ -126,12 +126,12 @@ class SplitIndex:
                     shards=tuple(arrays['shards'].tolist()),
                     shard_lengths=arrays['shard_lengths'],
                 )
+            index.check()
         except FileNotFoundError as error:
             raise ValueError(
                 f'{path}: the index of this split is missing; build it again'
             ) from error
-            index.check()
-        except (Exception, MemoryError) as error:  # numpy and zipfile raise what they like
+        except Exception as error:  # numpy and zipfile raise what they like
             raise ValueError(f'{path}: damaged index ({error}); build the set again') from error
         return index
 
@@ -151,6 +151,7 @@ class SplitIndex:
             if texts.content.dtype != np.uint8 or texts.content.ndim != 1 or len(texts) != length:
                 raise ValueError(f'{name} are {len(texts)} texts, expected {length}')
             _check_ends(name, texts.ends, length, len(texts.content))
+            texts.content.tobytes().decode()  # UnicodeDecodeError is a ValueError
         _check_ends('captions', self.caption_ends, count, len(self.captions))
         if self.shard_lengths.shape != (len(self.shards),) or self.shard_lengths.dtype.kind != 'i':
             raise ValueError(f'{len(self.shards)} shards, {self.shard_lengths.shape} lengths')
@@ -161,11 +162,10 @@ class SplitIndex:
                 raise ValueError(f'{quoted(shard)} is not the name of a shard')
 
 
-def _refuse_compressed(path: Path) -> None:
+def _refuse_compressed(archive: zipfile.ZipFile) -> None:
     """An index is stored as it is: no array is larger than the file."""
-    with zipfile.ZipFile(path) as archive:
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-            raise ValueError('it is compressed')
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise ValueError('it is compressed')
 
 
 def _check_ends(name: str, ends: np.ndarray, count: int, total: int) -> None:
@@ -215,9 +215,15 @@ class BuiltSplit:
         sizes = tuple(map(len, heads))
         self.num_classes = sizes if len(heads) > 1 else sum(sizes)
         self.index = SplitIndex.from_file(self.folder / index_file(name))
+        labels = self.index.labels
+        if labels.shape[1] != len(heads) or ((labels < 0) | (labels >= sizes)).any():
+            raise ValueError(
+                f'{self.folder / index_file(name)}: has labels that are no classes of {INDEX}; '
+                'build the set again'
+            )
         self._starts = np.concatenate([[0], np.cumsum(self.index.shard_lengths)])
         # Plain integers: what a record holds may go into JSON.
-        self._labels = self.index.labels.tolist()
+        self._labels = labels.tolist()
 
     def __len__(self) -> int:
         return len(self.index.labels)
@@ -239,7 +245,9 @@ class BuiltSplit:
     def expected(self, index: int) -> 'Identity':
         """What the record must be, by the index."""
         return Identity(
-            self.index.video_ids[index], tuple(self._labels[index]), int(self.index.crc32[index])
+            self.index.video_ids[index],
+            tuple(self.index.labels[index].tolist()),
+            int(self.index.crc32[index]),
         )
 
     def place(self, index: int) -> tuple[int, int]:

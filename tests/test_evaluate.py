@@ -317,11 +317,12 @@ def test_what_cannot_be_evaluated_is_said(text_run, make_run, clips, tmp_path, c
 def test_a_run_from_before_a_field_existed_gets_its_default(monkeypatch):
     saved = dist_config.get_config('demo').to_dict()
     saved['data']['num_frames'] = 4
-    del saved['mesh'], saved['data']['crop_rounding']
+    del saved['mesh'], saved['data']['crop_rounding'], saved['data']['split_names']
     monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda workdir: workdir)
     monkeypatch.setattr(checkpoint, 'read_metadata', lambda folder: {'config': saved})
     config = commands.saved_config('anywhere')
     assert (config.mesh.fsdp, config.data.crop_rounding) == (1, 'nearest')
+    assert not config.data.split_names  # its text features are those of the names as they were
     assert (
         config.data.num_frames == 4 and config.model.temporal_dim == saved['model']['temporal_dim']
     )

@@ -236,6 +236,41 @@ def test_recipes_follow_their_papers():
     assert kinds(retrieval) == [CentreCrop]
 
 
+@pytest.mark.parametrize(
+    ('name', 'names', 'pairs'),
+    [
+        ('something_v2', (), ((86, 87), (93, 94), (166, 167))),
+        ('something_v2', (('0', '1', '2'),), ((86, 87), (93, 94), (166, 167))),
+        ('something_v2', (('push right', 'hold', 'push left'),), ((0, 2),)),
+        ('custom', (('turn left', 'turn right'),), ((0, 1),)),
+        ('kinetics400', (('archery', 'bowling'),), ()),
+        ('epic_kitchens', (('take', 'put'), ('cup', 'left hand')), ()),
+    ],
+)
+def test_a_mirrored_clip_swaps_the_labels_that_its_class_names_say(name, names, pairs):
+    reader = experiment.train_reader(config(name=name), names)
+    (flip,) = (step for step in reader.transforms if isinstance(step, Flip))
+    assert flip.label_pairs == pairs
+
+
+def test_what_a_mirrored_clip_swaps_is_said(caplog):
+    caplog.set_level('INFO', 'dist_jax')
+    experiment.train_reader(config(name='something_v2'), (('0', '1'),))
+    assert 'numbers and no names: mirrored clips swap the labels ((86, 87)' in caplog.text
+    experiment.train_reader(config(name='something_v2'), (('push right', 'push left'),))
+    assert 'swap the labels of: push right / push left (0, 1)' in caplog.text
+    assert 'not the pairs of the official label map' in caplog.text
+    with pytest.raises(ValueError, match=r'data\.flip=false'):
+        experiment.train_reader(config(name='custom'), (('a', 'b'), ('left hand', 'right hand')))
+
+
+def test_prompts_of_a_text_head_are_words():
+    names = ('ApplyEyeMakeup', 'YoYo')
+    assert experiment._texts(names, True) == ['Apply Eye Makeup', 'Yo Yo']
+    assert experiment._texts(names, False) == ['ApplyEyeMakeup', 'YoYo']
+    assert experiment._texts(('play "tag"', 'TaiChi'), True) == ['play tag', 'TaiChi']
+
+
 def test_side4video_views_are_frames_and_crops_of_the_video(record):
     found = recipe('side4video_ssv2', **{'eval.resize': (264, 352)})  # as it is
     views, _ = experiment.eval_reader(found).read(record)

@@ -1,5 +1,8 @@
 """Built data sets as sources: lazy, picklable, and clear about damage."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import pickle
 import shutil
@@ -124,6 +127,73 @@ def test_a_damaged_shard_is_named_with_its_records(damaged):
     assert f'{shards[3]} (records train 12 to 15): no such shard' in found[12].reason
     with pytest.raises(OSError, match='records train 4 to 7'):
         source[5].load()
+
+
+def test_swapped_and_stale_shards_are_named_when_a_record_is_read(built, tmp_path):
+    folder = tmp_path / 'swapped'
+    shutil.copytree(built, folder)
+    shards = [folder / name for name in BuiltSplit(folder, 'train').index.shards]
+    first = shards[0].read_bytes()
+    shards[0].write_bytes(shards[1].read_bytes())
+    shards[1].write_bytes(first)
+    source = open_source(folder, subset='train')
+    for index, shard in ((0, shards[0]), (5, shards[1])):
+        with pytest.raises(
+            DecodeError, match=r'not the one of the index.*build the set again'
+        ) as e:
+            open_video(source[index])
+        assert f'{shard} (records train' in e.value.reason
+    open_video(source[9]).close()
+
+
+@pytest.mark.parametrize(
+    'change', [{'video_id': 'another'}, {'labels': (3,)}, {'crc32': 1}, {'labels': ()}]
+)
+def test_a_record_must_be_the_one_of_the_index(built, change):
+    load = open_source(built, subset='train')[2].load
+    other = dataclasses.replace(load, expected=dataclasses.replace(load.expected, **change))
+    assert load()
+    with pytest.raises(OSError, match='record 2 of the shard is not the one of the index'):
+        other()
+
+
+def test_a_damaged_index_is_a_value_error(built, tmp_path):
+    folder = tmp_path / 'copy'
+    shutil.copytree(built, folder)
+    index = folder / 'train.index.npz'
+    whole = index.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        content = bytearray(whole)
+        for place in rng.integers(0, len(content), rng.integers(1, 30)):
+            content[place] = rng.integers(256)
+        index.write_bytes(content[: rng.integers(len(content) // 2, 2 * len(content))])
+        with contextlib.suppress(ValueError):
+            source = open_source(folder, subset='train')
+            assert [source[k].path for k in range(len(source))]
+    with np.load(io.BytesIO(whole)) as arrays:
+        fields = dict(arrays)
+    for name, value in {
+        'shard_lengths': np.array([10**12]),
+        'shards': np.array(['../../../etc/passwd'] * len(fields['shards'])),
+        'labels': np.zeros((18, 1), np.float64),
+        'video_id_ends': fields['video_id_ends'][::-1],
+        'crc32': fields['crc32'][:3],
+    }.items():
+        np.savez(index, **fields | {name: value})
+        with pytest.raises(ValueError, match=r'train\.index\.npz: damaged index'):
+            open_source(folder, subset='train')
+    np.savez(index, **fields | {'labels': fields['labels'] + 7})
+    with pytest.raises(ValueError, match='labels that are no classes'):
+        open_source(folder, subset='train')
+    np.savez_compressed(index, **fields)
+    with pytest.raises(ValueError, match='it is compressed'):
+        open_source(folder, subset='train')
+    for splits, names in ((['../x'], [['a']]), ('train', [['a']]), (['train'], [[1, 2]])):
+        text = json.dumps({'format': 1, 'name': 'x', 'splits': splits, 'class_names': names})
+        (folder / 'index.json').write_text(text)
+        with pytest.raises(ValueError, match=r'index\.json: .* build it again'):
+            open_source(folder, subset='train')
 
 
 def test_check_reads_a_built_set(built, damaged, tmp_path, capsys):

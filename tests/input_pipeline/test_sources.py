@@ -1,5 +1,8 @@
+import contextlib
 import json
+import os
 
+import numpy as np
 import pytest
 
 from input_pipeline.datasets import DATASETS
@@ -282,3 +285,212 @@ def test_every_data_set_names_a_known_format():
 def test_guessing_a_folder_without_videos_is_an_error(tmp_path):
     with pytest.raises(ValueError, match='cannot tell the format'):
         guess_format(tmp_path)
+
+
+def test_a_list_of_several_splits_is_never_read_whole_by_a_run(tmp_path):
+    text = 'path,label,split\na.mp4,0,train\nb.mp4,1,validate\nc.mp4,1,test\n'
+    everything = write(tmp_path / 'all.csv', text)
+    entries = [dict(zip(('path', 'label', 'split'), line.split(','))) for line in text.split()[1:]]
+    for videos in (everything, write(tmp_path / 'all.jsonl', '\n'.join(map(json.dumps, entries)))):
+        assert paths(open_source(videos, purpose='train'), tmp_path) == ['a.mp4']
+        assert paths(open_source(videos, purpose='val'), tmp_path) == ['b.mp4']
+        assert paths(open_source(videos, purpose='val', subset='test'), tmp_path) == ['c.mp4']
+    held_out = write(tmp_path / 'two.csv', 'path,label,split\na.mp4,0,Train\nb.mp4,0,test\n')
+    assert paths(open_source(held_out, purpose='val'), tmp_path) == ['b.mp4']
+    own = write(tmp_path / 'own.csv', 'path,label,split\na.mp4,0,fold 3\n')
+    assert paths(open_source(own, purpose='val'), tmp_path) == ['a.mp4']
+
+
+@pytest.mark.parametrize(
+    ('rows', 'purpose', 'message'),
+    [
+        ('a.mp4,0,one\nb.mp4,0,two\n', 'train', r"split 'one', 'two'.*data\.train_subset"),
+        ('a.mp4,0,train\n', 'val', r"split 'train'.*data\.val_subset"),
+        ('a.mp4,0,val\nb.mp4,0,validation\nc.mp4,0,test\n', 'val', 'which of them is the val list'),
+    ],
+)
+def test_a_split_that_is_not_certain_is_an_error(tmp_path, rows, purpose, message):
+    videos = write(tmp_path / 'all.csv', f'path,label,split\n{rows}')
+    with pytest.raises(ValueError, match=message) as caught:
+        open_source(videos, purpose=purpose)
+    assert str(videos) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('name', 'text'),
+    [
+        ('list.txt', 'a.mp4 0\n'),
+        ('list.csv', 'a.mp4,0\n'),
+        ('header.csv', 'path,label\na.mp4,0\n'),
+        ('list.json', '[{"path": "a.mp4", "label": 0}]'),
+        ('videos', None),
+    ],
+)
+def test_a_subset_of_a_list_without_splits_is_an_error(tmp_path, name, text):
+    if text is None:
+        write(tmp_path / name / 'run' / 'a.mp4', '')
+    else:
+        write(tmp_path / name, text)
+    with pytest.raises(ValueError, match=r"subset='train1' \(data\.val_subset\)") as caught:
+        open_source(tmp_path / name, subset='train1', purpose='val')
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_column_of_frame_counts_is_no_label(tmp_path):
+    videos = write(tmp_path / 'l.csv', 'a.mp4,300,1\nb.mp4,120,0\n')
+    source = open_source(videos, num_classes=2)
+    assert (labels(source), source.num_classes) == ([1, 0], 2)
+    assert labels(open_source(videos, num_classes=(400, 2))) == [(300, 1), (120, 0)]
+    with pytest.raises(
+        ValueError, match=r'l\.csv:1: 3 fields and no header.*path,num_frames,label'
+    ):
+        open_source(videos)
+
+
+def test_what_systems_put_beside_the_videos_is_no_class(tmp_path, caplog):
+    kept = ('run/a.mp4', 'jump/b.mp4')
+    junk = ('.git/c.mp4', '__MACOSX/d.mp4', '@eaDir/e.mp4', 'run/._a.mp4', 'run/@eaDir/f.mp4')
+    for name in (*kept, *junk, '.ipynb_checkpoints/g.mp4'):
+        write(tmp_path / 'videos' / name, '')
+    source = open_source(tmp_path / 'videos')
+    assert source.class_names == ('jump', 'run')
+    assert sorted(source[k].video_id for k in range(len(source))) == sorted(kept)
+    assert read_label_map(tmp_path / 'videos').names == ('jump', 'run')
+
+
+def test_files_that_are_skipped_are_counted_by_suffix(tmp_path, caplog):
+    for name in ('a.WMV', 'b.gif', 'c.3gp', 'd.mts', 'e.txt', 'f.txt', 'g.srt', 'h'):
+        write(tmp_path / 'videos/run' / name, '')
+    write(tmp_path / 'videos/loose.mp4', '')
+    assert len(open_source(tmp_path / 'videos')) == 4
+    assert 'skipped 4 files' in caplog.text
+    assert '2 .txt, 1 .srt, 1 without a suffix' in caplog.text
+    assert 'skipped 1 files that lie in no class folder' in caplog.text
+
+
+def test_a_folder_of_splits_says_which_to_name(tmp_path):
+    for split in ('train', 'val'):
+        write(tmp_path / 'my_videos' / split / 'run' / 'a.mp4', '')
+    with pytest.raises(
+        ValueError, match=r'holds the splits train, val.*set data\.train_list to'
+    ) as e:
+        open_source(tmp_path / 'my_videos', purpose='train')
+    assert f'{tmp_path}/my_videos/train or ' in str(e.value)
+    write(tmp_path / 'vehicles' / 'train' / 'a.mp4', '')  # a class of that name
+    assert open_source(tmp_path / 'vehicles').class_names == ('train',)
+
+
+def test_a_label_without_a_map_is_bounded_by_the_list(tmp_path):
+    videos = write(tmp_path / 'l.txt', 'a.mp4 0\nb.mp4 1000000000000\n')
+    with pytest.raises(ValueError, match=r'l\.txt:2: label 1000000000000 .*0 to 999.*label_map'):
+        open_source(videos)
+    assert open_source(write(tmp_path / 'few.txt', 'a.mp4 999\n')).num_classes == 1000
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'message'),
+    [
+        ('deep.json', '[' * 100_000, 'deep.json: not valid JSON: nested too deeply'),
+        ('deep.jsonl', '[' * 100_000, 'deep.jsonl:1: not valid JSON: nested too deeply'),
+        ('nan.json', '[{"path": "a", "label": NaN}]', 'NaN is not a JSON value'),
+        ('digits.json', f'[{{"path": "a", "label": {"9" * 5000}}}]', 'digits.json: not valid JSON'),
+        ('long.csv', f'path,label\na,"{"x" * 200_000}\n', r'long\.csv:2: not CSV: field larger'),
+        (
+            'path.json',
+            '[{"path": 5, "label": 1}]',
+            r'path\.json\[0\]: path must be a text, found 5',
+        ),
+        ('flag.json', '[{"path": "a", "label": true}]', r'label must be a text or a whole number'),
+        ('half.json', '[{"path": "a", "label": 0.5}]', r'whole number, found 0\.5'),
+        ('null.json', '[{"path": "a", "label": null}]', r'whole number, found None'),
+        ('list.json', '[{"path": "a", "label": 1}, 5]', 'expected a list of objects'),
+        ('time.json', '[{"path": "a", "label": 1, "start": [1]}]', r'\[1\] is not a time'),
+        ('s.json', '[{"id": 1, "template": 5}]', r's\.json\[0\]: template must be a text, found 5'),
+        ('score.csv', 'path,label\na,1_0\n', r"score\.csv:2: label '1_0' is neither"),
+        ('nan.csv', 'path,label\na,run\nb,nan\n', r"nan\.csv:3: label 'nan' is neither"),
+        ('empty.csv', 'path,label\na,\n', r"empty\.csv:2: label '' is neither"),
+        ('float.csv', 'path,label\na,1.0\n', r"float\.csv:2: label '1\.0' is neither"),
+        ('mixed.csv', 'path,label\na,1\nb,run\n', r"mixed\.csv:3: label 'run' is no whole number"),
+        ('wide.csv', 'path,label\na,\uff11\n', r'wide\.csv:2: label'),
+        (
+            'inf.csv',
+            'label,youtube_id,time_start\nx,a,inf\n',
+            r"inf\.csv:2: time_start 'inf' is not",
+        ),
+        (
+            'abc.csv',
+            'label,youtube_id,time_start\nx,a,abc\n',
+            r"abc\.csv:2: time_start 'abc' is not",
+        ),
+        ('1_0.csv', 'path,label,start\na,x,1_0\n', r"1_0\.csv:2: '1_0' is not a time"),
+        ('minus.csv', 'path,label,end\na,x,-1\n', r"minus\.csv:2: '-1' is not a time"),
+        ('hours.csv', 'path,label,end\na,x,1:2:3:4\n', r'hours\.csv:2: .* is not a time'),
+    ],
+)
+def test_lists_are_read_strictly(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'message'),
+    [
+        ('deep.json', '[' * 100_000, 'nested too deeply'),
+        ('numbers.json', '["run", 5]', r'numbers\.json\[1\]: expected a class name, found 5'),
+        ('nested.json', '{"0": ["run"], "1": "jump"}', 'neither its keys nor its values'),
+        ('flags.json', '{"run": true, "jump": false}', 'neither its keys nor its values'),
+        ('score.csv', 'id,name\n1_0,run\n', r'score\.csv:2: expected "id,name"'),
+        ('long.txt', 'x' * 5000, 'a class name of 5000 characters'),
+        ('long.csv', f'id,name\n0,"{"x" * 200_000}\n', r'long\.csv:2: not CSV'),
+        ('pipe', None, 'is not a regular file'),
+    ],
+)
+def test_label_maps_are_read_strictly(tmp_path, name, text, message):
+    if text is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        write(tmp_path / name, text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_label_map(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_random_bytes_in_lists_are_value_errors(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = {
+        'l.txt': b'a/b.mp4 300 1\nc d.mp4 2 0\n',
+        'trainlist01.txt': b'Run/v_Run_g01.avi 1\nJump/v_Jump_g02.avi 2\n',
+        'l.csv': b'label,youtube_id,time_start,time_end,split\nrun,abc,0,10,train\n',
+        'e.csv': b'video_id,start_timestamp,stop_timestamp,verb_class,noun_class\nP1,0:1,2,3,4\n',
+        'l.json': b'[{"id": "7", "template": "Holding [something]"}, {"id": 8, "label": "x"}]',
+        'm.json': b'{"videos": [{"video_id": "v0", "split": "train"}], "sentences": '
+        b'[{"video_id": "v0", "caption": "a cat"}]}',
+        'v.json': b'[{"videoID": "abc_0_10", "enCap": ["a cat", "a dog"]}]',
+        'l.jsonl': b'{"path": "a.mp4", "label": [1, 2], "start": 1.5}\n',
+    }
+    label_map = write(tmp_path / 'names.txt', 'run\njump\n')
+    pieces = [
+        b'"',
+        b'[',
+        b']',
+        b'{',
+        b',',
+        b'\n',
+        b'\0',
+        b'\xff',
+        b'NaN',
+        b'1e999',
+        b'-',
+        b'\r',
+        b'5',
+    ]
+    for name, content in whole.items():
+        for _ in range(150):
+            changed = bytearray(content)
+            for _ in range(rng.integers(1, 5)):
+                start, length = rng.integers(0, len(changed) + 1), rng.integers(0, 4)
+                changed[start : start + length] = pieces[rng.integers(len(pieces))]
+            (tmp_path / name).write_bytes(changed)
+            for arguments in ({}, {'label_map': label_map, 'purpose': 'train'}):
+                with contextlib.suppress(ValueError, OSError):
+                    open_source(tmp_path / name, **arguments)
