@@ -31,10 +31,11 @@ log = logging.getLogger('dist_jax')
 FORMAT_VERSION = 1
 FOLDER = 'checkpoints'
 
-# Fields that may change when a run is resumed: where things lie (contents are compared by hash)
-# and what leaves the parameters alone (another mesh rounds sums differently, no more).
 # Fields that came after the first runs and changed what a run does, as it was before them.
 BEFORE_FIELDS = {'data.split_names': False}
+
+# Fields that may change when a run is resumed: where things lie (contents are compared by hash)
+# and what leaves the parameters alone (another mesh rounds sums differently, no more).
 FREE_FIELDS = (
     'mesh.',
     'backbone.checkpoint',

@@ -205,6 +205,16 @@ def test_custom_lists_of_all_kinds(place, tmp_path):
     assert read_both('custom', tmp_path, splits, splits) == ([0], [0])
 
 
+def test_class_folders_with_files_of_many_containers(tmp_path):
+    codecs = {'wmv': 'wmv2', '3gp': 'libx264', 'mts': 'libx264', 'VOB': 'mpeg2video'}
+    codecs |= {'f4v': 'libx264', 'mxf': 'mpeg2video', 'm2v': 'mpeg2video', 'nut': 'mpeg4'}
+    folder = tmp_path / 'videos'
+    (folder / 'run').mkdir(parents=True)
+    for suffix, codec in codecs.items():
+        write_video(folder / 'run' / f'a.{suffix}', pictures(8), codec)
+    assert read_both('custom', '', folder, folder) == ([0] * len(codecs), [0] * len(codecs))
+
+
 def test_the_format_may_be_set(place, tmp_path):
     place('Run/a.avi')
     names = write(tmp_path / 'classInd.txt', '1 Run\n')

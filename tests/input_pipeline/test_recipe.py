@@ -175,6 +175,11 @@ def test_a_run_is_not_continued_with_another_stream(change):
 
     with pytest.raises(ValueError, match=f'data.{next(iter(change))}: saved'):
         checkpoint.check_same_run(metadata(config()), metadata(config(**change)))
+    before = metadata(config())  # of a run that is older than the field
+    del before['config']['data']['split_names']
+    checkpoint.check_same_run(before, metadata(config(split_names=False)))
+    with pytest.raises(ValueError, match=r'data\.split_names: saved False, now True'):
+        checkpoint.check_same_run(before, metadata(config()))
 
 
 def test_an_augmented_clip_has_the_shape_of_the_reader():
