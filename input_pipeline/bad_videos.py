@@ -20,7 +20,7 @@ from etils import epath
 
 from input_pipeline import sampling
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
-from input_pipeline.pipeline import Source, open_video
+from input_pipeline.pipeline import Source, open_video, reading
 from input_pipeline.video_list import Record
 
 NUM_CHECK_FRAMES = 8
@@ -209,7 +209,7 @@ def check_record(record: Record, full: bool = False, max_pixels: int = MAX_PIXEL
     Raises:
       DecodeError: if it cannot be read.
     """
-    with open_video(record, max_pixels) as video:
+    with reading(record.path), open_video(record, max_pixels) as video:
         first, total = video.frame_range(record.start, record.end)
         check_frames(video, first, total, full)
 
@@ -223,8 +223,8 @@ def check_frames(video: VideoReader, first: int, total: int, full: bool = False)
     if not full:
         video.frames(first + sampling.segment_test(total, NUM_CHECK_FRAMES, 1)[0])
         return
-    for start in range(first, first + total, 64):  # a whole video may not fit into memory
-        video.frames(np.arange(start, min(start + 64, first + total)))
+    for _ in video.pictures(np.arange(first, first + total)):
+        pass  # a whole video may not fit into memory
 
 
 def check_source(

@@ -6,12 +6,13 @@ then decodes no more than it must: it jumps to a key frame when that is cheaper 
 leaves out frames that nothing refers to. The pixels are those of decoding the whole file.
 """
 
+import array
 import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -19,8 +20,17 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from input_pipeline.regular_files import NotRegularError, SteadyFile, describe
+
 MAX_PIXELS = 4096 * 2304  # of one frame; 4K video passes
-MAX_CACHED_BYTES = 64 * 2**20  # of packets kept in memory; larger streams are read again
+# Long side of a frame over its short side; the widest films have 4. A frame is resized by its short
+# side: of this shape, and to 224 or 256 pixels, it has about as many pixels as one of Full HD.
+MAX_ASPECT = 32
+MAX_PACKETS = 2**20  # of a video: 4.8 hours at 60 frames per second
+MAX_CLIP_BYTES = 2 * 2**30  # of frames that are returned at once: 75 of 4096 x 2304
+# What is kept of the packets in memory; streams with more are read again.
+MAX_CACHED_BYTES = 64 * 2**20
+MAX_CACHED_PACKETS = 2**16  # each takes about 0.9 KiB beside its bytes
 KINDS = (
     'missing',
     'unreadable',
@@ -43,7 +53,11 @@ _COUNT_BY_DECODING = ('vp8',)
 # Decoders in which leaving out frames that are never referred to was checked to be exact.
 _SKIP_UNREFERENCED = ('h264',)
 _STILL = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n')  # JPEG and PNG
+# Boxes of an mp4 file that lead to what tells kind and number of samples, and these.
+_MP4_TO_SAMPLES = (b'moov', b'trak', b'mdia', b'minf', b'stbl', b'moof', b'traf')
+_MP4_SAMPLES = (b'hdlr', b'stsz', b'stz2', b'trun')
 _MP4_CONTENT = (b'moov', b'mdat', b'moof')
+_NO_TIME = -(2**63)  # FFmpeg's own, of a packet without a time stamp
 _SEEK_COST = 2  # a jump costs about as much as decoding this many packets
 
 
@@ -98,8 +112,10 @@ class VideoReader:
         """
         self.path = name if isinstance(source, bytes) else os.fspath(source)
         self._container = None
+        self._file: SteadyFile | io.BytesIO | None = None
         self._packets = []
         self._reformatter = VideoReformatter()
+        self._max_pixels = max_pixels
         self._turned: bool | None = None  # whether a frame has a display matrix; not known yet
         try:
             self._open(source, max_pixels)
@@ -120,6 +136,9 @@ class VideoReader:
         if self._container is not None:
             self._container.close()
             self._container = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _error(self, kind: str, reason: str) -> DecodeError:
         return DecodeError(self.path, kind, reason)
@@ -131,28 +150,42 @@ class VideoReader:
         except DecodeError:
             raise
         except av.FFmpegError as error:
+            self._check_file()
             raise self._error(kind, error.strerror or type(error).__name__) from error
+        except OSError as error:
+            raise self._error('unreadable', describe(error)) from error
         except (IndexError, ValueError, OverflowError, MemoryError) as error:
             raise self._error(kind, f'{type(error).__name__}: {error}') from error
 
+    def _check_file(self) -> None:
+        """Raises what ended the reading of the file; FFmpeg may call it damage or the end."""
+        error = getattr(self._file, 'error', None)
+        if error is not None:
+            raise self._error('unreadable', describe(error)) from error
+
     def _open(self, source: str | os.PathLike | bytes, max_pixels: int) -> None:
-        with self._opened(source) as file:
+        self._file = file = self._opened(source)
+        with self._failing_as('unreadable'):
             head = file.read(64)
             num_bytes = file.seek(0, os.SEEK_END)
             if not num_bytes:
                 raise self._error('empty', 'the file has 0 bytes')
             declared = _declared_bytes(file, head, num_bytes)
+            if declared > num_bytes:
+                raise self._error('truncated', f'{num_bytes} of {declared} bytes are there')
+            self._check_samples(file, head, num_bytes)
+            file.seek(0)
             if head.startswith(_STILL) and num_bytes <= MAX_CACHED_BYTES:
-                file.seek(0)  # FFmpeg takes the name of an image for a pattern of names
-                source = file.read()
-                if head.startswith(_STILL[0]) and not _has_end(source):
+                content = file.read()
+                if head.startswith(_STILL[0]) and not _has_end(content):
                     raise self._error('truncated', 'a JPEG without its end marker')
-        if declared > num_bytes:
-            raise self._error('truncated', f'{num_bytes} of {declared} bytes are there')
-        file = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(self.path)
+                file.close()
+                # FFmpeg takes the name of an image for a pattern of names: one without a name.
+                self._file = file = io.BytesIO(content)
         try:
             self._container = _open_container(file, max_pixels)
-        except (av.FFmpegError, ValueError) as error:
+        except (av.FFmpegError, ValueError, OSError) as error:
+            self._check_file()
             if _starts_like_video(head):
                 reason = 'starts as a video but its header or index is incomplete'
                 raise self._error('truncated', reason) from error
@@ -170,52 +203,82 @@ class VideoReader:
         if context is None:
             raise self._error('corrupt', 'no decoder for the video stream')
         with self._failing_as('corrupt'):
-            if context.width * context.height > max_pixels:
-                size = f'{context.width} x {context.height}'
-                raise self._error('too large', f'{size} is over max_pixels={max_pixels}')
+            self._check_size(context.width, context.height, max_pixels)
             context.options = {'max_pixels': str(max_pixels)}  # also for sizes inside the stream
             context.thread_type = 'NONE'  # readers run in threads; one more level would not help
             context.thread_count = 1
 
-    def _opened(self, source: str | os.PathLike | bytes) -> BinaryIO:
+    def _check_samples(self, file: BinaryIO, head: bytes, num_bytes: int) -> None:
+        """Looks at what an mp4 file declares before FFmpeg makes a table of it."""
+        if head[4:8] not in (b'ftyp', b'moov', b'mdat', b'free', b'wide', b'skip'):
+            return
+        for samples in _declared_samples(file, num_bytes):
+            if max(samples.size, 1) * samples.count > num_bytes:
+                reason = f'declares {samples.count} samples in {num_bytes} bytes'
+                raise self._error('corrupt', reason)
+            if samples.handler != b'soun':  # samples of sound may be single numbers
+                self._check_packets(samples.count)
+
+    def _check_packets(self, count: int) -> None:
+        if count > MAX_PACKETS:
+            raise self._error('too large', f'more than {MAX_PACKETS} packets')
+
+    def _check_size(self, width: int, height: int, max_pixels: int) -> None:
+        if width * height > max_pixels:
+            reason = f'{width} x {height} is over max_pixels={max_pixels}'
+            raise self._error('too large', reason)
+        if max(width, height) > MAX_ASPECT * min(width, height) > 0:
+            reason = f'{width} x {height}: one side is over {MAX_ASPECT} times the other'
+            raise self._error('too large', reason)
+
+    def _opened(self, source: str | os.PathLike | bytes) -> SteadyFile | io.BytesIO:
         if isinstance(source, bytes):
             return io.BytesIO(source)
         try:
-            return open(source, 'rb')
-        except FileNotFoundError as error:
+            return SteadyFile(source)
+        except NotRegularError as error:
+            raise self._error('not a video', str(error)) from error
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise self._error('missing', 'no such file') from error
-        except IsADirectoryError as error:
-            raise self._error('not a video', 'is a directory') from error
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise self._error('unreadable', describe(error)) from error
+        except ValueError as error:  # a name that no file can have
             raise self._error('missing', str(error)) from error
 
     def _read_packets(self) -> None:
         """Runs through the packets: the frames in order of time, the key frames, the packets."""
+        self._check_packets(self._stream.frames)
         packets: list[av.Packet] = []
-        cached, pts, dts, keys, shown = 0, [], [], [], []
+        cached, pts, dts = 0, array.array('q'), array.array('q')
+        keys, shown = array.array('q'), array.array('q')
         with self._failing_as('truncated'):
             for packet in self._container.demux(self._stream):
                 if not packet.size:
                     continue
                 if packet.is_corrupt:
                     raise self._error('truncated', f'packet {len(pts)} is cut off')
-                pts.append(packet.pts)
-                dts.append(packet.dts)
+                pts.append(_NO_TIME if packet.pts is None else packet.pts)
+                dts.append(_NO_TIME if packet.dts is None else packet.dts)
+                self._check_packets(len(pts))
                 if packet.is_keyframe and packet.pts is not None:
                     keys.append(len(pts) - 1)
                 if not packet.is_discard:
                     shown.append(len(pts) - 1)
                 cached += packet.size
-                if cached <= MAX_CACHED_BYTES:
+                if cached <= MAX_CACHED_BYTES and len(pts) <= MAX_CACHED_PACKETS:
                     packets.append(packet)
+                else:
+                    packets.clear()
+        self._check_file()
         self._num_packets = len(pts)
-        self._packets = packets if cached <= MAX_CACHED_BYTES else []
-        self._numbers = {} if self._packets else {t: k for k, t in enumerate(zip(pts, dts))}
+        self._packets = packets
+        self._pts, self._dts = np.array(pts), np.array(dts)
         if not shown:
             raise self._error('zero frames', 'the video stream has no packets')
-        self._key_packets = np.array(keys, np.int64)
-        self._key_pts = np.array([pts[k] for k in keys], np.int64)
-        frame_pts = [pts[k] for k in shown]
+        self._key_packets = np.array(keys)
+        self._key_pts = self._pts[self._key_packets]
+        frame_pts = np.sort(self._pts[np.array(shown)])
+        distinct = (frame_pts[1:] > frame_pts[:-1]).all()
         context = self._stream.codec_context
         by_decoding = context.name in _COUNT_BY_DECODING or (
             # AVI stores no presentation times; for reordered H.264 FFmpeg's guesses are wrong.
@@ -223,7 +286,7 @@ class VideoReader:
             and context.has_b_frames
             and context.name != 'mpeg4'
         )
-        if by_decoding or None in frame_pts or len(set(frame_pts)) < len(frame_pts) or not keys:
+        if by_decoding or frame_pts[0] == _NO_TIME or not distinct or not keys:
             # Time stamps do not tell the frames apart: number them as they come out.
             self._frame_pts = None
             stamps = [f.pts if f.pts is not None else f.dts for f in self._decode_all()]
@@ -233,8 +296,7 @@ class VideoReader:
             self._set_times(stamps if usable else None, len(stamps))
         else:
             # Frames before the first key frame have nothing to be decoded from.
-            self._frame_pts = np.sort(np.array(frame_pts, np.int64))
-            self._frame_pts = self._frame_pts[self._frame_pts >= self._key_pts[0]]
+            self._frame_pts = frame_pts[frame_pts >= self._key_pts[0]]
             if not len(self._frame_pts):
                 raise self._error('zero frames', 'no frame at or after the first key frame')
             self._set_times(self._frame_pts, len(self._frame_pts))
@@ -305,6 +367,33 @@ class VideoReader:
           (T, height, width, 3) uint8 RGB, C-contiguous, turned upright.
 
         Raises:
+          DecodeError: if a frame does not decode, or all together are over `MAX_CLIP_BYTES`.
+          IndexError: if a number is out of range.
+        """
+        indices = np.asarray(indices, np.int64).reshape(-1)
+        video = None
+        for index, picture in self.pictures(indices):
+            if video is None:
+                if len(indices) * picture.nbytes > MAX_CLIP_BYTES:
+                    height, width, _ = picture.shape
+                    reason = f'{len(indices)} frames of {width} x {height} are over 2 GiB'
+                    raise self._error('too large', reason)
+                video = np.empty((len(indices), *picture.shape), np.uint8)
+            video[indices == index] = picture
+        return video
+
+    def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames of `frames` one after another, so that not all are in memory at once.
+
+        Args:
+          indices: (T,) frame numbers in [0, num_frames), in any order.
+
+        Yields:
+          (number, (height, width, 3) uint8 RGB) of every frame asked for, once for a repeated
+          number. If a shortcut through the file fails, the pictures start again: the last of a
+          number counts. A picture may share memory with the next one.
+
+        Raises:
           DecodeError: if a frame does not decode.
           IndexError: if a number is out of range.
         """
@@ -313,9 +402,9 @@ class VideoReader:
             raise IndexError(f'{self.path}: indices {indices} outside 0 to {self.num_frames - 1}')
         wanted = np.unique(indices)
         try:
-            return self._fill(indices, wanted, shortcuts=True)
+            yield from self._pictures(wanted, shortcuts=True)
         except _Inexact:
-            return self._fill(indices, wanted, shortcuts=False)
+            yield from self._pictures(wanted, shortcuts=False)
 
     def decoded(self, first: int = 0, count: int | None = None) -> Iterator[av.VideoFrame]:
         """Frames one after the other as the decoder gives them: neither RGB nor turned upright.
@@ -343,25 +432,24 @@ class VideoReader:
                 return
         raise self._error('corrupt', f'{len(wanted) - done} of {len(wanted)} frames do not decode')
 
-    def _fill(self, indices: np.ndarray, wanted: np.ndarray, shortcuts: bool) -> np.ndarray:
-        video, count = None, 0
+    def _pictures(self, wanted: np.ndarray, shortcuts: bool) -> Iterator[tuple[int, np.ndarray]]:
+        shape, count = None, 0
         for index, frame in self._pick(wanted, shortcuts):
+            self._check_size(frame.width, frame.height, self._max_pixels)
             with self._failing_as('corrupt'):
                 picture = self._reformatter.reformat(frame, format='rgb24', threads=1)
                 picture = turn(_pixels(picture), self.display_matrix(frame))
-            if video is None:
-                video = np.empty((len(indices), *picture.shape), np.uint8)
-            if picture.shape != video.shape[1:]:
-                reason = f'frame {index} has shape {picture.shape}, others {video.shape[1:]}'
+            shape = shape or picture.shape
+            if picture.shape != shape:
+                reason = f'frame {index} has shape {picture.shape}, others {shape}'
                 raise self._error('corrupt', reason)
-            video[indices == index] = picture
+            yield index, picture
             count += 1
         if count < len(wanted):
             if shortcuts:
                 raise _Inexact
             reason = f'{len(wanted) - count} of {len(wanted)} frames do not decode'
             raise self._error('corrupt', reason)
-        return video
 
     def _pick(self, wanted: np.ndarray, shortcuts: bool) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yields (index, frame) for sorted unique indices.
@@ -369,9 +457,9 @@ class VideoReader:
         With `shortcuts` it may jump to key frames and leave out unreferenced frames.
         """
         if self._frame_pts is None:
-            last = wanted[-1]
+            last, chosen = wanted[-1], set(wanted.tolist())
             for index, frame in enumerate(self._decode_all()):
-                if index in wanted:
+                if index in chosen:
                     yield index, frame
                 if index == last:
                     return
@@ -425,17 +513,17 @@ class VideoReader:
         yield self._num_packets, None
 
     def _feed_from_file(self, first: int) -> Iterator[tuple[int, av.Packet]]:
-        stamps = list(self._numbers)
         for start in (first, 0):
             number = None
             with self._failing_as('corrupt'):
-                offset = next((t for t in reversed(stamps[start]) if t is not None), 0)
+                stamps = (self._dts[start].item(), self._pts[start].item())
+                offset = next((stamp for stamp in stamps if stamp != _NO_TIME), 0)
                 self._container.seek(offset, stream=self._stream)
                 for packet in self._container.demux(self._stream):
                     if not packet.size:
                         continue
                     if number is None:
-                        number = self._numbers.get((packet.pts, packet.dts))
+                        number = self._number(packet)
                         if number is None or number > first:
                             break  # landed behind the target: no index; read from the start
                     if number >= first:
@@ -443,7 +531,13 @@ class VideoReader:
                     number += 1
                 else:
                     return
+        self._check_file()
         raise self._error('corrupt', 'the file is not seekable')
+
+    def _number(self, packet: av.Packet) -> int | None:
+        pts, dts = (_NO_TIME if stamp is None else stamp for stamp in (packet.pts, packet.dts))
+        found = np.flatnonzero((self._pts == pts) & (self._dts == dts))
+        return found[-1].item() if len(found) else None
 
 
 def _starts_like_video(head: bytes) -> bool:
@@ -490,7 +584,50 @@ def _declared_bytes(file: BinaryIO, head: bytes, num_bytes: int) -> int:
     return position
 
 
-def _open_container(file: str | io.BytesIO, max_pixels: int) -> av.container.InputContainer:
+class _Samples(NamedTuple):
+    """What a track or fragment of an mp4 file declares: samples, and bytes of each (0: differ)."""
+
+    handler: bytes
+    size: int
+    count: int
+
+
+def _declared_samples(file: BinaryIO, num_bytes: int) -> Iterator[_Samples]:
+    """The samples that the boxes of an mp4 file declare, as far as they can be read."""
+    handler = b''
+    for name, content in _sample_boxes(file, 0, num_bytes):
+        number = [int.from_bytes(content[k : k + 4], 'big') for k in (4, 8)]
+        if name == b'hdlr':
+            # QuickTime has a second one, which says where the data lie.
+            handler = handler if content[4:8] == b'dhlr' else content[8:12]
+        elif name == b'trun':
+            yield _Samples(b'', 0, number[0])
+        else:
+            yield _Samples(handler, number[0] if name == b'stsz' else 0, number[1])
+
+
+def _sample_boxes(
+    file: BinaryIO, start: int, end: int, depth: int = 0
+) -> Iterator[tuple[bytes, bytes]]:
+    """Yields (name, first bytes) of the boxes that tell kind and number of samples, in order."""
+    while start + 8 <= end:
+        file.seek(start)
+        box = file.read(28)
+        name, size, head = box[4:8], int.from_bytes(box[:4], 'big'), 8
+        if size == 1:
+            size, head = int.from_bytes(box[8:16], 'big'), 16
+        if size == 0:
+            size = end - start
+        if size < head:
+            return
+        if name in _MP4_TO_SAMPLES and depth < len(_MP4_TO_SAMPLES):
+            yield from _sample_boxes(file, start + head, min(start + size, end), depth + 1)
+        elif name in _MP4_SAMPLES:
+            yield name, box[head:]
+        start += size
+
+
+def _open_container(file: SteadyFile | io.BytesIO, max_pixels: int) -> av.container.InputContainer:
     options = {'format_whitelist': _FORMATS}
     try:
         return av.open(file, options=options, stream_options=[{'max_pixels': str(max_pixels)}] * 16)
@@ -498,8 +635,7 @@ def _open_container(file: str | io.BytesIO, max_pixels: int) -> av.container.Inp
         # Formats without a list of streams (MPEG program streams) take no stream options.
         if isinstance(error, av.FFmpegError):
             raise
-        if isinstance(file, io.BytesIO):
-            file.seek(0)
+        file.seek(0)
         return av.open(file, options=options)
 
 

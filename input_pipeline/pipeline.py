@@ -12,15 +12,18 @@ raised in a reader thread, where grain could not carry on.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import cv2
 import numpy as np
 
 from input_pipeline.batches import Batches
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
 from input_pipeline.frame_folder import FrameFolder
+from input_pipeline.regular_files import describe
 from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
 from input_pipeline.transforms import Label, Transform, ViewCrops, apply, choose
 from input_pipeline.video_list import Record
@@ -54,13 +57,29 @@ def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader | Fr
         if os.path.isdir(record.path):
             return FrameFolder(record.path, max_pixels)
         return VideoReader(record.path, max_pixels)
-    try:
+    with reading(record.path):
         content = record.load()
-    except FileNotFoundError as error:
-        raise DecodeError(record.path, 'missing', str(error)) from error
-    except OSError as error:
-        raise DecodeError(record.path, 'unreadable', str(error)) from error
     return VideoReader(content, max_pixels, record.path)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Makes a DecodeError of what may happen to any single video between its file and its clip.
+
+    That is trouble with its file, too little memory, and sizes that a library refuses. Other
+    exceptions are mistakes in the program and pass.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DecodeError(path, 'missing', str(error)) from error
+    except OSError as error:
+        raise DecodeError(path, 'unreadable', describe(error)) from error
+    except MemoryError as error:
+        raise DecodeError(path, 'too large', f'not enough memory: {error}') from error
+    except (cv2.error, ArithmeticError) as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise DecodeError(path, 'unreadable', reason) from error
 
 
 @dataclass(frozen=True)
@@ -113,15 +132,16 @@ class TrainReader:
         Raises:
           DecodeError: if the video cannot be read.
         """
-        with open_video(record, self.max_pixels) as video:
-            first, total = video.frame_range(record.start, record.end)
-            protocol = PROTOCOLS[self.sampling]
-            indices = protocol.train(total, self.num_frames, rng, self.interval, video.fps)
-            frames = video.frames(first + indices)
-        copies = [
-            apply(self.transforms, frames, record.label, child)
-            for child in rng.spawn(self.num_samples)
-        ]
+        with reading(record.path):
+            with open_video(record, self.max_pixels) as video:
+                first, total = video.frame_range(record.start, record.end)
+                protocol = PROTOCOLS[self.sampling]
+                indices = protocol.train(total, self.num_frames, rng, self.interval, video.fps)
+                frames = video.frames(first + indices)
+            copies = [
+                apply(self.transforms, frames, record.label, child)
+                for child in rng.spawn(self.num_samples)
+            ]
         return [video for video, _ in copies], [label for _, label in copies]
 
 
@@ -189,15 +209,19 @@ class EvalReader:
         Raises:
           DecodeError: if the video cannot be read.
         """
-        with open_video(record, self.max_pixels) as video:
+        cut = self._cut()
+        with reading(record.path), open_video(record, self.max_pixels) as video:
             first, total = video.frame_range(record.start, record.end)
             protocol = PROTOCOLS[self.sampling]
             indices = protocol.test(
                 total, self.num_frames, self.num_clips, self.interval, video.fps
             )
             wanted, where = np.unique(first + indices, return_inverse=True)
-            frames = video.frames(wanted)
-        crops = self._cut()(frames)
+            size = (self.image_size, self.image_size, 3)
+            crops = np.empty((self.num_crops, len(wanted), *size), np.uint8)
+            # Whole frames of all clips together may not fit into memory.
+            for index, picture in video.pictures(wanted):
+                crops[:, np.searchsorted(wanted, index)] = cut(picture[None])[:, 0]
         views = crops[:, where.reshape(indices.shape)]  # (crops, clips, T, H, W, 3)
         return views.swapaxes(0, 1).reshape(self.shape), record.label
 

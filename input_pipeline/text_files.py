@@ -6,10 +6,11 @@ import math
 import os
 import re
 import reprlib
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from input_pipeline.regular_files import NotRegularError, describe, read_regular
 
 MAX_BYTES = 2**29  # of a file; the lists of the largest sets have a fifth of it
 # Python's own int and float also take '1_0', other scripts' digits, nan and inf.
@@ -47,27 +48,21 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 def read_text(path: Path) -> str:
     """The whole text of a UTF-8 file."""
     try:
-        with open(path, 'rb', opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f'{path}: is not a regular file')
-            if status.st_size > MAX_BYTES:
-                raise ValueError(
-                    f'{path}: has {status.st_size} bytes, more than the {MAX_BYTES} that a list '
-                    'may have; is it a video?'
-                )
-            return file.read(MAX_BYTES).decode('utf-8-sig')
+        size = os.path.getsize(path)
+        if size > MAX_BYTES:
+            raise ValueError(
+                f'{path}: has {size} bytes, more than the {MAX_BYTES} that a list may have; is it a '
+                'video?'
+            )
+        return read_regular(path).decode('utf-8-sig')
     except FileNotFoundError as error:
         raise ValueError(f'{path}: no such list file') from error
-    except IsADirectoryError as error:
-        raise ValueError(f'{path}: is a folder, expected a list file') from error
+    except NotRegularError as error:
+        raise ValueError(f'{path}: {error}; expected a list file') from error
+    except OSError as error:
+        raise ValueError(f'{path}: cannot be read ({describe(error)})') from error
     except UnicodeDecodeError as error:
         raise ValueError(f'{path}: is not UTF-8 text (byte {error.start})') from error
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens without waiting for somebody to write into a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_csv(path: Path, delimiter: str = ',') -> list[tuple[str, list[str]]]:

@@ -1,5 +1,6 @@
 import gc
 import itertools
+import os
 import struct
 
 import av
@@ -33,11 +34,13 @@ VIDEOS = {
 }
 
 
-@pytest.mark.parametrize('cached', [True, False], ids=['packets in memory', 'packets from file'])
+@pytest.mark.parametrize('cached', ['in memory', 'many bytes', 'many packets'])
 @pytest.mark.parametrize('name', VIDEOS)
 def test_any_frames_equal_those_of_decoding_everything(tmp_path, monkeypatch, name, cached):
-    if not cached:
+    if cached == 'many bytes':
         monkeypatch.setattr(decode, 'MAX_CACHED_BYTES', 0)
+    if cached == 'many packets':
+        monkeypatch.setattr(decode, 'MAX_CACHED_PACKETS', 7)
     file, options = VIDEOS[name]
     path = write_video(tmp_path / file, **options)
     everything = decode_everything(path)
@@ -186,10 +189,25 @@ def test_a_still_image_is_one_frame(tmp_path, suffix):
     assert np.abs(frame.astype(int) - expected).mean() < 3
 
 
+def _write_strip(path, height, width):
+    path.write_bytes(cv2.imencode('.png', np.zeros((height, width, 3), np.uint8))[1].tobytes())
+
+
+def _lie_about_samples(path):
+    """80 million samples of one byte, in a file of a few thousand."""
+    data = bytearray(write_video(path).read_bytes())
+    at = data.index(b'stsz')
+    data[at + 8 : at + 16] = struct.pack('>II', 1, 80_000_000)
+    path.write_bytes(data)
+
+
 FAILURES = {
     'missing file': ('missing', lambda path: None),
     'empty file': ('empty', lambda path: path.write_bytes(b'')),
     'folder': ('not a video', lambda path: path.mkdir()),
+    'FIFO': ('not a video', os.mkfifo),
+    'device': ('not a video', lambda path: path.symlink_to('/dev/zero')),
+    'failing disk': ('unreadable', lambda path: path.symlink_to('/proc/self/mem')),
     'text': ('not a video', lambda path: path.write_text('once upon a time\n' * 500)),
     'random bytes': ('not a video', lambda path: path.write_bytes(bytes(range(7, 256)) * 99)),
     'half a JPEG': ('truncated', lambda path: _write_picture(path, '.jpg', 0.5)),
@@ -209,6 +227,9 @@ FAILURES = {
     'flipped bits': ('corrupt', _flip_bits),
     'large frames': ('too large', lambda path: write_video(path, pictures(1, 1024, 1024))),
     'large frames, small header': ('too large', _lie_about_size),
+    'wide strip': ('too large', lambda path: _write_strip(path, 1, 100_000)),
+    'high strip': ('too large', lambda path: _write_strip(path, 20_000, 10)),
+    'made-up samples': ('corrupt', _lie_about_samples),
 }
 
 
@@ -226,8 +247,35 @@ def test_failures_are_decode_errors_of_a_kind(tmp_path, name):
 
 
 def test_every_kind_of_failure_is_tested():
-    # 'unreadable' is for what has no file of its own, see test_records.
-    assert {kind for kind, _ in FAILURES.values()} == set(KINDS) - {'unreadable'}
+    assert {kind for kind, _ in FAILURES.values()} == set(KINDS)
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.ts', '.avi', '.mkv'])
+def test_a_video_of_too_many_packets_is_refused(tmp_path, monkeypatch, suffix):
+    path = write_video(tmp_path / f'v{suffix}')
+    monkeypatch.setattr(decode, 'MAX_PACKETS', 39)
+    with pytest.raises(DecodeError, match='too large: more than 39 packets'):
+        VideoReader(path)
+    monkeypatch.setattr(decode, 'MAX_PACKETS', 40)
+    with VideoReader(path) as video:
+        assert video.num_frames == 40
+
+
+def test_pictures_of_the_widest_shape_are_read(tmp_path):
+    path = tmp_path / 'v.png'
+    _write_strip(path, 10, 10 * decode.MAX_ASPECT)
+    with VideoReader(path) as video:
+        assert video.size == (10, 10 * decode.MAX_ASPECT)
+
+
+def test_frames_that_together_are_too_large_are_refused(tmp_path, monkeypatch):
+    path = write_video(tmp_path / 'v.mp4')
+    monkeypatch.setattr(decode, 'MAX_CLIP_BYTES', 3 * 48 * 64 * 3)
+    with VideoReader(path) as video:
+        assert len(video.frames([0, 1, 2])) == 3
+        with pytest.raises(DecodeError, match='too large: 4 frames of 64 x 48'):
+            video.frames([0, 1, 2, 2])
+        assert [index for index, _ in video.pictures([5, 7, 3, 9, 5])] == [3, 5, 7, 9]
 
 
 def test_mutated_files_fail_cleanly_or_decode(tmp_path):

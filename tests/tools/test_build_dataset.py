@@ -347,6 +347,20 @@ def test_a_shard_without_any_good_video_is_empty(tmp_path, video):
     assert tfds.builder_from_directory(out).as_data_source('train')[0]['video'] == video
 
 
+@pytest.mark.parametrize('encode', [[], ['--short_side', 32]])
+def test_what_is_no_file_and_a_failing_disk_are_left_out(tmp_path, video, encode):
+    put(tmp_path / 'train.csv', 'path,label\na.mp4,0\nb.mp4,0\nc.mp4,0\n')
+    put(tmp_path / 'videos/a.mp4', video)
+    os.mkfifo(tmp_path / 'videos/b.mp4')
+    (tmp_path / 'videos/c.mp4').symlink_to('/proc/self/mem')  # reading it is an I/O error
+    arguments = ['--list', f'train={tmp_path}/train.csv', '--videos', tmp_path / 'videos']
+    out = build('custom', tmp_path, *arguments, *encode, '--workers', 0)
+    report = json.loads((out / 'report.json').read_text())['train']
+    assert report['stored'] == 1
+    reasons = [problem['reason'] for problem in report['videos']]
+    assert reasons == ['is a FIFO, not a regular file', 'EIO: Input/output error']
+
+
 def checksums(out):
     """Bytes of all files of a data set, without what names its place."""
     return {

@@ -27,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 
 from input_pipeline.decode import DecodeError
+from input_pipeline.pipeline import reading
 from tools.building.examples import VideoMaker, make_features, serialize
 from tools.building.plan import Entry, Options, Plan
 
@@ -306,9 +307,11 @@ class ShardBuilder:
                 problem = given_up.get(position, entry.problem)
                 if problem is None:
                     try:
-                        video = maker.make(entry)
+                        with reading(entry.name):
+                            video = maker.make(entry)
                     except DecodeError as error:
                         problem = error.kind, error.reason
+                        maker.close()  # the next part of the same file may have more luck
                 if problem is not None:
                     problems.append(_problem(entry, *problem))
                     continue

@@ -12,6 +12,7 @@ from etils import epath
 from input_pipeline.decode import DecodeError
 from input_pipeline.encode import join_jpegs
 from input_pipeline.list_formats import IMAGE_SUFFIXES
+from input_pipeline.regular_files import SteadyFile, describe, open_regular, read_regular
 
 
 class AmbiguousName(ValueError):
@@ -47,9 +48,11 @@ class VideoFile:
                     return epath.Path(self.path).read_bytes()
                 return self._read_parts()[0] if self.parts else self.path
             return join_jpegs(self._read_parts() if self.parts else self._read_frames(), frame_rate)
-        except (OSError, ValueError) as error:
-            if isinstance(error, DecodeError):
-                raise
+        except DecodeError:
+            raise
+        except OSError as error:
+            raise DecodeError(self.path, 'unreadable', describe(error)) from error
+        except ValueError as error:
             raise DecodeError(self.path, 'unreadable', str(error)) from error
 
     def read(self, frame_rate: float) -> bytes:
@@ -58,12 +61,12 @@ class VideoFile:
         if isinstance(source, bytes):
             return source
         try:
-            return Path(source).read_bytes()
+            return read_regular(source)
         except OSError as error:
-            raise DecodeError(source, 'unreadable', str(error)) from error
+            raise DecodeError(source, 'unreadable', describe(error)) from error
 
     def _read_parts(self) -> list[bytes]:
-        with open(self.path, 'rb') as file:
+        with SteadyFile(self.path) as file:
             contents = []
             for offset, size in self.parts:
                 file.seek(offset)
@@ -72,7 +75,8 @@ class VideoFile:
 
     def _read_frames(self) -> list[bytes]:
         files = [file for file in epath.Path(self.path).iterdir() if _is_frame(file.name)]
-        return [file.read_bytes() for file in sorted(files)]
+        in_bucket = '://' in self.path
+        return [file.read_bytes() if in_bucket else read_regular(file) for file in sorted(files)]
 
 
 def _is_frame(name: str) -> bool:
@@ -175,7 +179,7 @@ class _Tar:
         self._frames: set[str] = set()
         frames = []
         try:
-            with tarfile.open(path, 'r:') as archive:
+            with open_regular(path) as file, tarfile.open(fileobj=file, mode='r:') as archive:
                 for member in archive:
                     if not member.isreg():
                         continue
