@@ -226,7 +226,7 @@ class EvalReader:
         return views.swapaxes(0, 1).reshape(self.shape), record.label
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # this epoch and the one that batches are made ahead of
 def epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
     """The order of records in an epoch, (num_records,) int64."""
     return np.random.default_rng([seed, epoch]).permutation(num_records)

@@ -21,6 +21,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from input_pipeline.list_formats import choose_split
+from input_pipeline.packed import Texts
+from input_pipeline.regular_files import open_regular
 from input_pipeline.text_files import quoted, read_json
 from input_pipeline.video_list import Names, Record
 
@@ -40,28 +42,6 @@ _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'  # random access
 
 class ShardError(OSError):
     """A shard, or a record in it, that cannot be read."""
-
-
-class Texts:
-    """Texts in one array of bytes: a million of them open as fast as one."""
-
-    def __init__(self, content: np.ndarray, ends: np.ndarray):
-        """Takes (n,) uint8 UTF-8 and (number of texts,) int64, where each ends in it."""
-        self.content, self.ends = content, ends
-
-    @classmethod
-    def pack(cls, texts: Sequence[str]) -> 'Texts':
-        """Puts texts one after the other."""
-        encoded = [text.encode() for text in texts]
-        ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b''.join(encoded), np.uint8), ends)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> str:
-        start = self.ends[index - 1] if index else 0
-        return self.content[start : self.ends[index]].tobytes().decode()
 
 
 @dataclass(frozen=True)
@@ -113,7 +93,7 @@ class SplitIndex:
     def from_file(cls, path: Path) -> 'SplitIndex':
         """Reads what `to_bytes` gave; raises ValueError if the file is damaged."""
         try:
-            with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
+            with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
                 _refuse_compressed(arrays.zip)
                 index = cls(
                     video_ids=Texts(arrays['video_ids'], arrays['video_id_ends']),
@@ -222,8 +202,6 @@ class BuiltSplit:
                 'build the set again'
             )
         self._starts = np.concatenate([[0], np.cumsum(self.index.shard_lengths)])
-        # Plain integers: what a record holds may go into JSON.
-        self._labels = labels.tolist()
 
     def __len__(self) -> int:
         return len(self.index.labels)
@@ -232,7 +210,7 @@ class BuiltSplit:
         if not 0 <= index < len(self):
             raise IndexError(f'record {index} of {len(self)} in {self.folder}, {self.name}')
         shard, position = self.place(index)
-        labels = self._labels[index]
+        labels = self.index.labels[index].tolist()  # plain: a record may go into JSON
         path = os.fspath(self.folder / self.index.shards[shard])
         first, stop = self._starts[shard : shard + 2].tolist()
         return Record(
@@ -353,6 +331,7 @@ def read_example(shard: str, position: int, span: str = ''):
 
 @functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)
 def _open_shard(shard: str) -> ArrayRecordReader:
+    open_regular(shard).close()  # the library would wait for a FIFO
     return ArrayRecordReader(shard, _READER_OPTIONS)
 
 

@@ -51,8 +51,8 @@ def read_text(path: Path) -> str:
         size = os.path.getsize(path)
         if size > MAX_BYTES:
             raise ValueError(
-                f'{path}: has {size} bytes, more than the {MAX_BYTES} that a list may have; is it a '
-                'video?'
+                f'{path}: has {size} bytes, more than the {MAX_BYTES} that a list may have; is it '
+                'a video?'
             )
         return read_regular(path).decode('utf-8-sig')
     except FileNotFoundError as error:

@@ -1,8 +1,13 @@
 """A labelled video, and lists of them in memory."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+
+from input_pipeline.packed import Objects, Texts
 
 Label = int | tuple[int, ...]
 Names = tuple[str, ...]
@@ -46,7 +51,7 @@ class LabelledSource(Protocol):
 
 
 class VideoList:
-    """Records in memory.
+    """Records in memory, as columns of arrays; each record is made when it is asked for.
 
     Attributes:
       class_names: names by class index; one tuple per head where labels are tuples.
@@ -54,13 +59,35 @@ class VideoList:
     """
 
     def __init__(self, records: Sequence[Record], class_names: Names | tuple[Names, ...]):
-        self._records = list(records)
+        records = list(records)
         self.class_names = class_names
         heads = bool(class_names) and isinstance(class_names[0], tuple)
         self.num_classes = tuple(map(len, class_names)) if heads else len(class_names)
+        # (N,), or (N, heads).
+        self._labels = np.array([record.label for record in records], np.int64)
+        self._paths = Texts.pack([record.path for record in records])
+        self._video_ids = Texts.pack([record.video_id for record in records])
+        # (N, 2) seconds, NaN for None; most lists have neither these nor what loads a record.
+        times = [(record.start, record.end) for record in records]
+        self._times = np.array(times, np.float64) if set(times) - {(None, None)} else None
+        loads = [record.load for record in records]
+        self._loads = Objects(loads) if any(load is not None for load in loads) else None
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._labels)
 
     def __getitem__(self, index: int) -> Record:
-        return self._records[index]
+        index = range(len(self))[index]
+        label = self._labels[index].tolist()
+        start = end = None
+        if self._times is not None:
+            times = self._times[index].tolist()
+            start, end = (None if math.isnan(time) else time for time in times)
+        return Record(
+            self._paths[index],
+            tuple(label) if isinstance(label, list) else label,
+            self._video_ids[index],
+            start,
+            end,
+            None if self._loads is None else self._loads[index],
+        )

@@ -39,6 +39,7 @@ KINDS = ('crashed', 'timed out')  # of elements that a process could not make, b
 ATTEMPTS = 2  # processes that may fail over an element
 AHEAD = 2  # elements that a process is given at a time, so that it does not wait for the next one
 LENT = 3  # buffers that the consumer may keep; what it keeps beyond them is copied
+ALIGNMENT = 64  # bytes, of arrays in shared memory
 MOST_WORKERS = 128  # of `usual_number`; so many feed four v4 chips, see docs/performance.md
 START_SECONDS = 120  # for a process to be ready
 FAILED_STARTS = 3  # in a row, after which it is not the fault of a record
@@ -237,7 +238,7 @@ class _Supervisor:
         self._num_workers = min(num_workers, self._num_positions)
         self._num_slots = num_slots
         self._timeout = timeout
-        self._stream_fd = _shared_pickle(stream)
+        self._stream_fd = _share(stream)
         self._ring_fd = os.memfd_create('dist_jax batches')
         self.ring = _Ring(self._ring_fd, num_slots, (batch_size, *stream.shape))
 
@@ -438,18 +439,38 @@ class _Supervisor:
             self.finished.put(self._batches.popleft())
 
 
-def _shared_pickle(stream: Stream) -> int:
-    """File descriptor of memory that holds the pickled stream, once for all processes."""
+def _share(stream: Stream) -> int:
+    """File descriptor of memory that holds the stream, once for all processes; see `_shared`.
+
+    Arrays lie outside the pickle, so that no process copies them.
+    """
+    arrays: list[pickle.PickleBuffer] = []
     try:
-        content = pickle.dumps(stream, pickle.HIGHEST_PROTOCOL)
+        content = pickle.dumps(stream, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
             f'cannot be sent to reader processes: {error}. Sources, readers and transforms must be '
             'picklable (define them at the top of a module); num_workers=0 reads in this process'
         ) from error
+    parts = [memoryview(content), *(array.raw() for array in arrays)]
     with open(os.memfd_create('dist_jax stream'), 'wb', closefd=False) as file:
-        file.write(content)
+        pickle.dump([len(part) for part in parts], file)
+        for part in parts:
+            file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
+            file.write(part)
         return file.fileno()
+
+
+def _shared(fd: int) -> Stream:
+    """The stream from `_share`; its arrays are the shared memory and cannot be written to."""
+    memory = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+    sizes = pickle.load(memory)
+    view, start, parts = memoryview(memory), memory.tell(), []
+    for size in sizes:
+        start += -start % ALIGNMENT
+        parts.append(view[start : start + size])
+        start += size
+    return pickle.loads(parts[0], buffers=parts[1:])
 
 
 def _make(
@@ -487,7 +508,7 @@ def serve(parent: int, fds: tuple[int, int, int], slots: tuple[int, int]) -> Non
     connection = Connection(fds[0])
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer left
         try:
-            stream = pickle.loads(mmap.mmap(fds[1], 0, access=mmap.ACCESS_READ))
+            stream = _shared(fds[1])
         except Exception as error:
             connection.send(_portable(error))
             return

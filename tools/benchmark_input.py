@@ -74,10 +74,11 @@ class Sizes:
     clips: int  # of a scaling run
     runs: int  # scaling runs of a kind, the best counts
     batches: int  # while memory is watched
+    records: int  # of a long list
 
 
-FULL = Sizes(videos=8, seconds=10, repeats=4, clips=160, runs=5, batches=2000)
-QUICK = Sizes(videos=2, seconds=2, repeats=1, clips=16, runs=1, batches=40)
+FULL = Sizes(videos=8, seconds=10, repeats=4, clips=160, runs=5, batches=2000, records=658_340)
+QUICK = Sizes(videos=2, seconds=2, repeats=1, clips=16, runs=1, batches=40, records=5000)
 
 
 def write_video(path: Path, seed: int, seconds: int = 10) -> None:
@@ -272,13 +273,12 @@ def measure_scaling(
     return rates, cost
 
 
-def resident_mib(pids: list[int]) -> float:
+def resident_mib(pids: list[int], kinds: tuple[str, ...] = ('Pss_Anon:', 'Pss_Shmem:')) -> float:
     """Resident memory of processes without the code that they map from files.
 
     What they share counts once: the kernel's Pss. Code would count by how many other processes of
     the machine use the same libraries at the moment.
     """
-    kinds = ('Pss_Anon:', 'Pss_Shmem:')
     total = 0
     for pid in pids:
         lines = Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
@@ -312,6 +312,38 @@ def memory_growth(found: list[float]) -> float:
     """MiB from the second fifth of the run to the last."""
     fifth = max(len(found) // 5, 1)
     return float(np.median(found[-fifth:]) - np.median(found[fifth : 2 * fifth]))
+
+
+def measure_list(num_records: int) -> dict[str, dict[str, float]]:
+    """What a list costs a reader process: one of a single record, and a long one.
+
+    The files of the list are not there: what is left is starting, and finding records.
+    """
+    found = {}
+    for name, count in {'one record': 1, 'long list': num_records}.items():
+        records = [
+            Record(
+                f'/data/train/class {k % 710:03d}/{k:011x}_{k % 300:06d}.mp4', k % 710, f'{k:011x}'
+            )
+            for k in range(count)
+        ]
+        source = VideoList(records, tuple(map(str, range(710))))
+        del records
+        batches = train_batches(
+            source, TrainReader(1, 8), batch_size=1, seed=0, num_steps=1000, num_workers=1
+        )
+        for _ in range(100):
+            next(batches)
+        (pid,) = batches.worker_pids
+        times = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[11:13]
+        found[name] = {
+            'records': count,
+            'cpu_seconds': sum(map(int, times)) / os.sysconf('SC_CLK_TCK'),
+            'own_mib': resident_mib([pid], ('Pss_Anon:',)),
+            'shared_mib': resident_mib([pid], ('Pss_Shmem:',)),
+        }
+        batches.close()
+    return found
 
 
 def quality(paths: list[str], originals: list[str]) -> dict[str, float]:
@@ -415,6 +447,7 @@ def measure(arguments: argparse.Namespace, sizes: Sizes, progress: Progress) -> 
         'rss_mib': found,
         'rss_growth_mib': memory_growth(found),
         'memory_batches': sizes.batches,
+        'list': measure_list(sizes.records),
         'load_after': os.getloadavg(),
     }
     figures['v4_host'] = {
@@ -459,6 +492,14 @@ def show(figures: dict, console: Console) -> None:
         f'{figures["load_before"][0]:.1f} before, {figures["load_after"][0]:.1f} after). '
         f'Memory grew by {figures["rss_growth_mib"]:.1f} MiB over '
         f'{figures["memory_batches"]} batches, from {figures["rss_mib"][0]:.0f} MiB.',
+        highlight=False,
+    )
+    short, long = figures['list'].values()
+    console.print(
+        f'A list of {long["records"]} records costs a reader process '
+        f'{long["cpu_seconds"] - short["cpu_seconds"]:.2f} s of CPU and '
+        f'{long["own_mib"] - short["own_mib"]:.1f} MiB; all share '
+        f'{long["shared_mib"]:.0f} MiB or more.',
         highlight=False,
     )
     for kind, host in figures['v4_host'].items():

@@ -25,6 +25,7 @@ def test_benchmark_writes_its_figures(tmp_path, capsys):
     assert len(figures['rss_mib']) == 40 and min(figures['rss_mib']) > 50
     growth = benchmark_input.memory_growth(figures['rss_mib'])
     assert figures['rss_growth_mib'] == pytest.approx(growth)
+    assert figures['list']['long list']['own_mib'] > 0
     assert set(figures['stage_ms']) == {'original', *benchmark_input.TRANSCODED}
     assert picture.read_bytes().startswith(b'\x89PNG')
     assert 'of published style' in capsys.readouterr().out
