@@ -21,6 +21,7 @@ from dist_jax.models.api import Tree
 from dist_jax.sharding import feed, to_global
 from input_pipeline import bad_videos, pipeline
 from input_pipeline.video_list import LabelledSource
+from input_pipeline.workers import Skipped
 
 EvalStep = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, ...]]
 
@@ -84,6 +85,7 @@ def evaluate(
     max_bad_share: float = 0.0,
     num_workers: int = 0,
     record_timeout: float = 60.0,
+    skipped: Skipped | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Scores a list of videos.
@@ -100,6 +102,7 @@ def evaluate(
       max_bad_share: share of the list that may be unreadable, 0 to 1; these are left out.
       num_workers: reader processes of this host instead of threads; 0 for threads.
       record_timeout: seconds that a reader process may take over a video.
+      skipped: videos that are not read; those over which reader processes end are added.
       on_batch: called with (batches done, batches in all).
 
     Raises:
@@ -118,6 +121,7 @@ def evaluate(
         num_threads=num_threads,
         num_workers=num_workers,
         record_timeout=record_timeout,
+        skipped=skipped,
     )
     kept: list[tuple[np.ndarray, ...]] = []
     bad: list[tuple[int, str, str]] = []
@@ -180,6 +184,7 @@ def evaluate_config(
     mesh: Mesh,
     bar: Bar,
     max_bad_share: float = 0.0,
+    skipped: Skipped | None = None,
 ) -> EvalResult:
     """`evaluate` with the views, the batch size and the rules of a config, moving a bar.
 
@@ -197,6 +202,7 @@ def evaluate_config(
         num_workers=config.data.num_workers,
         record_timeout=config.data.record_timeout,
         max_bad_share=1.0 if config.eval.allow_bad_videos else max_bad_share,
+        skipped=skipped,
         on_batch=lambda done, _: bar.update(done),
     )
 

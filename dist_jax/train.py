@@ -45,6 +45,7 @@ from dist_jax.sharding import (
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog
 from input_pipeline.video_list import LabelledSource
+from input_pipeline.workers import Skipped
 
 log = logging.getLogger('dist_jax')
 
@@ -418,12 +419,14 @@ class _Loop:
     val_error: str = ''  # why the last evaluation gave no accuracy
     evaluated: bool = False  # whether the evaluation step is compiled
     known_bad: set[str] = dataclasses.field(default_factory=set)  # validation videos named so far
+    val_skipped: Skipped = dataclasses.field(default_factory=Skipped)
 
     def __call__(self, state: step.TrainState) -> tuple[step.TrainState, EvalResult | None, bool]:
         """Runs to the end or to a stop signal: state, last evaluation, whether it was stopped."""
         config, plan = self.config, self.plan
         start = int(state.step)
         part = feed(self.mesh)
+        bad_videos = open_bad_videos(self.workdir, config, len(self.train_source))
         batches = pipeline.train_batches(
             self.train_source,
             self.train_reader,
@@ -437,8 +440,8 @@ class _Loop:
             num_workers=config.data.num_workers,
             buffer_size=config.data.buffer_size,
             record_timeout=config.data.record_timeout,
+            skipped=bad_videos.skipped,
         )
-        bad_videos = open_bad_videos(self.workdir, config, len(self.train_source))
         pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]] = collections.deque()
         meter = _Meter(config.batch_size)
         result: EvalResult | None = None
@@ -547,6 +550,7 @@ class _Loop:
                     self.mesh,
                     bar,
                     config.data.max_bad_share,
+                    self.val_skipped,
                 )
             except (BadVideosError, NonFiniteScoresError) as error:  # the same on all hosts
                 self.val_error = str(error).splitlines()[0]

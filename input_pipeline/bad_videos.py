@@ -22,6 +22,7 @@ from input_pipeline import sampling
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
 from input_pipeline.pipeline import Source, open_video, reading
 from input_pipeline.video_list import Record
+from input_pipeline.workers import ATTEMPTS, KINDS, Skipped
 
 NUM_CHECK_FRAMES = 8
 
@@ -46,10 +47,15 @@ class BadVideoLog:
     the others counts with its own; it then stops where `check` is called, not in `add`, so that all
     hosts stop at the same step.
 
+    A record over which reader processes ended (`workers.KINDS`) is not read again in the run. What
+    is in the report counts after a restart too, from the epoch on in which it was found, so that
+    the run goes on as it would have. Transient trouble is forgotten when its line is taken out.
+
     Attributes:
       path: the report.
       limit: bad records that are allowed.
       found: numbers of the records that were found by this object, in order.
+      skipped: the records that are not read again, for `pipeline.train_batches`.
       num_shared: for the caller: how many of all hosts it has passed to `learn`.
     """
 
@@ -81,14 +87,17 @@ class BadVideoLog:
         self.limit = allowed(max_share, total)
         self.found: list[int] = []
         self.num_shared = 0
-        self._known: set[int] = set()  # of other hosts
-        for other in others:
-            self._known.update(_read_report(epath.Path(other))[0])
+        reports = [_read_report(epath.Path(other))[0] for other in others]
+        self._known: set[int] = set().union(*reports)  # of other hosts
         self._entries: dict[int, dict[str, Any]] = {}
         if self.path.exists():
             self._entries, whole, cut = _read_report(self.path)
             if cut:  # the run was killed while it wrote the last line
                 self.path.write_bytes(whole)
+        self._rule_told = False
+        self.skipped = _skipped([*reports, self._entries])
+        if len(self.skipped):
+            self._tell_rule()
 
     def __len__(self) -> int:
         return len(self._known | self._entries.keys())
@@ -117,9 +126,12 @@ class BadVideoLog:
         new = 0
         for position in np.flatnonzero(batch['error'] != ''):
             index = int(batch['index'][position])
-            if index in self._entries or index in self._known:
-                continue
             kind, _, reason = str(batch['error'][position]).partition(': ')
+            known = index in self._entries or index in self._known
+            # A video that could not be read may hang the next time: that is remembered as well.
+            worse = kind in KINDS and self._entries.get(index, {}).get('kind', kind) not in KINDS
+            if known and not worse:
+                continue
             entry = {
                 'index': index,
                 'path': str(batch['path'][position]),
@@ -129,12 +141,26 @@ class BadVideoLog:
             }
             logging.warning('cannot read video %d, %s: %s: %s', *list(entry.values())[:4])
             self._entries[index] = entry
-            self.found.append(index)
             self._write(entry)
-            new += 1
+            if kind in KINDS:
+                self._tell_rule()
+            if not known:
+                self.found.append(index)
+                new += 1
         if self._alone:
             self.check()
         return new
+
+    def _tell_rule(self) -> None:
+        if not self._rule_told:
+            logging.warning(
+                'a video over which %d reader processes ended or waited (data.record_timeout) is '
+                'not read again in this run, nor after a restart; to have it read again, stop the '
+                'run, take its line out of %s and start again',
+                ATTEMPTS,
+                self.path,
+            )
+        self._rule_told = True
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,10 +183,18 @@ class BadVideoLog:
         if len(self) > len(lines):
             more = f'  and {len(self) - len(lines)} more, see {self.path}'
             lines.append(more if self._alone else f'{more} and those of the other hosts beside it')
+        gone = sum(self.counts()[kind] for kind in ('missing', 'unreadable'))
+        advice = (
+            'Repair the list (`dist_jax check` names all bad videos) or raise data.max_bad_share.'
+        )
+        if 2 * gone > len(self._entries):
+            advice = (
+                f'{gone} of them are missing or their files cannot be read: is data.root right, '
+                f'and is its disk mounted on this machine? {advice}'
+            )
         return (
-            f'{len(self)} of {self._total} videos cannot be read, {self.limit} are allowed. Repair '
-            'the list (`dist_jax check` names all bad videos) or raise data.max_bad_share.\n'
-            + '\n'.join(lines)
+            f'{len(self)} of {self._total} videos cannot be read, {self.limit} are allowed. '
+            f'{advice}\n' + '\n'.join(lines)
         )
 
 
@@ -178,6 +212,16 @@ def _read_report(path: epath.Path) -> tuple[dict[int, dict[str, Any]], bytes, bo
                 f'{path}:{number}: not a line of a bad video report; move the file away'
             ) from error
     return entries, whole, len(whole) < len(text)
+
+
+def _skipped(reports: Iterable[Mapping[int, Mapping[str, Any]]]) -> Skipped:
+    """The records of reports that are not read again, each from the first epoch that any names."""
+    found: dict[int, tuple[int, str, str]] = {}
+    for index, entry in (pair for report in reports for pair in report.items()):
+        kind, epoch = entry.get('kind'), entry.get('epoch', 0)
+        if kind in KINDS and (index not in found or epoch < found[index][0]):
+            found[index] = (epoch, kind, entry.get('reason', ''))
+    return Skipped(found)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from input_pipeline.workers import Element, ReaderPool, Stream, usual_number
+from input_pipeline.workers import Element, ReaderPool, Skipped, Stream, usual_number
 
 # What all rows of a record share.
 _RECORD_FIELDS = {
@@ -33,6 +33,7 @@ class Batches:
         num_workers: int,
         buffer_size: int,
         record_timeout: float,
+        skipped: Skipped | None = None,
     ):
         """Starts reading.
 
@@ -45,12 +46,14 @@ class Batches:
             many as `workers.usual_number` says.
           buffer_size: batches that are made ahead.
           record_timeout: seconds that a reader process may take over an element.
+          skipped: records that are not read; those over which processes end are added.
 
         Raises:
           ValueError: if the stream cannot be sent to processes, or a number is out of range.
         """
         self._num_batches = num_batches
         self._pool = None
+        skipped = Skipped() if skipped is None else skipped
         if num_workers == -1:
             num_workers = usual_number()
         if not num_batches:
@@ -64,9 +67,11 @@ class Batches:
                 num_workers=num_workers,
                 buffer_size=buffer_size,
                 record_timeout=record_timeout,
+                skipped=skipped,
             )
         else:
-            self._iterator = _in_threads(stream, num_batches, batch_size, num_threads, buffer_size)
+            make = _caught(stream, skipped)
+            self._iterator = _in_threads(make, num_batches, batch_size, num_threads, buffer_size)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -105,11 +110,15 @@ class Batches:
 
 
 def _in_threads(
-    stream: Stream, num_batches: int, batch_size: int, num_threads: int, buffer_size: int
+    make: Callable[[int], Element | Exception],
+    num_batches: int,
+    batch_size: int,
+    num_threads: int,
+    buffer_size: int,
 ) -> Iterator[dict[str, np.ndarray] | Exception]:
     import grain  # brings jax, which must not come into the reader processes
 
-    dataset = grain.MapDataset.range(num_batches * batch_size).map(_caught(stream))
+    dataset = grain.MapDataset.range(num_batches * batch_size).map(make)
     dataset = dataset.batch(batch_size, batch_fn=_stack)
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=max(buffer_size, num_threads)
@@ -117,10 +126,10 @@ def _in_threads(
     return iter(dataset.to_iter_dataset(options))
 
 
-def _caught(stream: Stream) -> Callable[[int], Element | Exception]:
+def _caught(stream: Stream, skipped: Skipped) -> Callable[[int], Element | Exception]:
     def caught(position: int) -> Element | Exception:
         try:
-            return stream(int(position))
+            return stream(int(position), skipped.find(stream, int(position)))
         except Exception as error:  # grain would lose the rest of the stream
             return error
 

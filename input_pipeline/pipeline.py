@@ -27,7 +27,7 @@ from input_pipeline.regular_files import describe
 from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
 from input_pipeline.transforms import Label, Transform, ViewCrops, apply, choose
 from input_pipeline.video_list import Record
-from input_pipeline.workers import Element
+from input_pipeline.workers import Element, Skipped
 
 
 class Source(Protocol):
@@ -264,11 +264,15 @@ class _TrainStream:
     def shape(self) -> tuple[int, ...]:
         return (self.reader.num_samples, *self.reader.shape)
 
-    def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
+    def place(self, position: int) -> tuple[int, int]:
         num_records = len(self.source)
         epoch, index = divmod(self.part[position], num_records)
         if self.shuffle:
             index = int(epoch_order(self.seed, epoch, num_records)[index])
+        return index, epoch
+
+    def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
+        index, epoch = self.place(position)
 
         def read(record: Record) -> tuple[list[np.ndarray], list[Label]]:
             return self.reader.read(record, record_rng(self.seed, epoch, index))
@@ -288,9 +292,13 @@ class _EvalStream:
     def shape(self) -> tuple[int, ...]:
         return (1, *self.reader.shape)
 
-    def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
+    def place(self, position: int) -> tuple[int, int]:
         index = self.part[position]
-        if index < len(self.source):
+        return (index if index < len(self.source) else -1), 0
+
+    def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
+        index, _ = self.place(position)
+        if index >= 0:
             return _element(self._read, self.source[index], index, 0, self.shape, failure)
         return {
             'video': list(np.zeros(self.shape, np.uint8)),
@@ -365,6 +373,7 @@ def train_batches(
     num_workers: int = 0,
     buffer_size: int = 4,
     record_timeout: float = 60.0,
+    skipped: Skipped | None = None,
     shuffle: bool = True,
 ) -> Batches:
     """Training batches of steps `start_step` to `num_steps - 1`, for one host.
@@ -388,6 +397,7 @@ def train_batches(
         long over.
       buffer_size: batches made ahead.
       record_timeout: seconds that a reader process may take over a record.
+      skipped: records that are not read; those over which processes end are added.
       shuffle: False keeps the order of the list in every epoch.
 
     Returns:
@@ -416,6 +426,7 @@ def train_batches(
         num_workers=num_workers,
         buffer_size=buffer_size,
         record_timeout=record_timeout,
+        skipped=skipped,
     )
 
 
@@ -430,6 +441,7 @@ def eval_batches(
     num_workers: int = 0,
     buffer_size: int = 4,
     record_timeout: float = 60.0,
+    skipped: Skipped | None = None,
 ) -> Batches:
     """Every record once, in order, all views of a video together, for one host.
 
@@ -447,6 +459,7 @@ def eval_batches(
         long over.
       buffer_size: batches made ahead.
       record_timeout: seconds that a reader process may take over a record.
+      skipped: records that are not read; those over which processes end are added.
 
     Returns:
       An iterator of dicts as from `train_batches`, with video (b, V, T, H, W, 3) uint8 RGB and
@@ -470,4 +483,5 @@ def eval_batches(
         num_workers=num_workers,
         buffer_size=buffer_size,
         record_timeout=record_timeout,
+        skipped=skipped,
     )

@@ -7,7 +7,7 @@ socket. A process is a fresh interpreter that imports what the stream needs and 
 Nothing outlives the trainer: a process dies with it, whatever ends it, and the memory has no name
 that could stay behind in /dev/shm. A process that dies or takes too long over a record is ended and
 replaced, and the record is tried once more in a fresh process. What fails twice becomes an element
-that says so; all others are as they would have been.
+that says so, now and when it comes up again (`Skipped`); all others are as they would have been.
 """
 
 import collections
@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
@@ -59,8 +59,39 @@ class Stream(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    def place(self, position: int) -> tuple[int, int]:
+        """Record and epoch of an element; record -1 is padding."""
+
     def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
         """Makes an element; with `failure`, a (kind, reason), the one of a bad video instead."""
+
+
+class Skipped:
+    """Records that are not read any more, for they ended reader processes or kept them waiting.
+
+    A record is skipped from the epoch on in which that happened: a run that starts again before it
+    reads what it had read. The object may be shared by streams of the same source.
+    """
+
+    def __init__(self, known: Mapping[int, tuple[int, str, str]] | None = None):
+        """Takes record -> (first epoch, kind, reason) of those that are known already."""
+        self._known = dict(known or {})
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, stream: Stream, position: int, failure: tuple[str, str]) -> None:
+        """Takes note that the record at a position of a stream failed, as (kind, reason)."""
+        index, epoch = stream.place(position)
+        self._known[index] = (epoch, *failure)
+
+    def find(self, stream: Stream, position: int) -> tuple[str, str] | None:
+        """Why the record at a position is skipped, as (kind, reason); None if it is read."""
+        if not self._known:
+            return None
+        index, epoch = stream.place(position)
+        first, *failure = self._known.get(index, (np.inf,))
+        return tuple(failure) if epoch >= first else None
 
 
 def usual_number() -> int:
@@ -152,6 +183,7 @@ class ReaderPool:
         num_workers: int,
         buffer_size: int,
         record_timeout: float,
+        skipped: Skipped,
     ):
         """Starts the processes.
 
@@ -164,6 +196,7 @@ class ReaderPool:
           num_workers: processes, at least 1.
           buffer_size: batches that are made ahead.
           record_timeout: seconds for one element.
+          skipped: records that are not read; those that fail are added.
 
         Raises:
           ValueError: if the stream cannot be pickled or an argument is out of range.
@@ -179,7 +212,13 @@ class ReaderPool:
         self._collate = collate
         self._row_shape = stream.shape[1:]
         self._supervisor = _Supervisor(
-            stream, num_batches, batch_size, num_workers, max(buffer_size, 1) + LENT, record_timeout
+            stream,
+            num_batches,
+            batch_size,
+            num_workers,
+            max(buffer_size, 1) + LENT,
+            record_timeout,
+            skipped,
         )
         # Also when it is dropped, and when the interpreter ends.
         self._stop = weakref.finalize(self, self._supervisor.stop)
@@ -231,8 +270,10 @@ class _Supervisor:
         num_workers: int,
         num_slots: int,
         timeout: float,
+        skipped: Skipped,
     ):
         self._stream = stream
+        self._skipped = skipped
         self._batch_size = batch_size
         self._num_positions = num_batches * batch_size
         self._num_workers = min(num_workers, self._num_positions)
@@ -288,9 +329,11 @@ class _Supervisor:
         try:
             for _ in range(self._num_workers):
                 self._start()
-            while not self._stopping and self._work_left():
+            while not self._stopping:
                 self._take_slots()
                 self._feed()
+                if not self._work_left():
+                    break
                 for key, _ in self._selector.select(self._seconds_left()):
                     self._receive(key.data)
                 self._end_late_ones()
@@ -356,6 +399,7 @@ class _Supervisor:
                 if not worker.ready or len(worker.tasks) != depth:
                     continue
                 tasks = self._retries if worker.fresh and self._retries else self._tasks
+                self._finish_skipped(tasks)
                 if not tasks:
                     continue
                 task = tasks[0]
@@ -368,6 +412,12 @@ class _Supervisor:
                     worker.since = time.monotonic()
                 worker.tasks.append(task)
                 worker.fresh = False
+
+    def _finish_skipped(self, tasks: collections.deque[_Task]) -> None:
+        """Takes those from the front whose records are not read."""
+        while tasks and (failure := self._skipped.find(self._stream, tasks[0].position)):
+            task = tasks.popleft()
+            self._finish(task, self._failed(task, failure))
 
     def _receive(self, worker: _Worker | None) -> None:
         if worker is None:
@@ -419,8 +469,8 @@ class _Supervisor:
             if task.failures < ATTEMPTS:
                 self._retries.append(task)
             else:
-                make = functools.partial(self._stream, failure=(kind, reason))
-                self._finish(task, _make(make, self.ring, task.position, *task.place))
+                self._skipped.add(self._stream, task.position, (kind, reason))
+                self._finish(task, self._failed(task, (kind, reason)))
         elif not worker.ready:
             self._failed_starts += 1
             if self._failed_starts == FAILED_STARTS:
@@ -431,6 +481,10 @@ class _Supervisor:
         self._tasks.extendleft(reversed(worker.tasks))
         self.restarts += 1
         self._start()
+
+    def _failed(self, task: _Task, failure: tuple[str, str]) -> Element | Exception:
+        make = functools.partial(self._stream, failure=failure)
+        return _make(make, self.ring, task.position, *task.place)
 
     def _finish(self, task: _Task, element: Element | Exception) -> None:
         task.batch.elements[task.place[1]] = element

@@ -441,6 +441,15 @@ def test_a_bad_video_is_masked_and_named(make_config, broken_clips, tmp_path, mo
 
 
 @pytest.mark.slow
+def test_a_video_that_hung_before_a_restart_is_not_read_again(make_config, tmp_path):
+    order = pipeline.epoch_order(0, 0, 18)
+    entry = {'index': int(order[6]), 'path': 'v.mp4', 'kind': 'timed out', 'reason': '', 'epoch': 0}
+    (tmp_path / 'bad_videos.jsonl').write_text(json.dumps(entry) + '\n')
+    train.train(make_config(**{'data.val_list': '', 'num_steps': 2}), str(tmp_path))
+    assert {row['step']: row['clips'] for row in rows(tmp_path, 'loss')} == {1: 4, 2: 3}
+
+
+@pytest.mark.slow
 def test_too_many_bad_videos_stop_the_run(make_config, broken_clips, tmp_path):
     order = pipeline.epoch_order(0, 0, 18)
     folder, paths = broken_clips(int(order[1]), int(order[2]))

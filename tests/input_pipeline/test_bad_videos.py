@@ -1,4 +1,5 @@
 import json
+import os
 
 import av
 import numpy as np
@@ -189,3 +190,75 @@ def test_reports_of_other_hosts_are_known_after_a_restart(tmp_path):
     assert len(log) == 2
     assert log.add(batch(3)) == 0 and not log.path.exists()
     assert log.add(batch(4)) == 1 and log.found == [4] and len(log) == 3
+
+
+def hung(*indices, epoch=0):
+    found = batch(*indices, epoch=epoch)
+    found['error'][: len(indices)] = 'timed out: not read in 60 s, 2 times'
+    return found
+
+
+def skips(log, total=10):
+    """The records that a stream skips, by epoch."""
+
+    class Stream:
+        def place(self, position):
+            return position % total, position // total
+
+    return [
+        [k for k in range(total) if log.skipped.find(Stream(), epoch * total + k)]
+        for epoch in range(3)
+    ]
+
+
+def test_records_over_which_processes_ended_are_skipped_after_a_restart(tmp_path, caplog):
+    path = tmp_path / 'bad.jsonl'
+    with caplog.at_level('WARNING', logger='absl'):
+        log = BadVideoLog(path, 1.0, 10)
+        log.add(batch(1))
+        assert 'not read again' not in caplog.text
+        log.add(hung(4, epoch=1))
+        log.add(hung(2, epoch=2))
+        log.add(hung(4, epoch=2))
+    assert caplog.text.count('is not read again in this run, nor after a restart') == 1
+    assert f'take its line out of {path}' in caplog.text
+    assert skips(log) == [[], [], []]  # the stream itself adds to them while it runs
+    caplog.clear()
+    with caplog.at_level('WARNING', logger='absl'):
+        again = BadVideoLog(path, 1.0, 10)
+    assert caplog.text.count('is not read again') == 1
+    assert skips(again) == [[], [4], [2, 4]]
+    assert len(again) == 3
+    other_host = BadVideoLog(tmp_path / 'bad_1.jsonl', 1.0, 10, [path])
+    assert skips(other_host) == [[], [4], [2, 4]]
+
+
+def test_a_bad_video_that_hangs_later_counts_once_and_is_skipped(tmp_path):
+    log = BadVideoLog(tmp_path / 'bad.jsonl', 1.0, 10)
+    assert log.add(batch(4)) == 1
+    assert log.add(hung(4, epoch=2)) == 0
+    assert len(log) == 1 and log.found == [4]
+    again = BadVideoLog(log.path, 1.0, 10)
+    assert skips(again) == [[], [], [4]] and len(again) == 1
+
+
+@pytest.mark.parametrize('reason', ['missing: no such file', 'unreadable: ESTALE: Stale'])
+def test_a_disk_that_is_gone_is_said_to_be(tmp_path, reason):
+    found = batch(1, 2, 3)
+    found['error'][:3] = reason
+    with pytest.raises(TooManyBadVideos, match=r'3 of them .* is data\.root right, and'):
+        BadVideoLog(tmp_path / 'bad.jsonl', 0.01, 10).add(found)
+    with pytest.raises(TooManyBadVideos) as caught:
+        BadVideoLog(tmp_path / 'other.jsonl', 0.01, 10).add(batch(1, 2, 3))
+    assert 'data.root' not in str(caught.value) and 'data.max_bad_share' in str(caught.value)
+
+
+def test_check_names_what_is_no_file_and_a_failing_disk(folder, tmp_path):
+    os.mkfifo(folder / 'run' / 'e.mp4')
+    (folder / 'run' / 'f.mp4').symlink_to('/proc/self/mem')
+    (tmp_path / 'list.txt').write_text(''.join(f'{folder}/run/{name}.mp4 0\n' for name in 'aef'))
+    result = check_source(open_source(tmp_path / 'list.txt'), tmp_path / 'bad.jsonl')
+    assert [(entry['kind'], entry['reason']) for entry in result.bad] == [
+        ('not a video', 'is a FIFO, not a regular file'),
+        ('unreadable', 'EIO: Input/output error'),
+    ]

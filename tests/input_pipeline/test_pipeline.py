@@ -1,10 +1,12 @@
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from streams import BAD, NAMES, READER, assert_same, write_seven
-from video_files import decode_everything
+from video_files import decode_everything, pictures, write_video
 
 from input_pipeline.pipeline import (
     EvalReader,
@@ -17,6 +19,7 @@ from input_pipeline.pipeline import (
 from input_pipeline.sampling import PROTOCOLS
 from input_pipeline.transforms import CentreCrop, Flip, RandomResizedCrop
 from input_pipeline.video_list import Record, VideoList
+from input_pipeline.workers import Skipped
 
 
 @pytest.fixture(scope='module')
@@ -378,3 +381,81 @@ def test_a_record_that_does_not_load_is_named_in_its_place(source):
     )
     assert batch['mask'].tolist() == [0]
     assert (batch['path'][0], batch['error'][0]) == ('shard#0', 'unreadable: the shard is gone')
+
+
+@dataclasses.dataclass(frozen=True)
+class Raising:
+    """A transform that raises, for clips of some height."""
+
+    error: Exception
+    height: int
+
+    def __call__(self, video, label, rng):
+        if video.shape[1] == self.height:
+            raise self.error
+        return video, label
+
+
+@pytest.mark.parametrize(
+    ('error', 'said'),
+    [
+        (MemoryError('Unable to allocate 140 GiB'), 'too large: not enough memory: Unable to'),
+        (
+            cv2.error('dsize.area() > 0\nin function resize'),
+            'unreadable: error: dsize.area() > 0 in',
+        ),
+        (OSError(5, 'Input/output error'), 'unreadable: EIO: Input/output error'),
+        (OverflowError('too much'), 'unreadable: OverflowError: too much'),
+    ],
+)
+def test_what_happens_to_one_video_alone_makes_it_unreadable(source, tmp_path, error, said):
+    path = write_video(tmp_path / 'v.mp4', pictures(8, 40, 56))
+    pair = VideoList([source[0], Record(str(path), 1, 'odd')], NAMES)
+    reader = TrainReader(4, 32, transforms=(Raising(error, 40), RandomResizedCrop(32)))
+    (batch,) = train_batches(pair, reader, batch_size=2, seed=0, num_steps=1, shuffle=False)
+    assert batch['mask'].tolist() == [1, 0]
+    assert batch['error'][1].startswith(said) and '\n' not in batch['error'][1]
+
+
+def test_a_file_that_cannot_be_read_does_not_end_the_stream(source, tmp_path):
+    path = tmp_path / 'v.mp4'
+    path.symlink_to('/proc/self/mem')  # reading it is an I/O error
+    pair = VideoList([source[0], Record(str(path), 1, 'bad')], NAMES)
+    training = train_batches(pair, READER, batch_size=2, seed=0, num_steps=1, shuffle=False)
+    for batch in (*training, *eval_batches(pair, EvalReader(4, 32), batch_size=2)):
+        assert batch['mask'].tolist() == [1, 0]
+        assert batch['error'][1] == 'unreadable: EIO: Input/output error'
+
+
+def test_views_do_not_keep_whole_frames(tmp_path):
+    path = str(write_video(tmp_path / 'v.mp4', pictures(40, 480, 640)))
+    tracemalloc.start()
+    EvalReader(10, 32, num_clips=4).read(Record(path, 0, ''))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 480 * 640 * 3
+
+
+@pytest.mark.parametrize('options', [{'num_threads': 2}, {'num_workers': 1}])
+def test_skipped_records_are_not_read_from_their_epoch_on(source, options):
+    failure = ('timed out', 'not read in 60 s, 2 times')
+    skipped = Skipped({2: (1, *failure), 5: (0, *failure)})
+    batches = train(source, batch_size=7, num_steps=3, skipped=skipped, **options)
+    for epoch, (batch, other) in enumerate(zip(batches, train(source, batch_size=7, num_steps=3))):
+        for row, index in enumerate(batch['index']):
+            if index == 5 or (index == 2 and epoch >= 1):
+                assert batch['error'][row] == 'timed out: not read in 60 s, 2 times'
+                assert not batch['mask'][row] and not batch['video'][row].any()
+            else:
+                np.testing.assert_array_equal(batch['video'][row], other['video'][row])
+    reader = EvalReader(4, 32)
+    found = list(eval_batches(source, reader, batch_size=4, skipped=skipped, **options))
+    errors = [error for batch in found for error in batch['error']]
+    assert [k for k in range(8) if errors[k].startswith('timed out')] == [5]
+
+
+def test_a_stream_of_skipped_records_alone_ends(source):
+    skipped = Skipped({k: (0, 'crashed', 'before') for k in range(7)})
+    for options in ({'num_workers': 2}, {'num_workers': 0}):
+        batches = train(source, skipped=skipped, num_steps=20, **options)
+        assert len(batches) == 20 and not any(batch['mask'].any() for batch in batches)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streams import NAMES, READER, assert_same, write_seven
+from streams import BAD, NAMES, READER, assert_same, write_seven
 
+from input_pipeline.bad_videos import BadVideoLog
 from input_pipeline.pipeline import EvalReader, TrainReader, eval_batches, train_batches
 from input_pipeline.transforms import RandomResizedCrop
 from input_pipeline.video_list import VideoList
-from input_pipeline.workers import LENT, MOST_WORKERS, ReaderError, usual_number
+from input_pipeline.workers import LENT, MOST_WORKERS, ReaderError, Skipped, usual_number
 
 TIMEOUT_SECONDS = 30
 
@@ -59,8 +60,12 @@ class Trouble:
     path: str
     what: str
     once: str = ''
+    tries: str = ''  # a file that grows by a byte each time
 
     def __call__(self):
+        if self.tries:
+            with open(self.tries, 'a') as file:
+                file.write('.')
         if not self.once or not os.path.exists(self.once):
             if self.once:
                 Path(self.once).touch()
@@ -70,10 +75,10 @@ class Trouble:
         return Path(self.path).read_bytes()
 
 
-def with_trouble(source, index, what, once=''):
+def with_trouble(source, index, what, once='', tries=''):
     records = [source[k] for k in range(len(source))]
     records[index] = dataclasses.replace(
-        records[index], load=Trouble(records[index].path, what, str(once))
+        records[index], load=Trouble(records[index].path, what, str(once), str(tries))
     )
     return VideoList(records, NAMES)
 
@@ -216,6 +221,62 @@ def test_a_record_that_always_fails_is_named_and_nothing_else_changes(source, wh
         for key in batch:
             np.testing.assert_array_equal(batch[key][~bad], other[key][~bad])
     assert sum((batch['index'] == index).sum() for batch in found) > 0
+
+
+def test_a_record_that_always_fails_is_tried_in_its_first_epoch_only(source, tmp_path):
+    tries = tmp_path / 'tries'
+    trouble = with_trouble(source, 5, 'SIGKILL', tries=tries)
+    options = {'num_workers': 1, 'batch_size': 7, 'num_steps': 5}
+    straight = train(trouble, **options)
+    assert all(set(batch['index'][batch['mask'] == 0]) == {BAD, 5} for batch in straight)
+    assert len(tries.read_text()) == 2
+
+    log = BadVideoLog(tmp_path / 'bad_videos.jsonl', 0.5, 7)
+    for batch in straight[:2]:
+        log.add(batch)
+    # A restart reads what the report says, and nothing twice.
+    again = BadVideoLog(log.path, 0.5, 7)
+    assert_same(train(trouble, **options, start_step=2, skipped=again.skipped), straight[2:])
+    assert len(tries.read_text()) == 2
+    # Without its line it has another chance.
+    log.path.write_text('')
+    train(trouble, **options, start_step=2, skipped=BadVideoLog(log.path, 0.5, 7).skipped)
+    assert len(tries.read_text()) == 4
+
+
+def test_evaluations_that_share_what_they_skip_try_a_record_once(source, tmp_path):
+    tries = tmp_path / 'tries'
+    trouble, skipped = with_trouble(source, 5, 'SIGKILL', tries=tries), Skipped()
+    reader = EvalReader(4, 32)
+    first, second = (
+        list(eval_batches(trouble, reader, batch_size=4, num_workers=1, skipped=skipped))
+        for _ in range(2)
+    )
+    assert_same(first, second)
+    assert len(tries.read_text()) == 2 and len(skipped) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """A source that is read only where its arrays are memory that others share."""
+
+    source: VideoList
+    big: np.ndarray
+    parent: int
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        assert (os.getpid() == self.parent) == self.big.flags.writeable
+        assert self.big[-1] == 7
+        return self.source[index]
+
+
+def test_arrays_of_a_source_are_not_copied(source):
+    big = np.full(1001, 7)
+    found = train(Shared(source, big, os.getpid()))
+    assert_same(found, train(source, num_workers=0))
 
 
 def test_an_error_of_a_transform_is_raised_with_its_record(source):
