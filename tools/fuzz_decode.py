@@ -4,11 +4,12 @@
   python -m tools.fuzz_decode --files 2000 --seed 1 --json fuzz.json
   python -m tools.fuzz_decode --seeds videos/ --keep crashers/
 
-Small videos in many containers and codecs are written (or taken from --seeds) and damaged: flipped
-bits, cut ends, chunks removed, doubled or moved, sizes and counts of boxes changed, headers put
-before the rest of another file; text and noise are among them. Each file is a record of a training
-stream. The exit code is 0 if every record came out, in its place, read or with its reason; files
-over which a process crashed or hung are kept for a look with --keep.
+Small videos in many containers and codecs and some pictures are written (or taken from --seeds)
+and damaged: flipped bits, cut ends, chunks removed, doubled or moved, sizes and counts of boxes
+changed, headers put before the rest of another file; text and noise are among them. Each file is a
+record of a training stream. The exit code is 0 if every record came out, in its place, read or with
+its reason; files over which a process crashed or hung are kept for a look with --keep. The figures
+name the most memory that a reader process had, and the longest wait for a batch.
 """
 
 import argparse
@@ -37,6 +38,7 @@ BATCH_SIZE = 8
 BOXES = (b'ftyp', b'moov', b'mvhd', b'trak', b'tkhd', b'edts', b'elst', b'mdia', b'mdhd', b'minf')
 BOXES += (b'stbl', b'stsd', b'avc1', b'avcC', b'stts', b'ctts', b'stss', b'stsc', b'stsz', b'stco')
 BOXES += (b'mdat', b'moof', b'tfhd', b'trun', b'RIFF', b'avih', b'strh', b'strf', b'idx1', b'movi')
+BOXES += (b'stz2', b'IHDR', b'\xff\xc0')
 BOXES += (b'\x1a\x45\xdf\xa3', b'\x18\x53\x80\x67', b'\x16\x54\xae\x6b', b'\x1f\x43\xb6\x75')
 
 # file name -> codec, options of the encoder and of the muxer.
@@ -55,6 +57,16 @@ SEEDS = {
     'h264.ts': ('libx264', {'g': '12'}, {}),
     'mpeg2.mpg': ('mpeg2video', {'g': '12'}, {}),
 }
+
+
+# file name -> height and width of a picture.
+PICTURES = {'picture.png': (48, 64), 'picture.jpg': (48, 64), 'strip.png': (10, 20_000)}
+
+
+def write_picture(path: Path, height: int, width: int) -> None:
+    """Writes smooth noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    cv2.imwrite(str(path), cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC))
 
 
 def write_seed(path: Path, codec: str, options: dict[str, str], muxer: dict[str, str]) -> None:
@@ -181,8 +193,8 @@ def write_files(
 
 def fuzz(
     records: list[Record], num_workers: int, timeout: float, tick: Callable[[int], None]
-) -> tuple[list[str], int]:
-    """Reads every record once; its error ('' where it was read) and the processes replaced.
+) -> tuple[list[str], dict[str, float]]:
+    """Reads every record once; its error ('' where it was read), and figures of all.
 
     Raises:
       RuntimeError: if a record did not come out in its place, or a batch is wrong.
@@ -200,15 +212,30 @@ def fuzz(
         shuffle=False,
     )
     errors = []
+    figures = {'peak_mib': 0.0, 'longest_wait_s': 0.0}
+    since = time.monotonic()
     for batch in batches:
+        waited = time.monotonic() - since
+        figures['longest_wait_s'] = max(figures['longest_wait_s'], waited)
+        figures['peak_mib'] = max(figures['peak_mib'], *map(peak_mib, batches.worker_pids), 0.0)
         for error, mask, video in zip(batch['error'], batch['mask'], batch['video']):
             if bool(error) != (mask == 0) or (error and video.any()):
                 raise RuntimeError(f'record {len(errors)} is both read and not: {error!r}')
             errors.append(str(error))
         tick(len(batch['error']))
+        since = time.monotonic()
     if len(errors) != num_steps * BATCH_SIZE:
         raise RuntimeError(f'{len(errors)} of {num_steps * BATCH_SIZE} records came out')
-    return errors[: len(records)], batches.num_restarts
+    return errors[: len(records)], figures | {'restarts': batches.num_restarts}
+
+
+def peak_mib(pid: int) -> float:
+    """Most resident memory that a process had so far; 0 if it is gone."""
+    try:
+        status = Path(f'/proc/{pid}/status').read_text()
+    except OSError:
+        return 0.0
+    return int(status.partition('VmHWM:')[2].split()[0] if 'VmHWM:' in status else 0) / 1024
 
 
 def count_kinds(errors: list[str], origins: list[str]) -> dict[str, collections.Counter]:
@@ -249,12 +276,14 @@ def main(argv: list[str] | None = None) -> int:
         else:
             for name, how in SEEDS.items():
                 write_seed(Path(folder) / name, *how)
-            seeds = [Path(folder) / name for name in SEEDS]
+            for name, size in PICTURES.items():
+                write_picture(Path(folder) / name, *size)
+            seeds = [Path(folder) / name for name in (*SEEDS, *PICTURES)]
         damaged = Path(folder) / 'damaged'
         damaged.mkdir()
         records, origins = write_files(damaged, seeds, arguments.files, arguments.seed)
         start = time.monotonic()
-        errors, restarts = fuzz(
+        errors, figures = fuzz(
             records, arguments.workers, arguments.timeout, lambda n: progress.advance(task, n)
         )
         seconds = time.monotonic() - start
@@ -273,16 +302,16 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table)
     kinds = ', '.join(f'{count} {kind}' for kind, count in total.most_common())
     console.print(
-        f'{len(errors)} files in {seconds:.0f} s: {kinds}; {restarts} reader processes were '
-        'replaced',
+        f'{len(errors)} files in {seconds:.0f} s: {kinds}; {figures["restarts"]} reader processes '
+        f'were replaced, none had more than {figures["peak_mib"]:.0f} MiB; the longest wait for a '
+        f'batch of {BATCH_SIZE} was {figures["longest_wait_s"]:.1f} s',
         highlight=False,
         soft_wrap=True,
     )
     if arguments.json:
-        figures = {
+        figures |= {
             'files': len(errors),
             'seconds': seconds,
-            'restarts': restarts,
             'kinds': total,
             'kinds_by_damage': counts,
         }

@@ -13,6 +13,7 @@ def test_damaged_files_never_crash_or_hang_a_reader(tmp_path, capsys):
     figures = json.loads(report.read_text())
     assert figures['files'] == sum(figures['kinds'].values()) == 180
     assert figures['restarts'] == 0
+    assert 0 < figures['peak_mib'] < 500
     assert set(figures['kinds']) <= {'read', *KINDS}
     assert len(figures['kinds']) >= 4
     assert {sum(row.values()) for row in figures['kinds_by_damage'].values()} == {20}
