@@ -83,7 +83,8 @@ class Skipped:
     def add(self, stream: Stream, position: int, failure: tuple[str, str]) -> None:
         """Takes note that the record at a position of a stream failed, as (kind, reason)."""
         index, epoch = stream.place(position)
-        self._known[index] = (epoch, *failure)
+        if index not in self._known or epoch < self._known[index][0]:
+            self._known[index] = (epoch, *failure)
 
     def find(self, stream: Stream, position: int) -> tuple[str, str] | None:
         """Why the record at a position is skipped, as (kind, reason); None if it is read."""
