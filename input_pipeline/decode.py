@@ -27,6 +27,7 @@ MAX_PIXELS = 4096 * 2304  # of one frame; 4K video passes
 # side: of this shape, and to 224 or 256 pixels, it has about as many pixels as one of Full HD.
 MAX_ASPECT = 32
 MAX_PACKETS = 2**20  # of a video: 4.8 hours at 60 frames per second
+MAX_BOXES = 2**20  # of an mp4 file: 35 hours in fragments of a second
 MAX_CLIP_BYTES = 2 * 2**30  # of frames that are returned at once: 75 of 4096 x 2304
 # What is kept of the packets in memory; streams with more are read again.
 MAX_CACHED_BYTES = 64 * 2**20
@@ -212,12 +213,18 @@ class VideoReader:
         """Looks at what an mp4 file declares before FFmpeg makes a table of it."""
         if head[4:8] not in (b'ftyp', b'moov', b'mdat', b'free', b'wide', b'skip'):
             return
-        for samples in _declared_samples(file, num_bytes):
+        for samples in _declared_samples(self._counted(_boxes(file, 0, num_bytes))):
             if max(samples.size, 1) * samples.count > num_bytes:
                 reason = f'declares {samples.count} samples in {num_bytes} bytes'
                 raise self._error('corrupt', reason)
             if samples.handler != b'soun':  # samples of sound may be single numbers
                 self._check_packets(samples.count)
+
+    def _counted(self, boxes: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+        for count, box in enumerate(boxes):
+            if count == MAX_BOXES:
+                raise self._error('too large', f'more than {MAX_BOXES} boxes')
+            yield box
 
     def _check_packets(self, count: int) -> None:
         if count > MAX_PACKETS:
@@ -572,7 +579,9 @@ def _declared_bytes(file: BinaryIO, head: bytes, num_bytes: int) -> int:
         return segment + length + size if 0 <= size < (1 << 7 * length) - 1 else 0
     position = 0
     if head[4:8] == b'ftyp':
-        while position < num_bytes:  # from box to box: each states its size
+        for _ in range(MAX_BOXES):  # from box to box: each states its size
+            if position >= num_bytes:
+                break
             file.seek(position)
             box = file.read(16)
             size = int.from_bytes(box[:4], 'big')
@@ -592,10 +601,12 @@ class _Samples(NamedTuple):
     count: int
 
 
-def _declared_samples(file: BinaryIO, num_bytes: int) -> Iterator[_Samples]:
+def _declared_samples(boxes: Iterator[tuple[bytes, bytes]]) -> Iterator[_Samples]:
     """The samples that the boxes of an mp4 file declare, as far as they can be read."""
     handler = b''
-    for name, content in _sample_boxes(file, 0, num_bytes):
+    for name, content in boxes:
+        if name not in _MP4_SAMPLES:
+            continue
         number = [int.from_bytes(content[k : k + 4], 'big') for k in (4, 8)]
         if name == b'hdlr':
             # QuickTime has a second one, which says where the data lie.
@@ -606,10 +617,8 @@ def _declared_samples(file: BinaryIO, num_bytes: int) -> Iterator[_Samples]:
             yield _Samples(handler, number[0] if name == b'stsz' else 0, number[1])
 
 
-def _sample_boxes(
-    file: BinaryIO, start: int, end: int, depth: int = 0
-) -> Iterator[tuple[bytes, bytes]]:
-    """Yields (name, first bytes) of the boxes that tell kind and number of samples, in order."""
+def _boxes(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, bytes]]:
+    """Yields (name, first bytes) of boxes, in order; goes into those of `_MP4_TO_SAMPLES`."""
     while start + 8 <= end:
         file.seek(start)
         box = file.read(28)
@@ -620,10 +629,9 @@ def _sample_boxes(
             size = end - start
         if size < head:
             return
+        yield name, box[head:]
         if name in _MP4_TO_SAMPLES and depth < len(_MP4_TO_SAMPLES):
-            yield from _sample_boxes(file, start + head, min(start + size, end), depth + 1)
-        elif name in _MP4_SAMPLES:
-            yield name, box[head:]
+            yield from _boxes(file, start + head, min(start + size, end), depth + 1)
         start += size
 
 

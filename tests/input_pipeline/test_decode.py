@@ -261,6 +261,13 @@ def test_a_video_of_too_many_packets_is_refused(tmp_path, monkeypatch, suffix):
         assert video.num_frames == 40
 
 
+def test_a_file_of_too_many_boxes_is_refused(tmp_path, monkeypatch):
+    path = write_video(tmp_path / 'v.mp4')
+    monkeypatch.setattr(decode, 'MAX_BOXES', 5)
+    with pytest.raises(DecodeError, match='too large: more than 5 boxes'):
+        VideoReader(path)
+
+
 def test_pictures_of_the_widest_shape_are_read(tmp_path):
     path = tmp_path / 'v.png'
     _write_strip(path, 10, 10 * decode.MAX_ASPECT)
