@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import experiment, metrics
+from dist_jax import ending, experiment, metrics
 from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree
 from dist_jax.sharding import feed, to_global
@@ -87,6 +87,7 @@ def evaluate(
     record_timeout: float = 60.0,
     skipped: Skipped | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> EvalResult:
     """Scores a list of videos.
 
@@ -104,11 +105,13 @@ def evaluate(
       record_timeout: seconds that a reader process may take over a video.
       skipped: videos that are not read; those over which reader processes end are added.
       on_batch: called with (batches done, batches in all).
+      should_stop: asked before each batch; must say the same on all hosts.
 
     Raises:
+      ending.StoppedError: `should_stop` said so.
       BadVideosError: naming the videos, if there are more than allowed or none is left.
       NonFiniteScoresError: naming the videos, if scores are NaN or infinite.
-    Both are raised on all hosts alike.
+    All are raised on all hosts alike.
     """
     start = time.monotonic()
     part = feed(mesh)
@@ -144,6 +147,8 @@ def evaluate(
     running: tuple[dict[str, np.ndarray], tuple[jax.Array, ...]] | None = None
     with contextlib.closing(batches):
         for batch in batches:
+            if should_stop is not None and should_stop():
+                raise ending.StoppedError('the evaluation was stopped')
             video = to_global({'video': batch.pop('video')}, mesh)['video']
             probabilities = eval_step(variables, frozen, video)
             if running is not None:
@@ -185,6 +190,7 @@ def evaluate_config(
     bar: Bar,
     max_bad_share: float = 0.0,
     skipped: Skipped | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> EvalResult:
     """`evaluate` with the views, the batch size and the rules of a config, moving a bar.
 
@@ -204,6 +210,7 @@ def evaluate_config(
         max_bad_share=1.0 if config.eval.allow_bad_videos else max_bad_share,
         skipped=skipped,
         on_batch=lambda done, _: bar.update(done),
+        should_stop=should_stop,
     )
 
 

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from dist_jax import pod
+from dist_jax import ending, pod
 
 EXAMPLES = """\
 examples:
@@ -158,19 +158,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.WARNING)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     logging.getLogger('dist_jax').setLevel(logging.INFO)
+    ending.listen(continues=argv[0] in CONTINUED)
     try:
         return pod.leave(COMMANDS[argv[0]][0](argv[1:]))
     except BaseException as error:
-        known = isinstance(error, KNOWN_ERRORS) and not os.environ.get('DIST_JAX_TRACEBACK')
+        brief = ending.full_disk(error)
+        if isinstance(error, KeyboardInterrupt):
+            brief = 'Ctrl-C'
+        known = brief or isinstance(error, KNOWN_ERRORS)
+        known = known and not os.environ.get('DIST_JAX_TRACEBACK')
         if not known and pod.current() is None:
             raise
-        code = 2 if isinstance(error, (UsageError, ValueError)) else 1
-        text = f'dist_jax {argv[0]}: {error}' if known else traceback.format_exc()
-        if known and not isinstance(error, UsageError):
+        code = ending.WRONG if isinstance(error, UsageError) else ending.code_of(error)
+        text = f'dist_jax {argv[0]}: {brief or error}' if known else traceback.format_exc()
+        if known and not brief and not isinstance(error, UsageError):
             text += '\n(set DIST_JAX_TRACEBACK=1 for where it came from)'
         if pod.current() is None:
             print(text, file=sys.stderr)
         return pod.leave(code, error, text)
+    finally:
+        ending.stop_listening()
 
 
 def _overview() -> str:
@@ -259,9 +266,9 @@ def _find_file(argument: str) -> str:
     return f'--config={path}{colon}{variant}'
 
 
-def _start_jax(stops_on_sigterm: bool = False) -> None:
+def _start_jax() -> None:
     """Joins the other hosts of a pod, if this is one of several."""
-    pod.join(stops_on_sigterm)
+    pod.join()
     import jax
 
     if os.environ.get('TPU_SKIP_MDS_QUERY') == '1':
@@ -297,7 +304,7 @@ def _train(argv: Sequence[str]) -> int:
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
     config = read_config(config_arguments)
-    _start_jax(stops_on_sigterm=True)
+    _start_jax()
     from dist_jax import doctor, report, train
 
     if pod.current() is not None and not arguments.skip_checks:
@@ -368,7 +375,7 @@ def _demo(argv: Sequence[str]) -> int:
     parser.add_argument('--workdir', default='runs/demo', help='folder of both runs (%(default)s)')
     parser.add_argument('--num_steps', type=int, default=0, help="of each; the configs' by default")
     arguments = parser.parse_args(argv)
-    _start_jax(stops_on_sigterm=True)
+    _start_jax()
     from dist_jax import demo, report
 
     summary = demo.run_demo(arguments.workdir, arguments.num_steps)
@@ -502,6 +509,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     'doctor': (_doctor, 'check this machine, or all hosts of a pod, before a run'),
     'check': (_check, 'read every video of a list and report what cannot be read'),
 }
+
+CONTINUED = ('demo', 'train')  # commands that continue where they were stopped
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 One process a host, all started with the same command:
 
     TPU VM slice, GKE     nothing to set; jax reads the addresses from the machine
+    srun, mpirun          nothing to set where jax knows them (Slurm, Open MPI 4)
     anywhere else         JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES,
                           JAX_PROCESS_ID
 
@@ -12,8 +13,8 @@ the coordinator every few seconds that it lives and where it is, and process 0 l
 
     a process is silent for DIST_JAX_LOST_SECONDS (60)   the others name it and exit with 75
     a process ends with an error                         the others repeat it, same exit code
-    process 0 itself is gone                             jax aborts the others at once (134);
-                                                         a shell beside them says what happened
+    a process is asked to stop (SIGTERM, Ctrl-C)         all stop at the same place; see `ending`
+    process 0 does not answer for as long, or is gone    the others say so and exit with 75
 
 Exit code 75 (EX_TEMPFAIL) everywhere means: not at the end, start the same command again.
 """
@@ -21,25 +22,30 @@ Exit code 75 (EX_TEMPFAIL) everywhere means: not at the end, start the same comm
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import glob
 import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from dist_jax import ending
 
 log = logging.getLogger('dist_jax')
 
-AGAIN = 75  # exit code: stopped before the end, the same command continues
+AGAIN = ending.AGAIN
 KEY = 'dist_jax'
 POLL_SECONDS = 0.5
+GOOGLE = '0x1ae0'  # as a vendor on the PCI bus
 # What an error says when it only repeats that another process is gone.
 LOST_PEER = re.compile(
     r'^(UNKNOWN|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b'
@@ -51,11 +57,19 @@ CONTINUE = 'Start the same command again on all hosts; it continues from the new
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """How `jax.distributed.initialize` is called; None where jax finds it out."""
+    """How `jax.distributed.initialize` is called; None where jax finds it out.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0.
+      num_processes: of the run.
+      process_id: own number.
+      certain: there are others; otherwise it takes asking to know.
+    """
 
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    certain: bool = dataclasses.field(default=True, compare=False)
 
 
 def find_address(environment: Mapping[str, str], on_tpu_vm: bool) -> Address | None:
@@ -71,6 +85,8 @@ def find_address(environment: Mapping[str, str], on_tpu_vm: bool) -> Address | N
     coordinator = environment.get('JAX_COORDINATOR_ADDRESS')
     names = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
     numbers = [environment.get(name) for name in names]
+    if numbers[0] == '1' and not coordinator:
+        return None
     if any(numbers) and not (coordinator and all(numbers)):
         raise ValueError(
             'JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES=N and JAX_PROCESS_ID=0..N-1 '
@@ -78,7 +94,7 @@ def find_address(environment: Mapping[str, str], on_tpu_vm: bool) -> Address | N
         )
     if coordinator:
         if not all(numbers):
-            return Address(coordinator)  # Slurm, MPI: jax knows the rest
+            return _launched(environment, coordinator) or Address(coordinator)
         if ':' not in coordinator:
             raise ValueError(f'JAX_COORDINATOR_ADDRESS={coordinator!r} must be HOST:PORT')
         try:
@@ -90,19 +106,77 @@ def find_address(environment: Mapping[str, str], on_tpu_vm: bool) -> Address | N
                 f'JAX_PROCESS_ID={own} must be in 0 to JAX_NUM_PROCESSES - 1 = {count - 1}'
             )
         return Address(coordinator, count, own)
+    launched = _launched(environment, None)
+    if launched is not None:
+        return launched
     hosts = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
     if int(environment.get('MEGASCALE_NUM_SLICES') or 1) > 1 or (hosts and ',' in hosts):
         return Address()
     # A TPU VM slice sets no variables: jax asks the metadata server, which one host answers too.
     wants_tpu = environment.get('JAX_PLATFORMS', 'tpu') in ('', 'tpu', 'tpu,cpu')
     if on_tpu_vm and wants_tpu and not hosts and 'TPU_SKIP_MDS_QUERY' not in environment:
-        return Address()
+        return Address(certain=False)
     return None
 
 
-def has_tpu() -> bool:
-    """Whether this machine has TPU chips, without starting jax."""
-    return bool(glob.glob('/dev/accel[0-9]*') or glob.glob('/dev/vfio/[0-9]*'))
+# What jax reads of Slurm, and how many tasks were started together.
+_SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
+
+
+def _launched(environment: Mapping[str, str], coordinator: str | None) -> Address | None:
+    """How a task of `mpirun` or `srun` joins the others; None if it is the only one.
+
+    The variables of a Slurm job are in its batch script and in the shell of `salloc` too, which run
+    once. Only a task of `srun` knows a step.
+
+    Raises:
+      ValueError: there are others, and neither jax nor the variables say where.
+    """
+    count = environment.get('OMPI_COMM_WORLD_SIZE', '')
+    if count.isdigit() and int(count) > 1:
+        if 'OMPI_MCA_orte_hnp_uri' in environment:
+            return Address(coordinator)
+        if coordinator:
+            return Address(coordinator, int(count), int(environment['OMPI_COMM_WORLD_RANK']))
+        raise _not_joined(f'OMPI_COMM_WORLD_SIZE={count}', 'Open MPI 5 does not tell jax where')
+    number = environment.get('SLURM_PROCID', '')
+    count = environment.get('SLURM_STEP_NUM_TASKS', '')
+    if not count and ('SLURM_STEP_ID' in environment or number not in ('', '0')):
+        count = environment.get('SLURM_NTASKS', '')
+    if number and count.isdigit() and int(count) > 1:
+        missing = [name for name in _SLURM if name not in environment]
+        if not missing:
+            return Address(coordinator)
+        if coordinator:
+            return Address(coordinator, int(count), int(number))
+        raise _not_joined(f'{count} tasks of Slurm', f'{", ".join(missing)} are not set')
+    return None
+
+
+def _not_joined(found: str, reason: str) -> ValueError:
+    return ValueError(
+        f'this process is one of several ({found}), and {reason}: set JAX_COORDINATOR_ADDRESS='
+        'HOST:PORT, of the host of the first one, for all of them; or JAX_NUM_PROCESSES=1 if each '
+        'is a run of its own'
+    )
+
+
+def has_tpu(root: str = '/') -> bool:
+    """Whether this machine has TPU chips, without starting jax.
+
+    Devices under /dev/vfio may be of any kind. Google's on the PCI bus are also network cards and
+    disks, of class 1 and 2.
+    """
+    if glob.glob(f'{root}/dev/accel[0-9]*'):
+        return True
+    if not glob.glob(f'{root}/dev/vfio/[0-9]*'):
+        return False
+    for vendor in Path(root, 'sys/bus/pci/devices').glob('*/vendor'):
+        with contextlib.suppress(OSError):
+            kind = vendor.with_name('class').read_text().strip()
+            if vendor.read_text().strip() == GOOGLE and kind[:4] not in ('0x01', '0x02'):
+                return True
+    return False
 
 
 def _seconds(name: str, default: float) -> float:
@@ -136,12 +210,19 @@ def suspect(error: BaseException) -> None:
         _member.suspect(error)
 
 
-def join(stops_on_sigterm: bool = False) -> None:
-    """Joins the other processes, if there are any. Call it before anything else of jax.
+def stops_at(point: int) -> bool:
+    """Whether this run stops here, since this process or another was asked to; the same on all.
 
     Args:
-      stops_on_sigterm: SIGTERM to one process is passed on to all, for a loop that asks
-        `reached_preemption_sync_point`; otherwise it ends the process.
+      point: number of this place in the loop, one more than of the last; the same on all processes.
+    """
+    if _member is not None:
+        return _member.stops_at(point)
+    return bool(ending.asked())
+
+
+def join() -> None:
+    """Joins the other processes, if there are any. Call it before anything else of jax.
 
     Raises:
       ValueError: environment variables that contradict each other.
@@ -156,19 +237,24 @@ def join(stops_on_sigterm: bool = False) -> None:
 
     if jax.distributed.is_initialized():
         return
-    jax.config.update('jax_enable_preemption_service', stops_on_sigterm)
+    # It would take SIGTERM away from `ending`, and know nothing of Ctrl-C.
+    jax.config.update('jax_enable_preemption_service', False)
     who = 'this process' if address.process_id is None else f'process {address.process_id}'
     where = f' at {address.coordinator}' if address.coordinator else ''
 
     def give_up() -> None:
         whom = 'the other processes' if address.process_id == 0 else f'process 0{where}'
-        print(
+        ending.leave_now(
+            AGAIN,
             f'dist_jax: {who} has waited {patience:.0f} s for {whom}. Was the same command started '
             'on every host, and can the hosts reach each other on this port? '
             'DIST_JAX_JOIN_SECONDS sets the time.',
-            file=sys.stderr,
         )
-        _exit(AGAIN)
+
+    # The key-value store of the coordinator has no public name in jax 0.10.
+    from jax._src import distributed
+
+    state = distributed.global_state
 
     timer = threading.Timer(patience, give_up)
     timer.daemon = True
@@ -179,15 +265,21 @@ def join(stops_on_sigterm: bool = False) -> None:
             address.num_processes,
             address.process_id,
             initialization_timeout=int(patience) + 30,  # jax would abort; the timer speaks first
-            heartbeat_timeout_seconds=int(2 * lost_after) + 10,  # for a process 0 that hangs
+            heartbeat_timeout_seconds=int(2 * lost_after) + 10,  # `_guard` is earlier
         )
+    except Exception as error:
+        if address.certain or state.coordinator_address:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.warning(
+            'this machine has TPU chips and does not say whether it is one of several (%s): this '
+            'process goes on alone',
+            reason,
+        )
+        return
     finally:
         timer.cancel()
     if jax.process_count() > 1:
-        # The key-value store of the coordinator has no public name in jax 0.10.
-        from jax._src import distributed
-
-        state = distributed.global_state
         _member = Member(
             state.client,
             state.process_id,
@@ -196,14 +288,6 @@ def join(stops_on_sigterm: bool = False) -> None:
             state.coordinator_address or '',
         )
         _member.start()
-
-
-def _exit(code: int) -> None:
-    """Ends this process without waiting for any other, as `sys.exit` would."""
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
 
 
 def leave(code: int, error: BaseException | None = None, message: str = '') -> int:
@@ -221,7 +305,30 @@ def leave(code: int, error: BaseException | None = None, message: str = '') -> i
 
     jax.distributed.shutdown()  # waits for the others
     _member.say_done()
+    _catch_abort(None)
     return code
+
+
+_abort_handler: Any = None  # C calls it; it must live
+
+
+def _catch_abort(leave: Callable[[], None] | None) -> None:
+    """Calls `leave` when jax aborts this process; None: it ends as usual.
+
+    jax does so on a thread of its own as soon as it hears that the coordinator or another process
+    is gone, and offers no other way. An abort in the main thread is something else and stays one.
+    """
+    global _abort_handler
+
+    def handle(_: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            leave()
+
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle) if leave is not None else None
+    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p) if handler else None)
+    _abort_handler = handler
 
 
 class Member:
@@ -251,8 +358,14 @@ class Member:
         self._verdict: dict[str, Any] | None = None
         self._heard = threading.Event()
         self._stop = threading.Event()
-        self._last = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name='pod', daemon=True)
+        self._answered = time.monotonic()  # when the coordinator last did
+        self._guard_thread = threading.Thread(target=self._guard, name='guard', daemon=True)
+        # The place where all stop: the last one that anybody has come to, plus one.
+        self._points = threading.Condition()
+        self._point = 0
+        self._agreeing = False
+        self._stop_point: int | None = None
         self._others: dict[int, dict[str, Any]] = {}
         self._judge = _Judge(num_processes, lost_after) if process_id == 0 else None
         self._last_words: subprocess.Popen[bytes] | None = None
@@ -260,15 +373,12 @@ class Member:
     def start(self) -> None:
         """Starts the thread of signs of life."""
         own = f'process {self.process_id} of {self.num_processes} on {socket.gethostname()}'
-        lost = 'another process was lost or has started again; see their logs'
-        if self.process_id:
-            lost = f'process 0, the coordinator at {self._coordinator}, was lost'
         text = (
-            f'dist_jax: {own} ended without a word of its own. If jax wrote above that it ends '
-            f'this process, {lost}. Otherwise it was killed, perhaps for memory. {CONTINUE}'
+            f'dist_jax: {own} ended without a word of its own: it was killed, perhaps for memory. '
+            f'{CONTINUE}'
         )
-        # Says the text when the pipe closes before 'done' has come through it: after an abort or a
-        # SIGKILL nothing of this process can.
+        # Says the text when the pipe closes before 'done' has come through it: after a SIGKILL
+        # nothing of this process can.
         script = 'trap "" TERM INT HUP; read word; [ "$word" = done ] || printf "%s\\n" "$1" >&2'
         with contextlib.suppress(OSError):
             self._last_words = subprocess.Popen(
@@ -276,7 +386,11 @@ class Member:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
             )
+        _catch_abort(self._aborted)
+        ending.leave_with(self._leave_all)
         self._thread.start()
+        if self.process_id:
+            self._guard_thread.start()
 
     def note(self, **figures: Any) -> None:
         """Changes what the next sign of life says."""
@@ -309,6 +423,14 @@ class Member:
             ) from error
         found = {int(k.rpartition('/')[2]): v for k, v in self.client.key_value_dir_get(f'{key}/')}
         return [found[i].strip() for i in range(self.num_processes)]
+
+    def stops_at(self, point: int) -> bool:
+        """See the function `stops_at`."""
+        with self._points:
+            # Those who are ahead wait here until all have said where they are; their threads do.
+            self._points.wait_for(lambda: not self._agreeing)
+            self._point = point
+            return self._stop_point is not None and point >= self._stop_point
 
     def slowest(self, figure: str) -> tuple[float, str] | None:
         """The largest value of a figure of `note`, and whose it is; on process 0."""
@@ -355,6 +477,7 @@ class Member:
         # A thread inside a call of jax would abort the process when the interpreter ends.
         self._stop.set()
         self._thread.join()
+        ending.leave_with(ending.leave_now)
 
     def _all_done(self) -> bool:
         try:
@@ -372,12 +495,53 @@ class Member:
                 self._last_words.stdin.close()
 
     def _end(self, code: int, message: str) -> None:
-        self._last.acquire()  # of two threads, one speaks; it is never released
-        print(message, file=sys.stderr, flush=True)
+        ending.before_exit.insert(0, self._last_moment)  # called last
+        ending.leave_now(code, message)
+
+    def _last_moment(self) -> None:
         if self.process_id == 0:
             time.sleep(4 * POLL_SECONDS)  # the others hear of it before the coordinator goes
         self.say_done()
-        _exit(code)
+
+    def _leave_all(self, code: int, message: str) -> None:
+        """Ends this process on behalf of a signal, and the others with it."""
+        self._ending.set()
+        # They continue where a second Ctrl-C here ends it at once.
+        verdict = {'process': self.process_id, 'code': AGAIN, 'stopped': ending.asked()}
+        # A coordinator that hangs would hold this up.
+        teller = threading.Thread(target=self._tell, args=(verdict,), daemon=True)
+        teller.start()
+        teller.join(ending.HOOK_SECONDS)
+        self._end(code, message)
+
+    def _aborted(self) -> None:
+        """jax ends this process; it has said why above."""
+        lost = 'another process was lost or has started again; see their logs'
+        if self.process_id:
+            lost = f'process 0, the coordinator at {self._coordinator}, or another was lost'
+        self._end(
+            AGAIN,
+            f'dist_jax: process {self.process_id} of {self.num_processes} on '
+            f'{socket.gethostname()} is ended by jax: {lost}. {CONTINUE}',
+        )
+
+    def _guard(self) -> None:
+        """Ends this process when the coordinator does not answer, before jax aborts it."""
+        patience = self.lost_after - self._every
+        looked = time.monotonic()
+        while not self._stop.wait(POLL_SECONDS):
+            now = time.monotonic()
+            if now - looked > self.lost_after / 2:  # this process slept
+                self._answered = now
+            looked = now
+            if now - self._answered > patience:
+                self._end(
+                    AGAIN,
+                    f'dist_jax: process 0 of {self.num_processes}, the coordinator at '
+                    f'{self._coordinator}, has not answered for {now - self._answered:.0f} s: it '
+                    'hangs, or the network does. This process ends too (exit code '
+                    f'{AGAIN}). {CONTINUE}',
+                )
 
     def _beat(self) -> None:
         self._beats += 1
@@ -394,15 +558,36 @@ class Member:
         """The first to tell is believed."""
         verdict = {'host': socket.gethostname(), **verdict}
         with contextlib.suppress(Exception):
-            self.client.key_value_set(f'{KEY}/verdict/first', json.dumps(verdict))
+            self.client.key_value_set(f'{KEY}/news/verdict', json.dumps(verdict))
 
     def _hear(self) -> dict[str, Any] | None:
-        found = dict(self.client.key_value_dir_get(f'{KEY}/verdict/'))
-        return json.loads(next(iter(found.values()))) if found else None
+        """The verdict, if there is one; a wish to stop is seen to."""
+        news = self.client.key_value_dir_get(f'{KEY}/news/')
+        found = {key.rpartition('/')[2]: text for key, text in news}
+        asked = ending.asked_of_loop()
+        if asked and 'stop' not in found:
+            self.client.key_value_set(f'{KEY}/news/stop', asked, allow_overwrite=True)
+        elif 'stop' in found and not ending.asked():
+            ending.ask(found['stop'])
+        if 'stop' in found and self._stop_point is None:
+            self._agree()
+        return json.loads(found['verdict']) if 'verdict' in found else None
+
+    def _agree(self) -> None:
+        """Says where this process is and waits for it; once all have, it knows where all stop."""
+        with self._points:
+            if not self._agreeing:
+                self._agreeing = True
+                self.client.key_value_set(f'{KEY}/points/{self.process_id}', str(self._point))
+            points = [int(text) for _, text in self.client.key_value_dir_get(f'{KEY}/points/')]
+            if len(points) == self.num_processes:
+                self._stop_point = max(points) + 1
+                self._agreeing = False
+                self._points.notify_all()
 
     def _watch(self) -> None:
         last_beat = 0.0
-        while not self._stop.wait(POLL_SECONDS):
+        while not self._stop.wait(POLL_SECONDS / 5 if self._agreeing else POLL_SECONDS):
             try:
                 now = time.monotonic()
                 if now - last_beat >= self._every:
@@ -411,7 +596,8 @@ class Member:
                     if self._judge is not None:
                         self._look()
                 verdict = self._hear()
-            except Exception:  # the coordinator is gone: jax ends this process
+                self._answered = time.monotonic()
+            except Exception:  # the coordinator is gone: jax or the guard ends this process
                 continue
             if verdict is not None:
                 self._verdict = verdict
@@ -505,6 +691,11 @@ class _Judge:
 
 def _sentence(verdict: Mapping[str, Any], num_processes: int) -> str:
     who = f'process {verdict["process"]} of {num_processes} on {verdict["host"]}'
+    if 'stopped' in verdict:
+        return (
+            f'{who} was stopped ({verdict["stopped"]}), so this one ends too (exit code {AGAIN}). '
+            f'{CONTINUE}'
+        )
     if 'error' in verdict:
         return f'{who} ended with an error, so this one ends too: {verdict["error"]}'
     step = f', last seen at step {verdict["step"]}' if verdict['step'] >= 0 else ''

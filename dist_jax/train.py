@@ -7,14 +7,12 @@ interruption, it ends with the same parameters, bit for bit, on the same mesh.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, experiment, init_from, optim, pod, report, step
+from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, report, step
 from dist_jax.evaluate import BadVideosError, EvalResult, evaluate_config
 from dist_jax.logbook import Bar, Logbook, duration
 from dist_jax.metrics import NonFiniteScoresError
@@ -42,6 +40,7 @@ from dist_jax.sharding import (
     to_global,
     to_host,
 )
+from dist_jax.workdir_lock import locked
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog
 from input_pipeline.video_list import LabelledSource
@@ -171,16 +170,22 @@ def train(
 
     Returns:
       The summary: step, val_top1, val_top5, params_sha256, seconds and more; with `interrupted`
-      true after SIGTERM, and with `val_error` if the last evaluation gave no accuracy. `seconds`
-      is the time in this function, of all starts together; what a killed start did after its
-      newest checkpoint is done and counted again.
+      true after SIGTERM or Ctrl-C, and with `val_error` if the last evaluation gave no accuracy.
+      `seconds` is the time in this function, of all starts together; what a killed start did after
+      its newest checkpoint is done and counted again.
 
     Raises:
       ValueError: a field, a file or an earlier run in the workdir does not fit; the message says
         what to change.
       NonFiniteError: the loss stopped being a number.
       TooManyBadVideos: more unreadable videos than data.max_bad_share allows.
+      InUseError: another process trains in the workdir.
     """
+    with locked(workdir):
+        return _train(config, workdir, also)
+
+
+def _train(config: ConfigDict, workdir: str, also: Mapping[str, Any] | None) -> dict[str, Any]:
     started = time.monotonic()
     config = ConfigDict(config)
     mesh = make_mesh(**config.mesh)
@@ -373,30 +378,29 @@ def _write_overview(
 
 
 class _StopSignal:
-    """Whether somebody asked this run to stop (SIGTERM), agreed between hosts.
+    """Whether somebody asked this run to stop (SIGTERM, Ctrl-C), agreed between hosts.
 
-    With several processes the signal is jax's own from `pod.join` on: a handler here would take it
-    away, and the process that got it would keep it to itself.
+    Before the first place to stop there is nothing to save, and the command ends at once.
     """
 
-    def __init__(self) -> None:
-        self._asked = False
-        self._before = None
-        if jax.process_count() == 1:
-            with contextlib.suppress(ValueError):  # not the main thread
-                self._before = signal.signal(signal.SIGTERM, self._note)
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish = finish
+        self._places = 0
+        self._own = ending.listen(continues=True, exits=False)
 
-    def _note(self, *_: Any) -> None:
-        self._asked = True
-
-    def reached(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+    def reached(self) -> bool:
+        """Whether to stop here; every host must ask at the same places."""
+        self._places += 1
+        ending.hold(self._finish)
+        stops = pod.stops_at(self._places)
+        if stops:
+            ending.stopping()
+        return stops
 
     def restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        ending.release()
+        if self._own:
+            ending.stop_listening()
 
 
 @dataclasses.dataclass
@@ -445,7 +449,7 @@ class _Loop:
         pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]] = collections.deque()
         meter = _Meter(config.batch_size)
         result: EvalResult | None = None
-        stop = _StopSignal()
+        stop = _StopSignal(self.checkpoints.wait)
         stopped = False
         try:
             with Bar('train', plan.total_steps, start, SILENCE) as bar:
@@ -484,11 +488,15 @@ class _Loop:
                     if evaluating:
                         self._settle(pending, 0)
                         pod.note(doing='evaluating')
-                        with meter.pause():
-                            result = self._evaluate(state)
-                        self.logbook.write_scalars(done, _eval_figures(result))
-                        bar.line(_eval_line(result))
-                    stopped = stop.reached(done) and not last
+                        try:
+                            with meter.pause():
+                                result = self._evaluate(state, stop)
+                        except ending.StoppedError:
+                            stopped, evaluating = True, False
+                        else:
+                            self.logbook.write_scalars(done, _eval_figures(result))
+                            bar.line(_eval_line(result))
+                    stopped = stopped or (stop.reached() and not last)
                     due = _due(done, config.checkpoint.every_steps)
                     if evaluating or due or stopped or last:
                         self._settle(pending, 0)  # nothing that is not a number is saved
@@ -498,7 +506,7 @@ class _Loop:
                         metadata = self.metadata | {'seconds': self.seconds()}
                         self.checkpoints.save(state, metadata, top1)
                     if stopped:
-                        bar.line(f'SIGTERM: saved step {done}; the same command continues')
+                        bar.line(f'{ending.asked()}: saved step {done}; the same command continues')
                         break
             pod.note(doing='saving')
             self.checkpoints.wait()
@@ -508,7 +516,8 @@ class _Loop:
             self.num_bad_videos = len(bad_videos)
         pod.note(doing='evaluating')
         if start == plan.total_steps and self.val_source is not None:
-            result = self._evaluate(state)  # the run was complete already
+            # The run was complete already: a signal has nothing to save, and ends it at once.
+            result = self._evaluate(state)
         return state, result, stopped
 
     def _settle(
@@ -529,7 +538,9 @@ class _Loop:
                 )
         return scalars
 
-    def _evaluate(self, state: step.TrainState) -> EvalResult | None:
+    def _evaluate(
+        self, state: step.TrainState, stop: _StopSignal | None = None
+    ) -> EvalResult | None:
         """Accuracy on the validation list; None, after an error in the log, if there is none.
 
         What is wrong with the evaluation does no harm to the state: the run goes on.
@@ -551,6 +562,7 @@ class _Loop:
                     bar,
                     config.data.max_bad_share,
                     self.val_skipped,
+                    stop.reached if stop is not None else None,
                 )
             except (BadVideosError, NonFiniteScoresError) as error:  # the same on all hosts
                 self.val_error = str(error).splitlines()[0]

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -30,6 +31,17 @@ NUM_STEPS = 24  # of 4 clips, 18 in the list: epochs end inside a step
 # Who is lost, without processes.
 
 
+SLURM = {
+    'SLURM_JOB_ID': '7',
+    'SLURM_STEP_ID': '0',
+    'SLURM_STEP_NODELIST': 'node[1-2]',
+    'SLURM_NTASKS': '4',
+    'SLURM_PROCID': '2',
+    'SLURM_LOCALID': '0',
+}
+OPEN_MPI = {'OMPI_COMM_WORLD_SIZE': '4', 'OMPI_COMM_WORLD_RANK': '2'}
+
+
 @pytest.mark.parametrize(
     ('environment', 'on_tpu_vm', 'expected'),
     [
@@ -40,7 +52,19 @@ NUM_STEPS = 24  # of 4 clips, 18 in the list: epochs end inside a step
         ({}, True, pod.Address()),  # a TPU VM slice sets no variables
         ({'TPU_SKIP_MDS_QUERY': '1'}, True, None),
         ({'JAX_PLATFORMS': 'cpu'}, True, None),
-        ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, False, pod.Address('a:1')),  # Slurm knows the rest
+        ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, False, pod.Address('a:1')),
+        (SLURM, False, pod.Address()),
+        (SLURM | {'JAX_COORDINATOR_ADDRESS': 'a:1'}, False, pod.Address('a:1')),
+        (SLURM | {'SLURM_STEP_NUM_TASKS': '4'}, False, pod.Address()),
+        # The shell of salloc, the batch script, a shell in a step of its own, one task.
+        ({'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4'}, False, None),
+        ({'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}, False, None),
+        (SLURM | {'SLURM_PROCID': '0', 'SLURM_STEP_NUM_TASKS': '1'}, False, None),
+        (SLURM | {'SLURM_PROCID': '0', 'SLURM_NTASKS': '1'}, False, None),
+        (SLURM | {'JAX_NUM_PROCESSES': '1'}, False, None),  # each on its own
+        (OPEN_MPI | {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:9'}, False, pod.Address()),
+        (OPEN_MPI | {'JAX_COORDINATOR_ADDRESS': 'a:1'}, False, pod.Address('a:1', 4, 2)),
+        (OPEN_MPI | {'OMPI_COMM_WORLD_SIZE': '1'}, False, None),
         (
             {
                 'JAX_COORDINATOR_ADDRESS': 'a:1',
@@ -75,6 +99,55 @@ def test_variables_that_do_not_fit_are_named(coordinator, count, own, message):
     }
     with pytest.raises(ValueError, match=message):
         pod.find_address({k: v for k, v in variables.items() if v}, False)
+
+
+@pytest.mark.parametrize(
+    ('environment', 'found'),
+    [
+        ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '1'}, '4 tasks of Slurm'),
+        (OPEN_MPI, 'OMPI_COMM_WORLD_SIZE=4'),
+    ],
+)
+def test_tasks_that_cannot_find_each_other_do_not_run_alone(environment, found):
+    with pytest.raises(ValueError, match=found) as error:
+        pod.find_address(environment, False)
+    assert 'set JAX_COORDINATOR_ADDRESS=HOST:PORT' in str(error.value)
+    assert 'JAX_NUM_PROCESSES=1' in str(error.value)
+
+
+def machine(root, device, vendor='0x1ae0', kind='0xff0000'):
+    """Files of a machine with one device."""
+    (root / 'dev' / device).parent.mkdir(parents=True)
+    (root / 'dev' / device).touch()
+    pci = root / 'sys' / 'bus' / 'pci' / 'devices' / '0000:00:04.0'
+    pci.mkdir(parents=True)
+    (pci / 'vendor').write_text(f'{vendor}\n')
+    (pci / 'class').write_text(f'{kind}\n')
+    return str(root)
+
+
+def test_only_devices_of_google_are_tpus(tmp_path):
+    assert pod.has_tpu(machine(tmp_path / 'v5e', 'vfio/0'))
+    assert pod.has_tpu(machine(tmp_path / 'v4', 'accel0'))
+    assert not pod.has_tpu(machine(tmp_path / 'gpu', 'vfio/12', vendor='0x10de', kind='0x030200'))
+    assert not pod.has_tpu(machine(tmp_path / 'gvnic', 'vfio/1', kind='0x020000'))
+    assert not pod.has_tpu(machine(tmp_path / 'no_group', 'vfio/vfio'))
+
+
+def test_a_machine_that_seems_to_have_tpus_and_cannot_join_goes_on_alone(monkeypatch, caplog):
+    def initialize(*_, **__):
+        raise ConnectionError('metadata.google.internal: no such host')
+
+    monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+    for name in ('JAX_PLATFORMS', 'TPU_SKIP_MDS_QUERY'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pod, 'has_tpu', lambda: True)
+    pod.join()
+    assert pod.current() is None
+    assert 'no such host' in caplog.text and 'goes on alone' in caplog.text
+    monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'a,b')
+    with pytest.raises(ConnectionError):
+        pod.join()
 
 
 def rows(*beats, **fields):
@@ -216,10 +289,21 @@ def environment(tmp_path_factory):
 MEMBER = """
 import logging, sys, time
 import jax
-from dist_jax import pod
+from dist_jax import ending, pod
 logging.basicConfig(format='%(message)s')
+ending.listen(continues=True)
 pod.join()
 print('ready', flush=True)
+if sys.argv[1] == 'loop':
+    point = 0
+    while True:
+        point += 1
+        ending.hold(lambda: None)
+        if pod.stops_at(point):
+            ending.stopping()
+            print('stops at', point, flush=True)
+            sys.exit(pod.leave(pod.AGAIN))
+        time.sleep(0.001 * (1 + jax.process_index()))
 if sys.argv[1] == 'error' and jax.process_index() == 1:
     pod.leave(2, ValueError('data.root: no folder /nowhere'), 'my own words')
 for step in range(int(sys.argv[2]) * 20):
@@ -294,14 +378,53 @@ def test_without_process_zero_the_others_end_and_say_so(members):
         group.until(ready(group))
         group.processes[0].kill()
         start = time.monotonic()
-        assert group.processes[1].wait(TIMEOUT_SECONDS) not in (0, 2)
+        assert group.processes[1].wait(TIMEOUT_SECONDS) == pod.AGAIN, group.output()
         assert time.monotonic() - start < LOST_SECONDS + 15
-        for number in (0, 1):  # the shell beside each
-            deadline = time.monotonic() + 10
-            while 'without a word of its own' not in group.text(number):
-                assert time.monotonic() < deadline, group.output()
-                time.sleep(0.05)
-        assert 'process 0, the coordinator at 127.0.0.1:' in group.text(1)
+        assert 'is ended by jax: process 0, the coordinator at 127.0.0.1:' in group.text(1)
+        assert 'without a word' not in group.text(1)
+        deadline = time.monotonic() + 10
+        while 'without a word of its own' not in group.text(0):  # the shell beside it
+            assert time.monotonic() < deadline, group.output()
+            time.sleep(0.05)
+
+
+def test_a_frozen_process_zero_ends_the_others_before_jax_does(members):
+    with members('hang') as group:
+        group.until(ready(group))
+        group.processes[0].send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        assert group.processes[1].wait(TIMEOUT_SECONDS) == pod.AGAIN, group.output()
+        assert time.monotonic() - start < LOST_SECONDS + 5  # jax: twice that and 10 s
+        text = group.text(1)
+        assert 'process 0 of 2, the coordinator at 127.0.0.1:' in text
+        assert 'has not answered for' in text and 'Start the same command again' in text
+        assert 'without a word' not in text and '@  ' not in text
+
+
+@pytest.mark.parametrize('number', [0, 1])
+def test_before_training_a_signal_to_one_process_ends_all(members, number):
+    with members('hang') as group:
+        group.until(ready(group))
+        group.processes[number].send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        assert group.codes() == [pod.AGAIN] * 2, group.output()
+        assert time.monotonic() - start < 20
+        assert 'SIGTERM: nothing has to be saved' in group.text(number)
+        other = group.text(1 - number)
+        assert f'process {number} of 2 on ' in other and 'was stopped (SIGTERM)' in other
+
+
+@pytest.mark.parametrize('numbers', [[1], [0, 1]])
+def test_processes_at_different_places_stop_at_the_same(members, numbers):
+    with members('loop') as group:
+        group.until(ready(group))
+        for number in numbers:
+            group.processes[number].send_signal(signal.SIGINT)
+        assert group.codes() == [pod.AGAIN] * 2, group.output()
+        points = [re.search(r'stops at (\d+)', group.text(i)).group(1) for i in (0, 1)]
+        assert points[0] == points[1]
+        for number in (0, 1):
+            assert 'Ctrl-C: saving, then exit code 75' in group.text(number)
 
 
 def test_a_process_that_finds_nobody_gives_up(members):

@@ -283,6 +283,31 @@ def test_sigterm_saves_and_the_same_command_continues(make_config, straight, tmp
 
 
 @pytest.mark.slow
+def test_a_stop_takes_effect_between_two_batches_of_an_evaluation(make_config, straight, tmp_path):
+    workdir, batches = tmp_path / 'run', []
+
+    def make_eval_step(*_):
+        def eval_step(variables, frozen, video):
+            batches.append(len(video))
+            os.kill(os.getpid(), signal.SIGTERM)
+            return (jax.numpy.full((len(video), straight[1]['num_classes'][0]), 0.125),)
+
+        return eval_step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.step, 'make_eval_step', make_eval_step)
+        summary = train.train(make_config(), str(workdir))
+    assert summary['interrupted'] is True and len(batches) == 1
+    assert steps_of(workdir)[-1] == summary['step'] and not rows(workdir, 'val_top1')
+    assert not (workdir / 'summary.json').exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.report, 'write_report', lambda *_: None)
+        summary = train.train(make_config(), str(workdir))
+    assert summary['params_sha256'] == straight[1]['params_sha256']
+    assert losses(workdir) == losses(straight[0])
+
+
+@pytest.mark.slow
 def test_a_finished_run_repeats_its_summary(straight, make_config, tmp_path):
     workdir = shutil.copytree(straight[0], tmp_path / 'run')
     summary = train.train(make_config(), str(workdir))
