@@ -19,6 +19,7 @@ import platform
 import shutil
 import socket
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -31,11 +32,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from dist_jax import checkpoint, experiment, pod
+from dist_jax import checkpoint, experiment, pod, train
 from dist_jax.models import converted
-from dist_jax.sharding import make_mesh
+from dist_jax.sharding import feed, make_mesh
 from input_pipeline.decode import DecodeError
-from input_pipeline.pipeline import open_video
+from input_pipeline.machine import free_memory, num_cpus
+from input_pipeline.pipeline import EVAL_AHEAD, open_video
+from input_pipeline.workers import LENT, usual_number
 
 log = logging.getLogger('dist_jax')
 
@@ -45,6 +48,8 @@ CODE = ('dist_jax', 'input_pipeline', 'configs')
 CLOCK_SECONDS = 5.0  # hosts' clocks may differ by this much
 DISK_GIB = 2.0  # free space for temporary files below which there is a warning
 WAIT_SECONDS = 300  # for the slowest host
+WORKDIR_SECONDS = 20.0  # for a workdir to answer; libraries of buckets try for minutes
+MEMORY_SHARE = 0.5  # of free memory that batches may take without a warning
 NAMED = 4  # hosts that a line names
 
 
@@ -89,8 +94,9 @@ def run(request: Request) -> list[Check]:
     token = _first(uuid.uuid4().hex)
     own = _look(request, token)
     rows = _exchange('facts', own)
-    shared = _exchange('shared', _shared_workdir(request.workdir, token, len(rows)))
-    if request.workdir:
+    usable = '' if own['workdir'] else request.workdir
+    shared = _exchange('shared', _shared_workdir(usable, token, len(rows)))
+    if request.workdir and not own['workdir']:
         with contextlib.suppress(Exception):
             _probe(request.workdir, token, jax.process_index()).unlink()
     checks = [
@@ -106,7 +112,8 @@ def run(request: Request) -> list[Check]:
     if request.config is not None:
         checks += [
             _config(rows),
-            _batches(request.config),
+            _batches(rows, request.config),
+            _readers(rows, request.config),
             _merge(rows, 'backbone'),
             _merge(rows, 'training list'),
             _merge(rows, 'validation list'),
@@ -205,6 +212,9 @@ def _look(request: Request, token: str) -> dict[str, Any]:
         'disk': shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
         'disk_at': tempfile.gettempdir(),
         'workdir': _own_workdir(request.workdir, token) if request.workdir else '',
+        'cpus': num_cpus(),
+        'all_cpus': os.cpu_count() or 1,
+        'memory': free_memory(),
     }
     if config is not None:
         facts['config'] = hashlib.sha256(
@@ -249,7 +259,17 @@ def _probe(workdir: str, token: str, number: int) -> epath.Path:
 
 
 def _own_workdir(workdir: str, token: str) -> str:
-    """'' if this host can write and read there, or why not."""
+    """'' if this host can write and read there, or why not, soon."""
+    answer: list[str] = []
+    thread = threading.Thread(
+        target=lambda: answer.append(_try_workdir(workdir, token)), daemon=True
+    )
+    thread.start()
+    thread.join(WORKDIR_SECONDS)
+    return answer[0] if answer else f'no answer within {WORKDIR_SECONDS:.0f} s'
+
+
+def _try_workdir(workdir: str, token: str) -> str:
     path = _probe(workdir, token, jax.process_index())
     if workdir.startswith('gs://'):
         # The second deletes old checkpoints, at the first save that makes one superfluous.
@@ -301,7 +321,7 @@ def _backbone(config: ConfigDict) -> dict[str, str]:
     return {'found': f'{metadata["name"]} {metadata["params_sha256"][:12]}'}
 
 
-def _list(config: ConfigDict, split: str) -> dict[str, str]:
+def _list(config: ConfigDict, split: str) -> dict[str, Any]:
     """Reads a list, and its first, middle and last video; one that is broken stops no run."""
     field = f'{split}_list'
     if not config.data[field]:
@@ -325,8 +345,9 @@ def _list(config: ConfigDict, split: str) -> dict[str, str]:
     if len(bad) == len(looked):
         return {'problem': bad[0]}
     found = f'{len(source)} videos, {experiment.list_sha256(source)[:12]}; '
+    size = {'videos': len(source)}
     found += f'{len(looked) - len(bad)} of {len(looked)} looked at can be read'
-    return {'found': found, **({'warning': bad[0]} if bad else {})}
+    return {'found': found, **size, **({'warning': bad[0]} if bad else {})}
 
 
 def _reason(error: Exception) -> str:
@@ -459,7 +480,8 @@ def _workdir(rows: list[dict[str, Any]], shared: list[list[int]], workdir: str) 
     if bad:
         reason = next(row['workdir'] for row in rows if row['workdir'])
         rights = (
-            "Install '.[tpu]' (gcsfs, google-cloud-storage), and give the service account of the "
+            'See that the hosts have a network that leads there (curl https://storage.googleapis.com)'
+            ". Install '.[tpu]' (gcsfs, google-cloud-storage), and give the service account of the "
             'hosts roles/storage.objectAdmin on the bucket.'
             if '://' in workdir
             else 'Choose a --workdir that every host can write to.'
@@ -479,12 +501,68 @@ def _workdir(rows: list[dict[str, Any]], shared: list[list[int]], workdir: str) 
     return Check('workdir', OK, f'{workdir} {seen}')
 
 
-def _batches(config: ConfigDict) -> Check:
+def _batches(rows: list[dict[str, Any]], config: ConfigDict) -> Check:
+    videos = rows[0]['training list'].get('videos')
     try:
-        experiment.check_batches(config, make_mesh(**config.mesh))
+        reader = experiment.check_batches(config, make_mesh(**config.mesh))
+        if videos:
+            train.make_plan(config, videos)
     except ValueError as error:
         return Check('batch', FAILED, _reason(error), 'Set the field that is named.')
-    return Check('batch', OK, f'{config.batch_size} clips, {config.eval.batch_size} in evaluation')
+    found = f'{config.batch_size} clips, {config.eval.batch_size} in evaluation'
+    if videos and videos * reader.num_samples < config.batch_size:
+        return Check(
+            'batch',
+            WARNING,
+            f'{found}; the training list has {videos} videos, so one batch holds several epochs',
+            f'Set --config.batch_size to {videos * reader.num_samples} at most, and scale '
+            'optimizer.peak_lr with it.',
+        )
+    return Check('batch', OK, found)
+
+
+def _batch_bytes(config: ConfigDict) -> tuple[int, int]:
+    """Bytes of the clips of a host: (those of a training batch, of an evaluation batch)."""
+    data, test = config.data, config.eval
+    parts = feed(make_mesh(**config.mesh)).count
+    clip = data.num_frames * data.image_size**2 * 3
+    views = test.num_clips * test.num_crops if data.val_list else 0
+    return config.batch_size * clip // parts, test.batch_size * views * clip // parts
+
+
+def _readers(rows: list[dict[str, Any]], config: ConfigDict) -> Check | None:
+    """CPUs for the readers, and memory for the batches that they make ahead."""
+    try:
+        train_bytes, eval_bytes = _batch_bytes(config)
+    except ValueError:
+        return None  # the line of the batch says it
+    data = config.data
+    processes = usual_number() if data.num_workers == -1 else data.num_workers
+    # Readers of the training list keep their batches while an evaluation has its own.
+    extra = LENT if processes else data.num_threads
+    ahead = max(data.buffer_size, 1)
+    total = train_bytes * (ahead + extra) + eval_bytes * (EVAL_AHEAD + extra)
+    fewest = min(rows, key=lambda row: row['cpus'])
+    who = f'{processes} processes' if processes else f'{data.num_threads} threads'
+    found = f'{who} a host, {fewest["cpus"]} CPUs'
+    if fewest['cpus'] < fewest['all_cpus']:
+        found += f' of {fewest["all_cpus"]} (limits of this process or its container)'
+    found += f'; batches of {total / 2**30:.1f} GiB'
+    known = [row for row in rows if row['memory'] is not None]
+    if not known:
+        return Check('readers', OK, found)
+    least = min(known, key=lambda row: row['memory'])
+    found += f', {least["memory"] / 2**30:.1f} GiB free'
+    if total <= MEMORY_SHARE * least['memory']:
+        return Check('readers', OK, found)
+    low = _hosts(rows, lambda row: row['memory'] and total > MEMORY_SHARE * row['memory'])
+    fixed = train_bytes * extra + eval_bytes * (EVAL_AHEAD + extra)
+    fitting = int((MEMORY_SHARE * least['memory'] - fixed) // max(train_bytes, 1))
+    way = 'Set --config.batch_size or --config.eval.batch_size lower, or use more hosts.'
+    if fitting >= 1:
+        way = f'Set --config.data.buffer_size={fitting} (now {data.buffer_size}); or: {way}'
+    state = FAILED if total > least['memory'] else WARNING
+    return Check('readers', state, f'{found} on {low}', way)
 
 
 def _merge(rows: list[dict[str, Any]], name: str) -> Check:

@@ -11,7 +11,6 @@ be read, 1 if not, 2 if the list itself is wrong.
 """
 
 import argparse
-import os
 import sys
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from input_pipeline.bad_videos import NUM_CHECK_FRAMES, check_source
 from input_pipeline.list_formats import LIST_FORMATS
+from input_pipeline.machine import num_cpus
 from input_pipeline.sources import open_source
 
 REPORT = 'bad_videos.jsonl'
@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         action='store_true',
         help=f'decode every frame (default: the {NUM_CHECK_FRAMES} frames of a segment sample)',
     )
-    parser.add_argument(
-        '--threads', type=int, default=os.cpu_count() or 1, help='default: all cores'
-    )
+    parser.add_argument('--threads', type=int, default=num_cpus(), help='default: all cores')
     return parser
 
 

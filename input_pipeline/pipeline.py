@@ -29,6 +29,8 @@ from input_pipeline.transforms import Label, Transform, ViewCrops, apply, choose
 from input_pipeline.video_list import Record
 from input_pipeline.workers import Element, Skipped
 
+EVAL_AHEAD = 4  # batches of an evaluation that are made ahead
+
 
 class Source(Protocol):
     """Random access to records; index i is the identity of a record."""
@@ -439,7 +441,7 @@ def eval_batches(
     host_count: int = 1,
     num_threads: int = 2,
     num_workers: int = 0,
-    buffer_size: int = 4,
+    buffer_size: int = EVAL_AHEAD,
     record_timeout: float = 60.0,
     skipped: Skipped | None = None,
 ) -> Batches:

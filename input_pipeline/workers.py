@@ -35,6 +35,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from absl import logging
 
+from input_pipeline.machine import num_cpus
+
 KINDS = ('crashed', 'timed out')  # of elements that a process could not make, beside decode.KINDS
 ATTEMPTS = 2  # processes that may fail over an element
 AHEAD = 2  # elements that a process is given at a time, so that it does not wait for the next one
@@ -96,13 +98,13 @@ class Skipped:
 
 
 def usual_number() -> int:
-    """Processes for this machine: one a CPU that this process may use, at most `MOST_WORKERS`.
+    """Processes for this machine: one a CPU, see `machine.num_cpus`, at most `MOST_WORKERS`.
 
     0, which means threads, where the system is not Linux.
     """
     if not hasattr(os, 'memfd_create'):
         return 0
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    return min(num_cpus(), MOST_WORKERS)
 
 
 class ReaderError(RuntimeError):
@@ -327,6 +329,8 @@ class _Supervisor:
     # The thread.
 
     def _run(self) -> None:
+        # The processes have these blocked from their first moment on, until `serve` ignores them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             for _ in range(self._num_workers):
                 self._start()

@@ -1,6 +1,7 @@
 """The doctor: every check that fails says on which host, and the way out."""
 
 import json
+import threading
 
 import jax
 import pytest
@@ -71,6 +72,54 @@ def test_a_recipe_that_does_not_fit_is_found(config, tmp_path):
     checks = doctor.run(doctor.Request(config, str(tmp_path / 'run'), jax.device_count()))
     assert states(checks)['batch'] == doctor.FAILED
     assert 'exclude each other' in by_name(checks, 'batch').found
+
+
+def test_a_batch_that_is_larger_than_the_list_is_not_ok(config):
+    config.batch_size = 256
+    check = by_name(doctor.run(doctor.Request(config)), 'batch')
+    assert check.state == doctor.WARNING and 'the training list has 18 videos' in check.found
+    assert '--config.batch_size to 18' in check.help
+    config.update(num_steps=0, num_epochs=1.0)
+    check = by_name(doctor.run(doctor.Request(config)), 'batch')
+    assert check.state == doctor.FAILED and 'make no step' in check.found
+
+
+def test_a_workdir_that_does_not_answer_is_told_soon(config, monkeypatch):
+    silence = threading.Event()
+    monkeypatch.setattr(doctor, '_try_workdir', lambda *_: silence.wait(60) and '')
+    monkeypatch.setattr(doctor, 'WORKDIR_SECONDS', 0.05)
+    check = by_name(doctor.run(doctor.Request(None, 'gs://bucket/run')), 'workdir')
+    silence.set()
+    assert check.state == doctor.FAILED and 'no answer within' in check.found
+    assert 'network' in check.help and check.help.count('.') < 8
+
+
+def test_batches_that_do_not_fit_into_memory_are_found(hosts, config):
+    # 256 clips of 64 frames of 224 x 224 pixels: 2.3 GiB each, 8 made ahead and 3 lent.
+    config.batch_size = 256
+    config.data.update(num_frames=64, image_size=224, num_workers=4, val_list='')
+    for row in hosts:
+        row |= {'memory': 100 << 30, 'cpus': 4, 'all_cpus': 64}
+    check = doctor._readers(hosts, config)
+    assert check.state == doctor.OK
+    assert '4 processes a host, 4 CPUs of 64' in check.found
+    assert 'batches of 25.3 GiB, 100.0 GiB free' in check.found
+    hosts[2]['memory'] = 40 << 30
+    check = doctor._readers(hosts, config)
+    assert check.state == doctor.WARNING and check.found.endswith('on 2 (h2)')
+    assert 'data.buffer_size=5 (now 8)' in check.help
+    hosts[2]['memory'] = 20 << 30
+    assert doctor._readers(hosts, config).state == doctor.FAILED
+    hosts[2]['memory'] = 5 << 30
+    check = doctor._readers(hosts, config)
+    assert 'buffer_size' not in check.help and '--config.batch_size' in check.help
+    for row in hosts:
+        row['memory'] = None
+    assert doctor._readers(hosts, config).state == doctor.OK
+    config.data.update(num_workers=0, num_threads=2, val_list='val.txt')
+    config.eval.update(batch_size=8, num_clips=4, num_crops=3)  # 96 clips, 4 made ahead
+    assert '2 threads a host' in doctor._readers(hosts, config).found
+    assert 'batches of 28.1 GiB' in doctor._readers(hosts, config).found
 
 
 def test_one_broken_video_is_a_warning(config, clips, tmp_path):

@@ -41,6 +41,7 @@ from rich.table import Table
 from input_pipeline.datasets import DATASETS
 from input_pipeline.encode import CODECS
 from input_pipeline.list_formats import FORMATS
+from input_pipeline.machine import num_cpus
 from input_pipeline.records import INDEX
 from tools.building import finish, plan, shards, workers
 from tools.building.plan import Options
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--frame_rate', type=float, default=0.0, help="of frame folders (default: the set's own)")
     run = parser.add_argument_group('how it runs (may differ when a build is continued)')
     add = run.add_argument
-    add('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
+    add('--workers', type=int, default=num_cpus(), help='processes (default: all cores)')
     add('--timeout', type=float, default=600, help='seconds for a video (default %(default)s)')
     add('--beam', action='store_true', help="with Apache Beam; its flags follow after '--'")
     return parser

@@ -32,6 +32,7 @@ from rich.table import Table
 from dist_jax import contact_sheet
 from input_pipeline.bad_videos import check_frames
 from input_pipeline.decode import DecodeError, VideoReader
+from input_pipeline.machine import num_cpus
 from input_pipeline.pipeline import open_video
 from input_pipeline.records import BuiltSplit, Identity, is_built, read_example, read_index
 
@@ -223,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--videos', type=int, default=4, help='on a contact sheet (default %(default)s); 0: none')
     add('--full', action='store_true', help='decode every frame')
     add('--no_check', action='store_true', help='statistics and pictures only')
-    add('--threads', type=int, default=os.cpu_count() or 1, help='default: all cores')
+    add('--threads', type=int, default=num_cpus(), help='default: all cores')
     return parser
 
 

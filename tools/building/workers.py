@@ -95,7 +95,12 @@ class _Worker:
         context = multiprocessing.get_context('spawn')
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, self.folder), daemon=True)
-        self.process.start()
+        # It has Ctrl-C blocked until it ignores it: the parent decides.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def begin(self, task: Task, given_up: dict[int, tuple[str, str]]) -> None:
