@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import math
 import os
 import re
 import select
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 log = logging.getLogger('dist_jax')
@@ -92,7 +93,7 @@ _PATH = re.compile(r'["\'`]((?:file://)?/[^"\'`]+)["\'`]|(?:^|[\s:=])((?:file://
 
 def code_of(error: BaseException) -> int:
     """Exit code of a command that an error ends."""
-    if full_disk(error):
+    if full_disk(error, ()):
         return DISK_FULL
     if isinstance(error, (AgainError, StoppedError)):
         return AGAIN
@@ -101,10 +102,14 @@ def code_of(error: BaseException) -> int:
     return WRONG if isinstance(error, ValueError) else ERROR
 
 
-def full_disk(error: BaseException) -> str:
+def full_disk(error: BaseException, places: Sequence[str]) -> str:
     """What to say where a full disk is behind an error, on one line; '' where it is not.
 
     Libraries wrap it in errors of their own, with nothing but the text.
+
+    Args:
+      error: what ended the command.
+      places: paths that it may have written to, for an error that does not say; others are ignored.
     """
     for each in _chain(error):
         text = str(each)
@@ -115,11 +120,11 @@ def full_disk(error: BaseException) -> str:
         found = [a or b for a, b in _PATH.findall(text)]
         path = os.fsdecode(name) if isinstance(name, (str, bytes)) else ''
         path = (path or max(found, key=len, default='')).removeprefix('file://')
-        place = path or tempfile.gettempdir()
+        known = [place for place in (*places, tempfile.gettempdir()) if os.path.exists(place)]
+        path = path or min(known, key=_free)
         return (
-            f'the disk is full: {path or "a file could not be written"} ({_free(place)} free). '
-            'Free some space and start the same command again; a run continues from its newest '
-            'checkpoint.'
+            f'the disk is full: {path} ({_free(path) / 2**20:.1f} MiB free). Free some space and '
+            'start the same command again; a run continues from its newest checkpoint.'
         )
     return ''
 
@@ -136,14 +141,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         waiting += [each.__cause__, each.__context__, *getattr(each, 'exceptions', ())]
 
 
-def _free(path: str) -> str:
-    """Free space where a file is or was to be."""
+def _free(path: str) -> float:
+    """Free bytes where a file is or was to be."""
     while not os.path.exists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
     try:
-        return f'{shutil.disk_usage(path).free / 2**20:.1f} MiB on the disk of {path}'
+        return shutil.disk_usage(path).free
     except OSError:
-        return 'an unknown amount'
+        return math.nan
 
 
 # Signals.

@@ -12,8 +12,10 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import absl.logging
 from absl import flags
@@ -158,13 +160,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.WARNING)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     logging.getLogger('dist_jax').setLevel(logging.INFO)
+    # Of the writes of a save that fail, orbax raises one; asyncio and the threads of tensorstore
+    # would print each of the others.
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+    sys.excepthook = _print_of_main_thread
     ending.listen(continues=argv[0] in CONTINUED)
     try:
         return pod.leave(COMMANDS[argv[0]][0](argv[1:]))
     except BaseException as error:
-        brief = ending.full_disk(error)
+        brief = ending.full_disk(error, [a.partition('=')[2] or a for a in argv])
         if isinstance(error, KeyboardInterrupt):
             brief = 'Ctrl-C'
+        elif isinstance(error, ending.AgainError):
+            brief = str(error)
         known = brief or isinstance(error, KNOWN_ERRORS)
         known = known and not os.environ.get('DIST_JAX_TRACEBACK')
         if not known and pod.current() is None:
@@ -178,6 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return pod.leave(code, error, text)
     finally:
         ending.stop_listening()
+
+
+def _print_of_main_thread(*error: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(*error)
 
 
 def _overview() -> str:

@@ -7,6 +7,7 @@ interruption, it ends with the same parameters, bit for bit, on the same mesh.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json

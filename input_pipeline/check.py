@@ -11,6 +11,7 @@ be read, 1 if not, 2 if the list itself is wrong.
 """
 
 import argparse
+import os
 import sys
 
 from rich.console import Console

@@ -427,6 +427,12 @@ def test_what_was_interrupted_starts_again_until_it_is_done(worker):
     assert 'another process was lost' in worker.text and 'done' in worker.text
 
 
+def test_a_full_disk_is_named_and_not_tried_for_ever(worker):
+    assert worker.run(74, 0) == 0
+    assert 'exit code 74: a disk is full' in worker.text
+    assert worker.run(*[74] * 5) == 74
+
+
 def test_wrong_arguments_are_not_tried_again(worker):
     assert worker.run(2, 0) == 2 and len(worker.starts()) == 1
     assert 'wrong arguments or config' in worker.text

@@ -117,7 +117,9 @@ spec:
           backoffLimit: 0
           podFailurePolicy:
             rules:
-              - action: FailJob # wrong arguments or config: they would be wrong again
+              # Wrong arguments or config would be wrong again. Not 74, a full disk: the next pod
+              # may have room. Exit codes: README.md.
+              - action: FailJob
                 onExitCodes:
                   containerName: dist-jax
                   operator: In

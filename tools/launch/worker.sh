@@ -8,8 +8,10 @@
 # Exit codes of dist_jax, and what happens here:
 #   0    at the end                                    stop
 #   2    wrong arguments or config                     stop: it would be wrong again
-#   75   interrupted (SIGTERM, a lost process)         start again
+#   75   interrupted (SIGTERM, a lost process, a       start again
+#        workdir in use)
 #   1    an error                                      start again, at most 3 times in a row
+#   74   a disk is full                                start again, at most 3 times in a row
 #   134  ended by jax: another process was lost        start again
 #   137  killed, perhaps for memory                    start again, at most 3 times in a row
 #
@@ -88,6 +90,7 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
       exit 2
       ;;
     75) failed=0 reason='interrupted before the end' ;;
+    74) failed=$((failed + 1)) reason='a disk is full' ;;
     134) failed=0 reason='ended by jax: another process was lost, or started again' ;;
     137) failed=$((failed + 1)) reason='killed, perhaps for memory' ;;
     *) failed=$((failed + 1)) reason='an error' ;;
