@@ -422,8 +422,8 @@ def worker(tmp_path, monkeypatch):
 
 
 def test_what_was_interrupted_starts_again_until_it_is_done(worker):
-    assert worker.run(75, 134, 1, 137, 75, 0) == 0
-    assert worker.starts() == ['a b c'] * 6
+    assert worker.run(75, 134, 1, 143, 1, 137, 75, 0) == 0
+    assert worker.starts() == ['a b c'] * 8
     assert 'another process was lost' in worker.text and 'done' in worker.text
 
 

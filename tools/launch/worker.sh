@@ -13,6 +13,7 @@
 #   1    an error                                      start again, at most 3 times in a row
 #   74   a disk is full                                start again, at most 3 times in a row
 #   134  ended by jax: another process was lost        start again
+#   143  SIGTERM while Python itself was starting        start again
 #   137  killed, perhaps for memory                    start again, at most 3 times in a row
 #
 # SIGTERM to this script is passed on to the command, which saves and ends; it is not started again.
@@ -92,6 +93,7 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
     75) failed=0 reason='interrupted before the end' ;;
     74) failed=$((failed + 1)) reason='a disk is full' ;;
     134) failed=0 reason='ended by jax: another process was lost, or started again' ;;
+    143) failed=0 reason='interrupted before it began' ;;
     137) failed=$((failed + 1)) reason='killed, perhaps for memory' ;;
     *) failed=$((failed + 1)) reason='an error' ;;
   esac
