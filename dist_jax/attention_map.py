@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dist_jax import contact_sheet, report
+from dist_jax import contact_sheet, drawing
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.step import jit_on_clips
 
@@ -104,7 +104,7 @@ def write_sheet(path: PathLike, video: np.ndarray, maps: np.ndarray, name: str) 
       maps: (t, g, g), its shares of the attention.
       name: of the video, for the title.
     """
-    with report.theme():
+    with drawing.theme():
         _sheet(video, maps, name).savefig(path, dpi=110)
 
 
@@ -184,7 +184,7 @@ def _side_by_side(plain: np.ndarray, painted: np.ndarray, left: str, right: str)
 
     gap, foot = 6, 22
     height, width = plain.shape[:2]
-    ink, paper = report.LIGHT['ink'], report.LIGHT['paper']
+    ink, paper = drawing.LIGHT['ink'], drawing.LIGHT['paper']
     picture = Image.new('RGB', (2 * width + gap, height + foot), paper)
     picture.paste(Image.fromarray(plain), (0, 0))
     picture.paste(Image.fromarray(painted), (width + gap, 0))

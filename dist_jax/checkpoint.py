@@ -24,12 +24,13 @@ from ml_collections import ConfigDict
 
 from dist_jax.models.api import Tree
 from dist_jax.models.converted import absolute_path, read_tree
+from dist_jax.paths import CHECKPOINTS
 from dist_jax.step import TrainState
 
 log = logging.getLogger('dist_jax')
 
 FORMAT_VERSION = 1
-FOLDER = 'checkpoints'
+FOLDER = CHECKPOINTS
 
 # Fields that came after the first runs and changed what a run does, as it was before them.
 BEFORE_FIELDS = {'data.split_names': False}

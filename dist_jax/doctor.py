@@ -29,13 +29,13 @@ from typing import Any
 import jax
 from etils import epath
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from dist_jax import checkpoint, experiment, pod, train
 from dist_jax.models import converted
 from dist_jax.sharding import feed, make_mesh
 from input_pipeline.decode import DecodeError
+from input_pipeline.escape import Console, styled
 from input_pipeline.machine import free_memory, num_cpus
 from input_pipeline.pipeline import EVAL_AHEAD, open_video
 from input_pipeline.workers import LENT, usual_number
@@ -151,15 +151,15 @@ def check_before_training(config: ConfigDict, workdir: str) -> None:
 
 def print_table(checks: Sequence[Check], console: Console | None = None) -> None:
     """Prints the table, and below it what to do."""
-    console = console or Console(highlight=False)
+    console = console or Console()
     table = Table('check', '', 'found')
     colours = {OK: 'green', WARNING: 'yellow', FAILED: 'bold red'}
     for check in checks:
-        table.add_row(check.name, f'[{colours[check.state]}]{check.state}[/]', check.found)
+        table.add_row(check.name, styled((check.state, colours[check.state])), check.found)
     console.print(table)
     for check in checks:
         if check.state != OK:
-            console.print(f'{check.name}: {check.help}', soft_wrap=True, markup=False)
+            console.print(f'{check.name}: {check.help}', soft_wrap=True)
 
 
 # Between hosts.

@@ -34,6 +34,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from input_pipeline.escape import lines
+
 log = logging.getLogger('dist_jax')
 
 ERROR, WRONG, DISK_FULL, AGAIN, INTERRUPTED = 1, 2, 74, 75, 130
@@ -71,7 +73,7 @@ def leave_now(code: int, message: str = '') -> None:
         if os.isatty(2):
             os.write(2, b'\x1b[?25h')  # the cursor, which a progress bar hides
         if message:
-            os.write(2, f'{message}\n'.encode(errors='backslashreplace'))
+            os.write(2, f'{lines(message)}\n'.encode(errors='backslashreplace'))
     hooks = threading.Thread(target=_run_hooks, daemon=True)
     hooks.start()
     hooks.join(HOOK_SECONDS)

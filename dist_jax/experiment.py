@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dist_jax.models import FAMILIES, clip, clip_params, converted, layers
 from dist_jax.models.api import Tree, VideoModel
+from dist_jax.paths import under
 from dist_jax.sharding import (
     FSDP,
     TENSOR,
@@ -160,8 +161,8 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
             'or a folder of class folders)'
         )
     root = config.data.root
-    path = _under(root, path)
-    label_map = [_under(root, name) for name in config.data.label_map.split(',')]
+    path = under(root, path)
+    label_map = [under(root, name) for name in config.data.label_map.split(',')]
     return open_source(
         path,
         config.data.list_format or 'auto',
@@ -172,26 +173,6 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
         purpose=split,
         usual_format=info.list_format,
     )
-
-
-def _under(root: str, name: str) -> str:
-    """A file that is named as it is, or from the data root.
-
-    Raises:
-      ValueError: the name leads to two files.
-    """
-    name = name.strip()
-    if not name or not root or os.path.isabs(name):
-        return name
-    there = os.path.join(root, name)
-    if not os.path.exists(name):
-        return there
-    if os.path.exists(there) and not os.path.samefile(name, there):
-        raise ValueError(
-            f'{name} is in {os.getcwd()} and in data.root={root}; write the path of the one you '
-            'mean in full'
-        )
-    return name
 
 
 def class_columns(source: LabelledSource) -> ClassNames:

@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 from etils import epath
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from input_pipeline.escape import Console, lines, markdown
 
 log = logging.getLogger('dist_jax')
 
@@ -77,7 +78,7 @@ class Logbook:
         """Writes texts to TensorBoard."""
         if self._events is not None:
             for name, text in texts.items():
-                self._events.add_text(name, f'```\n{text}\n```', step)
+                self._events.add_text(name, markdown(text), step)
 
     def flush(self) -> None:
         """Everything that was written is in the workdir now; a run may be killed after it."""
@@ -213,9 +214,10 @@ class Bar:
         if self._quiet:
             return
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text)
         else:
-            print(f'{self._title} {self._done}/{self._total} {text}', file=sys.stderr, flush=True)
+            said = lines(f'{self._title} {self._done}/{self._total} {text}')
+            print(said, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.metadata
 import logging
+import math
 import os
+import platform
 import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import absl.logging
@@ -23,6 +26,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from dist_jax import ending, pod
+from input_pipeline import escape
 
 EXAMPLES = """\
 examples:
@@ -44,7 +48,7 @@ examples:
   dist_jax plan --config=configs/dist.py:b16_8+16f_k400 --topology=v4:2x2x2
       memory and time of a step on a TPU that is not here
 
-`dist_jax COMMAND --help` explains a command.
+`dist_jax help COMMAND` explains a command.
 """
 
 TRAIN_HELP = """\
@@ -87,7 +91,8 @@ Without --config, the config comes from the run.
 PREDICT_HELP = """\
 examples:
   dist_jax predict --workdir=runs/b16 video.mp4
-  dist_jax predict --workdir=runs/b16 --output=pictures --json=top5.json videos/*.mp4
+  dist_jax predict --workdir=runs/b16 --output=pictures --json=top5.json videos/
+      every video in a folder
   dist_jax predict --workdir=runs/b16 --labels=my_classes.txt --config.eval.fusion=0.5 video.mp4
       choose among other class names, one a line, averaged with the frozen CLIP (text head only)
   dist_jax predict --workdir=runs/b16 --attention video.mp4
@@ -145,20 +150,24 @@ KNOWN_ERRORS = (UsageError, ValueError, OSError, RuntimeError, FloatingPointErro
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] == 'help' and len(argv) > 1:
+        argv = [argv[1], '--help']
     if not argv or argv[0] in ('-h', '--help', 'help'):
         print(_overview())
         return 0 if argv else 2
+    if argv[0] in ('--version', 'version'):
+        print(_version())
+        return 0
     if argv[0] not in COMMANDS:
         close = difflib.get_close_matches(argv[0], COMMANDS, 1)
         hint = f' Did you mean {close[0]!r}?' if close else ''
-        print(
-            f'dist_jax: no command {argv[0]!r}.{hint} There are: {", ".join(COMMANDS)}',
-            file=sys.stderr,
-        )
+        _complain(f'dist_jax: no command {argv[0]!r}.{hint} There are: {", ".join(COMMANDS)}')
         return 2
     # Orbax tells every step of a save at INFO, through absl; our own messages are the run's.
     absl.logging.set_verbosity(absl.logging.WARNING)
-    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    handler = logging.StreamHandler()
+    handler.setFormatter(escape.LogFormatter('%(message)s'))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger('dist_jax').setLevel(logging.INFO)
     # Of the writes of a save that fail, orbax raises one; asyncio and the threads of tensorstore
     # would print each of the others.
@@ -182,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known and not brief and not isinstance(error, UsageError):
             text += '\n(set DIST_JAX_TRACEBACK=1 for where it came from)'
         if pod.current() is None:
-            print(text, file=sys.stderr)
+            _complain(text)
         return pod.leave(code, error, text)
     finally:
         ending.stop_listening()
@@ -193,6 +202,10 @@ def _print_of_main_thread(*error: Any) -> None:
         sys.__excepthook__(*error)
 
 
+def _complain(text: str) -> None:
+    print(escape.lines(text), file=sys.stderr)
+
+
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     rows = '\n'.join(f'  {name:{width}}  {text}' for name, (_, text) in COMMANDS.items())
@@ -200,6 +213,17 @@ def _overview() -> str:
         'Image-to-video transfer with a frozen backbone.\n\n'
         f'usage: dist_jax COMMAND ...\n\ncommands:\n{rows}\n\n{EXAMPLES}'
     )
+
+
+def _version() -> str:
+    """What a report of a mistake should begin with."""
+    found = []
+    for name in ('dist_jax', 'jax', 'libtpu'):
+        try:
+            found.append(f'{name} {importlib.metadata.version(name)}')
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f'{name} not installed')
+    return f'{", ".join(found)}, Python {platform.python_version()}, {os.path.dirname(__file__)}'
 
 
 def _parser(command: str, text: str, examples: str) -> argparse.ArgumentParser:
@@ -221,8 +245,10 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         name = argument.partition('=')[0]
         if name == '--config' or name.startswith('--config.'):
             config.append(argument)
-            if '=' not in argument and position + 1 < len(argv):
+            if '=' not in argument:
                 position += 1
+                if position == len(argv) or argv[position].startswith('--'):
+                    raise UsageError(f'{argument} needs a value: {argument}=VALUE')
                 config[-1] += f'={argv[position]}'
         else:
             rest.append(argument)
@@ -237,35 +263,111 @@ def read_config(arguments: list[str], default: ConfigDict | None = None) -> Conf
     Raises:
       UsageError: no config, no such file or variant, or a field that does not exist.
     """
-    values = flags.FlagValues()
-    named = any(argument.startswith('--config=') for argument in arguments)
+    named = [_find_file(a) for a in arguments if a.startswith('--config=')]
     if not named and default is None:
         raise UsageError(
             'pass --config=FILE:VARIANT, for example --config=configs/dist.py:b16_8+16f_k400'
         )
-    arguments = [_find_file(a) if a.startswith('--config=') else a for a in arguments]
+    try:
+        config = _parsed(named, default)
+    except _CONFIG_ERRORS as error:
+        raise UsageError(_config_message(error)) from error
+    for argument in arguments:
+        if not argument.startswith('--config='):
+            config = _with_field(config, argument)
+    return config
+
+
+_CONFIG_ERRORS = (AttributeError, KeyError, flags.Error, TypeError, ValueError, OSError)
+
+
+def _parsed(arguments: list[str], default: ConfigDict | None) -> ConfigDict:
+    """The config that ml_collections makes of arguments, from `default` unless they name a file."""
+    values = flags.FlagValues()
     command_line = ['dist_jax', *arguments]
-    if named:
+    if default is None or any(argument.startswith('--config=') for argument in arguments):
         config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=command_line)
     else:
         config_flags.DEFINE_config_dict(
             'config', default, flag_values=values, sys_argv=command_line
         )
-    try:
-        values(command_line)
-        return values.config
-    except (AttributeError, KeyError, flags.Error, TypeError, ValueError, OSError) as error:
-        raise UsageError(_config_message(error)) from error
+    values(command_line)
+    return values.config
 
 
 def _config_message(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error).strip().strip('\'"')
+    text = str(error.args[0] if error.args else error).strip()
     if 'Traceback' in text:  # a config file that raised: the last line is its message
         text = text.splitlines()[-1].partition(': ')[2]
-    elif isinstance(error, (AttributeError, KeyError)):
-        field, _, hint = text.partition('\n')
-        text = f'the config has no field {field}. {hint}'.strip()
     return f'{text} (fields and their meaning: configs/base.py)'
+
+
+def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
+    """The config with one field set by --config.GROUP.FIELD=VALUE.
+
+    Raises:
+      UsageError: no such field, a group, or a value of another type.
+    """
+    name, _, text = argument.removeprefix('--config.').partition('=')
+    fields = _fields(config)
+    if name not in fields:
+        members = [field for field in fields if field.startswith(f'{name}.')] if name else []
+        if members:
+            raise UsageError(
+                f'--config.{name} is a group; set a field of it: '
+                + ', '.join(f'--config.{field}' for field in members)
+            )
+        close = _closest(name, fields)
+        hint = f'; did you mean {" or ".join(f"--config.{field}" for field in close)}?'
+        raise UsageError(
+            f'the config has no field {name!r}{hint if close else ""} '
+            '(fields and their meaning: configs/base.py)'
+        )
+    try:
+        changed = _parsed([argument], config)
+        value = _fields(changed)[name]
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if isinstance(fields[name], (float, list, tuple)) and not all(map(math.isfinite, numbers)):
+            raise ValueError('not finite')
+    except _CONFIG_ERRORS as error:
+        raise UsageError(
+            f'--config.{name}={text}: expected {_expected(fields[name])} '
+            '(fields and their meaning: configs/base.py)'
+        ) from error
+    return changed
+
+
+def _fields(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
+    """'group.field' -> value, of all groups."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        own = f'{prefix}{name}'
+        found |= _fields(value, f'{own}.') if isinstance(value, ConfigDict) else {own: value}
+    return found
+
+
+def _closest(name: str, fields: Iterable[str]) -> list[str]:
+    """At most three fields that somebody who wrote `name` may have meant, the likeliest first."""
+    group, _, last = name.rpartition('.')
+
+    def likeness(field: str) -> float:
+        own_group, _, own = field.rpartition('.')
+        words = set(last.split('_')) <= set(own.split('_'))
+        parts = 0.8 if words else difflib.SequenceMatcher(None, last, own).ratio()
+        whole = difflib.SequenceMatcher(None, name, field).ratio()
+        return max(whole, parts + (0.2 if group == own_group else 0.1 if last == own else 0))
+
+    ranked = sorted(fields, key=likeness, reverse=True)
+    best = likeness(ranked[0]) if ranked else 0
+    return [field for field in ranked[:3] if likeness(field) >= max(0.7, best - 0.1)]
+
+
+def _expected(value: Any) -> str:
+    """The type of a field in words, with its value as the example."""
+    if isinstance(value, (tuple, list)):
+        return f'numbers in brackets, such as {tuple(value) or (256,)}'
+    kinds = {bool: 'true or false', int: 'a whole number', float: 'a number'}
+    return f'{kinds.get(type(value), "text")}, such as {value}'
 
 
 def _find_file(argument: str) -> str:
@@ -277,6 +379,12 @@ def _find_file(argument: str) -> str:
             raise UsageError(f'--config: no file {path}')
         path = beside
     return f'--config={path}{colon}{variant}'
+
+
+def _named_fields(arguments: Sequence[str]) -> dict[str, str]:
+    """'group.field' -> text, of the fields that arguments set."""
+    pairs = (a.removeprefix('--config.').partition('=') for a in arguments)
+    return {name: text for name, _, text in pairs if not name.startswith('--')}
 
 
 def _start_jax() -> None:
@@ -317,6 +425,9 @@ def _train(argv: Sequence[str]) -> int:
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
     config = read_config(config_arguments)
+    from dist_jax import paths
+
+    paths.check_training_inputs(_fields(config))
     _start_jax()
     from dist_jax import doctor, report, train
 
@@ -340,6 +451,12 @@ def _evaluate(argv: Sequence[str]) -> int:
     )
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
+    from dist_jax import paths
+
+    if arguments.workdir:
+        paths.check_run(arguments.workdir)
+    root = paths.saved_root(arguments.workdir) if arguments.workdir else ''
+    paths.check_inputs(_named_fields(config_arguments), ('val',), root)
     from dist_jax import commands, report
 
     default = commands.saved_config(arguments.workdir) if arguments.workdir else None
@@ -352,7 +469,9 @@ def _evaluate(argv: Sequence[str]) -> int:
 
 def _predict(argv: Sequence[str]) -> int:
     parser = _parser('predict', 'Top-5 of single videos, with a picture of each.', PREDICT_HELP)
-    parser.add_argument('videos', nargs='+', metavar='VIDEO', help='video files')
+    parser.add_argument(
+        'videos', nargs='+', metavar='VIDEO', help='video files, and folders of them'
+    )
     parser.add_argument('--workdir', required=True, help='folder of the run')
     parser.add_argument('--step', type=int, help='checkpoint to use; the newest by default')
     parser.add_argument(
@@ -367,6 +486,13 @@ def _predict(argv: Sequence[str]) -> int:
     )
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
+    from dist_jax import paths
+
+    paths.check_run(arguments.workdir)
+    paths.check_inputs(_named_fields(config_arguments), ())
+    videos = paths.find_videos(arguments.videos)
+    if arguments.labels and not os.path.exists(arguments.labels):
+        raise UsageError(f'--labels: no file {arguments.labels}')
     from dist_jax import commands, predict
 
     config = read_config(config_arguments, commands.saved_config(arguments.workdir))
@@ -375,7 +501,7 @@ def _predict(argv: Sequence[str]) -> int:
         config,
         arguments.workdir,
         arguments.step,
-        arguments.videos,
+        videos,
         arguments.output,
         arguments.labels,
         arguments.json,

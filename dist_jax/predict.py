@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
-from dist_jax import attention_map, commands, contact_sheet, experiment, metrics, report, step
+from dist_jax import attention_map, commands, contact_sheet, drawing, experiment, metrics, step
 from dist_jax.logbook import Bar
 from dist_jax.sharding import batch_parts, batched, make_mesh
 from dist_jax.train import write_json
 from input_pipeline.decode import DecodeError
+from input_pipeline.escape import Console, file_name, styled, terminal
 from input_pipeline.label_maps import read_label_map
 from input_pipeline.video_list import Record
 
@@ -208,20 +207,32 @@ def run(
 
 
 def picture_stems(paths: Sequence[str], endings: Sequence[str]) -> list[str]:
-    """What the file names of each video start with: its own, numbered where two would be the same.
+    """What the file names of each video start with: its own name, one that no other video has.
+
+    Videos of one name get the folders in front that tell them apart, as `opening a door-0001`;
+    those that even so share a name are numbered.
 
     Args:
       paths: videos.
       endings: what follows, for each file of a video.
     """
+    parts = [Path(os.path.abspath(path)).with_suffix('').parts[1:] for path in paths]
+    alike: dict[str, list[tuple[str, ...]]] = {}
+    for own in parts:
+        alike.setdefault(own[-1], []).append(own)
+    # As many folders as tell the most apart, and no more.
+    depths = {
+        stem: max(range(1, 5), key=lambda d: (len({own[-d:] for own in group}), -d))
+        for stem, group in alike.items()
+    }
+    names = [file_name('-'.join(own[-depths[own[-1]] :])) for own in parts]
     stems: list[str] = []
     taken: set[str] = set()
-    for path in paths:
-        own = Path(path).stem or 'video'
-        stem, number = own, 1
+    for name in names:
+        stem, number = name, 1
         while not taken.isdisjoint(stem + ending for ending in endings):
             number += 1
-            stem = f'{own}-{number}'
+            stem = f'{name}-{number}'
         stems.append(stem)
         taken.update(stem + ending for ending in endings)
     return stems
@@ -229,7 +240,7 @@ def picture_stems(paths: Sequence[str], endings: Sequence[str]) -> list[str]:
 
 def print_predictions(rows: Sequence[dict[str, Any]]) -> None:
     """Prints rows of `Prediction.summary`, each with its pictures, as one table."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console()
     columns = max((len(row['top']) for row in rows), default=1)
     table = Table()
     table.add_column('video', overflow='fold')
@@ -237,13 +248,13 @@ def print_predictions(rows: Sequence[dict[str, Any]]) -> None:
         table.add_column('class' if columns == 1 else f'label column {i}', overflow='fold')
         table.add_column('probability', justify='right', no_wrap=True)
     for row in rows:
-        path = report.plain(row['path'])
+        path = row['path']
         if row['error']:
-            table.add_row(path, f'[bold red]{report.plain(row["error"])}[/]')
+            table.add_row(path, styled((row['error'], 'bold red')))
         else:
             cells = [path]
             for ranking in row['top']:
-                cells.append('\n'.join(report.plain(entry['label']) for entry in ranking))
+                cells.append('\n'.join(terminal(entry['label']) for entry in ranking))
                 cells.append('\n'.join(f'{100 * entry["probability"]:.2f} %' for entry in ranking))
             table.add_row(*cells)
         table.add_section()
@@ -254,7 +265,7 @@ def print_predictions(rows: Sequence[dict[str, Any]]) -> None:
             if files:
                 several = f'{os.path.dirname(files[0])}/*{ending}'
                 text = files[0] if len(files) == 1 else several
-                console.print(f'{title}: {text}', soft_wrap=True, highlight=False, markup=False)
+                console.print(f'{title}: {text}', soft_wrap=True)
 
 
 def write_contact_sheet(path: str | os.PathLike[str], prediction: Prediction) -> None:
@@ -264,7 +275,7 @@ def write_contact_sheet(path: str | os.PathLike[str], prediction: Prediction) ->
       path: file to write.
       prediction: of a video that could be read.
     """
-    with report.theme():
+    with drawing.theme():
         _sheet(prediction).savefig(path, dpi=110)
 
 
@@ -291,7 +302,7 @@ def _view(prediction: Prediction) -> int:
 
 def _name(prediction: Prediction) -> str:
     """What a picture says it shows."""
-    name = report.cut(os.path.basename(prediction.path), 60)
+    name = drawing.cut(os.path.join(*Path(prediction.path).parts[-2:]), 60)
     views = len(prediction.video)
     return name if views == 1 else f'{name}, view {_view(prediction) + 1} of {views}'
 
@@ -319,7 +330,7 @@ def _draw_ranking(axis: Axes, ranking: Ranking, most_letters: int) -> None:
     for place, (name, share) in enumerate(ranking):
         axis.barh(place, 1, height=0.26, color='C0', alpha=0.12)
         axis.barh(place, share, height=0.26, color='C0')
-        axis.text(0, place - 0.2, report.cut(name, most_letters), va='bottom', fontsize=9)
+        axis.text(0, place - 0.2, drawing.cut(name, most_letters), va='bottom', fontsize=9)
         axis.text(1.01, place, f'{100 * share:.1f} %', va='center', fontsize=9)
     axis.set_xlim(0, 1.1)
     axis.set_ylim(len(ranking) - 0.6, -0.75)

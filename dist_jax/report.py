@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 import json
 import logging
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from etils import epath
-from rich.console import Console
 from rich.table import Table
 
 from dist_jax.checkpoint import flat
+from dist_jax.drawing import DARK, LIGHT, cut, theme
 from dist_jax.evaluate import EvalResult
 from dist_jax.logbook import METRICS_FILE, duration, read_metrics
 from dist_jax.metrics import worst_confusions
+from input_pipeline import escape
+from input_pipeline.escape import Console, styled
 
 if TYPE_CHECKING:  # matplotlib costs half a second and is needed at the end of a run only
     from matplotlib.axes import Axes
@@ -42,6 +42,7 @@ PathLike = str | os.PathLike[str]
 MATRIX_CLASSES = 20  # up to here a matrix; a list of the worst confusions beyond
 WORST = 20  # confusions and classes that are shown at once
 SMOOTHED_FROM = 12  # points of a curve below which smoothing would hide more than it shows
+LINE_FROM = 3  # below that there is no curve: points, with their values
 
 
 def write_report(
@@ -61,7 +62,10 @@ def write_report(
     """
     folder = epath.Path(os.fspath(workdir))
     metrics_file = folder / METRICS_FILE
+    sizes = tuple(map(len, class_names))
+    summary = _telling(summary, sizes)
     rows = read_metrics(metrics_file) if metrics_file.exists() else []
+    rows = [_telling(row, sizes) for row in rows]
     panels = [(title, draw) for title, draw in PANELS if _shows(draw, rows)]
     sections = [_tiles(_summary_tiles(summary))]
     if panels:
@@ -83,12 +87,12 @@ def write_report(
         sections.append(_details('Config', _table(('field', 'value'), fields)))
     overview = _read(folder / 'parameters.txt')
     if overview:
-        sections.append(_details('Parameters', f'<pre>{html.escape(overview)}</pre>'))
+        sections.append(_details('Parameters', f'<pre>{escape.html(overview)}</pre>'))
     files = folder.iterdir() if folder.exists() else ()
     reports = sorted(p for p in files if p.match('bad_videos*.jsonl'))
     bad = ''.join(map(_read, reports))
     if bad:
-        sections.append(_details('Unreadable videos', f'<pre>{html.escape(bad)}</pre>'))
+        sections.append(_details('Unreadable videos', f'<pre>{escape.html(bad)}</pre>'))
     name = folder.name or 'run'
     _write(folder / 'report.html', _page(f'Training: {name}', sections))
 
@@ -106,6 +110,7 @@ def write_evaluation(
     """
     folder = epath.Path(os.fspath(folder))
     columns = list(zip(class_names, result.columns))
+    figures = _telling(figures, tuple(map(len, class_names)))
     (folder / 'confusions.png').write_bytes(_png(lambda: _confusions(columns)))
     _write(folder / 'per_class.csv', _per_class_csv(columns))
     sections = [_tiles(_evaluation_tiles(figures))]
@@ -122,16 +127,16 @@ def print_summary(workdir: PathLike, summary: Mapping[str, Any]) -> None:
     """Prints the key figures of a run, what to look at, and how to go on."""
     if jax.process_index() != 0:
         return
-    console = _console()
+    console = Console()
     workdir = os.fspath(workdir)
     if summary.get('interrupted'):
         console.print(
             f'Stopped and saved at step {summary["step"]} of {summary.get("total_steps", "?")}. '
             'The same command continues.',
             soft_wrap=True,
-            highlight=False,
         )
         return
+    summary = _telling(summary, summary.get('num_classes', ()))
     console.print(_rich_table(_summary_rows(summary)))
     found = [
         (name, text)
@@ -153,7 +158,8 @@ def print_evaluation(figures: Mapping[str, Any]) -> None:
     """Prints the key figures of an evaluation, its weakest classes and what was unreadable."""
     if jax.process_index() != 0:
         return
-    console = _console()
+    console = Console()
+    figures = _telling(figures, tuple(map(len, figures.get('per_class', ()))))
     skipped = ('seconds', 'num_bad_videos')
     console.print(
         _rich_table(
@@ -174,26 +180,14 @@ def print_evaluation(figures: Mapping[str, Any]) -> None:
             table.add_column('videos', justify='right')
             table.add_column('top-1', justify='right')
             for row in weakest:
-                table.add_row(plain(row['name']), str(row['videos']), _percent(row['top1']))
+                table.add_row(row['name'], str(row['videos']), _percent(row['top1']))
             console.print(table)
     bad = figures.get('bad_videos', ())
     if bad:
+        said = f'{len(bad)} videos could not be read and are in no figure'
         console.print(
-            f'[bold red]{len(bad)} videos could not be read and are in no figure[/], for example '
-            f'{plain(bad[0][0])}: {plain(bad[0][1])}',
-            soft_wrap=True,
-            highlight=False,
+            styled((said, 'bold red'), f', for example {bad[0][0]}: {bad[0][1]}'), soft_wrap=True
         )
-
-
-def _console() -> Console:
-    # In a log, rows stay on one line.
-    return Console(width=None if sys.stdout.isatty() else 140)
-
-
-def plain(text: str) -> str:
-    """Text for rich whose square brackets are no markup."""
-    return str(text).replace('[', r'\[')
 
 
 def _rich_table(rows: Sequence[tuple[str, str]]) -> Table:
@@ -201,16 +195,14 @@ def _rich_table(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style='bold')
     table.add_column()
     for name, value in rows:
-        table.add_row(plain(name), plain(value))
+        table.add_row(name, value)
     return table
 
 
 def _print_steps(console: Console, steps: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in steps)
     for name, text in steps:
-        console.print(
-            f'  {plain(name):{width}}  [dim]{plain(text)}[/]', soft_wrap=True, highlight=False
-        )
+        console.print(styled(f'  {name:{width}}  ', (text, 'dim')), soft_wrap=True)
 
 
 LABELS = {
@@ -224,12 +216,24 @@ LABELS = {
     'top5': 'top-5',
     'mean_class_accuracy': 'mean class accuracy',
     'num_videos': 'videos',
+    'num_classes': 'classes',
     'num_bad_videos': 'unreadable videos',
     'trainable_parameters': 'trained parameters',
     'params_sha256': 'SHA-256 of the parameters',
     'total_steps': 'steps planned',
     'seconds': 'duration',
 }
+
+
+def _telling(figures: Mapping[str, Any], num_classes: Sequence[int]) -> dict[str, Any]:
+    """Figures without the top-5 of label columns with at most 5 classes, where all are right."""
+
+    def tells(name: str) -> bool:
+        column = re.match(r'column_(\d+)_', name)
+        i = int(column[1]) if column else 0
+        return not name.endswith('top5') or i >= len(num_classes) or num_classes[i] > 5
+
+    return {name: value for name, value in figures.items() if tells(name)}
 
 
 def _label(name: str) -> str:
@@ -246,12 +250,14 @@ def _show(name: str, value: Any) -> str:
         return '-'
     if isinstance(value, bool):
         return 'yes' if value else 'no'
-    if name.endswith(('top1', 'top5', 'accuracy')) and isinstance(value, (int, float)):
+    if name.endswith(('top1', 'top5', 'accuracy', 'chance')) and isinstance(value, (int, float)):
         return _percent(value)
     if name.endswith('seconds') and isinstance(value, (int, float)):
         return f'{duration(value)} ({value:.1f} s)'
     if isinstance(value, int):
         return f'{value:,}'
+    if isinstance(value, (list, tuple)):  # a figure of each label column
+        return ', '.join(_show(name, each) for each in value)
     if isinstance(value, float):
         return f'{value:.4g}'
     return str(value)
@@ -321,11 +327,24 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _plot(axis: Axes, rows: Rows, name: str, label: str = '', scale: float = 1.0) -> None:
-    """One curve; points where there are few of them."""
+    """One curve, with points where there are few of them; points alone where there are fewer."""
     steps, values = _series(rows, name)
-    if len(steps):
-        marker = 'o' if len(steps) <= 30 else ''
-        axis.plot(steps, scale * values, marker=marker, markersize=3.5, label=label or None)
+    if not len(steps):
+        return
+    line = '-' if len(steps) >= LINE_FROM else ''
+    marker = 'o' if len(steps) <= 30 else ''
+    axis.plot(steps, scale * values, line, marker=marker, markersize=3.5, label=label or None)
+    if not line:
+        for step, value in zip(steps, scale * values):
+            axis.annotate(
+                f'{value:.3g}',
+                (step, value),
+                (-6, 0),
+                textcoords='offset points',
+                ha='right',
+                va='center',
+                fontsize=8,
+            )
 
 
 def _plot_smoothed(axis: Axes, rows: Rows, name: str) -> None:
@@ -349,7 +368,8 @@ def _draw_validation(axis: Axes, rows: Rows) -> None:
     _plot(axis, rows, 'val_top5', 'top-5', 100)
     axis.set_title('validation accuracy, %')
     axis.set_ylim(-3, 103)
-    axis.legend(loc='best')
+    if len(axis.lines) > 1:
+        axis.legend(loc='best')
 
 
 def _draw_learning_rate(axis: Axes, rows: Rows) -> None:
@@ -377,9 +397,11 @@ def _draw_step_time(axis: Axes, rows: Rows) -> None:
     steps, here, there = np.intersect1d(steps, waited_at, return_indices=True)
     compute, waited = compute[here], waited[there]
     title = 'seconds per step'
-    if len(steps) == 1:
-        axis.bar(steps, compute, width=0.5, label='compute')
-        axis.bar(steps, waited, width=0.5, bottom=compute, label='data wait')
+    if len(steps) and len(steps) < LINE_FROM:
+        width = 0.04 * max(int(steps[-1]), 1)
+        axis.bar(steps, compute, width, label='compute')
+        axis.bar(steps, waited, width, bottom=compute, label='data wait')
+        axis.margins(y=0.35)  # for the legend
     elif len(steps):
         axis.stackplot(steps, compute, waited, labels=('compute', 'data wait'), alpha=0.85)
         # The first step is often compilation, far above the rest.
@@ -390,7 +412,7 @@ def _draw_step_time(axis: Axes, rows: Rows) -> None:
             title += f', at most {total.max():.3g}'
     axis.set_title(title)
     axis.set_ylim(bottom=0)
-    axis.legend(loc='upper right')
+    axis.legend(loc='upper left', ncols=2)
 
 
 Draw = Callable[['Axes', Rows], None]
@@ -450,44 +472,6 @@ def _draw_panel(axis: Axes, draw: Draw, rows: Rows) -> None:
     axis.grid(True)
 
 
-# Themes: text and lines, background, and the colours of curves.
-LIGHT = {'ink': '#1c2128', 'paper': '#ffffff', 'lines': '#d8dee4', 'cycle': ('#0b6bcb', '#c2571a')}
-DARK = {'ink': '#d7dce2', 'paper': '#161b22', 'lines': '#343b44', 'cycle': ('#6cb6ff', '#f0a35e')}
-
-
-@contextmanager
-def theme(colours: Mapping[str, Any] = LIGHT) -> Iterator[None]:
-    """The look of all pictures, for figures that are made and saved inside the context."""
-    import matplotlib
-    from cycler import cycler
-
-    ink, paper, lines = colours['ink'], colours['paper'], colours['lines']
-    settings = {
-        'font.size': 9,
-        'axes.titlesize': 10,
-        'axes.titlelocation': 'left',
-        'axes.spines.top': False,
-        'axes.spines.right': False,
-        'axes.facecolor': paper,
-        'figure.facecolor': paper,
-        'savefig.facecolor': paper,
-        'text.color': ink,
-        'axes.labelcolor': ink,
-        'axes.titlecolor': ink,
-        'xtick.color': ink,
-        'ytick.color': ink,
-        'axes.edgecolor': lines,
-        'grid.color': lines,
-        'grid.linewidth': 0.6,
-        'axes.axisbelow': True,
-        'axes.prop_cycle': cycler(color=colours['cycle']),
-        'legend.frameon': False,
-        'text.parse_math': False,  # a class name may hold dollar signs
-    }
-    with matplotlib.rc_context(settings):
-        yield
-
-
 def _png(draw: Callable[[], Figure], colours: Mapping[str, Any] = LIGHT) -> bytes:
     buffer = io.BytesIO()
     with theme(colours):
@@ -503,7 +487,7 @@ def _picture(draw: Callable[[], Figure], text: str) -> str:
     )
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{html.escape(text)}"></picture>'
+        f'<img src="{light}" alt="{escape.html(text)}"></picture>'
     )
 
 
@@ -574,10 +558,10 @@ def _per_class_csv(columns: Sequence[tuple[Sequence[str], Mapping[str, Any]]]) -
                 (
                     i,
                     k,
-                    name,
+                    escape.csv_cell(name),
                     int(column['per_class_count'][k]),
                     '' if math.isnan(top1) else f'{top1:.6f}',
-                    names[other] if videos else '',
+                    escape.csv_cell(names[other]) if videos else '',
                     videos,
                 )
             )
@@ -653,11 +637,6 @@ def _draw_worst(axis: Axes, names: Sequence[str], column: Mapping[str, Any]) -> 
     axis.set_ylim(len(worst) - 0.4, -0.75)
 
 
-def cut(text: str, most: int) -> str:
-    """Text of at most `most` characters, with an ellipsis where it was longer."""
-    return text if len(text) <= most else text[: most - 1].rstrip() + '…'
-
-
 # The page.
 
 STYLE = """
@@ -694,21 +673,21 @@ def _page(title: str, sections: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>'
-        f'<h1>{html.escape(title)}</h1>\n' + '\n'.join(sections) + '\n</body></html>\n'
+        f'<title>{escape.html(title)}</title><style>{STYLE}</style></head>\n<body>'
+        f'<h1>{escape.html(title)}</h1>\n' + '\n'.join(sections) + '\n</body></html>\n'
     )
 
 
 def _tiles(figures: Sequence[tuple[str, str]]) -> str:
     cells = ''.join(
-        f'<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
+        f'<div><b>{escape.html(value)}</b><span>{escape.html(name)}</span></div>'
         for name, value in figures
     )
     return f'<div class="tiles">{cells}</div>'
 
 
 def _details(title: str, content: str) -> str:
-    return f'<details><summary>{html.escape(title)}</summary>{content}</details>'
+    return f'<details><summary>{escape.html(title)}</summary>{content}</details>'
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], bars: int | None = None) -> str:
@@ -719,7 +698,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], bars: int | None 
         for i, text in enumerate(row):
             share = text.removesuffix(' %').strip() if i == bars and text.endswith('%') else ''
             extra = f' class="bar" style="--share: {share}%"' if share else ''
-            cells.append(f'<td{extra}>{html.escape(str(text))}</td>')
+            cells.append(f'<td{extra}>{escape.html(text)}</td>')
         lines.append(f'<tr>{"".join(cells)}</tr>')
-    titles = ''.join(f'<th>{html.escape(name)}</th>' for name in head)
+    titles = ''.join(f'<th>{escape.html(name)}</th>' for name in head)
     return f'<div class="scroll"><table><tr>{titles}</tr>{"".join(lines)}</table></div>'

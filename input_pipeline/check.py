@@ -14,11 +14,11 @@ import argparse
 import os
 import sys
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from input_pipeline.bad_videos import NUM_CHECK_FRAMES, check_source
+from input_pipeline.escape import Console
 from input_pipeline.list_formats import LIST_FORMATS
 from input_pipeline.machine import num_cpus
 from input_pipeline.sources import open_source
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             subset=arguments.subset,
         )
     except (ValueError, OSError) as error:
-        console.print(f'[red]error:[/red] {error}', soft_wrap=True, highlight=False)
+        console.print(f'error: {error}', style='red', soft_wrap=True)
         return 2
     columns = (
         TextColumn('{task.description}'),
@@ -111,7 +111,6 @@ def main(argv: list[str] | None = None) -> int:
     console.print(
         f'{len(result.bad)} of {result.total} videos ({share:.2%}) cannot be read; see {report}',
         soft_wrap=True,
-        highlight=False,
     )
     return 1
 

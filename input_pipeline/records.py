@@ -8,7 +8,6 @@ its ids and labels or reading its captions opens no shard. A record gets its byt
 
 import functools
 import io
-import json
 import os
 import zipfile
 import zlib
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from input_pipeline.escape import json_text
 from input_pipeline.list_formats import choose_split
 from input_pipeline.packed import Texts
 from input_pipeline.regular_files import open_regular
@@ -375,7 +375,7 @@ def index_text(name: str, splits: Sequence[str], class_names: Sequence[Names]) -
         'splits': list(splits),
         'class_names': list(map(list, class_names)),
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + '\n'
+    return json_text(content, indent=1) + '\n'
 
 
 def open_built(

@@ -205,9 +205,15 @@ def test_missing_run_is_named(tmp_path, capsys):
     assert 'none' in capsys.readouterr().err
 
 
-def test_two_videos_of_one_name_get_two_pictures():
-    paths = ['a/x.mp4', 'b/x.mp4', 'x.avi', 'y.mp4', 'x-2.mp4']
-    assert predict.picture_stems(paths, ['.png']) == ['x', 'x-2', 'x-3', 'y', 'x-2-2']
+def test_pictures_of_one_name_say_their_folder():
+    paths = ['open/x.mp4', 'close/x.mp4', 'y.mp4', '/k/train/a/z.mp4', '/k/val/a/z.mp4']
+    expected = ['open-x', 'close-x', 'y', 'train-a-z', 'val-a-z']
+    assert predict.picture_stems(paths, ['.png']) == expected
+
+
+def test_two_videos_of_one_name_in_one_folder_get_two_pictures():
+    paths = ['x.mp4', 'x.avi', 'x-2.mp4']
+    assert predict.picture_stems(paths, ['.png']) == ['x', 'x-2', 'x-2-2']
     # One video's second picture is not another's first.
     endings = ['.png', '-attention.png']
     stems = predict.picture_stems(['x.mp4', 'x-attention.mp4', 'x.avi'], endings)

@@ -30,7 +30,6 @@ import av
 import cv2
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -40,6 +39,7 @@ from dist_jax.models import clip
 from input_pipeline import sampling
 from input_pipeline.decode import VideoReader
 from input_pipeline.encode import transcode
+from input_pipeline.escape import Console
 from input_pipeline.pipeline import TrainReader, record_rng, train_batches
 from input_pipeline.sources import open_source
 from input_pipeline.transforms import RandomResizedCrop, apply
@@ -492,7 +492,6 @@ def show(figures: dict, console: Console) -> None:
         f'{figures["load_before"][0]:.1f} before, {figures["load_after"][0]:.1f} after). '
         f'Memory grew by {figures["rss_growth_mib"]:.1f} MiB over '
         f'{figures["memory_batches"]} batches, from {figures["rss_mib"][0]:.0f} MiB.',
-        highlight=False,
     )
     short, long = figures['list'].values()
     console.print(
@@ -507,7 +506,6 @@ def show(figures: dict, console: Console) -> None:
             f'a v4 host needs {host["needed_clips_per_s"]} clips/s: {kind}, '
             f'{host["workers"]} workers on cores like this, {host["workers_at_half_speed"]} on '
             f'half as fast ones; it has {host["cpus"]} CPUs',
-            highlight=False,
         )
 
 
@@ -557,7 +555,7 @@ def main(argv: list[str] | None = None) -> int:
         with Progress(console=console, auto_refresh=False) as progress:
             figures = measure(arguments, QUICK if arguments.quick else FULL, progress)
     except ValueError as error:
-        console.print(f'[red]error:[/red] {error}', soft_wrap=True, highlight=False)
+        console.print(f'error: {error}', style='red', soft_wrap=True)
         return 2
     show(figures, console)
     if arguments.json:

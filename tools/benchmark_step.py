@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from dist_jax import experiment, optim, step, train
@@ -30,6 +29,7 @@ from dist_jax.main import read_config
 from dist_jax.models import clip
 from dist_jax.sharding import make_mesh, replicated, to_global
 from input_pipeline.datasets import DATASETS
+from input_pipeline.escape import Console
 
 
 def main(argv: Sequence[str] | None = None) -> int:

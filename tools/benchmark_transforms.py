@@ -20,12 +20,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from configs import base
 from configs.inputs import INPUTS
+from input_pipeline.escape import Console
 from input_pipeline.randaugment import KERNELS, OPS, Warp
 from input_pipeline.transforms import (
     FILLS,

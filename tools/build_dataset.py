@@ -27,7 +27,6 @@ from dataclasses import asdict
 from typing import Any
 
 from etils import epath
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -40,6 +39,7 @@ from rich.table import Table
 
 from input_pipeline.datasets import DATASETS
 from input_pipeline.encode import CODECS
+from input_pipeline.escape import Console
 from input_pipeline.list_formats import FORMATS
 from input_pipeline.machine import num_cpus
 from input_pipeline.records import INDEX
@@ -144,7 +144,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> BuildFolder:
     folder = shards.continue_folder(out, result_of)
     if folder is not None:
         return folder
-    console.print('looking for the videos', highlight=False)
+    console.print('looking for the videos')
     planned = plan.make_plan(
         arguments.name, lists, label_maps, VideoFiles(arguments.videos), options, arguments.format
     )
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = _prepare(arguments, console)
         if (folder.path / INDEX).exists():
             _check_complete(folder)
-            console.print(f'{folder.path} is complete already', soft_wrap=True, highlight=False)
+            console.print(f'{folder.path} is complete already', soft_wrap=True)
             return 0
         with folder.lock():
             _build(folder, arguments, beam_flags, console)
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print('interrupted; the same command continues')
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        console.print(f'error: {error}', style='red', soft_wrap=True, highlight=False, markup=False)
+        console.print(f'error: {error}', style='red', soft_wrap=True)
         return 2
     table = Table('split', 'listed', 'stored', 'GB', 'left out')
     for name, summary in summaries.items():
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         size = f'{summary.num_bytes / 1e9:.3f}'
         table.add_row(name, str(summary.listed), str(summary.stored), size, reasons)
     console.print(table)
-    console.print(f'see {folder.path}: report.txt, labels.png', soft_wrap=True, highlight=False)
+    console.print(f'see {folder.path}: report.txt, labels.png', soft_wrap=True)
     return 0
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from input_pipeline.escape import Console, lines, styled
 from tools.parity import clip, dist, evl
 from tools.parity.golden import Golden, is_gradient, read_golden
 
@@ -196,7 +196,7 @@ def print_rows(console: Console, path: str, rows: Sequence[ParityRow]) -> None:
             f'{row.max_abs:.2e}',
             error,
             f'{row.bound:.0e}',
-            'yes' if row.ok else '[bold red]NO[/]',
+            'yes' if row.ok else styled(('NO', 'bold red')),
         )
     console.print(table)
     for kind in ('forward', 'gradient'):
@@ -205,10 +205,8 @@ def print_rows(console: Console, path: str, rows: Sequence[ParityRow]) -> None:
             error = row.note if row.error is None else f'{row.error:.2e}'
             console.print(f'worst {kind}: {error} (bound {row.bound:.0e}) in {row.name}')
     failed = sum(not row.ok for row in rows)
-    console.print(
-        f'{len(rows)} tensors compared, '
-        + (f'[bold red]{failed} outside their bounds[/]' if failed else 'all within bounds')
-    )
+    verdict = (f'{failed} outside their bounds', 'bold red') if failed else 'all within bounds'
+    console.print(styled(f'{len(rows)} tensors compared, ', verdict))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -224,8 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--forward_bound', type=float, default=FORWARD_BOUND)
     parser.add_argument('--gradient_bound', type=float, default=GRADIENT_BOUND)
     args = parser.parse_args(argv)
-    # A table as wide as its longest name, so that a log shows every row on one line.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console()
     rows: list[ParityRow] = []
     broken = False
     for path in args.paths:
@@ -234,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 path, forward_bound=args.forward_bound, gradient_bound=args.gradient_bound
             )
         except (ValueError, OSError) as error:
-            print(f'error: {error}', file=sys.stderr)
+            print(lines(f'error: {error}'), file=sys.stderr)
             broken = True
             continue
         print_rows(console, path, found)

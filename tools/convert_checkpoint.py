@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from dist_jax.models.params import (
     with_precision,
 )
 from dist_jax.models.source_files import SourceFiles, open_source, sources_record
+from input_pipeline.escape import Console, lines
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 
@@ -434,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console=console,
             )
     except (ValueError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(lines(f'error: {error}'), file=sys.stderr)
         return 2
     return 0
 

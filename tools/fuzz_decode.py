@@ -24,11 +24,11 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from input_pipeline import decode, workers
+from input_pipeline.escape import Console
 from input_pipeline.pipeline import TrainReader, train_batches
 from input_pipeline.transforms import RandomResizedCrop
 from input_pipeline.video_list import Record, VideoList
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.monotonic() - start
         for record, error in zip(records, errors):
             if error.startswith(workers.KINDS):
-                console.print(f'{Path(record.path).name}: {error}', highlight=False)
+                console.print(f'{Path(record.path).name}: {error}')
                 if arguments.keep:
                     Path(arguments.keep).mkdir(parents=True, exist_ok=True)
                     kept = Path(arguments.keep) / Path(record.path).name
@@ -305,7 +305,6 @@ def main(argv: list[str] | None = None) -> int:
         f'{len(errors)} files in {seconds:.0f} s: {kinds}; {figures["restarts"]} reader processes '
         f'were replaced, none had more than {figures["peak_mib"]:.0f} MiB; the longest wait for a '
         f'batch of {BATCH_SIZE} was {figures["longest_wait_s"]:.1f} s',
-        highlight=False,
         soft_wrap=True,
     )
     if arguments.json:

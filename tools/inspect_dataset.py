@@ -14,7 +14,6 @@ set.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -25,13 +24,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dist_jax import contact_sheet
 from input_pipeline.bad_videos import check_frames
 from input_pipeline.decode import DecodeError, VideoReader
+from input_pipeline.escape import Console, json_text
 from input_pipeline.machine import num_cpus
 from input_pipeline.pipeline import open_video
 from input_pipeline.records import BuiltSplit, Identity, is_built, read_example, read_index
@@ -246,7 +245,7 @@ def _print_statistics(console: Console, found: dict[str, dict[str, Any]]) -> Non
     for split, figures in found.items():
         sizes = ', '.join(f'{count} of {size}' for size, count in figures['sizes'].items())
         others = f', {figures["other_sizes"]} of other sizes' if figures['other_sizes'] else ''
-        console.print(f'{split}: {sizes}{others}', soft_wrap=True, highlight=False)
+        console.print(f'{split}: {sizes}{others}', soft_wrap=True)
 
 
 def _check(
@@ -289,12 +288,12 @@ def main(argv: list[str] | None = None) -> int:
         splits = arguments.splits or read_index(folder)['splits']
         sources = [BuiltSplit(folder, split) for split in splits]
     except ValueError as error:
-        console.print(f'error: {error}', style='red', soft_wrap=True, highlight=False, markup=False)
+        console.print(f'error: {error}', style='red', soft_wrap=True)
         return 2
     out = Path(arguments.out or folder / 'inspection')
     out.mkdir(parents=True, exist_ok=True)
     found = {source.name: statistics(source) for source in sources}
-    text = json.dumps(found, indent=1, ensure_ascii=False) + '\n'
+    text = json_text(found, indent=1) + '\n'
     (out / 'statistics.json').write_text(text, encoding='utf-8')
     draw_statistics(sources, out / 'statistics.png')
     _print_statistics(console, found)
@@ -308,13 +307,13 @@ def main(argv: list[str] | None = None) -> int:
                     draw_sheet(source, title, records, out / source.name / f'{name}.png')
         bad = [] if arguments.no_check else _check(console, pool, sources, arguments.full)
     if not arguments.no_check:
-        lines = ''.join(json.dumps(entry, ensure_ascii=False) + '\n' for entry in bad)
+        lines = ''.join(json_text(entry) + '\n' for entry in bad)
         (out / 'check.jsonl').write_text(lines, encoding='utf-8')
         checked = sum(map(len, sources))
         verdict = f'{len(bad)} of {checked} records are bad, see {out / "check.jsonl"}'
         verdict = verdict if bad else f'all {checked} records are right'
-        console.print(verdict, soft_wrap=True, highlight=False)
-    console.print(f'see {out}: statistics.png', soft_wrap=True, highlight=False)
+        console.print(verdict, soft_wrap=True)
+    console.print(f'see {out}: statistics.png', soft_wrap=True)
     return 1 if bad else 0
 
 

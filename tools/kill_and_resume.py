@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from dist_jax.checkpoint import FOLDER
 from dist_jax.logbook import METRICS_FILE, read_metrics
+from input_pipeline.escape import Console
 
 POLL_SECONDS = 0.002
 TIMEOUT_SECONDS = 600

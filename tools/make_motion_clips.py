@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from input_pipeline import motion_clips
+from input_pipeline.escape import Console
 
 COLUMNS = 16  # frames of a clip on the contact sheet
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
     except (ValueError, OSError) as error:
-        console.print(f'[red]error:[/red] {error}', soft_wrap=True)
+        console.print(f'error: {error}', style='red', soft_wrap=True)
         return 1
     sheet = draw_contact_sheet(out_dir, arguments)
     what = 'wrote' if written else 'found a complete set in'

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from input_pipeline import kinetics
+from input_pipeline.escape import Console
 from input_pipeline.kinetics import REASONS, RULES, SETS
 from input_pipeline.text_files import read_json
 
@@ -281,10 +281,10 @@ def main(argv: list[str] | None = None) -> int:
             note(f'writing {out.name}', 0)
             write(merged, out, arguments.root, arguments.overwrite)
     except (ValueError, OSError) as error:
-        console.print(f'[red]error:[/red] {error}', soft_wrap=True, highlight=False)
+        console.print(f'error: {error}', style='red', soft_wrap=True)
         return 2
-    console.print((out / 'report.txt').read_text(), soft_wrap=True, highlight=False, markup=False)
-    console.print(f'wrote {out}; see class_counts.png', soft_wrap=True, highlight=False)
+    console.print((out / 'report.txt').read_text(), soft_wrap=True)
+    console.print(f'wrote {out}; see class_counts.png', soft_wrap=True)
     return 0
 
 

@@ -22,12 +22,12 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.progress import track
 
 from configs import base
 from configs.inputs import INPUTS
 from dist_jax import contact_sheet, experiment
+from input_pipeline.escape import Console
 from input_pipeline.pipeline import TrainReader, record_rng
 from input_pipeline.video_list import Record
 
@@ -195,11 +195,10 @@ def main(argv: list[str] | None = None) -> int:
                 config = recipe_config(name, arguments.set)
                 rows += clips_of(name, config, record, arguments.draws)
         except ValueError as error:
-            console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-            console.print(f'error: {error}', style='red')
+            Console(stderr=True).print(f'error: {error}', style='red', soft_wrap=True)
             return 1
     draw_sheet(rows, Path(arguments.output))
-    Console().print(f'{arguments.output}: {len(rows)} rows', highlight=False)
+    Console().print(f'{arguments.output}: {len(rows)} rows')
     return 0
 
 

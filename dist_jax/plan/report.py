@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
-from dist_jax.report import cut, theme
+from dist_jax.drawing import cut, theme
+from input_pipeline.escape import Console
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def print_plan(plan: Plan) -> None:
     if plan.get('search'):
         console.print(_search_line(plan['search']), soft_wrap=True)
     for line in _notes(plan):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True)
 
 
 def print_comparison(plans: Sequence[Plan]) -> None:
@@ -87,7 +87,7 @@ def print_comparison(plans: Sequence[Plan]) -> None:
         table.add_row('largest batch a chip', *('-' if n is None else f'{n:g}' for n in found))
     console.print(table)
     for line in _notes(plans[0]):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True)
 
 
 def _chips(plan: Plan) -> str:
@@ -115,7 +115,6 @@ def _print_allocations(console: Console, step: Plan) -> None:
         console.print(
             f'  {_gib(one["bytes"])} GiB  {cut(one["shape"], 60)}  {one["op_name"]}',
             soft_wrap=True,
-            highlight=False,
         )
 
 

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from input_pipeline.escape import json_text, terminal
 from input_pipeline.records import FACTS, INDEX, SplitIndex, Texts, index_file, index_text
 from tools.building.examples import label_names, make_features
 from tools.building.shards import MANIFEST, BuildFolder, Task
@@ -129,7 +130,7 @@ def _make_index(
 
 
 def _json(content: Any) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + '\n'
+    return json_text(content, indent=1) + '\n'
 
 
 def _report(
@@ -166,7 +167,7 @@ def report_text(
         for problem in problems[split]:
             reason = f'{problem["kind"]}: {problem["reason"]}'
             fields = (problem['video_id'], problem['name'], reason, problem['where'])
-            lines.append('  ' + '\t'.join(fields))
+            lines.append('  ' + '\t'.join(map(terminal, fields)))
     return '\n'.join(lines) + '\n'
 
 

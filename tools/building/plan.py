@@ -13,6 +13,7 @@ from pathlib import Path
 
 from input_pipeline.datasets import DATASETS, SplitFile
 from input_pipeline.encode import check_options
+from input_pipeline.escape import json_text
 from input_pipeline.list_formats import FORMATS, guess_format
 from input_pipeline.sources import count_heads, find_classes, read_rows
 from input_pipeline.video_list import Names
@@ -87,7 +88,7 @@ class Entry:
 
     def to_json(self) -> str:
         """One line."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return json_text(asdict(self))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 
 from input_pipeline.decode import DecodeError
+from input_pipeline.escape import json_text
 from input_pipeline.pipeline import reading
 from tools.building.examples import VideoMaker, make_features, serialize
 from tools.building.plan import Entry, Options, Plan
@@ -200,7 +201,7 @@ def start_folder(path: epath.Path, arguments: Mapping[str, Any], plan: Plan) -> 
         'class_names': plan.class_names,
         'splits': splits,
     }
-    write_whole(path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + '\n')
+    write_whole(path / MANIFEST, json_text(manifest, indent=1) + '\n')
     return BuildFolder(path)
 
 
@@ -277,7 +278,7 @@ class ShardBuilder:
             else:
                 os.replace(partial, shard)
         result = {'file_bytes': size, 'sha256': checksum, 'rows': rows, 'problems': problems}
-        text = json.dumps(result, ensure_ascii=False)
+        text = json_text(result)
         folder.write(f'build/done/{task}.json', text)
         return json.loads(text)
 

@@ -1,0 +1,75 @@
+"""The look of all pictures, and how names stand in them."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from input_pipeline.escape import terminal
+
+# Themes: text and lines, background, and the colours of curves.
+LIGHT = {'ink': '#1c2128', 'paper': '#ffffff', 'lines': '#d8dee4', 'cycle': ('#0b6bcb', '#c2571a')}
+DARK = {'ink': '#d7dce2', 'paper': '#161b22', 'lines': '#343b44', 'cycle': ('#6cb6ff', '#f0a35e')}
+
+
+@contextmanager
+def theme(colours: Mapping[str, Any] = LIGHT) -> Iterator[None]:
+    """The look of all pictures, for figures that are made and saved inside the context."""
+    import matplotlib
+    from cycler import cycler
+
+    ink, paper, lines = colours['ink'], colours['paper'], colours['lines']
+    settings = {
+        'font.family': _font_families(),
+        'font.size': 9,
+        'axes.titlesize': 10,
+        'axes.titlelocation': 'left',
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.facecolor': paper,
+        'figure.facecolor': paper,
+        'savefig.facecolor': paper,
+        'text.color': ink,
+        'axes.labelcolor': ink,
+        'axes.titlecolor': ink,
+        'xtick.color': ink,
+        'ytick.color': ink,
+        'axes.edgecolor': lines,
+        'grid.color': lines,
+        'grid.linewidth': 0.6,
+        'axes.axisbelow': True,
+        'axes.prop_cycle': cycler(color=colours['cycle']),
+        'legend.frameon': False,
+        'text.parse_math': False,  # a class name may hold dollar signs
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A letter that no font here has is a box; a warning for each of them helps nobody.
+        warnings.filterwarnings('ignore', message='Glyph .* missing')
+        yield
+
+
+# What matplotlib's own font lacks, as distributions install it; of a row the first that is here.
+_MORE_FONTS = (
+    ('Noto Sans CJK SC', 'Noto Sans CJK JP', 'Noto Sans SC', 'WenQuanYi Zen Hei'),
+    ('Noto Sans Devanagari', 'Lohit Devanagari'),
+    ('Noto Sans Thai', 'Garuda'),
+)
+
+
+@functools.cache
+def _font_families() -> list[str]:
+    """matplotlib's own font, then those of this machine for letters that it lacks."""
+    from matplotlib import font_manager
+
+    here = set(font_manager.get_font_names())
+    found = (next((name for name in names if name in here), None) for names in _MORE_FONTS)
+    return ['DejaVu Sans', *filter(None, found)]
+
+
+def cut(text: str, most: int) -> str:
+    """A name in a picture: at most `most` visible characters, an ellipsis where it was longer."""
+    text = terminal(text)
+    return text if len(text) <= most else text[: most - 1].rstrip() + '…'

@@ -1,0 +1,124 @@
+"""Files and folders that a command was given, looked for before jax is loaded.
+
+A wrong path is the commonest mistake; importing jax and its friends takes seconds, on a loaded host
+many. What cannot be told cheaply (a path in a bucket, a field of a saved run) is left to those who
+read it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from input_pipeline.datasets import DATASETS
+from input_pipeline.list_formats import VIDEO_SUFFIXES
+
+CHECKPOINTS = 'checkpoints'  # of a run, in its workdir
+
+
+def under(root: str, name: str) -> str:
+    """A file that is named as it is, or from the data root.
+
+    Raises:
+      ValueError: the name leads to two files.
+    """
+    name = name.strip()
+    if not name or not root or os.path.isabs(name):
+        return name
+    there = os.path.join(root, name)
+    if not os.path.exists(name):
+        return there
+    if os.path.exists(there) and not os.path.samefile(name, there):
+        raise ValueError(
+            f'{name} is in {os.getcwd()} and in data.root={root}; write the path of the one you '
+            'mean in full'
+        )
+    return name
+
+
+def check_run(workdir: str) -> None:
+    """Raises ValueError if a local folder is not that of a run."""
+    if '://' not in workdir and not _found(os.path.join(workdir, CHECKPOINTS)):
+        known = 'holds' if _found(workdir) else 'does not exist and holds'
+        raise ValueError(f'{workdir} {known} no checkpoints; pass the --workdir of a run')
+
+
+def check_inputs(fields: Mapping[str, str], splits: Iterable[str], saved_root: str = '') -> None:
+    """Looks for the files that config fields name.
+
+    Args:
+      fields: 'group.field' -> value; those that are missing are not looked at.
+      splits: lists that are read, of train and val.
+      saved_root: where list paths start from unless the fields say.
+
+    Raises:
+      ValueError: naming every field whose file is not there.
+    """
+    root = fields.get('data.root') or saved_root
+    lists = [(field, fields.get(field, '')) for field in (f'data.{split}_list' for split in splits)]
+    lists += [('data.label_map', name) for name in fields.get('data.label_map', '').split(',')]
+    wanted = [('data.root', fields.get('data.root', ''))]
+    wanted += [(field, under(root, name)) for field, name in lists]
+    wanted += [('init_label_map', n.strip()) for n in fields.get('init_label_map', '').split(',')]
+    wanted += [(field, fields.get(field, '')) for field in ('backbone.checkpoint', 'init_from')]
+    missing = [
+        f'{field}: no file or folder {name}'
+        for field, name in wanted
+        if not _found(name) and (field, name) != ('backbone.checkpoint', 'random')
+    ]
+    if missing:
+        raise ValueError('\n'.join(missing))
+
+
+def check_training_inputs(fields: Mapping[str, Any]) -> None:
+    """As `check_inputs`, of a whole config; a data set that makes itself has no files yet."""
+    dataset = DATASETS.get(fields['data.name'])
+    lists = fields['data.train_list'] or fields['data.val_list']
+    if dataset is not None and dataset.generate is not None and not lists:
+        fields = {field: value for field, value in fields.items() if not field.startswith('data.')}
+    check_inputs(fields, ('train', 'val'))
+
+
+def saved_root(workdir: str) -> str:
+    """`data.root` of a run in a local folder; '' where it cannot be told."""
+    try:
+        with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as file:
+            return str(json.load(file)['data']['root'])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ''
+
+
+def _found(name: str) -> bool:
+    return not name or '://' in name or os.path.exists(os.path.expanduser(name))
+
+
+def find_videos(names: Sequence[str]) -> list[str]:
+    """Video files, those of folders included, in order of their paths.
+
+    Args:
+      names: of files, taken whatever they are called, and folders, in which files with the suffix
+        of a video are taken at any depth.
+
+    Raises:
+      ValueError: a path that is not there, or a folder without a video.
+    """
+    missing = [name for name in names if not os.path.exists(name)]
+    if missing:
+        raise ValueError('no file or folder ' + ', '.join(missing))
+    found: list[str] = []
+    for name in names:
+        if not os.path.isdir(name):
+            found.append(name)
+            continue
+        inside = sorted(
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(name)
+            for file in files
+            if file.lower().endswith(VIDEO_SUFFIXES)
+        )
+        if not inside:
+            raise ValueError(f'{name}: no video in this folder ({", ".join(VIDEO_SUFFIXES)})')
+        found += inside
+    return found
