@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 COLUMNS = 8
 MOST_FRAMES = 16  # that a sheet shows
-CELL, HEAD, CAPTION = 1.25, 0.35, 0.17  # inches: a frame, the title, a line under a frame
+CELL, HEAD, CAPTION = 1.25, 0.35, 0.17  # inches: width of a frame, the title, a line under a frame
+TALLEST = 2.0  # cell, in widths; frames that are narrower still leave white beside them
 WIDTH = CELL * COLUMNS
 
 
-def choose(num_frames: int) -> np.ndarray:
-    """Numbers of the frames that are shown, int, increasing, evenly spread."""
-    places = np.linspace(0, num_frames - 1, min(num_frames, MOST_FRAMES))
+def choose(num_frames: int, most: int = MOST_FRAMES) -> np.ndarray:
+    """Numbers of the at most `most` frames that are shown, int, increasing, evenly spread."""
+    places = np.linspace(0, num_frames - 1, min(num_frames, most))
     return np.unique(places.round()).astype(int)
 
 
@@ -27,9 +28,10 @@ def count(shown: int, num_frames: int) -> str:
     return f'{shown} of {num_frames} frames' if shown < num_frames else f'{num_frames} frames'
 
 
-def height(num_frames: int, captions: bool = False) -> float:
-    """Inches that `draw` needs for so many frames and a title."""
-    return HEAD + (CELL + CAPTION * captions) * -(-num_frames // COLUMNS)
+def height(num_frames: int, captions: bool = False, shape: tuple[int, ...] = (1, 1)) -> float:
+    """Inches that `draw` needs for so many frames of (height, width, ...) pixels and a title."""
+    cell = CELL * min(shape[0] / shape[1], TALLEST)
+    return HEAD + (cell + CAPTION * captions) * -(-num_frames // COLUMNS)
 
 
 def draw(
@@ -48,7 +50,7 @@ def draw(
       numbers: of the frames, in their corners.
       captions: a text under each frame; none if empty.
     """
-    part.suptitle(title, fontsize=9.5, x=0.01, ha='left', parse_math=False)
+    part.suptitle(title, fontsize=9.5, x=0.01, ha='left')
     grid = part.subplots(-(-len(frames) // COLUMNS), COLUMNS, squeeze=False)
     for axis in grid.flat:
         axis.set_axis_off()

@@ -331,10 +331,17 @@ def _plot(axis: Axes, rows: Rows, name: str, label: str = '', scale: float = 1.0
     steps, values = _series(rows, name)
     if not len(steps):
         return
-    line = '-' if len(steps) >= LINE_FROM else ''
+    line = '-' if len(steps) >= LINE_FROM else 'none'
     marker = 'o' if len(steps) <= 30 else ''
-    axis.plot(steps, scale * values, line, marker=marker, markersize=3.5, label=label or None)
-    if not line:
+    axis.plot(
+        steps,
+        scale * values,
+        linestyle=line,
+        marker=marker,
+        markersize=3.5,
+        label=label or None,
+    )
+    if line == 'none':
         for step, value in zip(steps, scale * values):
             axis.annotate(
                 f'{value:.3g}',
@@ -369,7 +376,8 @@ def _draw_validation(axis: Axes, rows: Rows) -> None:
     axis.set_title('validation accuracy, %')
     axis.set_ylim(-3, 103)
     if len(axis.lines) > 1:
-        axis.legend(loc='best')
+        few = any(line.get_linestyle() == 'None' for line in axis.lines)
+        axis.legend(loc='upper left' if few else 'best')  # values stand on the left of points
 
 
 def _draw_learning_rate(axis: Axes, rows: Rows) -> None:

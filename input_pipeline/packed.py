@@ -37,11 +37,16 @@ class Texts(Blobs):
 
     @classmethod
     def pack(cls, texts: Sequence[str]) -> 'Texts':
-        """Puts texts one after the other; also names of files that are not UTF-8."""
-        return super().pack([text.encode('utf-8', 'surrogatepass') for text in texts])
+        """Puts texts one after the other; also names of files that are not UTF-8.
+
+        Raises:
+          ValueError: a text has half of a UTF-16 pair, as JSON can write it and no file name is.
+        """
+        # As on disk, where a name is bytes.
+        return super().pack([text.encode('utf-8', 'surrogateescape') for text in texts])
 
     def __getitem__(self, index: int) -> str:
-        return super().__getitem__(index).decode('utf-8', 'surrogatepass')
+        return super().__getitem__(index).decode('utf-8', 'surrogateescape')
 
 
 class Objects:

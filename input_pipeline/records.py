@@ -259,7 +259,7 @@ class Identity:
         """Of a record, as `read_example` gives it."""
         heads = [name for name in ('label', 'label_2') if name in example]
         return cls(
-            example['video_id'].bytes_list.value[0].decode(errors='replace'),
+            os.fsdecode(example['video_id'].bytes_list.value[0]),
             tuple(example[name].int64_list.value[0] for name in heads),
             zlib.crc32(example['video'].bytes_list.value[0]),
         )

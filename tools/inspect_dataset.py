@@ -23,11 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dist_jax import contact_sheet
+from dist_jax.drawing import cut, theme
 from input_pipeline.bad_videos import check_frames
 from input_pipeline.decode import DecodeError, VideoReader
 from input_pipeline.escape import Console, json_text
@@ -36,11 +39,18 @@ from input_pipeline.pipeline import open_video
 from input_pipeline.records import BuiltSplit, Identity, is_built, read_example, read_index
 
 MOST_SHEETS = 20  # of a set of captions, which has no classes
+FEW_VALUES = 8  # up to here a bar for each value, beyond a histogram
 _FIGURES = {  # title and unit of what statistics.png shows
     'duration': 'duration, s',
     'short side': 'short side, pixels',
     'fps': 'frames per second',
     'kB per second': 'kB per second of video',
+}
+_CONSTANTS = {  # the same of a value that all videos have
+    'duration': '{:.4g} s',
+    'short side': 'short side {:.4g}',
+    'fps': '{:.4g} frames per second',
+    'kB per second': '{:.4g} kB per second',
 }
 
 
@@ -100,19 +110,44 @@ def _distributions(source: BuiltSplit) -> dict[str, np.ndarray]:
 
 
 def draw_statistics(sources: Sequence[BuiltSplit], path: Path) -> None:
-    """Histograms: a row a split, a column each of duration, size, rate and bytes."""
-    figure = Figure(figsize=(4.2 * len(_FIGURES), 3 * len(sources)), layout='constrained')
-    axes = figure.subplots(len(sources), len(_FIGURES), squeeze=False)
-    for row, source in zip(axes, sources):
-        for axis, (name, values) in zip(row, _distributions(source).items()):
-            axis.hist(values, bins=40, color='#2a6f97')
-            axis.set_title(
-                f'{source.name}: median {np.median(values):.4g}', fontsize=10, loc='left'
-            )
-            axis.set_xlabel(_FIGURES[name])
-            axis.set_ylabel('videos')
-            axis.spines[['top', 'right']].set_visible(False)
-    figure.savefig(path, dpi=110)
+    """Histograms of duration, size, rate and bytes, a row a split; its title has the constants."""
+    rows = []
+    for source in sources:
+        found = {name: np.asarray(v, float).round(3) for name, v in _distributions(source).items()}
+        varied = {name: values for name, values in found.items() if len(np.unique(values)) > 1}
+        said = ', '.join(
+            _CONSTANTS[name].format(values[0])
+            for name, values in found.items()
+            if name not in varied and len(values)
+        )
+        said = f', all with {said}' if said else ''
+        rows.append((varied, f'{source.name}: {len(source):,} videos{said}'))
+    across = max(2, *(len(varied) for varied, _ in rows))
+    heights = [2.5 if varied else contact_sheet.HEAD for varied, _ in rows]
+    with theme():
+        figure = Figure(figsize=(3.6 * across, sum(heights)), layout='constrained')
+        parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, (varied, said) in zip(parts, rows):
+            part.suptitle(said, x=0.01, ha='left', fontsize=10, weight='bold')
+            axes = part.subplots(1, len(varied), squeeze=False)[0] if varied else ()
+            for axis, (name, values) in zip(axes, varied.items()):
+                _draw_distribution(axis, values)
+                axis.set_title(f'{_FIGURES[name]}; median {np.median(values):.4g}')
+                axis.set_ylabel('videos')
+        figure.savefig(path, dpi=120)
+
+
+def _draw_distribution(axis: Axes, values: np.ndarray) -> None:
+    """A histogram; a bar for each value where there are few."""
+    kinds, counts = np.unique(values, return_counts=True)
+    if len(kinds) <= FEW_VALUES:
+        axis.bar(range(len(kinds)), counts, 0.7)
+        axis.set_xticks(range(len(kinds)), [f'{kind:.4g}' for kind in kinds])
+        axis.set_xlim(-1, len(kinds))
+    else:
+        axis.hist(values, bins=24, rwidth=0.88)
+    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.grid(True, axis='y')
 
 
 def _sheets(source: BuiltSplit, num_videos: int) -> Iterator[tuple[str, str, list[int]]]:
@@ -130,7 +165,7 @@ def _sheets(source: BuiltSplit, num_videos: int) -> Iterator[tuple[str, str, lis
             spread = np.linspace(0, len(members) - 1, min(num_videos, len(members)))
             plain = re.sub(r'[^\w-]+', '_', name)[:60]
             prefix = f'head{head + 1}_' if len(names) > 1 else ''
-            title = f'{source.name}, {label}  {name}: {len(members)} videos'
+            title = f'{source.name}, {label}  {cut(name, 80)}: {len(members)} videos'
             yield (
                 f'{prefix}{label:04d}_{plain}',
                 title,
@@ -147,30 +182,36 @@ def draw_sheet(source: BuiltSplit, title: str, records: Sequence[int], path: Pat
       records: their numbers.
       path: PNG to write.
     """
-    heights = [0.35, *[contact_sheet.height(contact_sheet.COLUMNS)] * len(records)]
-    figure = Figure(figsize=(contact_sheet.WIDTH, sum(heights)), layout='constrained')
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.03, wspace=0.0, hspace=0.0)
-    head, *parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    head.suptitle(title, fontsize=11, x=0.01, ha='left', weight='bold', parse_math=False)
-    for part, record in zip(parts, records):
-        name = f'{record}  {source.index.video_ids[record]}'
-        try:
-            with open_video(source[record]) as video:
-                numbers = contact_sheet.choose(video.num_frames)
-                if len(numbers) > contact_sheet.COLUMNS:
-                    spread = np.linspace(0, video.num_frames - 1, contact_sheet.COLUMNS)
-                    numbers = np.unique(spread.round().astype(int))
-                frames = video.frames(numbers)
-                height, width = frames.shape[1:3]
-                facts = f'{width} x {height}, {video.num_frames} frames, {video.duration:.2f} s'
-        except DecodeError as error:
-            said = f'{name}: {error.kind}'
-            part.suptitle(said, x=0.01, ha='left', color='#d1495b', parse_math=False)
-            continue
-        captions = source.captions(record)
-        text = f'  “{captions[0]}” (1 of {len(captions)})' if captions else ''
-        contact_sheet.draw(part, f'{name}, {facts}{text}', frames, numbers)
-    figure.savefig(path, dpi=80)
+    rows = [_row(source, record) for record in records]
+    heights = [contact_sheet.HEAD]
+    heights += [contact_sheet.height(len(f), shape=f.shape[1:]) for _, f, _ in rows]
+    with theme():
+        figure = Figure(figsize=(contact_sheet.WIDTH, sum(heights)), layout='constrained')
+        figure.get_layout_engine().set(w_pad=0.04, h_pad=0.03, wspace=0.0, hspace=0.0)
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        parts[0].suptitle(title, fontsize=11, x=0.01, ha='left', weight='bold')
+        for part, (text, frames, numbers) in zip(parts[1:], rows):
+            if len(frames):
+                contact_sheet.draw(part, text, frames, numbers)
+            else:
+                part.suptitle(text, x=0.01, ha='left', color='#d1495b')
+        figure.savefig(path, dpi=80)
+
+
+def _row(source: BuiltSplit, record: int) -> tuple[str, np.ndarray, np.ndarray]:
+    """What is said of a record, and its frames and their numbers; none if it cannot be read."""
+    name = f'{record}  {cut(source.index.video_ids[record], 70)}'
+    try:
+        with open_video(source[record]) as video:
+            numbers = contact_sheet.choose(video.num_frames, contact_sheet.COLUMNS)
+            frames = video.frames(numbers)
+            facts = f'{video.num_frames} frames, {video.duration:.2f} s'
+    except DecodeError as error:
+        return f'{name}: {error.kind}', np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, int)
+    height, width = frames.shape[1:3]
+    captions = source.captions(record)
+    text = f'  “{cut(captions[0], 80)}” (1 of {len(captions)})' if captions else ''
+    return f'{name}, {width} x {height}, {facts}{text}', frames, numbers
 
 
 def check_record(source: BuiltSplit, index: int, full: bool = False) -> tuple[str, str] | None:

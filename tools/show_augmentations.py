@@ -27,11 +27,13 @@ from rich.progress import track
 from configs import base
 from configs.inputs import INPUTS
 from dist_jax import contact_sheet, experiment
+from dist_jax.drawing import theme
 from input_pipeline.escape import Console
 from input_pipeline.pipeline import TrainReader, record_rng
 from input_pipeline.video_list import Record
 
 HEIGHT, WIDTH, FPS, NUM_FRAMES = 256, 340, 30, 120
+SHAPE = 1.4  # width over height of a sheet
 LABEL = 86  # "moving something to the left" or like it: its flip changes the label
 
 
@@ -103,17 +105,23 @@ def clips_of(
 ) -> list[tuple[str, list[np.ndarray], list[int]]]:
     """Title, frames and their numbers of each row of a recipe's part of the sheet."""
     reader = experiment.train_reader(config)
-    rows = []
+    clips = []
     for draw in range(draws):
         for copy, (video, label) in enumerate(zip(*reader.read(record, record_rng(0, draw, 0)))):
-            shown = contact_sheet.choose(len(video))
             done = operations(reader, draw, copy)
             title = f'{name}, draw {draw}, copy {copy}, label {LABEL} -> {label}'
-            title += f': {done}' if done else ''
+            clips.append((title + (f': {done}' if done else ''), video))
+    if reader.num_frames == 1:  # images: side by side
+        title = f'{name}, {draws} draws with {reader.num_samples} copies each'
+        rows = [(title, [video[0] for _, video in clips], list(range(len(clips))))]
+    else:
+        rows = []
+        for title, video in clips:
+            shown = contact_sheet.choose(len(video), contact_sheet.COLUMNS)
             rows.append((title, [video[k] for k in shown], list(shown)))
     test = experiment.eval_reader(config)
     views, _ = test.read(record)
-    shown = contact_sheet.choose(len(views))
+    shown = contact_sheet.choose(len(views), contact_sheet.COLUMNS)
     middle = test.num_frames // 2
     title = (
         f'{name}, test: frame {middle} of the views, {test.num_clips} clips x {test.num_crops} '
@@ -124,14 +132,27 @@ def clips_of(
 
 
 def draw_sheet(rows: Sequence[tuple[str, list[np.ndarray], list[int]]], path: Path) -> None:
-    """Writes the rows as one PNG."""
+    """Writes the rows as one PNG, in as many columns as make it a little wider than high."""
     heights = [contact_sheet.height(len(frames)) for _, frames, _ in rows]
-    figure = Figure(figsize=(contact_sheet.WIDTH, sum(heights)), layout='constrained')
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.03, wspace=0.0, hspace=0.0)
-    parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
-    for part, (title, frames, numbers) in zip(parts, rows):
-        contact_sheet.draw(part, title, frames, numbers)
-    figure.savefig(path, dpi=80)
+    across = max(1, round((SHAPE * sum(heights) / contact_sheet.WIDTH) ** 0.5))
+    columns: list[list[int]] = [[]]
+    for k, height in enumerate(heights):
+        filled = sum(heights[i] for i in columns[-1])
+        if filled + height / 2 > sum(heights) / across and len(columns) < across:
+            columns.append([])
+        columns[-1].append(k)
+    tallest = max(sum(heights[k] for k in column) for column in columns)
+    with theme():
+        figure = Figure(figsize=(contact_sheet.WIDTH * len(columns), tallest), layout='constrained')
+        figure.get_layout_engine().set(w_pad=0.04, h_pad=0.03, wspace=0.0, hspace=0.0)
+        for column, part in zip(columns, np.atleast_1d(figure.subfigures(1, len(columns)))):
+            own = [heights[k] for k in column]
+            own.append(max(tallest - sum(own), 1e-3))
+            places = part.subfigures(len(own), 1, height_ratios=own)
+            for place, k in zip(places, column):
+                title, frames, numbers = rows[k]
+                contact_sheet.draw(place, title, frames, numbers)
+        figure.savefig(path, dpi=80)
 
 
 def flags(name: str) -> str:

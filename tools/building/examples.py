@@ -12,6 +12,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from input_pipeline.bad_videos import check_frames
 from input_pipeline.decode import VideoReader
 from input_pipeline.encode import transcode
+from input_pipeline.escape import terminal
 from input_pipeline.records import FACTS
 from input_pipeline.video_list import Names
 from tools.building.plan import Entry, Options
@@ -106,7 +107,7 @@ def make_features(class_names: Sequence[Names]) -> tfds.features.FeaturesDict:
         'width': tfds.features.Scalar(np.int64, doc='pixels, turned upright'),
     }
     for name, names in zip(label_names(len(class_names)), class_names):
-        fields[name] = tfds.features.ClassLabel(names=list(names))
+        fields[name] = tfds.features.ClassLabel(names=[terminal(name) for name in names])
     if not class_names:
         fields['captions'] = tfds.features.Sequence(tfds.features.Text())
     return tfds.features.FeaturesDict(fields)
@@ -118,8 +119,8 @@ def serialize(
     """A record as TFDS stores it, a `tf.train.Example`."""
     fields = {
         'video': video.content,
-        'video_id': entry.video_id,
-        'source': os.fspath(entry.name),
+        'video_id': os.fsencode(entry.video_id),
+        'source': os.fsencode(entry.name),
         'split': split,
         **video.facts,
         **dict(zip(label_names(len(entry.label)), entry.label)),

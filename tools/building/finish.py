@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dist_jax.drawing import cut, theme
 from input_pipeline.escape import json_text, terminal
 from input_pipeline.records import FACTS, INDEX, SplitIndex, Texts, index_file, index_text
 from tools.building.examples import label_names, make_features
 from tools.building.shards import MANIFEST, BuildFolder, Task
 
-_MOST_NAMED = 24  # classes that a histogram names at each end
+_MOST_BARS = 48  # classes that get a bar and their name; of more, so many are named
 
 
 @dataclass(frozen=True)
@@ -190,42 +192,76 @@ def _draw_histograms(
 ) -> None:
     """labels.png: a row a split, a column a head; classes from the most frequent on."""
     heads = max(len(heads) for heads in histograms.values())
-    figure = Figure(figsize=(11 * heads, 4.2 * len(histograms)), layout='constrained')
-    axes = figure.subplots(len(histograms), heads, squeeze=False)
-    for row, (split, found) in zip(axes, histograms.items()):
-        for axis, (what, counts) in zip(row, found.items()):
-            _draw_counts(axis, f'{folder.name}, {split}, {what}', counts)
-    file = io.BytesIO()
-    figure.savefig(file, format='png', dpi=110)
+    heights = [
+        max(
+            0.6 + 0.2 * len(counts) if len(counts) <= _MOST_BARS else 4.2 for counts in row.values()
+        )
+        for row in histograms.values()
+    ]
+    with theme():
+        figure = Figure(figsize=(11 * heads, sum(heights)), layout='constrained')
+        axes = figure.subplots(len(histograms), heads, squeeze=False, height_ratios=heights)
+        for row, (split, found) in zip(axes, histograms.items()):
+            for axis, (what, counts) in zip(row, found.items()):
+                _draw_counts(axis, f'{cut(folder.name, 40)}, {split}, {what}', counts)
+        file = io.BytesIO()
+        figure.savefig(file, format='png', dpi=110)
     folder.write('labels.png', file.getvalue())
 
 
-def _draw_counts(axis, title: str, counts: Mapping[str, int]) -> None:
+def _draw_counts(axis: Axes, title: str, counts: Mapping[str, int]) -> None:
     pairs = sorted(counts.items(), key=lambda pair: -pair[1])
-    values = [count for _, count in pairs]
-    axis.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True, color='#2a6f97')
+    names, values = [cut(name, 40) for name, _ in pairs], [count for _, count in pairs]
     empty = sum(value == 0 for value in values)
     mean = sum(values) / len(values)
+    each = f'{values[0]:,} each'
+    if len(set(values)) > 1:
+        each = f'{min(values):,} to {max(values):,} each, mean {mean:.1f}'
     axis.set_title(
-        f'{title}: {sum(values)} videos, {len(values)} values with {min(values)} to {max(values)} '
-        f'each, mean {mean:.1f}' + (f', {empty} without a video' if empty else ''),
-        loc='left',
-        fontsize=10,
-        parse_math=False,
+        f'{title}: {sum(values):,} videos, {len(values)} values with {each}'
+        + (f', {empty} without a video' if empty else '')
     )
-    axis.axhline(mean, color='#d1495b', linewidth=1, label='mean')
-    axis.legend(frameon=False, fontsize=8, loc='upper right')
+    if len(pairs) <= _MOST_BARS:
+        _draw_bars(axis, names, values)
+    else:
+        _draw_profile(axis, names, values, mean)
+
+
+def _draw_bars(axis: Axes, names: Sequence[str], values: Sequence[int]) -> None:
+    """A bar a class, its name before and its number behind."""
+    axis.barh(range(len(values)), values, height=0.66)
+    for place, value in enumerate(values):
+        axis.annotate(
+            f'{value:,}',
+            (value, place),
+            (4, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=8,
+        )
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_xlim(0, 1.06 * max(*values, 1))
+    axis.set_xticks([])
+    axis.tick_params(axis='y', length=0)
+    axis.spines['bottom'].set_visible(False)
+
+
+def _draw_profile(axis: Axes, names: Sequence[str], values: Sequence[int], mean: float) -> None:
+    """One outline over the many classes, some of them named."""
+    axis.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True)
+    axis.axhline(mean, color='C1', linewidth=1, label='mean')
+    axis.legend(fontsize=8, loc='upper right')
     axis.set_ylabel('videos')
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.margins(x=0.01)
-    step = max(1, -(-len(pairs) // (2 * _MOST_NAMED)))
+    step = -(-len(names) // _MOST_BARS)
     axis.set_xticks(
-        range(0, len(pairs), step),
-        [name if len(name) <= 28 else f'{name[:27]}…' for name, _ in pairs[::step]],
+        range(0, len(names), step),
+        [cut(name, 28) for name in names[::step]],
         rotation=60,
         ha='right',
+        rotation_mode='anchor',
         fontsize=7,
-        parse_math=False,
     )
-    axis.set_ylim(0, 1.12 * max(values))
-    axis.spines[['top', 'right']].set_visible(False)
+    axis.set_ylim(0, 1.12 * max(*values, 1))

@@ -276,7 +276,7 @@ def digest(paths: Sequence[Path | str]) -> dict[str, str]:
     found = {}
     for path in map(Path, paths):
         if path.is_dir():
-            names = '\n'.join(sorted(os.listdir(path))).encode()
+            names = os.fsencode('\n'.join(sorted(os.listdir(path))))
             found[os.fspath(path)] = hashlib.sha256(names).hexdigest()
         else:
             with open(path, 'rb') as file:
