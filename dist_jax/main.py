@@ -7,6 +7,7 @@ other ml_collections programs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib.metadata
 import logging
@@ -17,7 +18,7 @@ import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import absl.logging
@@ -25,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from dist_jax import ending, pod
+from dist_jax import ending, paths, pod
 from input_pipeline import escape
 
 EXAMPLES = """\
@@ -245,10 +246,9 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         name = argument.partition('=')[0]
         if name == '--config' or name.startswith('--config.'):
             config.append(argument)
-            if '=' not in argument:
+            follows = argv[position + 1 : position + 2]
+            if '=' not in argument and follows and not follows[0].startswith('--'):
                 position += 1
-                if position == len(argv) or argv[position].startswith('--'):
-                    raise UsageError(f'{argument} needs a value: {argument}=VALUE')
                 config[-1] += f'={argv[position]}'
         else:
             rest.append(argument)
@@ -264,7 +264,7 @@ def read_config(arguments: list[str], default: ConfigDict | None = None) -> Conf
       UsageError: no config, no such file or variant, or a field that does not exist.
     """
     named = [_find_file(a) for a in arguments if a.startswith('--config=')]
-    if not named and default is None:
+    if '--config' in arguments or (not named and default is None):
         raise UsageError(
             'pass --config=FILE:VARIANT, for example --config=configs/dist.py:b16_8+16f_k400'
         )
@@ -308,7 +308,7 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
     Raises:
       UsageError: no such field, a group, or a value of another type.
     """
-    name, _, text = argument.removeprefix('--config.').partition('=')
+    name, equals, text = argument.removeprefix('--config.').partition('=')
     fields = _fields(config)
     if name not in fields:
         members = [field for field in fields if field.startswith(f'{name}.')] if name else []
@@ -323,6 +323,8 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
             f'the config has no field {name!r}{hint if close else ""} '
             '(fields and their meaning: configs/base.py)'
         )
+    if not equals:
+        raise UsageError(f'--config.{name} needs a value: {_expected(fields[name])}')
     try:
         changed = _parsed([argument], config)
         value = _fields(changed)[name]
@@ -346,16 +348,19 @@ def _fields(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
     return found
 
 
-def _closest(name: str, fields: Iterable[str]) -> list[str]:
+def _closest(name: str, fields: Collection[str]) -> list[str]:
     """At most three fields that somebody who wrote `name` may have meant, the likeliest first."""
     group, _, last = name.rpartition('.')
+    elsewhere = [field for field in fields if field.rpartition('.')[2] == last]
+    if elsewhere:
+        return elsewhere[:3]
 
     def likeness(field: str) -> float:
         own_group, _, own = field.rpartition('.')
         words = set(last.split('_')) <= set(own.split('_'))
         parts = 0.8 if words else difflib.SequenceMatcher(None, last, own).ratio()
         whole = difflib.SequenceMatcher(None, name, field).ratio()
-        return max(whole, parts + (0.2 if group == own_group else 0.1 if last == own else 0))
+        return max(whole, parts + 0.2 * (group == own_group))
 
     ranked = sorted(fields, key=likeness, reverse=True)
     best = likeness(ranked[0]) if ranked else 0
@@ -366,7 +371,9 @@ def _expected(value: Any) -> str:
     """The type of a field in words, with its value as the example."""
     if isinstance(value, (tuple, list)):
         return f'numbers in brackets, such as {tuple(value) or (256,)}'
-    kinds = {bool: 'true or false', int: 'a whole number', float: 'a number'}
+    if isinstance(value, bool):
+        return 'true or false'
+    kinds = {int: 'a whole number', float: 'a number'}
     return f'{kinds.get(type(value), "text")}, such as {value}'
 
 
@@ -379,6 +386,15 @@ def _find_file(argument: str) -> str:
             raise UsageError(f'--config: no file {path}')
         path = beside
     return f'--config={path}{colon}{variant}'
+
+
+@contextlib.contextmanager
+def _wrong_usage() -> Iterator[None]:
+    """What a look at the arguments finds is for the user to mend; its traceback helps nobody."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _named_fields(arguments: Sequence[str]) -> dict[str, str]:
@@ -425,9 +441,8 @@ def _train(argv: Sequence[str]) -> int:
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
     config = read_config(config_arguments)
-    from dist_jax import paths
-
-    paths.check_training_inputs(_fields(config))
+    with _wrong_usage():
+        paths.check_training_inputs(_fields(config))
     _start_jax()
     from dist_jax import doctor, report, train
 
@@ -451,12 +466,11 @@ def _evaluate(argv: Sequence[str]) -> int:
     )
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
-    from dist_jax import paths
-
-    if arguments.workdir:
-        paths.check_run(arguments.workdir)
-    root = paths.saved_root(arguments.workdir) if arguments.workdir else ''
-    paths.check_inputs(_named_fields(config_arguments), ('val',), root)
+    with _wrong_usage():
+        if arguments.workdir:
+            paths.check_run(arguments.workdir)
+        root = paths.saved_root(arguments.workdir) if arguments.workdir else ''
+        paths.check_inputs(_named_fields(config_arguments), ('val',), root)
     from dist_jax import commands, report
 
     default = commands.saved_config(arguments.workdir) if arguments.workdir else None
@@ -486,11 +500,10 @@ def _predict(argv: Sequence[str]) -> int:
     )
     rest, config_arguments = _split(argv)
     arguments = parser.parse_args(rest)
-    from dist_jax import paths
-
-    paths.check_run(arguments.workdir)
-    paths.check_inputs(_named_fields(config_arguments), ())
-    videos = paths.find_videos(arguments.videos)
+    with _wrong_usage():
+        paths.check_run(arguments.workdir)
+        paths.check_inputs(_named_fields(config_arguments), ())
+        videos = paths.find_videos(arguments.videos)
     if arguments.labels and not os.path.exists(arguments.labels):
         raise UsageError(f'--labels: no file {arguments.labels}')
     from dist_jax import commands, predict

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from input_pipeline.datasets import DATASETS
 from input_pipeline.list_formats import VIDEO_SUFFIXES
 
 CHECKPOINTS = 'checkpoints'  # of a run, in its workdir
@@ -74,6 +73,8 @@ def check_inputs(fields: Mapping[str, str], splits: Iterable[str], saved_root: s
 
 def check_training_inputs(fields: Mapping[str, Any]) -> None:
     """As `check_inputs`, of a whole config; a data set that makes itself has no files yet."""
+    from input_pipeline.datasets import DATASETS  # which brings the decoders
+
     dataset = DATASETS.get(fields['data.name'])
     lists = fields['data.train_list'] or fields['data.val_list']
     if dataset is not None and dataset.generate is not None and not lists:

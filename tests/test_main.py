@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -56,6 +57,19 @@ def test_the_overview_names_every_command(arguments, capsys):
     assert 'examples:\n  dist_jax demo\n' in out
 
 
+@pytest.mark.parametrize('command', ['train', 'check'])
+def test_help_of_a_command_is_its_own(command, capsys):
+    assert run('help', command) == 0
+    said = capsys.readouterr().out
+    assert run(command, '--help') == 0
+    assert capsys.readouterr().out == said
+
+
+def test_the_version_names_what_a_report_needs(capsys):
+    assert run('--version') == 0
+    assert re.match(r'dist_jax \S+, jax [\d.]+, libtpu .+, Python 3', capsys.readouterr().out)
+
+
 def test_no_command_is_wrong_usage(capsys):
     assert run() == 2
     assert 'usage: dist_jax COMMAND' in ''.join(capsys.readouterr())
@@ -83,7 +97,37 @@ def test_no_command_is_wrong_usage(capsys):
         (['train', '--workdir=w', DIST, '--config.optimizer=3'], ['optimizer']),
         (['train', '--workdir=w', DIST, '--num_steps=3'], ['--num_steps=3']),
         (['train', '--workdir=w', DIST, 'config.num_steps=3'], ['config.num_steps=3']),
-        (['train', '--workdir=w', DIST, '--config.num_steps'], ['num_steps']),
+        (
+            ['train', '--workdir=w', DIST, '--config.num_steps'],
+            ['num_steps needs a value', 'whole'],
+        ),
+        (
+            ['train', '--workdir=w', DIST, '--config.batchsize=3'],
+            ["no field 'batchsize'; did you mean --config.batch_size?"],
+        ),
+        (
+            ['train', '--workdir=w', DIST, '--config.optimizer.lr'],
+            ["no field 'optimizer.lr'", '--config.optimizer.peak_lr'],
+        ),
+        (
+            ['train', '--workdir=w', DIST, '--config.num_frames=8'],
+            ['did you mean --config.data.num_frames?'],
+        ),
+        (
+            ['train', '--workdir=w', DIST, '--config.batch_size=abc'],
+            ['--config.batch_size=abc: expected a whole number, such as 32 '],
+        ),
+        (['train', '--workdir=w', DIST, '--config.seed', '--skip_checks'], ['seed needs a value']),
+        (['train', '--workdir=w', DIST, '--config.num_epochs=nan'], ['expected a number']),
+        (['train', '--workdir=w', DIST, '--config.data.resize=abc'], ['numbers in brackets']),
+        (['train', '--workdir=w', DIST, '--config.data=3'], ['is a group', '--config.data.root']),
+        (['train', '--workdir=w', DIST, '--config.data.root.x=3'], ['mean --config.data.root?']),
+        (
+            ['train', '--workdir=w', DIST, '--config.data.train_list=no', '--config.init_from=ne'],
+            ['data.train_list: no file or folder no\n', 'init_from: no file or folder ne\n'],
+        ),
+        (['evaluate', '--config=configs/dist.py:demo', '--config.data.val_list=no'], ['val_list']),
+        (['help', 'trian'], ["no command 'trian'", "Did you mean 'train'"]),
         (['evaluate'], ['--config=FILE:VARIANT']),
         (['evaluate', '--workdir=nowhere'], ['nowhere', 'no checkpoints', '--workdir']),
         (['predict', '--workdir=nowhere', 'a.mp4'], ['nowhere', 'no checkpoints']),
@@ -96,7 +140,7 @@ def test_wrong_usage_is_explained(arguments, expected, asked, capsys, tmp_path, 
     error = capsys.readouterr().err
     for text in expected:
         assert text in error
-    assert 'Traceback' not in error and len(error.splitlines()) < 20
+    assert 'Traceback' not in error and '\\' not in error and len(error.splitlines()) < 20
     assert not asked and not list(tmp_path.iterdir())
 
 
@@ -203,13 +247,32 @@ def test_a_relative_workdir_is_a_folder_here(clips, tmp_path, monkeypatch, capsy
 
 
 def test_the_module_starts_as_the_command_does(tmp_path):
-    """Without loading jax, so that help and mistakes answer at once."""
+    """Without loading jax, so that help, mistakes and wrong paths answer at once."""
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
+    config = '--config=configs/dist.py:b16_8+16f_k400'
+    mistakes = [
+        ['train', '--workdir=w', config, '--config.data.train_list=none'],
+        ['train', '--workdir=w', config, '--config.backbone.checkpoint=none'],
+        ['evaluate', '--workdir=none'],
+        ['evaluate', '--workdir=run', '--config.data.val_list=none'],
+        ['predict', '--workdir=none', 'a.mp4'],
+        ['predict', '--workdir=run', 'none.mp4'],
+        ['predict', '--workdir=run', 'empty'],
+        ['check', '--list=none'],
+        ['plan', '--topology=v4:2x2x1', '--config=none.py'],
+        ['trian'],
+    ]
     script = (
-        'import sys; from dist_jax import main; code = main.main(["trian"]);'
-        'assert "jax" not in sys.modules; sys.exit(code)'
+        'import sys; from dist_jax import main\n'
+        f'for mistake in {mistakes}:\n'
+        '    assert main.main(mistake) == 2, mistake\n'
+        '    assert "jax" not in sys.modules, mistake\n'
+        'sys.exit(2)'
     )
     environment = {'PYTHONPATH': str(Path(main.__file__).parents[1]), 'PATH': ''}
-    for arguments in (['-c', script], ['-m', 'dist_jax.main', 'trian']):
+    module = [['-m', name, 'trian'] for name in ('dist_jax', 'dist_jax.main')]
+    for arguments in (['-c', script], *module):
         found = subprocess.run(
             [sys.executable, *arguments],
             capture_output=True,

@@ -117,6 +117,41 @@ def test_report_needs_no_metrics_file(tmp_path):
     assert not (tmp_path / 'curves.png').exists()
 
 
+def test_few_points_are_no_line(tmp_path):
+    _write_metrics(tmp_path, steps=2, validation=False)
+    rows = [{'step': 1, 'loss': 2.0, 'val_top1': 0.1}, {'step': 9, 'loss': 1.5, 'val_top1': 0.5}]
+    for draw in (report._draw_loss, report._draw_validation):
+        (axis,) = report._panel(draw, rows).axes
+        assert [line.get_linestyle() for line in axis.lines] == ['None']
+        assert len(axis.texts) == 2  # their values
+        (axis,) = report._panel(draw, [*rows, {'step': 12, 'loss': 1.0, 'val_top1': 0.7}]).axes
+        assert axis.lines[0].get_linestyle() == '-' and not axis.texts
+
+
+def test_top5_of_few_classes_is_not_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, '_png', lambda *_: b'')
+    for size, shown in ((4, False), (6, True)):
+        _write_metrics(tmp_path)
+        summary = SUMMARY | {'num_classes': [size], 'chance': 1 / size}
+        result = _result((size,))
+        report.write_report(tmp_path, summary, result, _names((size,)))
+        figures = _figures(result) | {
+            'per_class': [[{'name': 'a', 'videos': 1, 'top1': 1.0}] * size]
+        }
+        report.write_evaluation(tmp_path, figures, result, _names((size,)))
+        report.print_summary(tmp_path, summary)
+        report.print_evaluation(figures)
+        pages = [(tmp_path / name).read_text() for name in ('report.html', 'evaluation.html')]
+        for text in (*pages, capsys.readouterr().out):
+            assert ('top-5' in text) == shown
+
+
+def test_classes_and_chance_are_written_as_a_person_would(tmp_path, capsys):
+    report.print_summary(tmp_path, SUMMARY | {'num_classes': [97, 300], 'chance': 0.125})
+    out = capsys.readouterr().out
+    assert '97, 300' in out and '12.50 %' in out and '[' not in out
+
+
 def test_run_without_validation_has_no_validation_panel(tmp_path):
     _write_metrics(tmp_path, steps=3, validation=False)
     report.write_report(tmp_path, SUMMARY, None, _names())
@@ -124,12 +159,14 @@ def test_run_without_validation_has_no_validation_panel(tmp_path):
 
 
 def test_names_cannot_break_the_page(tmp_path):
-    names = (('<script>x</script>', '$a & "b"$', '[bold]', 'd'),)
+    names = (('<script>x</script>', '$a & "b"$', 'caf\udce9\x1b[31m', '=1+1'),)
     result = _result(bad=[('<i>.mp4', 'missing')])
     report.write_evaluation(tmp_path, _figures(result), result, names)
     page = (tmp_path / 'evaluation.html').read_text()
     _assert_self_contained(page)
     assert '&lt;script&gt;' in page and '&lt;i&gt;.mp4' in page
+    assert 'caf\\xe9\\x1b[31m' in page
+    assert ",'=1+1," in (tmp_path / 'per_class.csv').read_text()
 
 
 @pytest.mark.parametrize('sizes', [(4,), (60,), (30, 5)])

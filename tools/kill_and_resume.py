@@ -1,6 +1,7 @@
 """Kills a training run again and again and shows that it ends as if nothing had happened.
 
-    python -m tools.kill_and_resume --workdir=/tmp/kills --kills=5
+    python -m tools.kill_and_resume
+    python -m tools.kill_and_resume --workdir=/tmp/kills --kills=10
 
 One run trains without interruption. A second one, with the same config, is killed with SIGKILL at
 different moments, each time started again with the same command: while it starts, between steps,
@@ -35,7 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--workdir', required=True, help='folder for both runs; must not exist')
+    parser.add_argument(
+        '--workdir',
+        default='runs/kill_and_resume',
+        help='folder for both runs; must not exist (default %(default)s)',
+    )
     parser.add_argument('--kills', type=int, default=5, help='SIGKILLs, at least 3 (default 5)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     parser.add_argument('--config', default='configs/dist.py:demo', help='FILE:VARIANT')
@@ -44,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     folder = Path(arguments.workdir)
     if folder.exists():
-        parser.error(f'{folder} exists; name a folder that does not')
+        parser.error(f'{folder} exists; name a folder that does not: --workdir=FOLDER')
     overrides = [f'--{text}' for text in arguments.overrides or DEFAULT_OVERRIDES]
     command = [sys.executable, '-m', 'dist_jax.main', 'train', f'--config={arguments.config}']
     console = Console()
