@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 8
 MOST_FRAMES = 16  # that a sheet shows
-CELL, HEAD, CAPTION = 1.25, 0.35, 0.17  # inches: width of a frame, the title, a line under a frame
+CELL, HEAD, CAPTION = 1.25, 0.26, 0.17  # inches: width of a frame, the title, a line under a frame
 TALLEST = 2.0  # cell, in widths; frames that are narrower still leave white beside them
 WIDTH = CELL * COLUMNS
 

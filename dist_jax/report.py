@@ -268,7 +268,7 @@ def _summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _summary_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = ('val_top1', 'val_top5', 'val_mean_class_accuracy', 'frame_only_top1')
+    names = ('val_top1', 'val_top5', 'val_mean_class_accuracy', 'frame_only_top1', 'chance')
     tiles = [(_label(n), _percent(summary[n])) for n in names if summary.get(n) is not None]
     if 'step' in summary:
         tiles.append(('steps', f'{summary["step"]:,}'))

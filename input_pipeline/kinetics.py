@@ -869,11 +869,12 @@ def class_counts(merged: Merge) -> dict[str, tuple[int, ...]]:
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+    text = ''.join(f'{line}\n' for line in lines)
+    path.write_text(text, encoding='utf-8', errors='surrogateescape')  # paths are bytes
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with open(path, 'w', encoding='utf-8', newline='') as file:
+    with open(path, 'w', encoding='utf-8', errors='surrogateescape', newline='') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(header)
         writer.writerows(rows)

@@ -46,7 +46,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_text(path: Path) -> str:
-    """The whole text of a UTF-8 file."""
+    """The whole text of a UTF-8 file; names in it that are not stay the bytes that open files."""
     try:
         size = os.path.getsize(path)
         if size > MAX_BYTES:
@@ -54,15 +54,16 @@ def read_text(path: Path) -> str:
                 f'{path}: has {size} bytes, more than the {MAX_BYTES} that a list may have; is it '
                 'a video?'
             )
-        return read_regular(path).decode('utf-8-sig')
+        text = read_regular(path).decode('utf-8', 'surrogateescape').removeprefix('\ufeff')
     except FileNotFoundError as error:
         raise ValueError(f'{path}: no such list file') from error
     except NotRegularError as error:
         raise ValueError(f'{path}: {error}; expected a list file') from error
     except OSError as error:
         raise ValueError(f'{path}: cannot be read ({describe(error)})') from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: is not UTF-8 text (byte {error.start})') from error
+    if '\0' in text:  # UTF-16, or no text at all
+        raise ValueError(f'{path}: is not UTF-8 text (zero at character {text.index(chr(0))})')
+    return text
 
 
 def read_csv(path: Path, delimiter: str = ',') -> list[tuple[str, list[str]]]:

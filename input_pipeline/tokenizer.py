@@ -2,11 +2,14 @@
 
 import functools
 import html
+import re
 from collections.abc import Sequence
 
 import ftfy
 import instant_clip_tokenizer
 import numpy as np
+
+from input_pipeline.escape import terminal
 
 START = 49406
 END = 49407
@@ -38,7 +41,7 @@ def tokenize(
       (n, context_length) int32: start token, text, end token, zeros.
 
     Raises:
-      ValueError: if a text is too long and `truncate` is False.
+      ValueError: if a text is too long and `truncate` is False, or holds bytes that are not UTF-8.
 
     Source: CLIP, simple_tokenizer.py; agrees with it on all recorded texts.
     """
@@ -47,6 +50,11 @@ def tokenize(
     texts = [texts] if isinstance(texts, str) else list(texts)
     rows = np.zeros((len(texts), context_length), np.int32)
     for row, text in zip(rows, texts):
+        if not text.isascii() and re.search('[\ud800-\udfff]', text):
+            raise ValueError(
+                f'the text {terminal(text)} is not UTF-8 and says nothing to a text head: save the '
+                'label map as UTF-8, or rename the folder, or use model.head=linear'
+            )
         tokens = [START, *_vocabulary().encode(clean(text)), END]
         if len(tokens) > context_length:
             if not truncate:

@@ -36,6 +36,20 @@ def test_kinetics_lines_with_spaces_in_paths(tmp_path):
     assert source.num_classes == 2
 
 
+def test_a_path_that_is_not_utf8_opens_its_file(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b'caf\xe9.mp4')
+    with open(name, 'wb'):
+        pass
+    (tmp_path / 'train.txt').write_bytes(b'caf\xe9.mp4 0\n')
+    (tmp_path / 'train.csv').write_bytes(b'path,label\ncaf\xe9.mp4,caf\xe9\n')
+    for file in ('train.txt', 'train.csv'):
+        source = open_source(tmp_path / file)
+        assert os.fsencode(source[0].path) == name and os.path.exists(source[0].path)
+    (tmp_path / 'train.txt').write_text('a.mp4 0\n', encoding='utf-16')
+    with pytest.raises(ValueError, match=r'train\.txt: is not UTF-8 text'):
+        open_source(tmp_path / 'train.txt')
+
+
 def test_paths_start_at_the_folder_of_the_list_by_default(tmp_path):
     source = open_source(write(tmp_path / 'train.txt', 'a.mp4 0\n/abs/b.mp4 0\n'))
     assert [source[0].path, source[1].path] == [f'{tmp_path}/a.mp4', '/abs/b.mp4']

@@ -23,6 +23,11 @@ def test_empty_text_is_start_and_end():
     assert tokenize('', 4).tolist() == [[49406, 49407, 0, 0]]
 
 
+def test_bytes_that_are_no_text_are_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r'text caf\\xe9 is not UTF-8 .* model.head=linear'):
+        tokenize('caf\udce9')
+
+
 def test_long_text_is_an_error_that_names_it():
     with pytest.raises(ValueError, match=r'82 tokens is over context_length=77.*truncate.*word'):
         tokenize(['fine', 'word ' * 80])

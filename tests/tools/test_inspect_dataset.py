@@ -43,6 +43,16 @@ def test_figures_and_pictures_of_every_class(built, tmp_path, capsys):
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100
 
 
+def test_sheets_are_as_high_as_their_frames_and_constants_have_no_axes(built, tmp_path):
+    source = BuiltSplit(built, 'train')
+    inspect_dataset.draw_sheet(source, 'square', [0, 1], tmp_path / 'square.png')
+    inspect_dataset.draw_statistics([source], tmp_path / 'statistics.png')
+    sheet, statistics = (cv2.imread(str(tmp_path / f'{n}.png')) for n in ('square', 'statistics'))
+    assert (sheet.min(axis=2) > 250).mean() < 1 / 3  # white
+    # Of four figures one varies: a panel of two thirds of the width is all there is.
+    assert statistics.shape[1] == 864
+
+
 def test_every_kind_of_damage_is_found(built, tmp_path, capsys):
     folder = tmp_path / 'damaged'
     shutil.copytree(built, folder)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 from configs.inputs import INPUTS
@@ -23,6 +24,15 @@ def test_a_sheet_has_all_clips_and_views(tmp_path, capsys):
     assert show_augmentations.main([*arguments, '--output', str(output)]) == 0
     assert '5 rows' in capsys.readouterr().out  # two copies and the views; one and the views
     assert cv2.imread(str(output)).std() > 10
+
+
+def test_a_sheet_of_many_rows_is_wider_than_high(tmp_path):
+    frames = [np.full((8, 8, 3), 99, np.uint8)] * 8
+    for count, columns in ((3, 1), (33, 3)):
+        path = tmp_path / f'{count}.png'
+        show_augmentations.draw_sheet([('row', frames, list(range(8)))] * count, path)
+        height, width = cv2.imread(str(path)).shape[:2]
+        assert width == 800 * columns and height < width
 
 
 def test_fields_can_be_changed(tmp_path):

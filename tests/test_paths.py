@@ -1,0 +1,46 @@
+"""What a command was given is looked for before jax is loaded."""
+
+import pytest
+
+from dist_jax import paths
+
+
+def test_a_folder_stands_for_the_videos_in_it(tmp_path):
+    for name in ('b/2.MP4', 'b/1.webm', 'a/3.avi', 'a/notes.txt', 'odd.bin'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    odd = str(tmp_path / 'odd.bin')  # a file is taken whatever it is called
+    found = [f'{tmp_path}/{name}' for name in ('a/3.avi', 'b/1.webm', 'b/2.MP4')]
+    assert paths.find_videos([odd, str(tmp_path)]) == [odd, *found]
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(ValueError, match='empty: no video in this folder'):
+        paths.find_videos([str(tmp_path / 'empty')])
+    with pytest.raises(ValueError, match=r'no file or folder x\.mp4, y'):
+        paths.find_videos(['x.mp4', odd, 'y'])
+
+
+def test_every_missing_input_is_named(tmp_path):
+    (tmp_path / 'val.txt').touch()
+    fields = {
+        'data.root': str(tmp_path),
+        'data.train_list': 'train.txt',
+        'data.val_list': 'val.txt',
+        'data.label_map': 'verbs.csv,val.txt',
+        'backbone.checkpoint': 'gs://bucket/clip',
+        'init_from': str(tmp_path / 'run'),
+    }
+    with pytest.raises(ValueError) as caught:
+        paths.check_inputs(fields, ('train', 'val'))
+    assert str(caught.value).splitlines() == [
+        f'data.train_list: no file or folder {tmp_path}/train.txt',
+        f'data.label_map: no file or folder {tmp_path}/verbs.csv',
+        f'init_from: no file or folder {tmp_path}/run',
+    ]
+    # A list of an evaluation lies under the root of the saved run.
+    paths.check_inputs({'data.val_list': 'val.txt'}, ('val',), str(tmp_path))
+
+
+def test_built_in_clips_and_a_random_backbone_need_no_files():
+    fields = {'data.name': 'motion_clips', 'data.train_list': '', 'data.val_list': ''}
+    fields |= {'data.root': '/not/yet', 'backbone.checkpoint': 'random'}
+    paths.check_training_inputs(fields)
