@@ -131,8 +131,9 @@ class SplitIndex:
             if texts.content.dtype != np.uint8 or texts.content.ndim != 1 or len(texts) != length:
                 raise ValueError(f'{name} are {len(texts)} texts, expected {length}')
             _check_ends(name, texts.ends, length, len(texts.content))
-            texts.content.tobytes().decode()  # UnicodeDecodeError is a ValueError
         _check_ends('captions', self.caption_ends, count, len(self.captions))
+        # UnicodeDecodeError is a ValueError; ids are names of files, which may be any bytes.
+        self.captions.content.tobytes().decode()
         if self.shard_lengths.shape != (len(self.shards),) or self.shard_lengths.dtype.kind != 'i':
             raise ValueError(f'{len(self.shards)} shards, {self.shard_lengths.shape} lengths')
         if (self.shard_lengths < 0).any() or self.shard_lengths.sum() != count:
