@@ -148,6 +148,9 @@ def get_config() -> ConfigDict:
     # Between saves; an evaluation, the last step and a stop always save, with 0 nothing else.
     config.checkpoint.every_steps = 500
     config.checkpoint.keep = 1  # newest checkpoints kept, at least 1, beside the best one
+    # Compare states, backbone and init_from with their digests when they are read. False saves
+    # 1.2 s of a core for each GB, and damage loads unnoticed.
+    config.checkpoint.verify = True
 
     config.log = ConfigDict()
     config.log.every_steps = 20  # between lines; the last step always has one, with 0 no other

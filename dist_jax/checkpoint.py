@@ -1,10 +1,14 @@
 """Checkpoints of a run: what is saved, and how a run finds its way back.
 
     WORKDIR/checkpoints/STEP/state      trainable parameters, optimizer, averages; not the backbone
-    WORKDIR/checkpoints/STEP/metadata   JSON: config, class names, preprocessing, backbone's hash
+    WORKDIR/checkpoints/STEP/metadata   JSON: config, class names, preprocessing, backbone's hash,
+                                        and digests of all this, which are checked when it is read
+    WORKDIR/checkpoints/STEP/score      JSON: figures of the evaluation, if there was one
 
 A save is written beside its place and renamed, so a killed save leaves no step behind. The position
-in the data follows from the step and needs no file.
+in the data follows from the step and needs no file. A step is saved before it is evaluated, and its
+score is added: a run that ends in between has a step without a score, and evaluates it when it
+goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +26,28 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from dist_jax.models import digests
 from dist_jax.models.api import Tree
-from dist_jax.models.converted import absolute_path, read_tree
+from dist_jax.models.converted import (
+    absolute_path,
+    check_same,
+    read_json,
+    read_tree,
+    stored_leaves,
+    together,
+)
+from dist_jax.models.digests import DamagedError
+from dist_jax.models.params import unflatten
 from dist_jax.paths import CHECKPOINTS
 from dist_jax.step import TrainState
 
 log = logging.getLogger('dist_jax')
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2 with digests and a score of its own
 FOLDER = CHECKPOINTS
+SCORE = 'score'
+BEST = 'best'  # in place of a step
+MOST_NAMED = 20  # arrays in a message
 
 # Fields that came after the first runs and changed what a run does, as it was before them.
 BEFORE_FIELDS = {'data.split_names': False}
@@ -60,8 +77,15 @@ class NewerFormatError(ValueError):
     """A checkpoint that a newer version of this library wrote."""
 
 
-def _metric(metrics: dict[str, float]) -> float:
-    return metrics['val_top1']
+class _BestScored(ocp.checkpoint_managers.preservation_policy.PreservationPolicy):
+    """Keeps the step with the best score."""
+
+    def __init__(self, scores: Mapping[int, float]):
+        self._scores = scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = _best(self._scores)
+        return [info.step == best for info in checkpoints]
 
 
 class Checkpoints:
@@ -71,27 +95,32 @@ class Checkpoints:
     call `wait` before the process ends.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int = 1):
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 1, verify: bool = True):
+        """Prepares; nothing is read.
+
+        Args:
+          workdir: of the run.
+          keep: newest checkpoints kept.
+          verify: compare what is restored with its digests.
+        """
         self._folder = _folder(workdir)
         self._keep = keep
+        self._verify = verify
         self._manager: ocp.CheckpointManager | None = None
+        self._scores: dict[int, float] = {}
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            if jax.process_index() == 0:
-                self._set_damaged_aside()
-            _sync('damaged checkpoints')
+            self._scores = read_scores(self._folder)
             policy = ocp.checkpoint_managers.preservation_policy
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
-                    best_fn=_metric,
                     preservation_policy=policy.AnyPreservationPolicy(
-                        [
-                            policy.LatestN(self._keep),
-                            policy.BestN(get_metric_fn=_metric, n=1, reverse=False),
-                        ]
+                        [policy.LatestN(self._keep), _BestScored(self._scores)]
                     ),
+                    # Times and metrics of steps are not used, and damaged ones would stop it here.
+                    lightweight_initialize=True,
                 ),
                 item_handlers={
                     'state': ocp.StandardCheckpointHandler(),
@@ -100,82 +129,110 @@ class Checkpoints:
             )
         return self._manager
 
-    def save(self, state: TrainState, metadata: dict[str, Any], val_top1: float | None) -> None:
+    def _steps(self) -> list[int]:
+        """Saved steps, the newest first."""
+        return _of_first_host(sorted(self._open().all_steps(), reverse=True))
+
+    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
         """Starts saving the state of this step; returns once the arrays are copied.
 
         Args:
           state: what to save; its buffers may be donated right after.
           metadata: JSON values.
-          val_top1: accuracy in [0, 1] at this very step, if it was measured.
         """
         step = int(state.step)
         manager = self._open()
         if step in manager.all_steps():
             return
+        metadata = digests.seal({**metadata, digests.DIGESTS: digests.digests(state)})
         manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
             ),
-            metrics={'val_top1': -1.0 if val_top1 is None else val_top1},
         )
 
-    def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state that can be read, or None where there is no checkpoint.
+    def add_score(self, step: int, figures: Mapping[str, float]) -> None:
+        """Records the evaluation of a saved step.
 
-        A step that cannot be read is moved to `checkpoints-broken/` and the one before it is
-        tried, so that nothing is lost and the step can be saved again.
+        Args:
+          step: is saved, or being saved.
+          figures: `top1`, in [0, 1], decides which step is the best.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            text = json.dumps(digests.seal(figures))
+            (self._folder / str(step) / SCORE).write_bytes(text.encode())
+        self._scores[step] = figures['top1']
+
+    def has_score(self, step: int) -> bool:
+        """Whether a step was evaluated."""
+        self._open()
+        return bool(_of_first_host([step] if step in self._scores else []))
+
+    def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that is whole, or None where there is no checkpoint.
+
+        A damaged step is moved to `checkpoints-broken/` once the one before it is found to be
+        whole, so that nothing is lost and the step can be saved again. Nothing else is moved.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
 
         Raises:
-          RuntimeError: there are checkpoints and none can be read.
+          ValueError: the state has other arrays than the newest checkpoint.
+          RuntimeError: there are checkpoints, or were, and none is whole.
+          ending.AgainError: they cannot be read now.
         """
-        failures = []
-        for step in _of_first_host(sorted(self._open().all_steps(), reverse=True)):
-            restored, reason = None, ''
+        failures: dict[int, str] = {}
+        for step in self._steps():
             try:
-                restored = self._open().restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract),
-                        metadata=ocp.args.JsonRestore(),
-                    ),
-                )
-            except Exception as error:  # orbax raises bare Exceptions for damaged arrays
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if _all_hosts(not reason):
-                return restored['state'], restored['metadata']
-            reason = reason or 'another host cannot read it'
-            failures.append(f'step {step}: {reason}')
-            log.error('checkpoint %s/%d cannot be read: %s', self._folder, step, reason)
-            self.close()
-            if jax.process_index() == 0:
-                self._set_aside(step)
-            _sync('a checkpoint set aside')
-        if failures:
+                found = self._restore(self._folder / str(step), abstract)
+            except DamagedError as error:
+                failures[step] = str(error)
+                log.error('checkpoint %s/%d cannot be read: %s', self._folder, step, error)
+                continue
+            self._set_aside(failures)
+            return found
+        self._set_aside(failures)
+        if _of_first_host([int(path.name) for path in _step_folders(self._broken())]):
+            reasons = f' ({"; ".join(failures.values())})' if failures else ''
             raise RuntimeError(
-                f'no checkpoint in {self._folder} can be read ({"; ".join(failures)}); they were '
-                f'moved to {self._broken()}. Start again with an empty --workdir, or put a good '
-                'copy back.'
+                f'no checkpoint in {self._folder} can be read{reasons}; they were moved to '
+                f'{self._broken()}. Start again with an empty --workdir, or put a good copy back.'
             )
         return None
 
+    def _restore(
+        self, folder: epath.Path, abstract: TrainState
+    ) -> tuple[TrainState, dict[str, Any]]:
+        metadata = together(folder, lambda: read_metadata(folder))
+        stored = metadata.get(digests.DIGESTS)
+        if stored is None:
+            log.info(
+                '%s has no digests, so damage would not show: an earlier version wrote it. The '
+                'next save has them',
+                folder,
+            )
+        state = folder / 'state'
+        _check_same_state(folder, together(state, lambda: stored_leaves(state, stored)), abstract)
+        return read_tree(state, abstract, stored if self._verify else None), metadata
+
     def latest_metadata(self) -> dict[str, Any] | None:
         """Metadata of the newest readable step, or None."""
-        for step in _of_first_host(sorted(self._open().all_steps(), reverse=True)):
+        for step in self._steps():
             try:
-                return read_metadata(self._folder / str(step))
-            except NewerFormatError:
-                raise
-            except ValueError:
+                folder = self._folder / str(step)
+                return together(folder, lambda folder=folder: read_metadata(folder))
+            except DamagedError:
                 continue  # `restore_latest` will set it aside
         return None
 
-    def best_step(self) -> int | None:
-        """The step with the best validation top-1."""
-        return self._open().best_step()
+    def best(self) -> tuple[int, float] | None:
+        """The step with the best validation top-1, and that."""
+        scores = read_scores(self._folder)
+        step = _best(scores)
+        return None if step is None else (step, scores[step])
 
     def wait(self) -> None:
         """Blocks until running saves are on disk."""
@@ -191,35 +248,27 @@ class Checkpoints:
     def _broken(self) -> epath.Path:
         return self._folder.parent / f'{FOLDER}-broken'
 
-    def _set_damaged_aside(self) -> None:
-        """Bare folders, and steps with damaged metrics: with these the manager would not open."""
-        for step in _step_folders(self._folder):
-            try:
-                json.loads((step / 'metrics' / 'metrics').read_text())
-            except (ValueError, OSError) as error:
-                log.error('checkpoint %s is damaged: %s', step, str(error).splitlines()[0])
-                self._set_aside(int(step.name))
-
-    def _set_aside(self, step: int) -> None:
-        target = self._broken() / str(step)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if '://' in os.fspath(target):  # there, a folder is only what holds something
-            (target.parent / 'README').write_bytes(b'Checkpoints that could not be read.\n')
-        if target.exists():
-            target.rmtree()
-        (self._folder / str(step)).rename(target)
+    def _set_aside(self, steps: Mapping[int, str]) -> None:
+        """Moves damaged steps to where they do no harm and are not lost."""
+        if not steps:
+            return
+        self.close()
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self._broken() / str(step)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if '://' in os.fspath(target):  # there, a folder is only what holds something
+                    text = b'Checkpoints that could not be read.\n'
+                    (target.parent / 'README').write_bytes(text)
+                if target.exists():
+                    target.rmtree()
+                (self._folder / str(step)).rename(target)
+        _sync('checkpoints set aside')
 
 
 def _sync(what: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
-
-
-def _all_hosts(fine: bool) -> bool:
-    """Whether it is true on every host."""
-    if jax.process_count() == 1:
-        return fine
-    return bool(multihost_utils.process_allgather(np.bool_(fine)).all())
 
 
 def _of_first_host(steps: list[int]) -> list[int]:
@@ -244,8 +293,12 @@ def _folder(workdir: str | os.PathLike[str]) -> epath.Path:
     return absolute_path(workdir) / FOLDER
 
 
-def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) -> epath.Path:
+def find_checkpoint(workdir: str | os.PathLike[str], step: int | str | None = None) -> epath.Path:
     """Folder of a step of a run, the newest unless a step is named.
+
+    Args:
+      workdir: of the run.
+      step: number of a step, as text too, or `BEST` for that with the best validation top-1.
 
     Raises:
       ValueError: no run, or no such step.
@@ -254,23 +307,61 @@ def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) ->
     steps = [int(p.name) for p in _step_folders(folder) if (p / 'metadata').exists()]
     if not steps:
         raise ValueError(f'{workdir} holds no checkpoints; pass the --workdir of a run')
-    if step is not None and step not in steps:
+    if step == BEST:
+        step = _best(read_scores(folder))
+        if step is None:
+            raise ValueError(
+                f'no checkpoint of {workdir} has a validation score; name a step of {steps}'
+            )
+    if step is None:
+        step = steps[-1]
+    if str(step) not in map(str, steps):
         raise ValueError(f'{workdir} has no checkpoint of step {step}; it has {steps}')
-    return folder / str(steps[-1] if step is None else step)
+    return folder / str(step)
+
+
+def read_scores(folder: epath.Path) -> dict[int, float]:
+    """Validation top-1, in [0, 1], of the steps in `WORKDIR/checkpoints` that have one."""
+    found = {int(path.name): _read_score(path) for path in _step_folders(folder)}
+    return {step: score for step, score in found.items() if score is not None}
+
+
+def _read_score(folder: epath.Path) -> float | None:
+    """Of a step; None where it has none that is readable, which is no reason to do without it."""
+    try:
+        if (folder / SCORE).exists():
+            figures = json.loads((folder / SCORE).read_bytes())
+            digests.check_seal(folder / SCORE, figures, required=True)
+            return float(figures['top1'])
+        if (folder / 'metrics' / 'metrics').exists():  # of format 1: -1 for none
+            figures = json.loads((folder / 'metrics' / 'metrics').read_bytes())
+            return float(figures['val_top1']) if figures['val_top1'] >= 0 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning('%s: its validation score is not readable (%s)', folder, error)
+    return None
+
+
+def _best(scores: Mapping[int, float]) -> int | None:
+    """The step with the highest score, the newest of several."""
+    return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
     """Metadata of one step.
 
     Raises:
-      ValueError: not a checkpoint of this library, or of a newer format.
+      DamagedError: no checkpoint of this library, or a damaged one.
+      NewerFormatError: of a newer format.
+      ending.AgainError: it cannot be read now.
     """
+    metadata = read_json(folder / 'metadata')
     try:
-        metadata = ocp.JsonCheckpointHandler().restore(folder / 'metadata')
         version = metadata['format_version']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{folder} is not a checkpoint of a dist_jax run ({error})') from error
-    if version > FORMAT_VERSION:
+        digests.check_seal(folder, metadata, required=version != 1)
+        newer = version > FORMAT_VERSION
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f'{folder} is not a checkpoint of a dist_jax run ({error})') from error
+    if newer:
         raise NewerFormatError(
             f'{folder} has format_version={version}, this library reads up to {FORMAT_VERSION}; '
             'update dist_jax'
@@ -284,20 +375,38 @@ def _trained_name(folder: epath.Path) -> str:
     return 'ema' if averaged else 'params'
 
 
-def read_variables(folder: epath.Path, abstract: Tree) -> Tree:
+def read_variables(folder: epath.Path, abstract: Tree, verify: bool = True) -> Tree:
     """What evaluation applies: parameters (their average if there is one) and collections.
 
     Args:
       folder: of one step.
       abstract: {'params': ..., **collections} with shapes, dtypes and shardings.
+      verify: compare what is read with its digests. With several processes all must call this.
+
+    Raises:
+      ValueError: other arrays than these, or damaged ones.
+      ending.AgainError: it cannot be read now.
     """
     name = _trained_name(folder)
     extra = dict(abstract)
     wanted = {name: extra.pop('params')}
     if extra:
         wanted['extra'] = extra
-    found = read_tree(folder / 'state', wanted)
+    found = _read_part(folder, wanted, verify)
     return {'params': found[name], **found.get('extra', {})}
+
+
+def _read_part(
+    folder: epath.Path, wanted: Tree, verify: bool = True, as_numpy: bool = False
+) -> Tree:
+    stored = read_metadata(folder).get(digests.DIGESTS)
+    if stored is None:
+        log.info('%s has no digests, so damage would not show: an earlier version wrote it', folder)
+    else:
+        names = digests.tree_paths(wanted)
+        known = stored_leaves(folder / 'state', stored)
+        check_same(folder, {name: known[name] for name in names if name in known}, names)
+    return read_tree(folder / 'state', wanted, stored if verify else None, as_numpy=as_numpy)
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
@@ -307,16 +416,39 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 def stored_shapes(folder: epath.Path) -> Tree:
     """Trainable parameters of one step as `jax.ShapeDtypeStruct` leaves; nothing is read."""
-    stored = ocp.PyTreeCheckpointHandler().metadata(folder / 'state').tree
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored[_trained_name(folder)]
-    )
+    stored = read_metadata(folder).get(digests.DIGESTS)
+    return unflatten(stored_leaves(folder / 'state', stored))[_trained_name(folder)]
 
 
 def read_host_params(folder: epath.Path) -> Tree:
     """Trainable parameters of one step in host memory: their average if the run kept one."""
     name = _trained_name(folder)
-    return read_tree(folder / 'state', {name: stored_shapes(folder)}, as_numpy=True)[name]
+    return _read_part(folder, {name: stored_shapes(folder)}, as_numpy=True)[name]
+
+
+def _check_same_state(
+    folder: epath.Path, stored: Mapping[str, jax.ShapeDtypeStruct], abstract: TrainState
+) -> None:
+    """Raises ValueError if a state has other arrays than what is stored; the message lists them."""
+
+    def kind(leaf: Any) -> str:
+        return 'absent' if leaf is None else f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+
+    wanted = digests.tree_paths(abstract)
+    lines = [
+        f'  {path}: saved {kind(stored.get(path))}, now {kind(wanted.get(path))}'
+        for path in sorted(stored.keys() | wanted.keys())
+        if kind(stored.get(path)) != kind(wanted.get(path))
+    ]
+    if lines:
+        more = len(lines) - MOST_NAMED
+        raise ValueError(
+            f'{folder} holds {len(lines)} arrays that are not those of this run:\n'
+            + '\n'.join(lines[:MOST_NAMED])
+            + (f'\n  and {more} more' if more > 0 else '')
+            + '\nNothing was changed. Continue it with the version of dist_jax, jax and optax that '
+            'wrote it, or choose another --workdir (--config.init_from takes its parameters).'
+        )
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

@@ -39,9 +39,14 @@ class Trained:
     step: int
 
 
-def saved_config(workdir: str) -> ConfigDict:
-    """The config of a run, locked."""
-    metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))
+def saved_config(workdir: str, step_number: int | str | None = None) -> ConfigDict:
+    """The config of a run, locked.
+
+    Args:
+      workdir: the run.
+      step_number: of the checkpoint, or 'best'; None for the newest.
+    """
+    metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir, step_number))
     config = base.get_config().to_dict()
     for name, value in checkpoint.BEFORE_FIELDS.items():
         group, field = name.split('.')
@@ -62,7 +67,7 @@ def _with_tuples(value: Any) -> Any:
 def load_trained(
     config: ConfigDict,
     workdir: str,
-    step_number: int | None,
+    step_number: int | str | None,
     class_names: experiment.ClassNames | None = None,
 ) -> Trained:
     """Builds the model of a run (or of `config.init_from`) and reads its weights.
@@ -70,7 +75,7 @@ def load_trained(
     Args:
       config: the run's, possibly with other paths or another test protocol.
       workdir: the run; '' to take the weights from `config.init_from`.
-      step_number: of the checkpoint; None for the newest.
+      step_number: of the checkpoint, or 'best'; None for the newest.
       class_names: another label set, for zero-shot use of a text head; None for the run's own.
 
     Raises:
@@ -105,23 +110,30 @@ def load_trained(
         )
     num_classes = tuple(map(len, class_names))
     model = experiment.make_model(config, backbone.spec, num_classes)
-    data = config.data
+    data, verify = config.data, config.checkpoint.verify
     frozen = experiment.load_frozen(
-        backbone, model, class_names, mesh, data.truncate_texts, split_names=data.split_names
+        backbone,
+        model,
+        class_names,
+        mesh,
+        data.truncate_texts,
+        split_names=data.split_names,
+        verify=verify,
     )
     video_shape = (1, data.num_frames, data.image_size, data.image_size, 3)
     features = step.example_features(model, frozen, video_shape)
     variables = jax.eval_shape(model.net.init, jax.random.key(0), features)
     variables = step.place_variables(model, variables, mesh)
     if folder is None:
+        init_from.compare_backbones(config.init_from, backbone)
         params = init_from.load_trainable(config, variables['params'], class_names)
         return Trained(model, frozen, {'params': params}, class_names, -1)
-    found = checkpoint.read_variables(folder, variables)
+    found = checkpoint.read_variables(folder, variables, verify)
     return Trained(model, frozen, found, class_names, int(folder.name))
 
 
 def run_evaluation(
-    config: ConfigDict, workdir: str, step_number: int | None, output: str
+    config: ConfigDict, workdir: str, step_number: int | str | None, output: str
 ) -> dict[str, Any]:
     """Evaluates on `config.data.val_list` and writes `evaluation.json` and `evaluation.html`.
 

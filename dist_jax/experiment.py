@@ -490,6 +490,7 @@ def load_frozen(
     truncate_texts: bool = False,
     *,
     split_names: bool = True,
+    verify: bool = True,
 ) -> Tree:
     """The frozen tree of the steps, with text features of these classes, on the devices.
 
@@ -503,10 +504,11 @@ def load_frozen(
       mesh: the devices.
       truncate_texts: cut class names that are too long for the text tower.
       split_names: put spaces between the words of names that have none.
+      verify: compare the weights with the digests that were stored with them.
 
     Raises:
-      ValueError: the head needs class texts and the data set has none, a text is too long, or the
-        mesh would leave too much of the weights whole.
+      ValueError: the head needs class texts and the data set has none, a text is too long, the
+        mesh would leave too much of the weights whole, or they are damaged.
     """
     if jax.process_index() == 0:
         log.info('loading the backbone %s', backbone.path)
@@ -518,7 +520,7 @@ def load_frozen(
     abstract['visual']['positional_embedding'] = jax.ShapeDtypeStruct(
         table.shape, table.dtype, sharding=replicated(mesh)
     )
-    params = converted.load_params(backbone.path, model.reads, abstract=abstract)
+    params = converted.load_params(backbone.path, model.reads, abstract=abstract, verify=verify)
     visual = params['visual']
     visual['positional_embedding'] = layers.resize_positions(
         np.asarray(visual['positional_embedding']), (backbone.spec.grid,) * 2

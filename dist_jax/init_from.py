@@ -41,7 +41,7 @@ def load_trainable(config: ConfigDict, params: Tree, class_names: experiment.Cla
     Raises:
       ValueError: nothing to read there, other shapes, or classes that are not there.
     """
-    path = config.init_from
+    path, verify = config.init_from, config.checkpoint.verify
     if config.init_missing not in MISSING:
         raise ValueError(f'init_missing={config.init_missing!r} is not one of {MISSING}')
     folder = checkpoint.find_checkpoint(path) if checkpoint.is_run(path) else None
@@ -53,7 +53,7 @@ def load_trainable(config: ConfigDict, params: Tree, class_names: experiment.Cla
     if head is None:
         if stored.pop('head', None) is not None:
             log.info('the classifier of %s is left out: model.head=text has none', path)
-        return _read_trainable(path, folder, stored, wanted)
+        return _read_trainable(path, folder, stored, wanted, verify)
 
     places = _class_places(config, folder, heads.classes_of(stored), class_names)
     missing = sum(int((place < 0).sum()) for place in places)
@@ -61,7 +61,7 @@ def load_trainable(config: ConfigDict, params: Tree, class_names: experiment.Cla
         raise ValueError(f'{path} lacks {missing} classes, and nothing can be tested without them')
     if 'head' in stored:
         wanted['head'] = heads.with_classes(head, heads.classes_of(stored))
-    found = _read_trainable(path, folder, stored, wanted)
+    found = _read_trainable(path, folder, stored, wanted, verify)
     if 'head' in stored:
         found['head'] = heads.take_classes(found['head'], places, params['head'])
     else:
@@ -69,12 +69,29 @@ def load_trainable(config: ConfigDict, params: Tree, class_names: experiment.Cla
     return found
 
 
-def _read_trainable(path: str, folder: epath.Path | None, stored: Tree, wanted: Tree) -> Tree:
+def compare_backbones(path: str, backbone: experiment.Backbone) -> None:
+    """Warns if the run to start from was trained on another backbone."""
+    if not checkpoint.is_run(path):
+        return
+    theirs = checkpoint.read_metadata(checkpoint.find_checkpoint(path))['backbone']
+    if theirs['params_sha256'] != backbone.params_sha256:
+        log.warning(
+            'init_from: %s was trained on %s with weights %s, this run uses %s with weights %s; '
+            'its parameters belong to the features of the other. Pass the same backbone with '
+            '--config.backbone.checkpoint=FOLDER, unless this is meant',
+            *(path, theirs['name'], theirs['params_sha256'][:12]),
+            *(backbone.name, backbone.params_sha256[:12]),
+        )
+
+
+def _read_trainable(
+    path: str, folder: epath.Path | None, stored: Tree, wanted: Tree, verify: bool
+) -> Tree:
     if folder is None:
         parts = sorted(stored.keys() | wanted.keys())
-        return converted.load_params(path, parts, abstract=wanted)
+        return converted.load_params(path, parts, abstract=wanted, verify=verify)
     converted.check_same(path, flatten(stored), flatten(wanted))
-    return checkpoint.read_variables(folder, {'params': wanted})['params']
+    return checkpoint.read_variables(folder, {'params': wanted}, verify)['params']
 
 
 def _class_places(

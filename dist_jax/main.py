@@ -76,6 +76,7 @@ the mean of frozen frames stays at chance on them, DiST does not. Started again,
 EVALUATE_HELP = """\
 examples:
   dist_jax evaluate --workdir=runs/b16
+  dist_jax evaluate --workdir=runs/b16 --step=best
   dist_jax evaluate --workdir=runs/b16 --config.eval.num_crops=3 --config.eval.allow_bad_videos=true
   dist_jax evaluate --workdir=runs/b16 --output=runs/b16/ucf101 \\
       --config.data.name=ucf101 --config.data.root=/data/ucf101 \\
@@ -457,7 +458,9 @@ def _train(argv: Sequence[str]) -> int:
 def _evaluate(argv: Sequence[str]) -> int:
     parser = _parser('evaluate', 'Measure the accuracy of a trained model.', EVALUATE_HELP)
     parser.add_argument('--workdir', default='', help='folder of the run')
-    parser.add_argument('--step', type=int, help='checkpoint to evaluate; the newest by default')
+    parser.add_argument(
+        '--step', help="checkpoint to evaluate: a number or 'best'; the newest by default"
+    )
     parser.add_argument('--output', default='', help='folder of the report; the run by default')
     parser.add_argument(
         '--config',
@@ -473,10 +476,11 @@ def _evaluate(argv: Sequence[str]) -> int:
         paths.check_inputs(_named_fields(config_arguments), ('val',), root)
     from dist_jax import commands, report
 
-    default = commands.saved_config(arguments.workdir) if arguments.workdir else None
+    workdir, step = arguments.workdir, arguments.step
+    default = commands.saved_config(workdir, step) if workdir else None
     config = read_config(config_arguments, default)
     _start_jax()
-    figures = commands.run_evaluation(config, arguments.workdir, arguments.step, arguments.output)
+    figures = commands.run_evaluation(config, workdir, step, arguments.output)
     report.print_evaluation(figures)
     return 0
 
@@ -487,7 +491,9 @@ def _predict(argv: Sequence[str]) -> int:
         'videos', nargs='+', metavar='VIDEO', help='video files, and folders of them'
     )
     parser.add_argument('--workdir', required=True, help='folder of the run')
-    parser.add_argument('--step', type=int, help='checkpoint to use; the newest by default')
+    parser.add_argument(
+        '--step', help="checkpoint to use: a number or 'best'; the newest by default"
+    )
     parser.add_argument(
         '--output', default='', help='folder of the pictures; WORKDIR/predictions by default'
     )
@@ -508,7 +514,7 @@ def _predict(argv: Sequence[str]) -> int:
         raise UsageError(f'--labels: no file {arguments.labels}')
     from dist_jax import commands, predict
 
-    config = read_config(config_arguments, commands.saved_config(arguments.workdir))
+    config = read_config(config_arguments, commands.saved_config(arguments.workdir, arguments.step))
     _start_jax()
     return predict.run(
         config,

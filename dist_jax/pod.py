@@ -442,7 +442,10 @@ class Member:
 
     def suspect(self, error: BaseException) -> bool:
         """Whether this error repeats that a process is gone; if so, that is found out sooner."""
-        found = LOST_PEER.search(str(error)) is not None
+        # A file system may say that its own peer reset the connection.
+        found = LOST_PEER.search(str(error)) is not None and not isinstance(
+            error, ending.AgainError
+        )
         if found and self._judge is not None:
             self._judge.suspect()
         return found

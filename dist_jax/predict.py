@@ -149,7 +149,7 @@ def _predictions(
 def run(
     config: ConfigDict,
     workdir: str,
-    step_number: int | None,
+    step_number: int | str | None,
     paths: Sequence[str],
     output: str = '',
     labels: str = '',
@@ -161,7 +161,7 @@ def run(
     Args:
       config: the run's, possibly with other paths or views.
       workdir: the run.
-      step_number: of the checkpoint; None for the newest.
+      step_number: of the checkpoint, or 'best'; None for the newest.
       paths: video files.
       output: folder of the pictures; '' for WORKDIR/predictions.
       labels: file of class names to choose from instead of the run's; text head only.

@@ -210,6 +210,8 @@ LABELS = {
     'val_top1': 'validation top-1',
     'val_top5': 'validation top-5',
     'val_mean_class_accuracy': 'validation mean class',
+    'best_step': 'best step',
+    'best_val_top1': 'best validation top-1',
     'frame_only_top1': 'frame-only baseline top-1',
     'frame_only_seconds': 'frame-only baseline duration',
     'top1': 'top-1',

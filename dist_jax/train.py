@@ -209,6 +209,7 @@ def _train(config: ConfigDict, workdir: str, also: Mapping[str, Any] | None) -> 
     num_classes = tuple(map(len, class_names))
     backbone = experiment.find_backbone(config, workdir)
     model = experiment.make_model(config, backbone.spec, num_classes)
+    verify = config.checkpoint.verify
     frozen = experiment.load_frozen(
         backbone,
         model,
@@ -216,6 +217,7 @@ def _train(config: ConfigDict, workdir: str, also: Mapping[str, Any] | None) -> 
         mesh,
         config.data.truncate_texts,
         split_names=config.data.split_names,
+        verify=verify,
     )
 
     plan = make_plan(config, len(train_source))
@@ -235,7 +237,7 @@ def _train(config: ConfigDict, workdir: str, also: Mapping[str, Any] | None) -> 
     )
     metadata = run_metadata(config, class_names, train_source, backbone)
 
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, verify)
     saved = checkpoints.latest_metadata()
     if saved is not None:
         earlier = saved | {'config': experiment.with_full_origin(saved['config'])}
@@ -247,6 +249,7 @@ def _train(config: ConfigDict, workdir: str, also: Mapping[str, Any] | None) -> 
     else:
         state = jax.jit(initialise, out_shardings=shardings(abstract))(frozen)
         if config.init_from:
+            init_from.compare_backbones(config.init_from, backbone)
             state = start_from(state, config, class_names)
     start = int(state.step)
     before = restored[1].get('seconds', 0.0) if restored is not None else 0.0
@@ -282,6 +285,7 @@ def _train(config: ConfigDict, workdir: str, also: Mapping[str, Any] | None) -> 
     finally:
         checkpoints.close()
         logbook.close()
+    best_step, best_top1 = checkpoints.best() or (None, None)
     summary = {
         'step': int(state.step),
         'total_steps': plan.total_steps,
@@ -290,6 +294,8 @@ def _train(config: ConfigDict, workdir: str, also: Mapping[str, Any] | None) -> 
         'val_top5': result.top5 if result else None,
         'val_mean_class_accuracy': result.mean_class_accuracy if result else None,
         **({'val_error': run.val_error} if run.val_error else {}),
+        'best_step': best_step,
+        'best_val_top1': best_top1,
         'num_bad_videos': run.num_bad_videos,
         'params_sha256': tree_sha256(to_host(state.params)),
         'num_classes': list(num_classes),
@@ -454,6 +460,12 @@ class _Loop:
         stopped = False
         try:
             with Bar('train', plan.total_steps, start, SILENCE) as bar:
+                if start and self._evaluates_after(start):
+                    # A signal has nothing to save here, and ends the command at once.
+                    if not self.checkpoints.has_score(start):  # ended between save and score
+                        result = self._validate(state, meter, bar)
+                    elif start == plan.total_steps:
+                        result = self._evaluate(state)
                 for number in range(start, plan.total_steps):
                     pod.note(doing='reading')
                     with meter.waiting():
@@ -485,27 +497,19 @@ class _Loop:
                         bar.line(_line(scalars, plan.total_steps - done))
                     if last or _due(done, config.log.every_steps or COUNTED_EVERY):
                         share_bad_videos(bad_videos)
-                    evaluating = self.val_source is not None and plan.evaluates_after(done)
-                    if evaluating:
-                        self._settle(pending, 0)
-                        pod.note(doing='evaluating')
-                        try:
-                            with meter.pause():
-                                result = self._evaluate(state, stop)
-                        except ending.StoppedError:
-                            stopped, evaluating = True, False
-                        else:
-                            self.logbook.write_scalars(done, _eval_figures(result))
-                            bar.line(_eval_line(result))
-                    stopped = stopped or (stop.reached() and not last)
+                    evaluating = self._evaluates_after(done)
+                    stopped = stop.reached() and not last
                     due = _due(done, config.checkpoint.every_steps)
                     if evaluating or due or stopped or last:
                         self._settle(pending, 0)  # nothing that is not a number is saved
-                        top1 = result.top1 if evaluating and result else None
                         pod.note(doing='saving')
                         self.logbook.flush()
-                        metadata = self.metadata | {'seconds': self.seconds()}
-                        self.checkpoints.save(state, metadata, top1)
+                        self.checkpoints.save(state, self.metadata | {'seconds': self.seconds()})
+                    if evaluating and not stopped:  # after the save: nothing is lost if it fails
+                        try:
+                            result = self._validate(state, meter, bar, stop)
+                        except ending.StoppedError:
+                            stopped = True
                     if stopped:
                         bar.line(f'{ending.asked()}: saved step {done}; the same command continues')
                         break
@@ -515,11 +519,24 @@ class _Loop:
             stop.restore()
             batches.close()
             self.num_bad_videos = len(bad_videos)
-        pod.note(doing='evaluating')
-        if start == plan.total_steps and self.val_source is not None:
-            # The run was complete already: a signal has nothing to save, and ends it at once.
-            result = self._evaluate(state)
         return state, result, stopped
+
+    def _evaluates_after(self, done: int) -> bool:
+        return self.val_source is not None and self.plan.evaluates_after(done)
+
+    def _validate(
+        self, state: step.TrainState, meter: _Meter, bar: Bar, stop: _StopSignal | None = None
+    ) -> EvalResult | None:
+        """Evaluates a saved step, and records and logs its score if it has one."""
+        pod.note(doing='evaluating')
+        done = int(state.step)
+        with meter.pause():
+            result = self._evaluate(state, stop)
+        if result is not None:
+            self.checkpoints.add_score(done, {'top1': result.top1})
+        self.logbook.write_scalars(done, _eval_figures(result))
+        bar.line(_eval_line(result))
+        return result
 
     def _settle(
         self, pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]], keep: int

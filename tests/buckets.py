@@ -32,5 +32,6 @@ class Objects(MemoryFileSystem):
 def stand_in_for_buckets(monkeypatch) -> None:
     """Makes gs:// an empty bucket for the length of a test."""
     Objects.store.clear()
+    Objects.pseudo_dirs[:] = ['']
     objects = Objects()
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: objects)

@@ -207,14 +207,16 @@ def abstract_state():
 
 def test_checkpoints_lie_in_the_bucket(gcs):
     checkpoints = checkpoint.Checkpoints(gcs, keep=1)
-    for step, top1 in ((1, 0.5), (2, None), (3, None)):
-        checkpoints.save(state(step), {'format_version': 1, 'step': step}, top1)
+    for step in (1, 2, 3):
+        checkpoints.save(state(step), {'format_version': 1, 'step': step})
+        if step == 1:
+            checkpoints.add_score(step, {'top1': 0.5})
     checkpoints.close()
     checkpoints = checkpoint.Checkpoints(gcs, keep=1)
     restored, metadata = checkpoints.restore_latest(abstract_state())
     assert int(restored.step) == metadata['step'] == 3
     np.testing.assert_array_equal(restored.params['a'], np.arange(6.0) + 3)
-    assert checkpoints.best_step() == 1
+    assert checkpoints.best() == (1, 0.5)
     checkpoints.close()
     assert checkpoint.find_checkpoint(gcs).name == '3'
     assert {name.split('/')[4] for name in names(gcs)} == {'1', '3'}
@@ -223,7 +225,7 @@ def test_checkpoints_lie_in_the_bucket(gcs):
 def test_a_damaged_checkpoint_in_the_bucket_is_set_aside(gcs, caplog):
     checkpoints = checkpoint.Checkpoints(gcs, keep=2)
     for step in (1, 2):
-        checkpoints.save(state(step), {'format_version': 1, 'step': step}, None)
+        checkpoints.save(state(step), {'format_version': 1, 'step': step})
     checkpoints.close()
     for path in list(Objects.store):
         if 'checkpoints/2/state' in path:

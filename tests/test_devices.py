@@ -18,7 +18,7 @@ import optax
 
 from configs import dist as dist_config
 from dist_jax import checkpoint, experiment, mixup, step, train
-from dist_jax.models import clip, converted, dist, evl, frame_mean, heads
+from dist_jax.models import clip, converted, digests, dist, evl, frame_mean, heads
 from dist_jax.sharding import (
     check_batch_size, make_mesh, place, replicated, shardings, to_global, to_host)
 
@@ -136,8 +136,9 @@ for name, family in families.items():
         same_places(state, devices.abstract)
         check_step(jax.device_get((state, metrics)), results[name])
         if name == 'dist' and size in ((8, 1, 1), (2, 2, 2)):
+            assert digests.digests(state) == digests.digests(jax.device_get(state))
             checkpoints = checkpoint.Checkpoints(f'{folder}/{size[0]}')
-            checkpoints.save(state, {'format_version': 1}, None)
+            checkpoints.save(state, {'format_version': 1})
             checkpoints.close()
 print('steps: equal')
 

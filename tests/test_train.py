@@ -265,6 +265,24 @@ def damage(folder):
 
 
 @pytest.mark.slow
+def test_a_step_is_saved_before_its_evaluation_which_the_next_start_makes_up_for(
+    stopped, straight, make_config
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Loop, '_evaluate', lambda *_: fail())
+        with pytest.raises(Interruption):
+            train.train(make_config(), str(stopped))
+    assert steps_of(stopped) == [4, 6]
+    assert checkpoint.Checkpoints(stopped).best() is None
+    summary = train.train(make_config(), str(stopped))
+    assert figures(summary) == figures(straight[1])
+    (validated,) = rows(stopped, 'val_top1')
+    assert validated['step'] == summary['best_step'] == NUM_STEPS
+    assert validated['val_top1'] == summary['best_val_top1']
+    assert checkpoint.find_checkpoint(stopped, 'best').name == str(NUM_STEPS)
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(make_config, straight, tmp_path):
     handler = signal.getsignal(signal.SIGTERM)
     workdir = tmp_path / 'run'
@@ -645,7 +663,7 @@ def saved_steps(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('saved')
     checkpoints = checkpoint.Checkpoints(workdir, keep=2)
     for step in (1, 2):
-        checkpoints.save(tiny_state(step), {'format_version': 1, 'step': step}, None)
+        checkpoints.save(tiny_state(step), {'format_version': 1, 'step': step})
     checkpoints.close()
     return workdir
 
@@ -713,7 +731,7 @@ def test_a_bare_folder_is_no_checkpoint(saved_steps, tmp_path):
     checkpoints = checkpoint.Checkpoints(workdir, keep=2)
     assert checkpoints.latest_metadata()['step'] == 2
     assert int(checkpoints.restore_latest(abstract_state())[0].step) == 2
-    checkpoints.save(tiny_state(7), {'format_version': 1, 'step': 7}, None)
+    checkpoints.save(tiny_state(7), {'format_version': 1, 'step': 7})
     checkpoints.close()
     assert checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))['step'] == 7
 
@@ -721,16 +739,18 @@ def test_a_bare_folder_is_no_checkpoint(saved_steps, tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
     for step, top1 in ((1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None)):
-        checkpoints.save(tiny_state(step), {'format_version': 1}, top1)
+        checkpoints.save(tiny_state(step), {'format_version': 1})
+        if top1 is not None:
+            checkpoints.add_score(step, {'top1': top1})
     checkpoints.wait()
-    assert checkpoints.best_step() == 2
+    assert checkpoints.best() == (2, 0.9)
     checkpoints.close()
     assert steps_of(tmp_path) == [2, 5]
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    checkpoints.save(tiny_state(1), {'format_version': checkpoint.FORMAT_VERSION + 1}, None)
+    checkpoints.save(tiny_state(1), {'format_version': checkpoint.FORMAT_VERSION + 1})
     checkpoints.close()
     with pytest.raises(ValueError, match='update dist_jax'):
         checkpoint.read_metadata(checkpoint.find_checkpoint(tmp_path))

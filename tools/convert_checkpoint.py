@@ -55,7 +55,7 @@ examples:
   dist_jax convert k400_vitb16_8f_dec4x768.pth evl_k400
 
   # a trained run under its authors' names
-  dist_jax convert --export runs/b16 mine.safetensors
+  dist_jax convert --export runs/b16 mine.safetensors --step best
 """
 
 
@@ -352,11 +352,19 @@ def _print_summary(
 def export(
     source: str | os.PathLike[str],
     dest: str | os.PathLike[str],
+    step: str | None = None,
     *,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, np.ndarray]:
-    """Writes a run's newest step or a converted checkpoint under the authors' names.
+    """Writes a step of a run or a converted checkpoint under the authors' names.
+
+    Args:
+      source: folder of the run, or converted checkpoint.
+      dest: file to write.
+      step: of a run: a number or 'best'; None for the newest.
+      overwrite: replace `dest`.
+      console: where the summary goes; None for silence.
 
     Returns:
       The tensors as written.
@@ -365,8 +373,8 @@ def export(
       ValueError: `source` is of a family without such names, or holds parameters without one.
       OSError: nothing at `source`, or `dest` exists.
     """
-    if is_run(source):  # the newest step, the average of its parameters if it kept one
-        folder = find_checkpoint(source)
+    if is_run(source):  # the average of its parameters if it kept one
+        folder = find_checkpoint(source, step)
         metadata = read_metadata(folder)
         model = metadata['config']['model']
         way = _way_back(source, model['family'])
@@ -401,6 +409,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('source', metavar='SOURCE', help='file or folder to convert')
     parser.add_argument('dest', metavar='DEST', help='directory (with --export: file) to write')
     parser.add_argument('--export', action='store_true', help='orbax -> safetensors')
+    parser.add_argument(
+        '--step', help="with --export of a run: a number or 'best'; the newest by default"
+    )
     parser.add_argument('--kind', default='auto', choices=('auto', *KINDS), help='naming')
     parser.add_argument(
         '--activation',
@@ -421,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         if args.export:
-            export(args.source, args.dest, overwrite=args.overwrite, console=console)
+            export(args.source, args.dest, args.step, overwrite=args.overwrite, console=console)
         else:
             convert(
                 args.source,

@@ -2,7 +2,8 @@
 
     PATH/params     the tree, readable in parts and straight into shardings and dtypes
     PATH/metadata   JSON: format_version, family, name, spec, sources, source_sha256, precision,
-                    params_sha256, ignored
+                    params_sha256, ignored, and digests of all this, which are checked when it is
+                    read
 
 `spec` holds the geometry: the fields of `ClipSpec` for family 'clip', the hyper-parameters of
 `dist_params.infer_hparams` for family 'dist'.
@@ -10,26 +11,48 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
+from dist_jax import ending
+from dist_jax.models import digests
+from dist_jax.models.digests import DamagedError, Digests
 from dist_jax.models.params import Tree, flatten, map_with_path, tree_sha256, unflatten
 from dist_jax.models.params import with_precision as _with_precision
 
-FORMAT_VERSION = 1
+log = logging.getLogger('dist_jax')
+
+FORMAT_VERSION = 2  # since 2 with digests
 REQUIRED = ('family', 'name', 'spec', 'sources', 'source_sha256', 'precision', 'ignored')
 
 # Of one piece of an array on disk. A device that needs a part of an array reads whole pieces.
 CHUNK_BYTES = 16 * 2**20
 
+# Bytes that are read before their dtype is changed: so much is held twice.
+CAST_BYTES = 2**30
+
+# Before each further try of a read that failed in a way that may pass.
+RETRY_SECONDS = (1.0, 4.0, 10.0)
+# How tensorstore says what a file system or a network did; other codes are about what was read.
+PASSING = re.compile(
+    r'\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|RESOURCE_EXHAUSTED|PERMISSION_DENIED'
+    r'|UNAUTHENTICATED|UNKNOWN|INTERNAL)\b|\[OS error'
+)
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
 PathLike = str | os.PathLike[str]
+Found = TypeVar('Found')
 
 
 def save_converted(
@@ -48,7 +71,7 @@ def save_converted(
       overwrite: replace a converted checkpoint at `path`; nothing else is ever replaced.
 
     Returns:
-      The metadata as stored, with `format_version` and `params_sha256`.
+      The metadata as stored, with `format_version`, `params_sha256` and digests.
 
     Raises:
       FileExistsError: `path` exists and is not to be, or must not be, replaced.
@@ -59,11 +82,14 @@ def save_converted(
     if missing:
         raise ValueError(f'metadata lacks {missing}; needed are {list(REQUIRED)}')
     check_destination(path, overwrite=overwrite)
-    metadata = {
-        'format_version': FORMAT_VERSION,
-        **metadata,
-        'params_sha256': tree_sha256(params),
-    }
+    metadata = digests.seal(
+        {
+            'format_version': FORMAT_VERSION,
+            **metadata,
+            'params_sha256': tree_sha256(params),
+            digests.DIGESTS: digests.digests(params),
+        }
+    )
     if '://' in os.fspath(path):
         # Orbax commits by a marker file there; a rename would copy every byte again.
         if path.exists():
@@ -108,7 +134,9 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: nothing at `path`.
-      ValueError: something else than a converted checkpoint, or one of a newer format.
+      ValueError: something else than a converted checkpoint, a damaged one, or one of a newer
+        format.
+      ending.AgainError: it cannot be read now.
     """
     path = absolute_path(path)
     if not path.exists():
@@ -119,12 +147,10 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
     )
     if not (path / 'metadata' / 'metadata').exists() or not (path / 'params').exists():
         raise ValueError(wrong)
-    try:
-        metadata = ocp.JsonCheckpointHandler().restore(path / 'metadata')
-    except (ValueError, OSError) as error:
-        raise ValueError(f'{wrong} ({error})') from None
+    metadata = read_json(path / 'metadata')
     if not isinstance(metadata, dict) or 'format_version' not in metadata:
         raise ValueError(wrong)
+    digests.check_seal(path, metadata, required=metadata['format_version'] != 1)
     if metadata['format_version'] > FORMAT_VERSION:
         raise ValueError(
             f'{path} has format_version={metadata["format_version"]}, this library reads up to '
@@ -135,9 +161,27 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
 
 def stored_shapes(path: PathLike) -> Tree:
     """The stored tree as `jax.ShapeDtypeStruct` leaves, without reading any weights."""
-    load_metadata(path)
-    tree = ocp.PyTreeCheckpointHandler().metadata(absolute_path(path) / 'params').tree
-    return map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    stored = load_metadata(path).get(digests.DIGESTS)
+    return unflatten(stored_leaves(absolute_path(path) / 'params', stored))
+
+
+def stored_leaves(folder: epath.Path, stored: Digests | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of a tree that orbax saved, without reading any arrays.
+
+    Args:
+      folder: of the item.
+      stored: its digests; None where an earlier version wrote it without.
+    """
+    if stored is not None:
+        return {
+            path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+            for path, (dtype, shape, _) in stored.items()
+        }
+    tree = patiently(folder, lambda: ocp.PyTreeCheckpointHandler().metadata(folder).tree)
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in digests.tree_paths(tree).items()
+    }
 
 
 def load_params(
@@ -148,6 +192,7 @@ def load_params(
     dtype: Any = None,
     sharding: jax.sharding.Sharding | None = None,
     as_numpy: bool = False,
+    verify: bool = True,
 ) -> Tree:
     """Reads parameters, or a part of them, straight to where they are needed.
 
@@ -162,15 +207,22 @@ def load_params(
       sharding: placement of leaves that `abstract` does not place; None for the first local
         device, which is right for one process only.
       as_numpy: read into host memory instead of onto devices.
+      verify: compare what is read with its digests. With several processes all must call this.
 
     Returns:
       Nested dict of `jax.Array`s (or numpy arrays).
 
     Raises:
       FileNotFoundError: nothing at `path`.
-      ValueError: no converted checkpoint, no such subtree, or shapes other than `abstract`'s.
+      ValueError: no converted checkpoint, no such subtree, shapes other than `abstract`'s, or
+        weights that are not what was written.
+      ending.AgainError: it cannot be read now.
     """
-    stored = flatten(stored_shapes(path))
+    folder = absolute_path(path) / 'params'
+    known = load_metadata(path).get(digests.DIGESTS)
+    if known is None:
+        log.info('%s has no digests, so damage would not show: convert the source again', path)
+    stored = stored_leaves(folder, known)
     for part in subtree or ():
         if not any(_inside(name, part) for name in stored):
             tops = sorted({name.split('/')[0] for name in stored})
@@ -194,19 +246,72 @@ def load_params(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     item = unflatten({name: target(leaf) for name, leaf in wanted.items()})
-    return read_tree(absolute_path(path) / 'params', item, as_numpy=as_numpy)
+    return read_tree(folder, item, known if verify else None, as_numpy=as_numpy)
 
 
-def read_tree(folder: epath.Path, item: Tree, *, as_numpy: bool = False) -> Tree:
-    """Reads a tree that orbax saved, or a part of it.
+def read_tree(
+    folder: epath.Path, item: Tree, stored: Digests | None, *, as_numpy: bool = False
+) -> Tree:
+    """Reads a tree that orbax saved, or a part of it; with several processes all must call this.
 
     Args:
       folder: of the item.
       item: `jax.ShapeDtypeStruct` leaves with dtype and sharding to read into; a part of the stored
-        tree is enough.
+        tree is enough. A nested dict, if dtypes are to change.
+      stored: digests of the tree; None for not to compare them.
       as_numpy: read into host memory; the shardings are not looked at.
-    """
 
+    Raises:
+      DamagedError: it is not what was written, or nothing that can be decoded.
+      ending.AgainError: it cannot be read now.
+    """
+    if stored is None:
+        return _read_whole(folder, item, as_numpy)
+    changed = {
+        path: leaf
+        for path, leaf in digests.tree_paths(item).items()
+        if leaf.dtype != np.dtype(stored[path][0])
+    }
+    if not changed:
+        return _read_checked(folder, item, stored, as_numpy)
+    found = {}
+    for group in _groups(flatten(item), changed, stored):
+        part = flatten(_read_checked(folder, unflatten(group), stored, as_numpy))
+        for path in group:
+            leaf = part.pop(path)
+            found[path] = leaf.astype(changed[path].dtype) if path in changed else leaf
+    return unflatten(found)
+
+
+def _groups(
+    item: Mapping[str, Any], changed: Mapping[str, Any], stored: Digests
+) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """Leaves in their stored dtype, a bounded number of bytes at a time of those that change it."""
+    group = {path: leaf for path, leaf in item.items() if path not in changed}
+    size = 0
+    for path, leaf in changed.items():
+        dtype = np.dtype(stored[path][0])
+        if group and (not size or size + leaf.size * dtype.itemsize > CAST_BYTES):
+            yield group
+            group, size = {}, 0
+        group[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+        size += leaf.size * dtype.itemsize
+    yield group
+
+
+def _read_checked(folder: epath.Path, item: Tree, stored: Digests, as_numpy: bool) -> Tree:
+    for last in (False, True):
+        found = _read_whole(folder, item, as_numpy)
+        try:
+            digests.check(folder, found, stored)
+            return found
+        except DamagedError:  # on disk, or on the way
+            if last:
+                raise
+        del found
+
+
+def _read_whole(folder: epath.Path, item: Tree, as_numpy: bool) -> Tree:
     def restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
         if as_numpy:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
@@ -217,15 +322,83 @@ def read_tree(folder: epath.Path, item: Tree, *, as_numpy: bool = False) -> Tree
             dtype=leaf.dtype,
         )
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(
-            folder,
-            args=ocp.args.PyTreeRestore(
-                item=item,
-                restore_args=jax.tree.map(restore_args, item),
-                partial_restore=True,
-            ),
-        )
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=jax.tree.map(restore_args, item), partial_restore=True
+    )
+
+    def read() -> Tree:
+        # Not an ocp.Checkpointer: it waits for the other processes, and they may have failed.
+        return patiently(folder, lambda: ocp.PyTreeCheckpointHandler().restore(folder, args=args))
+
+    return together(folder, read)
+
+
+def read_json(folder: epath.Path) -> Any:
+    """JSON values that orbax saved.
+
+    Raises:
+      DamagedError: there are none, or no JSON.
+      ending.AgainError: they cannot be read now.
+    """
+    return patiently(folder, lambda: ocp.JsonCheckpointHandler().restore(folder))
+
+
+def patiently(folder: epath.Path, read: Callable[[], Found]) -> Found:
+    """What `read` returns, which is called again after an error.
+
+    Args:
+      folder: that is read.
+      read: may be called several times.
+
+    Raises:
+      DamagedError: what is there cannot be decoded, twice.
+      ending.AgainError: it cannot be read now; a file system or a network fails.
+    """
+    waits, again = list(RETRY_SECONDS), True
+    while True:
+        try:
+            return read()
+        except (MemoryError, jax.errors.JaxRuntimeError):  # not about what is stored
+            raise
+        except Exception as error:  # orbax raises bare Exceptions for damaged arrays
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            broken = isinstance(error, OSError) and not isinstance(error, MISSING)
+            if not broken and not PASSING.search(str(error)):
+                if again:
+                    again = False
+                    continue
+                raise DamagedError(f'{folder} cannot be read: {reason}') from error
+            if not waits:
+                raise ending.AgainError(
+                    f'{folder} cannot be read now: {reason}. Nothing was changed; when the file '
+                    'system works again, the same command continues'
+                ) from error
+            log.warning('%s: %s; trying again in %g s', folder, reason, waits[0])
+            time.sleep(waits.pop(0))
+
+
+def together(folder: epath.Path, read: Callable[[], Found]) -> Found:
+    """What `read` returns; an error on one process is one on all, and every process must call it.
+
+    Raises:
+      Exception: what `read` raises here, or, in words, on another process.
+    """
+    errors = (DamagedError, ending.AgainError, Exception)  # the worst last
+    found, error, place = None, None, 0
+    try:
+        found = read()
+    except Exception as raised:
+        error = raised
+        place = 1 + next(i for i, kind in enumerate(errors) if isinstance(error, kind))
+    worst = place
+    if jax.process_count() > 1:
+        worst = int(multihost_utils.process_allgather(np.int32(place)).max())
+    if not worst:
+        return found
+    if place == worst:
+        raise error
+    kind = errors[worst - 1]
+    raise (RuntimeError if kind is Exception else kind)(f'{folder}: another process cannot read it')
 
 
 def check_same(path: PathLike, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dist_jax.models import clip, clip_params, converted
+from dist_jax.models import clip, clip_params, converted, digests
 from dist_jax.models.params import flatten, tree_sha256
 from tools import convert_checkpoint
 
@@ -204,10 +204,9 @@ def test_paths_that_are_no_checkpoint(tmp_path, openai):
         converted.load_params(tmp_path)
     newer = tmp_path / 'newer'
     shutil.copytree(openai, newer)
-    text = (newer / 'metadata' / 'metadata').read_text()
-    (newer / 'metadata' / 'metadata').write_text(
-        text.replace('"format_version": 1', '"format_version": 99')
-    )
+    metadata = converted.load_metadata(openai) | {'format_version': 99}
+    metadata.pop(digests.SEAL)
+    (newer / 'metadata' / 'metadata').write_text(json.dumps(digests.seal(metadata)))
     with pytest.raises(ValueError, match='format_version=99'):
         converted.load_metadata(newer)
 
