@@ -443,9 +443,8 @@ class Member:
     def suspect(self, error: BaseException) -> bool:
         """Whether this error repeats that a process is gone; if so, that is found out sooner."""
         # A file system may say that its own peer reset the connection.
-        found = LOST_PEER.search(str(error)) is not None and not isinstance(
-            error, ending.AgainError
-        )
+        again = isinstance(error, ending.AgainError)
+        found = not again and LOST_PEER.search(str(error)) is not None
         if found and self._judge is not None:
             self._judge.suspect()
         return found

@@ -5,8 +5,8 @@
 
 One run trains without interruption. A second one, with the same config, is killed with SIGKILL at
 different moments, each time started again with the same command: while it starts, between steps,
-inside a save (while orbax's temporary folder is there), during an evaluation. Both must end with
-the same parameters, bit for bit.
+inside a save (while orbax's temporary folder is there), during an evaluation, which is between a
+save and its score. Both must end with the same parameters, bit for bit, and validation figures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIMEOUT_SECONDS = 600
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the experiment; 0 if the parameters are equal, 1 if not."""
+    """Runs the experiment; 0 if parameters and validation are equal, 1 if not."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         name: json.loads((folder / name / 'summary.json').read_text())['params_sha256']
         for name in ('straight', 'killed')
     }
-    equal = hashes['straight'] == hashes['killed']
+    validated = [_validated(folder / name) for name in ('straight', 'killed')]
+    equal = hashes['straight'] == hashes['killed'] and validated[0] == validated[1]
     table = Table('kill', 'moment', 'steps logged before', 'newest checkpoint', 'unfinished save')
     for number, kill in enumerate(kills, 1):
         table.add_row(str(number), *(str(value) for value in kill.values()))
@@ -147,6 +148,11 @@ def _logged(workdir: Path) -> int:
     path = workdir / METRICS_FILE
     rows = read_metrics(path) if path.exists() else []
     return max((row['step'] for row in rows), default=0)
+
+
+def _validated(workdir: Path) -> list[tuple[int, float]]:
+    rows = read_metrics(workdir / METRICS_FILE)
+    return [(row['step'], row['val_top1']) for row in rows if 'val_top1' in row]
 
 
 def _steps(workdir: Path) -> int:
