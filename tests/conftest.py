@@ -12,6 +12,16 @@ import pytest
 from input_pipeline import motion_clips
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Names that are not UTF-8 stand in logs, and what pytest's processes send each other is."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors='backslashreplace').decode()) for title, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(scope='session', autouse=True)
 def compiled_once(tmp_path_factory):
     """Tests of a session read each other's compiled programs."""
