@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from torch_files import save_state_dict
 
 from dist_jax.models import clip, clip_params, source_files
 from dist_jax.models.params import ConversionError, export_tree, flatten, import_tree
 from dist_jax.models.source_files import open_source
+from tools.fuzzing.torch_files import save_state_dict
 
 GOLDEN = Path(__file__).parent.parent / 'golden' / 'clip'
 

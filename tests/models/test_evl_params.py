@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from torch_files import save_state_dict
 
 from dist_jax.models import converted, evl_params
 from dist_jax.models.params import export_tree, import_tree, tree_sha256
 from dist_jax.models.source_files import read_safetensors
 from tools import convert_checkpoint
+from tools.fuzzing.torch_files import save_state_dict
 
 GOLDEN = Path(__file__).parent.parent / 'golden' / 'evl_small.safetensors'
 SIZES = {

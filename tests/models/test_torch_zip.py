@@ -10,7 +10,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from torch_files import (
+
+from dist_jax.models import torch_zip
+from dist_jax.models.torch_zip import (
+    CheckpointFormatError,
+    Module,
+    UnsafeCheckpointError,
+    flatten_tensors,
+    read_torch_zip,
+)
+from tools.fuzzing.torch_files import (
     Build,
     Global,
     New,
@@ -24,15 +33,6 @@ from torch_files import (
     program,
     save_state_dict,
     write_zip,
-)
-
-from dist_jax.models import torch_zip
-from dist_jax.models.torch_zip import (
-    CheckpointFormatError,
-    Module,
-    UnsafeCheckpointError,
-    flatten_tensors,
-    read_torch_zip,
 )
 
 GOLDEN = Path(__file__).parent.parent / 'golden'
