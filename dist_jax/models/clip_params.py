@@ -9,12 +9,14 @@ caller, never from a guess.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from dist_jax.models.clip import ClipSpec
-from dist_jax.models.params import ALL, Row, hidden_ratio, numbered
+from dist_jax.models.foreign import shown
+from dist_jax.models.params import ALL, Row, hidden_ratio, numbered, tensor_shape
 
 # Buffers that carry no weights; OpenAI files keep the first three, other exports the rest.
 OPENAI_IGNORE = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask')
@@ -212,7 +214,7 @@ def openai_spec(
         text_position=f'{prefix}positional_embedding',
         text_hidden=f'{prefix}transformer.resblocks.0.mlp.c_fc.bias',
         text_depth=_depth(tensors, f'{prefix}transformer.resblocks.'),
-        embed_dim=_shape(tensors, 'visual.proj')[1],
+        embed_dim=_shape(tensors, 'visual.proj', 2)[1],
         activation=activation,
         num_heads=num_heads,
         text_num_heads=text_num_heads,
@@ -240,8 +242,9 @@ def openclip_spec(
     Raises:
       ValueError: no config and no activation; a config that asks for what this CLIP is not.
     """
-    model = (config or {}).get('model_cfg', config or {})
-    vision, text = model.get('vision_cfg', {}), model.get('text_cfg', {})
+    file = 'open_clip_config.json'
+    model = _section(config or {}, 'model_cfg', file) or config or {}
+    vision, text = (_section(model, side, file) for side in ('vision_cfg', 'text_cfg'))
     if config is not None:
         for side, part, field, allowed in (
             ('vision_cfg', vision, 'timm_model_name', (None, '')),
@@ -259,15 +262,19 @@ def openclip_spec(
         ):
             if part.get(field) not in allowed:
                 raise ValueError(
-                    f'open_clip_config.json: {side}.{field}={part[field]!r} is not supported, '
+                    f'{file}: {side}.{field}={shown(part[field])} is not supported, '
                     f'only {allowed[-1]!r}'
                 )
         for side, part in (('vision_cfg', vision), ('text_cfg', text)):
             for field in ('act_kwargs', 'norm_kwargs'):
                 if part.get(field):
                     raise ValueError(
-                        f'open_clip_config.json: {side}.{field}={part[field]!r} is not supported'
+                        f'{file}: {side}.{field}={shown(part[field])} is not supported'
                     )
+        if not isinstance(model.get('quick_gelu', False), bool):
+            raise ValueError(
+                f'{file}: quick_gelu={shown(model["quick_gelu"])}, expected true or false'
+            )
         configured = 'quick_gelu' if model.get('quick_gelu', False) else 'gelu'
         if activation not in (None, configured):
             raise ValueError(
@@ -281,9 +288,10 @@ def openclip_spec(
             'beside the file, or pass --activation quick_gelu (OpenAI weights and the *-quickgelu '
             'models) or --activation gelu (LAION, DataComp, CommonPool models)'
         )
-    width = _shape(tensors, _OPENAI_MARK)[0]
-    if num_heads is None and vision.get('head_width'):
-        num_heads = _whole(width, vision['head_width'], 'vision_cfg.head_width')
+    width = _shape(tensors, _OPENAI_MARK, 4)[0]
+    head_width = _count(vision, 'head_width', f'{file}: vision_cfg')
+    if num_heads is None and head_width:
+        num_heads = _whole(width, head_width, 'vision_cfg.head_width')
     if num_heads is None and config is None and width > 1024:
         raise ValueError(
             f'an image tower of width {width} without open_clip_config.json: from this size on '
@@ -291,7 +299,7 @@ def openclip_spec(
             'beside the file, or pass --num_heads (16 in ViT-H, ViT-g and ViT-bigG)'
         )
     if text_num_heads is None:
-        text_num_heads = text.get('heads')
+        text_num_heads = _count(text, 'heads', f'{file}: text_cfg')
     return openai_spec(
         tensors, activation=activation, num_heads=num_heads, text_num_heads=text_num_heads
     )
@@ -312,18 +320,18 @@ def huggingface_spec(tensors: Mapping[str, Any], config: Mapping[str, Any] | Non
     # Old configs leave out fields that have the defaults of CLIPVisionConfig, CLIPTextConfig.
     vision = {'hidden_act': 'quick_gelu', 'num_attention_heads': 12, 'layer_norm_eps': 1e-5}
     text = {'hidden_act': 'quick_gelu', 'num_attention_heads': 8, 'layer_norm_eps': 1e-5}
-    vision |= config.get('vision_config') or {}
-    text |= config.get('text_config') or {}
+    vision |= _section(config, 'vision_config', 'config.json')
+    text |= _section(config, 'text_config', 'config.json')
     for side, part in (('vision_config', vision), ('text_config', text)):
         if part['hidden_act'] not in ('quick_gelu', 'gelu'):
             raise ValueError(
-                f'config.json: {side}.hidden_act={part["hidden_act"]!r}; supported are '
+                f'config.json: {side}.hidden_act={shown(part["hidden_act"])}; supported are '
                 "'quick_gelu' and 'gelu'"
             )
         if part['layer_norm_eps'] != 1e-5:
             raise ValueError(
-                f'config.json: {side}.layer_norm_eps={part["layer_norm_eps"]}; only 1e-05 is '
-                'supported'
+                f'config.json: {side}.layer_norm_eps={shown(part["layer_norm_eps"])}; only 1e-05 '
+                'is supported'
             )
     if vision['hidden_act'] != text['hidden_act']:
         raise ValueError(
@@ -331,12 +339,12 @@ def huggingface_spec(tensors: Mapping[str, Any], config: Mapping[str, Any] | Non
             f'{text["hidden_act"]!r}); one activation for both is supported'
         )
     token = 'text_model.embeddings.token_embedding.weight'
-    vocab_size, eos = _shape(tensors, token)[0], text.get('eos_token_id', 2)
+    vocab_size, eos = _shape(tensors, token, 2)[0], text.get('eos_token_id', 2)
     # 2 is what early configs say for every model; it then means the largest id of the row too.
     if eos not in (None, 2, vocab_size - 1):
         raise ValueError(
-            f'config.json: text_config.eos_token_id={eos}, but the text feature is read at the '
-            f'largest id ({vocab_size - 1})'
+            f'config.json: text_config.eos_token_id={shown(eos)}, but the text feature is read at '
+            f'the largest id ({vocab_size - 1})'
         )
     spec = _spec_from_shapes(
         tensors,
@@ -348,10 +356,10 @@ def huggingface_spec(tensors: Mapping[str, Any], config: Mapping[str, Any] | Non
         text_position='text_model.embeddings.position_embedding.weight',
         text_hidden='text_model.encoder.layers.0.mlp.fc1.bias',
         text_depth=_depth(tensors, 'text_model.encoder.layers.'),
-        embed_dim=_shape(tensors, 'visual_projection.weight')[0],
+        embed_dim=_shape(tensors, 'visual_projection.weight', 2)[0],
         activation=vision['hidden_act'],
-        num_heads=vision['num_attention_heads'],
-        text_num_heads=text['num_attention_heads'],
+        num_heads=_count(vision, 'num_attention_heads', 'config.json: vision_config'),
+        text_num_heads=_count(text, 'num_attention_heads', 'config.json: text_config'),
     )
     for side, part, field, value in (
         ('vision_config', vision, 'hidden_size', spec.width),
@@ -363,7 +371,7 @@ def huggingface_spec(tensors: Mapping[str, Any], config: Mapping[str, Any] | Non
     ):
         if part.get(field, value) != value:
             raise ValueError(
-                f'config.json: {side}.{field}={part[field]}, but the tensors say {value}'
+                f'config.json: {side}.{field}={shown(part[field])}, but the tensors say {value}'
             )
     return spec
 
@@ -385,17 +393,17 @@ def _spec_from_shapes(
     text_num_heads: int | None,
 ) -> ClipSpec:
     """Names of the tensors that show the geometry -> the spec."""
-    kernel = _shape(tensors, conv)
-    if len(kernel) != 4 or kernel[1] != 3 or kernel[2] != kernel[3]:
+    kernel = _shape(tensors, conv, 4)
+    if kernel[1] != 3 or kernel[2] != kernel[3]:
         raise ValueError(f'{conv}: shape {kernel}, expected (width, 3, patch, patch)')
     width, patch = kernel[0], kernel[-1]
-    tokens = _shape(tensors, position)[0]
+    tokens = _shape(tensors, position, 2)[0]
     grid = math.isqrt(tokens - 1)
     if grid**2 != tokens - 1:
         raise ValueError(f'{position}: {tokens} rows are not one class token and a square grid')
-    vocab_size, text_width = _shape(tensors, token)
-    ratio = hidden_ratio(_shape(tensors, hidden)[0], width)
-    text_ratio = hidden_ratio(_shape(tensors, text_hidden)[0], text_width)
+    vocab_size, text_width = _shape(tensors, token, 2)
+    ratio = hidden_ratio(_shape(tensors, hidden, 1)[0], width)
+    text_ratio = hidden_ratio(_shape(tensors, text_hidden, 1)[0], text_width)
     if ratio != text_ratio:
         raise ValueError(
             f'the towers differ in MLP ratio ({ratio:g} and {text_ratio:g}); one for both is '
@@ -406,23 +414,44 @@ def _spec_from_shapes(
         patch_size=patch,
         width=width,
         depth=depth,
-        num_heads=num_heads or _whole(width, 64, 'the head width of OpenAI models; --num_heads'),
+        num_heads=_heads(num_heads, width, '--num_heads'),
         embed_dim=embed_dim,
         text_width=text_width,
         text_depth=text_depth,
-        text_num_heads=text_num_heads
-        or _whole(text_width, 64, 'the head width of OpenAI models; --text_num_heads'),
+        text_num_heads=_heads(text_num_heads, text_width, '--text_num_heads'),
         vocab_size=vocab_size,
-        context_length=_shape(tensors, text_position)[0],
+        context_length=_shape(tensors, text_position, 2)[0],
         activation=activation,
         mlp_ratio=ratio,
     )
 
 
-def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    if name not in tensors:
-        raise ValueError(f'{name} is missing; this is no complete CLIP checkpoint with both towers')
-    return tuple(tensors[name].shape)
+_shape = functools.partial(tensor_shape, family='CLIP (both towers)')
+
+
+def _section(config: Mapping[str, Any], name: str, file: str) -> Mapping[str, Any]:
+    """An object inside a config; empty where it is left out."""
+    part = config.get(name)
+    if part is not None and not isinstance(part, Mapping):
+        raise ValueError(f'{file}: {name}={shown(part)}, expected a JSON object')
+    return part or {}
+
+
+def _count(part: Mapping[str, Any], field: str, where: str) -> int | None:
+    """A number of things in a config; None where it is left out."""
+    value = part.get(field)
+    if value is not None and (type(value) is not int or not 0 < value < 1 << 20):
+        raise ValueError(f'{where}.{field}={shown(value)}, expected a positive whole number')
+    return value
+
+
+def _heads(given: int | None, width: int, flag: str) -> int:
+    """Heads of a tower: as given, else of 64 channels."""
+    if given is None:
+        return _whole(width, 64, f'the head width of OpenAI models; {flag}')
+    if given < 1 or width % given:
+        raise ValueError(f'{given} heads do not divide a width of {width} ({flag}, or the config)')
+    return given
 
 
 def _depth(tensors: Mapping[str, Any], prefix: str) -> int:

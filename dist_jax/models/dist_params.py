@@ -71,26 +71,17 @@ def rename(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def frozen_names(tensors: Mapping[str, Any]) -> list[str]:
-    """Names of the frozen CLIP copy in a file, exactly those of a CLIP of that depth."""
-    depths = [
-        1
-        + max(
-            (
-                int(name.split('.')[position])
-                for name in tensors
-                if name.startswith(prefix) and name.split('.')[position].isdecimal()
-            ),
-            default=-1,
-        )
-        for prefix, position in (
-            ('visual.transformer.resblocks.', 3),
-            ('transformer.resblocks.', 2),
-        )
-    ]
-    if max(depths) > len(tensors):
-        return []
+    """Names of the frozen CLIP copy in a file, exactly those of a CLIP of that depth.
+
+    Raises:
+      ValueError: a block number that no complete file can reach.
+    """
+    depth, text_depth = (
+        numbered(tensors, prefix)
+        for prefix in ('visual.transformer.resblocks.', 'transformer.resblocks.')
+    )
     # Only the depths matter for the names.
-    spec = clip.ClipSpec(1, 1, 1, depths[0], 1, 1, 1, depths[1], 1)
+    spec = clip.ClipSpec(1, 1, 1, depth, 1, 1, 1, text_depth, 1)
     known = {row.source_name for row in openai_rows(spec)} | set(OPENAI_IGNORE)
     return [name for name in tensors if name in known]
 

@@ -34,9 +34,14 @@ Tree = dict[str, Any]
 ALL = slice(None)
 """In `Row.index`: the whole axis."""
 
+MAX_BLOCKS = 1000  # of one tower
+MAX_LINES = 200  # of one reason in a message: a file of the wrong kind has no name right
+
 
 class ConversionError(ValueError):
     """A checkpoint and a table that do not fit; the message lists every reason.
+
+    At most `MAX_LINES` names of each stand in the message, all of them in the attributes.
 
     Attributes:
       unused: source tensors that no row reads.
@@ -64,7 +69,9 @@ class ConversionError(ValueError):
         ):
             if names:
                 lines.append(f'  {title} ({len(names)}):')
-                lines.extend(f'    {name}' for name in names)
+                lines.extend(f'    {name}' for name in names[:MAX_LINES])
+                if len(names) > MAX_LINES:
+                    lines.append(f'    … and {len(names) - MAX_LINES} more')
         super().__init__('\n'.join(lines))
 
 
@@ -165,7 +172,7 @@ def import_tree(
     """Fills a tree from named tensors, completely on both sides.
 
     Args:
-      tensors: name -> array; read once each, so a lazy mapping is fine.
+      tensors: name -> array; read twice each, before and after memory is taken.
       rows: the table.
       abstract: target tree with leaves that have `shape` and `dtype` (`jax.eval_shape` output).
       ignore: names that may stay unused, `fnmatch` patterns allowed ('*.num_batches_tracked').
@@ -195,44 +202,16 @@ def import_tree(
                 found.setdefault(row.target_path, []).append(tensors[row.source_name].dtype)
         kinds |= {path: np.dtype(jnp.result_type(*several)) for path, several in found.items()}
 
-    placed: dict[str, np.ndarray] = {}
+    # Leaves are made when all their tensors are known to be there: a file of one block that claims
+    # a thousand would otherwise get the memory of a thousand.
     for row in coverage.rows:
-        leaf = targets[row.target_path]
-        slot_shape = _slot_shape(leaf.shape, row.index)
-        kind = kinds[row.target_path]
-        if row.source_name is None:
-            value = np.full(slot_shape, row.fill, kind)
-        elif row.source_name not in tensors:
+        if row.source_name is not None and row.source_name not in tensors:
             continue
-        else:
-            tensor = tensors[row.source_name]
-            try:
-                value = row.forward(tensor)
-            except einops.EinopsError:
-                value = None
-            if value is None or value.shape != slot_shape:
-                got = '' if value is None or not row.pattern else f' -> {value.shape}'
-                mismatched.append(
-                    f'{row.source_name} {tensor.shape}{got}'
-                    f'{f" by {row.pattern!r}" if row.pattern else ""}, but {row.slot} needs '
-                    f'{slot_shape}'
-                )
-                coverage.mark(row)
-                continue
-            problem = _cast_problem(value, kind)
-            if problem:
-                mismatched.append(f'{row.source_name}: {problem}')
-                coverage.mark(row)
-                continue
         coverage.mark(row)
-        if not row.index:
-            placed[row.target_path] = np.array(value, kind, order='C')
-        else:
-            if row.target_path not in placed:
-                placed[row.target_path] = np.zeros(leaf.shape, kind)
-            placed[row.target_path][row.index] = value
-        if on_tensor and row.source_name:
-            on_tensor(row.source_name)
+        slot_shape = _slot_shape(targets[row.target_path].shape, row.index)
+        problem = _problem(row, tensors, slot_shape, kinds[row.target_path])
+        if problem:
+            mismatched.append(problem)
 
     read, ignore = {row.source_name for row in rows}, tuple(ignore)
     unused = [
@@ -243,7 +222,30 @@ def import_tree(
     unfilled = coverage.unfilled()
     if unused or unfilled or mismatched or duplicates:
         raise ConversionError(unused, unfilled, mismatched, duplicates, context)
+
+    placed: dict[str, np.ndarray] = {}
+    for row in coverage.rows:
+        shape, kind = targets[row.target_path].shape, kinds[row.target_path]
+        if row.target_path not in placed:
+            placed[row.target_path] = np.empty(shape, kind)
+        constant = row.source_name is None
+        value = row.fill if constant else row.forward(tensors[row.source_name])
+        placed[row.target_path][row.index] = value
+        if on_tensor and not constant:
+            on_tensor(row.source_name)
     return unflatten(placed)
+
+
+def non_finite(tree: Mapping[str, Any], rows: Iterable[Row]) -> list[str]:
+    """Source names of the tensors that gave NaN or infinite values, in the order of the table."""
+    leaves = flatten(tree)
+    return [
+        row.source_name
+        for row in rows
+        if row.source_name is not None
+        and jnp.issubdtype(leaves[row.target_path].dtype, jnp.floating)
+        and not np.isfinite(leaves[row.target_path][row.index]).all()
+    ]
 
 
 def export_tree(tree: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, np.ndarray]:
@@ -396,6 +398,25 @@ def _repeated(names: Iterable[str | None]) -> list[str]:
     return again
 
 
+def _problem(
+    row: Row, tensors: Mapping[str, np.ndarray], slot_shape: tuple[int, ...], kind: np.dtype
+) -> str:
+    """Why a row cannot fill its slot; empty if it can."""
+    if row.source_name is None:
+        return ''
+    tensor = tensors[row.source_name]
+    try:
+        value = row.forward(tensor)
+    except einops.EinopsError:
+        value = None
+    if value is None or value.shape != slot_shape:
+        got = '' if value is None or not row.pattern else f' -> {value.shape}'
+        pattern = f' by {row.pattern!r}' if row.pattern else ''
+        return f'{row.source_name} {tensor.shape}{got}{pattern}, but {row.slot} needs {slot_shape}'
+    problem = _cast_problem(value, kind)
+    return f'{row.source_name}: {problem}' if problem else ''
+
+
 def _cast_problem(value: np.ndarray, kind: np.dtype) -> str:
     """Why `value` must not be cast to `kind`; empty if it may."""
     if jnp.issubdtype(value.dtype, jnp.floating) != jnp.issubdtype(kind, jnp.floating):
@@ -418,8 +439,9 @@ def numbered(names: Iterable[str], prefix: str) -> int:
     names = list(names)
     starts = [name.removeprefix(prefix).split('.')[0] for name in names if name.startswith(prefix)]
     largest = max((int(start) for start in starts if start.isdecimal()), default=-1)
-    if largest >= len(names):
-        raise ValueError(f'{prefix}{largest}: more blocks than tensors')
+    if largest >= min(len(names), MAX_BLOCKS):
+        limit = 'tensors' if largest < MAX_BLOCKS else f'tensors, or than {MAX_BLOCKS}'
+        raise ValueError(f'{prefix}{largest}: more blocks than {limit}')
     return largest + 1
 
 
@@ -427,13 +449,13 @@ def tensor_shape(tensors: Mapping[str, Any], name: str, rank: int, family: str) 
     """The shape of a tensor that shows a size.
 
     Raises:
-      ValueError: it is missing or has another rank; `family` names what the file should be.
+      ValueError: it is missing, empty or of another rank; `family` names what the file should be.
     """
     if name not in tensors:
         raise ValueError(f'{name} is missing; this is no complete {family} checkpoint')
     found = tuple(tensors[name].shape)
-    if len(found) != rank:
-        raise ValueError(f'{name}: shape {found}, expected {rank} axes')
+    if len(found) != rank or 0 in found:
+        raise ValueError(f'{name}: shape {found}, expected {rank} axes, none of them empty')
     return found
 
 

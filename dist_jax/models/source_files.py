@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterable
@@ -20,6 +22,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dist_jax.models import torch_zip
+from dist_jax.models.foreign import MAX_AXES, MAX_TENSORS, check_tensors, read_json, shown
+
+MAX_HEADER_BYTES = 16 << 20  # of a safetensors file: some hundred a tensor
+MAX_WRAPPERS = 8
 
 # Keys under which training code stores the network, in files that hold more than that.
 WRAPPERS = ('state_dict', 'model_state', 'model_state_dict', 'model', 'module')
@@ -81,6 +87,8 @@ def open_source(path: str | os.PathLike[str]) -> SourceFiles:
     if not path.exists():
         raise FileNotFoundError(f'{path}: no such file or folder')
     main = _file_in_folder(path) if path.is_dir() else path
+    if not main.is_file():  # a FIFO would be waited for
+        raise ValueError(f'{main}: neither a file nor a folder')
     files = _shards(main) if main.name.endswith('.index.json') else [main]
     tensors: dict[str, np.ndarray] = {}
     is_torchscript = False
@@ -94,9 +102,10 @@ def open_source(path: str | os.PathLike[str]) -> SourceFiles:
         else:
             torch_zip.read_torch_zip(file)  # Says what the file is instead, and the way out.
             raise AssertionError('unreachable')
+        check_tensors(part, file)
         twice = sorted(tensors.keys() & part.keys())
         if twice:
-            raise ValueError(f'{file}: tensors that another shard has already: {", ".join(twice)}')
+            raise ValueError(f'{file}: tensors that another shard has already: {shown(twice)}')
         tensors |= part
     if not tensors:
         raise ValueError(f'{main}: holds no tensors')
@@ -116,7 +125,7 @@ def unwrap(root: Any, path: str | os.PathLike[str]) -> Any:
     Raises:
       ValueError: no dict of tensors at the top or under one of `WRAPPERS`, or several.
     """
-    while True:
+    for _ in range(MAX_WRAPPERS):
         if isinstance(root, torch_zip.Module):
             return root
         if not isinstance(root, dict):
@@ -126,11 +135,17 @@ def unwrap(root: Any, path: str | os.PathLike[str]) -> Any:
         inside = [key for key in WRAPPERS if isinstance(root.get(key), (dict, torch_zip.Module))]
         if len(inside) != 1:
             raise ValueError(
-                f'{path}: top-level keys {sorted(map(str, root))}; expected tensors there, or '
+                f'{path}: top-level keys {_some_keys(root)}; expected tensors there, or '
                 f'exactly one of the keys {list(WRAPPERS)}. Save only the network: '
                 "`torch.save(checkpoint['<key>'], 'new.pt')`"
             )
         root = root[inside[0]]
+    raise ValueError(f'{path}: more than {MAX_WRAPPERS} dicts inside each other before any tensor')
+
+
+def _some_keys(root: dict) -> str:
+    keys = sorted(map(shown, itertools.islice(root, 21)))
+    return f'[{", ".join(keys[:20])}{", …" if len(keys) > 20 else ""}]'
 
 
 def strip_prefix(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -146,26 +161,46 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: damaged file, or a dtype that is not supported.
     """
+    path = Path(path)
+    with open(path, 'rb') as file:
+        start = 8 + int.from_bytes(file.read(8), 'little')
+    size = path.stat().st_size
+    if start > size or start > MAX_HEADER_BYTES:
+        raise ValueError(
+            f'{path}: a damaged safetensors file: a header of {start - 8} bytes, of {size} of the '
+            f'file and at most {MAX_HEADER_BYTES}; fetch it again'
+        )
     try:
         with safe_open(path, 'np') as checked:  # Validates header, offsets and sizes.
             names = list(checked.keys())
     except SafetensorError as error:
         raise ValueError(f'{path}: a damaged safetensors file ({error}); fetch it again') from None
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f'{path}: {len(names)} tensors, more than {MAX_TENSORS}')
     with open(path, 'rb') as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    start = 8 + int.from_bytes(data[:8], 'little')
     header = json.loads(bytes(data[8:start]))
     tensors = {}
     for name in names:
-        entry = header[name]
+        entry, where = header[name], f'{path}: {shown(name)}'
         if entry['dtype'] not in _DTYPES:
             raise ValueError(
-                f'{path}: {name} has dtype {entry["dtype"]}, not one of {sorted(_DTYPES)}'
+                f'{where} has dtype {shown(entry["dtype"])}, not one of {sorted(_DTYPES)}'
             )
-        dtype = _DTYPES[entry['dtype']]
+        dtype, shape = _DTYPES[entry['dtype']], entry['shape']
         begin, end = (start + offset for offset in entry['data_offsets'])
+        # Empty ones can have any sizes, and of two entries of one name either may be checked above.
+        if (
+            len(shape) > MAX_AXES
+            or max(shape, default=0) >= 1 << 48
+            or not start <= begin <= end <= size
+            or math.prod(shape) * dtype.itemsize != end - begin
+        ):
+            raise ValueError(
+                f'{where} has shape {shown(shape)} and {end - begin} bytes, which no network has'
+            )
         flat = np.frombuffer(data[begin:end], dtype) if end > begin else np.zeros(0, dtype)
-        tensors[name] = flat.reshape(entry['shape'])
+        tensors[name] = flat.reshape(shape)
     return tensors
 
 
@@ -195,9 +230,7 @@ def sources_record(files: Iterable[Path]) -> tuple[list[dict[str, Any]], str]:
 def _looks_like_safetensors(path: Path) -> bool:
     """Eight bytes of header length, then JSON."""
     with open(path, 'rb') as file:
-        head = file.read(9)
-    size = path.stat().st_size
-    return len(head) == 9 and head[8:] == b'{' and int.from_bytes(head[:8], 'little') <= size
+        return file.read(9)[8:] == b'{'
 
 
 def _file_in_folder(folder: Path) -> Path:
@@ -207,11 +240,11 @@ def _file_in_folder(folder: Path) -> Path:
     found = sorted(
         file
         for file in folder.iterdir()
-        if file.suffix in ('.safetensors', '.pt', '.pth', '.pyth', '.bin')
+        if file.suffix in ('.safetensors', '.pt', '.pth', '.pyth', '.bin') and file.is_file()
     )
     if len(found) == 1:
         return found[0]
-    names = ', '.join(file.name for file in found) or 'none'
+    names = ', '.join(file.name for file in found[:20]) or 'none'
     raise FileNotFoundError(
         f'{folder}: expected one checkpoint (for instance {_FOLDER_FILES[1]} or '
         f'{_FOLDER_FILES[0]}), found {names}; name the file itself'
@@ -221,15 +254,15 @@ def _file_in_folder(folder: Path) -> Path:
 def _shards(index: Path) -> list[Path]:
     """Files named by a Hugging Face shard index, all present and beside it."""
     try:
-        names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+        names = sorted(set(read_json(index)['weight_map'].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f'{index}: not a shard index ({error!r})') from None
+        raise ValueError(f'{index}: not a shard index ({type(error).__name__}: {error})') from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f'{index}: names a shard outside of its folder: {name!r}')
+            raise ValueError(f'{index}: names a shard outside of its folder: {shown(name)}')
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise FileNotFoundError(f'{index}: shards that are not there: {", ".join(missing)}')
+        raise FileNotFoundError(f'{index}: shards that are not there: {shown(missing)}')
     return [index.parent / name for name in names]
 
 
@@ -237,10 +270,7 @@ def _json_beside(file: Path, name: str) -> dict[str, Any] | None:
     path = file.parent / name
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f'{path}: not JSON ({error})') from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f'{path}: expected a JSON object')
     return content

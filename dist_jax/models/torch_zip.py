@@ -9,6 +9,8 @@ are refused, all of them in one message.
 
 Storages are slices of the memory-mapped file, never copied here. Every entry that is read must be
 stored uncompressed (PyTorch always does that), so no declared size can exceed the file itself.
+Values are shared as the program shares them and never copied, and instructions, nodes and tensors
+are counted, so that a file costs time and memory in proportion to its size.
 
 Covered: state dicts and checkpoints around them, TorchScript archives (the container of the OpenAI
 CLIP weights), float16, bfloat16, strided views, scalars. Not covered, with a message: the format
@@ -18,6 +20,7 @@ of PyTorch before 1.6, sparse and quantised tensors, custom classes, pickled Pyt
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import mmap
 import os
@@ -32,9 +35,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-MAX_PICKLE_BYTES = 256 << 20
-MAX_NODES = 1_000_000
+from dist_jax.models.foreign import MAX_AXES, MAX_TENSORS, check_name, shown
+
+MAX_PICKLE_BYTES = 64 << 20
+MAX_OPCODES = 1_000_000  # some forty a tensor
+MAX_NODES = 200_000
 MAX_DEPTH = 64
+MAX_DIRECTORY_BYTES = 64 << 20  # of the zip archive: some seventy an entry
 
 WAY_OUT = (
     'If you trust the file, open it where PyTorch is installed and save only its tensors: '
@@ -91,7 +98,7 @@ class Module:
     """A TorchScript object: its class name and the attributes that were stored."""
 
     class_name: str
-    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +138,7 @@ def flatten_tensors(root: Any, path: str | os.PathLike[str] = '') -> dict[str, n
       path: file name for the error message.
 
     Raises:
-      CheckpointFormatError: the nesting is absurd (depth, or the number of nodes).
+      ValueError: the nesting is absurd (depth, or the number of nodes), or a name is.
     """
     tensors: dict[str, np.ndarray] = {}
     stack: list[tuple[str, Any, int]] = [('', root, 0)]
@@ -144,12 +151,17 @@ def flatten_tensors(root: Any, path: str | os.PathLike[str] = '') -> dict[str, n
             if depth > MAX_DEPTH or nodes > MAX_NODES:
                 raise CheckpointFormatError(
                     f'{path}: nested deeper than {MAX_DEPTH} levels or more than {MAX_NODES} '
-                    'entries; this is no checkpoint of a network'
+                    'entries, perhaps inside itself; this is no checkpoint of a network'
                 )
+            if not isinstance(value, (np.ndarray, dict, Module)):
+                continue
+            if not isinstance(key, (str, int)):
+                raise CheckpointFormatError(f'{path}: a tensor under the key {shown(key)}')
             name = f'{prefix}.{key}' if prefix else str(key)
+            check_name(name, path)
             if isinstance(value, np.ndarray):
                 tensors[name] = value
-            elif isinstance(value, (dict, Module)):
+            else:
                 stack.append((name, value, depth + 1))
     return tensors
 
@@ -158,6 +170,15 @@ def looks_like_zip(path: str | os.PathLike[str]) -> bool:
     """Whether the file starts like a zip archive."""
     with open(path, 'rb') as file:
         return file.read(4) == b'PK\x03\x04'
+
+
+class _BoundedFile(io.FileIO):
+    """A file that is never read at length: `zipfile` would take any list of entries."""
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f'its list of entries has {size} bytes')
+        return super().read(size)
 
 
 class _Archive:
@@ -173,7 +194,7 @@ class _Archive:
         if head[:4] != b'PK\x03\x04':
             raise CheckpointFormatError(f'{path}: {_not_a_zip(head)}')
         try:
-            with zipfile.ZipFile(path) as archive:
+            with _BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
         except (
             zipfile.BadZipFile,
@@ -193,9 +214,9 @@ class _Archive:
             name = entry.filename
             parts = PurePosixPath(name).parts
             if '..' in parts or name.startswith('/') or '\\' in name or ':' in name:
-                raise UnsafeCheckpointError(f'{path}: an entry is named {name!r}; {WAY_OUT}')
+                raise UnsafeCheckpointError(f'{path}: an entry is named {shown(name)}; {WAY_OUT}')
             if name in self.entries:
-                raise CheckpointFormatError(f'{path}: two entries are named {name!r}')
+                raise CheckpointFormatError(f'{path}: two entries are named {shown(name)}')
             self.entries[name] = entry
         declared = sum(entry.file_size for entry in entries)
         if declared > 4 * size + (64 << 20):
@@ -218,8 +239,10 @@ class _Archive:
         """Bytes of one stored entry, checked against its CRC."""
         entry = self.entries.get(self.prefix + name)
         if entry is None:
-            raise CheckpointFormatError(f'{self.path}: entry {self.prefix + name!r} is missing')
-        where = f'{self.path}: entry {entry.filename!r}'
+            raise CheckpointFormatError(
+                f'{self.path}: entry {shown(self.prefix + name)} is missing'
+            )
+        where = f'{self.path}: entry {shown(entry.filename)}'
         if entry.flag_bits & 1:
             raise CheckpointFormatError(f'{where} is encrypted')
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
@@ -305,12 +328,13 @@ class _Interpreter:
     def __init__(self, archive: _Archive):
         self.archive, self.path = archive, archive.path
         self.storages: dict[str, _Storage] = {}
-        self.refused: list[str] = []
+        self.refused: dict[str, None] = {}
+        self.steps = self.tensors = 0
         self.bytes = len(archive.data)
         self.builders = {
             'collections.OrderedDict': self._ordered_dict,
             'torch.Size': self._size,
-            'torch.device': lambda *args: ':'.join(str(a) for a in args),
+            'torch.device': lambda kind, index=None: kind,
             'torch._utils._rebuild_tensor': self._tensor,
             'torch._utils._rebuild_tensor_v2': self._tensor_v2,
             'torch._utils._rebuild_tensor_v3': self._tensor_v3,
@@ -328,13 +352,14 @@ class _Interpreter:
         except (UnsafeCheckpointError, CheckpointFormatError):
             if not self.refused:
                 raise
-        except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
             if not self.refused:
                 raise CheckpointFormatError(
-                    f'{self.path}: data.pkl is damaged ({type(error).__name__}: {error})'
+                    f'{self.path}: data.pkl is damaged ({type(error).__name__}: '
+                    f'{shown(str(error))})'
                 ) from None
         if self.refused:
-            names = ', '.join(dict.fromkeys(self.refused))
+            names = ', '.join(list(self.refused)[:20]) + (', …' if len(self.refused) > 20 else '')
             raise UnsafeCheckpointError(
                 f'{self.path}: besides tensors the file holds objects that need {names}; opening '
                 f'such a pickle means running code from it, so it was refused. {WAY_OUT}'
@@ -344,11 +369,21 @@ class _Interpreter:
     def _unsafe(self, what: str) -> UnsafeCheckpointError:
         return UnsafeCheckpointError(f'{self.path}: {what}; refused. {WAY_OUT}')
 
+    def _spend(self, steps: int) -> None:
+        """Counts instructions, and the values that one of them goes through."""
+        self.steps += steps
+        if self.steps > MAX_OPCODES:
+            raise CheckpointFormatError(
+                f'{self.path}: data.pkl takes more than {MAX_OPCODES} steps, which no checkpoint '
+                f'of a network does. {WAY_OUT}'
+            )
+
     def _run(self, program: bytes) -> Any:
         stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
         for opcode, arg, _ in pickletools.genops(program):
+            self._spend(1)
             match opcode.name:
                 case 'PROTO' | 'FRAME':
                     pass
@@ -465,6 +500,9 @@ class _Interpreter:
     def _check_key(self, key: Any) -> None:
         if key is not None and not isinstance(key, (str, int, float, bytes)):
             raise self._unsafe(f'a dict key of type {type(key).__name__}')
+        # Python's hash of integers is no secret: long ones can be made to collide, all of them.
+        if isinstance(key, int) and not -(1 << 63) <= key < 1 << 64:
+            raise self._unsafe('a dict key of more than 64 bits')
 
     # Names, and what may be done with them.
 
@@ -480,7 +518,8 @@ class _Interpreter:
             return name
         if full == 'torch.storage.UntypedStorage':
             return _StorageClass(None)
-        self.refused.append(full)
+        if len(self.refused) <= 20:
+            self.refused[shown(full)] = None
         return _Refused()
 
     def _reduce(self, function: Any, args: Any) -> Any:
@@ -510,6 +549,7 @@ class _Interpreter:
             for key in state
         ):
             raise self._unsafe(f'its pickle sets a custom state on {_describe(target)}')
+        self._spend(len(state))
         if isinstance(target, Module):
             target.attributes.update(state)
         elif not isinstance(target, dict):  # A state dict carries `_metadata`: not needed.
@@ -524,7 +564,7 @@ class _Interpreter:
             case _:
                 raise self._unsafe('a persistent id that is no storage')
         if not re.fullmatch(r'[0-9A-Za-z_]{1,64}', key):
-            raise self._unsafe(f'a storage named {key!r}')
+            raise self._unsafe(f'a storage named {shown(key)}')
         itemsize = 1 if dtype is None else dtype.itemsize
         if key not in self.storages:
             self.storages[key] = _Storage(self.archive.read(f'data/{key}'), dtype, key)
@@ -539,16 +579,25 @@ class _Interpreter:
     # The allowed builders.
 
     def _ordered_dict(self, pairs: Any = ()) -> dict:
+        if not isinstance(pairs, (list, tuple)):
+            raise TypeError
+        self._spend(len(pairs))
         items: dict = {}
-        for key, value in pairs:
-            self._set_items(items, [key, value])
+        for pair in pairs:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise TypeError
+            self._set_items(items, list(pair))
         return items
 
     def _size(self, sizes: Any) -> tuple:
-        return tuple(sizes)
+        if not isinstance(sizes, tuple):
+            raise TypeError
+        return sizes
 
     def _list(self, values: Any) -> list:
-        return list(values)
+        if not isinstance(values, list):
+            raise TypeError
+        return values
 
     def _parameter(self, data: Any, requires_grad: Any = None, hooks: Any = None) -> np.ndarray:
         if not isinstance(data, np.ndarray):
@@ -577,13 +626,16 @@ class _Interpreter:
             raise self._unsafe('a tensor whose size is no tuple')
         if (
             len(size) != len(stride)
-            or len(size) > 32
+            or len(size) > MAX_AXES
             or not all(type(n) is int and 0 <= n < 1 << 48 for n in (offset, *size, *stride))
         ):
             raise CheckpointFormatError(
-                f'{self.path}: a tensor with offset {offset}, size {size[:32]} and stride '
-                f'{stride[:32]}, which no network has'
+                f'{self.path}: a tensor with offset {shown(offset)}, size {shown(size)} and stride '
+                f'{shown(stride)}, which no network has'
             )
+        self.tensors += 1
+        if self.tensors > MAX_TENSORS:
+            raise CheckpointFormatError(f'{self.path}: more than {MAX_TENSORS} tensors')
         available = len(storage.data) // dtype.itemsize
         numel = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride)) if numel else offset
@@ -605,4 +657,4 @@ class _Interpreter:
 
 def _describe(value: Any) -> str:
     name = getattr(value, 'name', None) or getattr(value, 'class_name', None)
-    return str(name) if name else f'a value of type {type(value).__name__}'
+    return shown(name) if name else f'a value of type {type(value).__name__}'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,12 @@ def test_openclip_config_decides_activation_and_heads(config, activation, heads)
         ({'model_cfg': {'vision_cfg': {'head_width': 60}}}, {}, 'not a multiple of 60'),
         ({'model_cfg': {'text_cfg': {'hf_model_name': 'roberta'}}}, {}, 'hf_model_name'),
         ({'model_cfg': {'vision_cfg': {'norm_kwargs': {'eps': 1e-6}}}}, {}, 'norm_kwargs'),
+        ({'model_cfg': [1]}, {}, r'model_cfg=\[1\], expected a JSON object'),
+        ({'model_cfg': {'vision_cfg': 3}}, {}, 'vision_cfg=3, expected a JSON object'),
+        ({'model_cfg': {'vision_cfg': {'head_width': '64'}}}, {}, "head_width='64', expected"),
+        ({'model_cfg': {'text_cfg': {'heads': 1.5}}}, {}, r'heads=1\.5, expected a positive'),
+        ({'model_cfg': {'quick_gelu': 'no'}}, {}, "quick_gelu='no', expected true or false"),
+        ({}, {'num_heads': -2}, '-2 heads do not divide'),
     ],
 )
 def test_openclip_never_guesses(config, flags, message):
@@ -164,6 +171,14 @@ def _hf_config(**changes):
         (_hf_config(vision__patch_size=32), 'patch_size=32, but the tensors say 16'),
         (_hf_config(vision__num_hidden_layers=12), 'num_hidden_layers=12'),
         (_hf_config(text__eos_token_id=7), 'eos_token_id=7'),
+        ({'vision_config': [1]}, r'config\.json: vision_config=\[1\], expected a JSON object'),
+        ({'text_config': 'clip'}, "text_config='clip', expected a JSON object"),
+        (_hf_config(vision__hidden_act=5), 'hidden_act=5'),
+        (_hf_config(vision__hidden_act=['gelu']), r"hidden_act=\['gelu'\]"),
+        (_hf_config(vision__num_attention_heads='2'), "num_attention_heads='2', expected a pos"),
+        (_hf_config(vision__num_attention_heads=0), 'num_attention_heads=0, expected a positive'),
+        (_hf_config(text__num_attention_heads=True), 'num_attention_heads=True'),
+        (_hf_config(vision__num_attention_heads=3), '3 heads do not divide a width of 128'),
     ],
 )
 def test_hugging_face_config_is_checked(config, message):
@@ -203,6 +218,9 @@ def test_a_missing_and_an_extra_tensor_are_named():
         ('visual.conv1.weight', np.zeros((128, 1, 16, 16)), 'expected'),
         ('visual.transformer.resblocks.0.mlp.c_fc.bias', np.zeros(640), 'MLP ratio'),
         ('visual.transformer.resblocks.99999.x', np.zeros(1), 'more blocks than tensors'),
+        ('visual.proj', np.zeros(128), 'expected 2 axes'),
+        ('visual.positional_embedding', np.zeros(()), 'expected 2 axes'),
+        ('token_embedding.weight', np.zeros((0, 64)), 'none of them empty'),
     ],
 )
 def test_geometry_that_is_no_clip(name, change, message):
@@ -279,6 +297,59 @@ def test_hugging_face_bin_folders(tmp_path):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize('name', ['config.json', 'open_clip_config.json'])
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('{"a":' * 50_000 + '1' + '}' * 50_000, 'nested too deeply'),
+        ('{"a": %s}' % ('9' * 5000), 'not JSON'),
+        ('\xff\xfe{', 'not JSON'),
+        ('[1]', 'expected a JSON object'),
+    ],
+    ids=['deep', 'long number', 'no UTF-8', 'list'],
+)
+def test_config_beside_a_checkpoint_is_refused_by_name(tmp_path, name, content, message):
+    shutil.copy(GOLDEN / 'openclip_gelu' / 'open_clip_model.safetensors', tmp_path)
+    (tmp_path / name).write_text(content, encoding='latin-1')
+    with pytest.raises(ValueError, match=message) as caught:
+        open_source(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'model.pt')
+    with pytest.raises(ValueError, match=r'model\.pt: neither a file nor a folder'):
+        open_source(tmp_path / 'model.pt')
+    with pytest.raises(FileNotFoundError, match='found none'):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'size', 'message'),
+    [
+        ([0, 2**64 - 1], 0, 'which no network has'),
+        ([1] * 100, 1, 'which no network has'),
+        ([2**40], 2**40, 'damaged safetensors'),
+    ],
+)
+def test_sizes_that_no_tensor_has(tmp_path, shape, size, message):
+    entry = {'dtype': 'U8', 'shape': shape, 'data_offsets': [0, size]}
+    text = json.dumps({'w': entry}).encode()
+    path = tmp_path / 'a.safetensors'
+    path.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(min(size, 1)))
+    with pytest.raises(ValueError, match=message):
+        open_source(path)
+
+
+def test_header_of_another_length_than_the_file(tmp_path):
+    path = tmp_path / 'a.safetensors'
+    path.write_bytes((2**62).to_bytes(8, 'little') + b'{}')
+    with pytest.raises(
+        ValueError, match=r'a\.safetensors: .* a header of 4611686018427387904 bytes'
+    ):
+        open_source(path)
+
+
 @pytest.mark.parametrize(
     ('index', 'message'),
     [
@@ -286,6 +357,7 @@ def test_hugging_face_bin_folders(tmp_path):
         ('{"weight_map": {"a": 3}}', 'outside of its folder'),
         ('{"weight_map": 3}', 'not a shard index'),
         ('{', 'not a shard index'),
+        ('[' * 50_000, 'nested too deeply'),
     ],
 )
 def test_shard_index_cannot_point_elsewhere(tmp_path, index, message):

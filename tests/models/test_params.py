@@ -230,3 +230,23 @@ def test_hidden_ratio_survives_truncation():
     pairs = [(hidden, width) for width in (49, 96, 768) for hidden in range(1, 2000)]
     assert any(int(width * (hidden / width)) != hidden for hidden, width in pairs)
     assert all(int(width * params.hidden_ratio(hidden, width)) == hidden for hidden, width in pairs)
+
+
+def test_a_block_that_is_missing_takes_no_memory():
+    """A file of one block may claim a thousand: nothing is made before all of them are there."""
+    rows = [Row(f'{k}', 'stack', index=(k,)) for k in range(1000)]
+    target = {'stack': jax.ShapeDtypeStruct((1000, 1 << 30), jnp.float32)}
+    tensor = np.broadcast_to(np.float32(1), (1 << 30,))
+    with pytest.raises(ConversionError) as caught:
+        import_tree({'0': tensor}, rows, target)
+    assert len(caught.value.unfilled) == 999
+    assert 'and 799 more' in str(caught.value)
+
+
+def test_tensors_that_are_not_finite_are_named_after_the_cast():
+    tensors = _tensors()
+    tensors['cls'][0, 0, 2] = np.nan
+    tensors['blocks.1.k.weight'] = np.full((WIDTH, WIDTH), 3.4e38, np.float32)
+    tree = import_tree(tensors, _rows(), _abstract(jnp.bfloat16))
+    assert params.non_finite(tree, _rows()) == ['cls', 'blocks.1.k.weight']
+    assert params.non_finite(import_tree(tensors, _rows(), _abstract()), _rows()) == ['cls']

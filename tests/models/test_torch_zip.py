@@ -10,8 +10,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dist_jax.models import torch_zip
+from dist_jax.models.source_files import open_source
 from dist_jax.models.torch_zip import (
     CheckpointFormatError,
     Module,
@@ -427,6 +429,37 @@ def test_nesting_bombs_end_in_an_error(tmp_path):
         flatten_tensors(root.root)
     deep = b']' * 5000 + b'a' * 4999
     assert isinstance(read_torch_zip(write_zip(tmp_path / 'c.pt', Raw(deep))).root, list)
+
+
+@pytest.mark.parametrize('key', ['model', 'state_dict', 'module'])
+def test_dict_that_holds_itself_is_refused_by_name(tmp_path, key):
+    path = write_zip(tmp_path / 'a.pt', Raw(b'}q\x00(' + assemble(key) + b'h\x00u'))
+    with pytest.raises(ValueError, match=r'a\.pt: more than 8 dicts inside each other'):
+        open_source(path)
+
+
+def test_values_are_quoted_shortly_and_without_control_characters(tmp_path):
+    name = '\x1b[2J' + 'x' * 100_000
+    path = write_zip(tmp_path / 'a.pt', {'w': New(Global('os', name)), 'v': Global(name, 'a')})
+    with pytest.raises(UnsafeCheckpointError) as caught:
+        read_torch_zip(path)
+    assert len(str(caught.value)) < 2000 and '\x1b' not in str(caught.value)
+
+
+def test_names_that_cannot_be_printed_are_no_tensors(tmp_path):
+    for name in ('a\x1b[31m', 'a\n', 'x' * 1000):
+        path = save_state_dict(tmp_path / 'a.pt', {name: np.ones(1, np.float32)})
+        with pytest.raises(ValueError, match=r'a\.pt: a tensor is named'):
+            open_source(path)
+        save_file({name: np.ones(1, np.float32)}, tmp_path / 'a.safetensors')
+        with pytest.raises(ValueError, match=r'a\.safetensors: a tensor is named'):
+            open_source(tmp_path / 'a.safetensors')
+
+
+def test_views_of_a_small_storage_do_not_add_up(tmp_path):
+    views = {f'w{k}': Tensor('0', 'uint8', 1, 0, (1 << 20,), (0,)) for k in range(30)}
+    with pytest.raises(ValueError, match='declares tensors of 31457280 bytes'):
+        open_source(write_zip(tmp_path / 'a.pt', views, {'0': b'x'}))
 
 
 def test_missing_file_and_folder(tmp_path):
