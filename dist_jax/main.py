@@ -542,9 +542,14 @@ def _demo(argv: Sequence[str]) -> int:
 
 
 def _convert(argv: Sequence[str]) -> int:
+    from tools import convert_arguments
+
+    arguments = convert_arguments.parse(argv)
+    if arguments is None:  # No such file: said before jax is imported.
+        return 2
     from tools import convert_checkpoint
 
-    return convert_checkpoint.main(list(argv))
+    return convert_checkpoint.run(arguments)
 
 
 def _check(argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ a file is run; a file that holds more than tensors is refused with the way out.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import os
@@ -28,35 +29,12 @@ from dist_jax.models.params import (
     export_file,
     flatten,
     import_tree,
+    non_finite,
     with_precision,
 )
 from dist_jax.models.source_files import SourceFiles, open_source, sources_record
 from input_pipeline.escape import Console, lines
-
-PRECISIONS = ('float32', 'bfloat16', 'float16')
-
-EXAMPLES = """\
-examples:
-  # OpenAI's archive; activation and heads belong to it
-  dist_jax convert ViT-B-16.pt clip_b16
-
-  # a Hugging Face folder (config.json, safetensors or .bin, sharded or not)
-  dist_jax convert clip-vit-base-patch16/ clip_b16 --precision bfloat16
-
-  # OpenCLIP with open_clip_config.json beside the file, or with the activation said by hand
-  dist_jax convert CLIP-ViT-B-16-laion2B/ clip_b16_laion
-  dist_jax convert epoch_32.pt clip_b16_own --activation gelu
-
-  # DiST of the authors, there and back
-  dist_jax convert DIST_K400_B16.pyth dist_k400
-  dist_jax convert --export dist_k400 dist_k400.safetensors
-
-  # EVL of the authors; the backbone is converted on its own
-  dist_jax convert k400_vitb16_8f_dec4x768.pth evl_k400
-
-  # a trained run under its authors' names
-  dist_jax convert --export runs/b16 mine.safetensors --step best
-"""
+from tools.convert_arguments import PRECISIONS, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,16 +174,20 @@ class Export:
       rows: sizes -> table.
       run_sizes: the `model` fields and the backbone's spec of a run -> sizes.
       prefix: of the names in the released files.
+      head: the one that their names have a place for.
     """
 
     rows: Callable[[Any], list[Row]]
     run_sizes: Callable[[Any, Any], dict[str, Any]]
     prefix: str
+    head: str
 
 
 EXPORTS: dict[str, Export] = {
-    'dist': Export(dist_params.dist_rows, dist_params.run_hparams, dist_params.RELEASE_PREFIX),
-    'evl': Export(evl_params.evl_rows, evl_params.run_hparams, evl_params.RELEASE_PREFIX),
+    'dist': Export(
+        dist_params.dist_rows, dist_params.run_hparams, dist_params.RELEASE_PREFIX, 'text'
+    ),
+    'evl': Export(evl_params.evl_rows, evl_params.run_hparams, evl_params.RELEASE_PREFIX, 'linear'),
 }
 
 
@@ -244,18 +226,8 @@ def convert(
     converted.check_destination(dest, overwrite=overwrite)
     opened = open_source(source)
     if kind == 'auto':
-        kind = _detect(opened)
-    plan = KINDS[kind].plan(opened, options or Options())
-    abstract = with_precision(plan.abstract, precision)
-    with _progress(console, len(plan.rows)) as advance:
-        params = import_tree(
-            plan.tensors,
-            plan.rows,
-            abstract,
-            plan.ignore,
-            on_tensor=lambda _: advance(),
-            context=f'{source} does not fit a {plan.family} model of this geometry: {plan.spec}',
-        )
+        kind = detect(opened)
+    plan, params = read_params(opened, kind, options or Options(), precision, console)
     used = {row.source_name for row in plan.rows}
     writing = console.status('hashing and writing') if console else contextlib.nullcontext()
     with writing:
@@ -272,6 +244,7 @@ def convert(
                 'source_sha256': digest,
                 'precision': precision,
                 'ignored': sorted(plan.tensors.keys() - used),
+                'non_finite': non_finite(params, plan.rows),
             },
             overwrite=overwrite,
         )
@@ -280,7 +253,47 @@ def convert(
     return metadata
 
 
-def _detect(source: SourceFiles) -> str:
+def read_params(
+    source: SourceFiles,
+    kind: str,
+    options: Options,
+    precision: str = 'float32',
+    console: Console | None = None,
+) -> tuple[Plan, Tree]:
+    """The parameters in an opened checkpoint.
+
+    Args:
+      source: of `open_source`.
+      kind: a key of `KINDS`.
+      options: what the file does not say.
+      precision: see `convert`.
+      console: where progress goes; None for silence.
+
+    Returns:
+      What the file is, and the tree of numpy arrays.
+
+    Raises:
+      ValueError: naming the file, if it is incomplete or of no such kind, or options are missing.
+    """
+    try:
+        plan = KINDS[kind].plan(source, options)
+    except ValueError as error:
+        raise ValueError(f'{source.path}: {error}') from error
+    context = f'{source.path} does not fit a {plan.family} model of this geometry: {plan.spec}'
+    with _progress(console, len(plan.rows)) as advance:
+        params = import_tree(
+            plan.tensors,
+            plan.rows,
+            with_precision(plan.abstract, precision),
+            plan.ignore,
+            on_tensor=lambda _: advance(),
+            context=context,
+        )
+    return plan, params
+
+
+def detect(source: SourceFiles) -> str:
+    """The key of `KINDS` whose names the tensors have; raises ValueError if none."""
     for name, kind in KINDS.items():
         if kind.matches(source):
             return name
@@ -342,11 +355,29 @@ def _print_summary(
         ('source', ', '.join(record['file'] for record in metadata['sources'])),
         ('source sha256', metadata['source_sha256']),
         ('params sha256', metadata['params_sha256']),
-        ('ignored', f'{len(metadata["ignored"])} tensors' if metadata['ignored'] else 'nothing'),
+        ('ignored', summed_up(metadata['ignored']) or 'nothing'),
         ('written to', os.fspath(dest)),
     ):
         facts.add_row(label, value)
     console.print(facts)
+    if metadata['non_finite']:
+        console.print(
+            f'warning: NaN or infinite values in {summed_up(metadata["non_finite"])}; a network '
+            'with them gives no scores. The file is damaged, or its training had diverged.',
+            style='bold red',
+        )
+
+
+def summed_up(names: Sequence[str]) -> str:
+    """Names of tensors for one line: all of a few, else the modules that they are in."""
+    if len(names) <= 8:
+        return ', '.join(names)
+    modules = collections.Counter(
+        f'{first}.…' if dot else first for first, dot, _ in (name.partition('.') for name in names)
+    )
+    parts = [module if n == 1 else f'{module} ({n})' for module, n in modules.most_common(8)]
+    rest = ', …' if len(modules) > 8 else ''
+    return f'{len(names)} tensors: {", ".join(parts)}{rest} (all in the metadata)'
 
 
 def export(
@@ -378,6 +409,12 @@ def export(
         metadata = read_metadata(folder)
         model = metadata['config']['model']
         way = _way_back(source, model['family'])
+        if model['head'] != way.head:
+            raise ValueError(
+                f'{source}: trained with model.head={model["head"]}, but the names of '
+                f'{model["family"]} checkpoints have a place for head={way.head} only: the export '
+                f'needs head={way.head}'
+            )
         sizes = way.run_sizes(model, metadata['backbone']['spec'])
         params = read_host_params(folder)
     else:
@@ -399,36 +436,14 @@ def _way_back(source: str | os.PathLike[str], family: str) -> Export:
     return EXPORTS[family]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='dist_jax convert',
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('source', metavar='SOURCE', help='file or folder to convert')
-    parser.add_argument('dest', metavar='DEST', help='directory (with --export: file) to write')
-    parser.add_argument('--export', action='store_true', help='orbax -> safetensors')
-    parser.add_argument(
-        '--step', help="with --export of a run: a number or 'best'; the newest by default"
-    )
-    parser.add_argument('--kind', default='auto', choices=('auto', *KINDS), help='naming')
-    parser.add_argument(
-        '--activation',
-        choices=('quick_gelu', 'gelu'),
-        help='OpenCLIP without open_clip_config.json: the activation of the towers',
-    )
-    parser.add_argument('--num_heads', type=int, metavar='N', help='heads of the image tower')
-    parser.add_argument('--text_num_heads', type=int, metavar='N', help='heads of the text tower')
-    parser.add_argument('--precision', default='float32', choices=PRECISIONS)
-    parser.add_argument('--name', help='name in the metadata (default: the published size)')
-    parser.add_argument('--overwrite', action='store_true', help='replace DEST')
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 with one message on stderr."""
-    args = _parser().parse_args(argv)
+    args = parse(argv)
+    return 2 if args is None else run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does what the arguments say; returns the exit code."""
     console = Console()
     try:
         if args.export:

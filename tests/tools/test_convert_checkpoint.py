@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from dist_jax.models import clip, clip_params, converted, digests
 from dist_jax.models.params import flatten, tree_sha256
-from tools import convert_checkpoint
+from tools import convert_arguments, convert_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / 'golden'
 OPENAI = GOLDEN / 'clip' / 'openai' / 'tiny.pt'
@@ -267,3 +270,70 @@ def test_help_shows_examples(capsys):
         _main('--help')
     assert caught.value.code == 0
     assert 'ViT-B-16.pt' in capsys.readouterr().out
+
+
+def test_non_finite_weights_are_named_and_recorded(tmp_path, capsys):
+    tensors = load_file(GELU)
+    tensors['visual.proj'][3, 4] = np.nan
+    tensors['logit_scale'] = np.array(np.inf, np.float32)
+    save_file(tensors, tmp_path / 'in.safetensors')
+    assert _main(tmp_path / 'in.safetensors', tmp_path / 'out', '--activation', 'gelu') == 0
+    printed = ' '.join(capsys.readouterr().out.split())
+    assert 'warning: NaN or infinite values in visual.proj, logit_scale' in printed
+    metadata = converted.load_metadata(tmp_path / 'out')
+    assert metadata['non_finite'] == ['visual.proj', 'logit_scale']
+
+
+def test_ignored_tensors_are_named(tmp_path, capsys):
+    assert _main(OPENAI, tmp_path / 'out') == 0
+    printed = capsys.readouterr().out
+    assert 'context_length, input_resolution, vocab_size' in printed and 'warning' not in printed
+    names = [f'visual.{k}' for k in range(20)] + ['logit_scale']
+    assert convert_checkpoint.summed_up(names) == (
+        '21 tensors: visual.… (20), logit_scale (all in the metadata)'
+    )
+
+
+def test_names_with_markup_are_printed_as_they_are(tmp_path, capsys):
+    source = tmp_path / 'a[bold].pt'
+    shutil.copy(OPENAI, source)
+    assert _main(source, tmp_path / 'out', '--name', 'my[/]clip') == 0
+    printed = capsys.readouterr().out
+    assert 'a[bold].pt' in printed and 'my[/]clip' in printed
+
+
+def test_a_hub_name_hints_at_the_download_before_jax_is_imported(tmp_path):
+    code = 'import sys; from dist_jax import main; code = main.main(sys.argv[1:]);'
+    code += 'print(code, "jax" in sys.modules)'
+    command = [sys.executable, '-c', code, 'convert', 'openai/clip-vit-base-patch16', 'out']
+    environment = os.environ | {'PYTHONPATH': str(GOLDEN.parent.parent)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == '2 False\n'
+    assert done.stderr.startswith('error: openai/clip-vit-base-patch16: no such file or folder')
+    assert 'hf download openai/clip-vit-base-patch16 --local-dir' in done.stderr
+
+
+@pytest.mark.parametrize('name', ['missing.pt', 'a/sub/missing.pt', '/data/clip', 'here/x.pt'])
+def test_other_missing_files_do_not_hint_at_a_download(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'here').mkdir()
+    assert _main(name, 'out') == 2
+    assert capsys.readouterr().err == f'error: {name}: no such file or folder\n'
+
+
+def test_kinds_of_the_command_line_are_those_that_convert():
+    assert tuple(convert_checkpoint.KINDS) == convert_arguments.KINDS
+
+
+@pytest.mark.parametrize(
+    ('family', 'head', 'wanted'), [('dist', 'linear', 'text'), ('evl', 'text', 'linear')]
+)
+def test_export_says_which_head_it_needs(tmp_path, monkeypatch, family, head, wanted):
+    saved = {'config': {'model': {'family': family, 'head': head}}, 'backbone': {'spec': {}}}
+    monkeypatch.setattr(convert_checkpoint, 'is_run', lambda _: True)
+    monkeypatch.setattr(convert_checkpoint, 'find_checkpoint', lambda source: source)
+    monkeypatch.setattr(convert_checkpoint, 'read_metadata', lambda _: saved)
+    with pytest.raises(ValueError, match=f'the export needs head={wanted}'):
+        convert_checkpoint.export('runs/a', tmp_path / 'out.safetensors')

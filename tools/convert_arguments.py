@@ -1,0 +1,93 @@
+"""The command line of `dist_jax convert`; reading it takes neither jax nor time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from input_pipeline import escape
+
+PRECISIONS = ('float32', 'bfloat16', 'float16')
+KINDS = ('dist', 'evl', 'huggingface', 'openai', 'openclip')
+
+DESCRIPTION = """\
+Converts downloaded checkpoints into the form that training reads, and exports ours back.
+
+CLIP (OpenAI, Hugging Face, OpenCLIP), DiST and EVL files become one orbax directory with
+parameters, geometry, activation and the hash of the source. PyTorch is not needed and no code from
+a file is run; a file that holds more than tensors is refused with the way out.
+"""
+
+EXAMPLES = """\
+examples:
+  # OpenAI's archive; activation and heads belong to it
+  dist_jax convert ViT-B-16.pt clip_b16
+
+  # a Hugging Face folder (config.json, safetensors or .bin, sharded or not)
+  dist_jax convert clip-vit-base-patch16/ clip_b16 --precision bfloat16
+
+  # OpenCLIP with open_clip_config.json beside the file, or with the activation said by hand
+  dist_jax convert CLIP-ViT-B-16-laion2B/ clip_b16_laion
+  dist_jax convert epoch_32.pt clip_b16_own --activation gelu
+
+  # DiST of the authors, there and back
+  dist_jax convert DIST_K400_B16.pyth dist_k400
+  dist_jax convert --export dist_k400 dist_k400.safetensors
+
+  # EVL of the authors; the backbone is converted on its own
+  dist_jax convert k400_vitb16_8f_dec4x768.pth evl_k400
+
+  # a trained run under its authors' names
+  dist_jax convert --export runs/b16 mine.safetensors --step best
+"""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace | None:
+    """The arguments; None, after a message on stderr, if there is no such source."""
+    args = _parser().parse_args(argv)
+    if '://' not in args.source and not os.path.exists(os.path.expanduser(args.source)):
+        text = f'error: {args.source}: no such file or folder{_hint(args.source)}'
+        print(escape.lines(text), file=sys.stderr)
+        return None
+    return args
+
+
+def _hint(source: str) -> str:
+    """How to get what was named instead of a file."""
+    if not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source) or os.path.exists(source.split('/')[0]):
+        return ''
+    folder = source.split('/')[1]
+    return (
+        '; nothing is downloaded here. If it is a model of the Hugging Face Hub, get it first:\n'
+        f'  pip install huggingface_hub && hf download {source} --local-dir {folder}'
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='dist_jax convert',
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('source', metavar='SOURCE', help='file or folder to convert')
+    parser.add_argument('dest', metavar='DEST', help='directory (with --export: file) to write')
+    parser.add_argument('--export', action='store_true', help='orbax -> safetensors')
+    parser.add_argument(
+        '--step', help="with --export of a run: a number or 'best'; the newest by default"
+    )
+    parser.add_argument('--kind', default='auto', choices=('auto', *KINDS), help='naming')
+    parser.add_argument(
+        '--activation',
+        choices=('quick_gelu', 'gelu'),
+        help='OpenCLIP without open_clip_config.json: the activation of the towers',
+    )
+    parser.add_argument('--num_heads', type=int, metavar='N', help='heads of the image tower')
+    parser.add_argument('--text_num_heads', type=int, metavar='N', help='heads of the text tower')
+    parser.add_argument('--precision', default='float32', choices=PRECISIONS)
+    parser.add_argument('--name', help='name in the metadata (default: the published size)')
+    parser.add_argument('--overwrite', action='store_true', help='replace DEST')
+    return parser
