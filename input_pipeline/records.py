@@ -318,7 +318,7 @@ def read_example(shard: str, position: int, span: str = ''):
     # TFDS takes half a second to import; who reads lists of files does not need it.
     from tensorflow_datasets.proto import tf_example_pb2
 
-    if not os.path.exists(shard):
+    if not os.path.isfile(shard):  # nor a FIFO, which would be waited for
         raise FileNotFoundError(f'{shard} (records {span}): no such shard')
     try:
         content = _open_shard(shard).read([position])[0]
