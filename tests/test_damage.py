@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dist_jax import checkpoint, experiment, init_from, main, pod
+from dist_jax import checkpoint, ending, experiment, init_from, main
 from dist_jax.models import clip, converted, digests
 from dist_jax.step import TrainState
 from tools import flip_bits
@@ -229,21 +229,21 @@ def test_a_read_error_that_stays_asks_for_a_restart_and_moves_nothing(
     run, backbone, monkeypatch, error
 ):
     tried = failing(monkeypatch, 10**6, error)
-    with pytest.raises(pod.AgainError, match='Nothing was changed'):
+    with pytest.raises(ending.AgainError, match='Nothing was changed'):
         restore(run)
     assert len(tried) == 4
     assert steps_of(run / 'checkpoints') == [1, 2, 3]
     assert not (run / 'checkpoints-broken').exists()
-    with pytest.raises(pod.AgainError):
+    with pytest.raises(ending.AgainError):
         converted.load_params(backbone)
 
 
 def test_a_restart_is_asked_for_by_the_exit_code(monkeypatch, capsys):
     def fail(argv):
-        raise pod.AgainError('the disk is away')
+        raise ending.AgainError('the disk is away')
 
     monkeypatch.setitem(main.COMMANDS, 'train', (fail, ''))
-    assert main.main(['train']) == pod.AGAIN == 75
+    assert main.main(['train']) == ending.AGAIN == 75
     assert 'the disk is away' in capsys.readouterr().err
 
 
@@ -266,7 +266,7 @@ def test_another_state_is_an_error_that_lists_it_and_moves_nothing(run):
 def test_damage_moves_no_step_before_an_older_one_was_read(run, monkeypatch):
     (run / 'checkpoints' / '3' / 'metadata' / 'metadata').write_text('{')
     failing(monkeypatch, 10**6, ERRORS[0])
-    with pytest.raises(pod.AgainError):
+    with pytest.raises(ending.AgainError):
         restore(run)
     assert steps_of(run / 'checkpoints') == [1, 2, 3]
     monkeypatch.undo()

@@ -318,7 +318,7 @@ def test_a_run_from_before_a_field_existed_gets_its_default(monkeypatch):
     saved = dist_config.get_config('demo').to_dict()
     saved['data']['num_frames'] = 4
     del saved['mesh'], saved['data']['crop_rounding'], saved['data']['split_names']
-    monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda workdir: workdir)
+    monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda workdir, step: workdir)
     monkeypatch.setattr(checkpoint, 'read_metadata', lambda folder: {'config': saved})
     config = commands.saved_config('anywhere')
     assert (config.mesh.fsdp, config.data.crop_rounding) == (1, 'nearest')
@@ -333,7 +333,7 @@ def test_a_run_from_before_a_field_existed_gets_its_default(monkeypatch):
 def test_tuples_of_a_saved_run_can_be_set(monkeypatch):
     config = dist_config.get_config('b16_8+16f_ssv2')
     saved = {'config': json.loads(json.dumps(checkpoint.plain(config)))}
-    monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda workdir: workdir)
+    monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda workdir, step: workdir)
     monkeypatch.setattr(checkpoint, 'read_metadata', lambda folder: saved)
     found = commands.saved_config('anywhere')
     assert found.to_dict() == config.to_dict()

@@ -333,7 +333,7 @@ def test_kinds_of_the_command_line_are_those_that_convert():
 def test_export_says_which_head_it_needs(tmp_path, monkeypatch, family, head, wanted):
     saved = {'config': {'model': {'family': family, 'head': head}}, 'backbone': {'spec': {}}}
     monkeypatch.setattr(convert_checkpoint, 'is_run', lambda _: True)
-    monkeypatch.setattr(convert_checkpoint, 'find_checkpoint', lambda source: source)
+    monkeypatch.setattr(convert_checkpoint, 'find_checkpoint', lambda source, step: source)
     monkeypatch.setattr(convert_checkpoint, 'read_metadata', lambda _: saved)
     with pytest.raises(ValueError, match=f'the export needs head={wanted}'):
         convert_checkpoint.export('runs/a', tmp_path / 'out.safetensors')
