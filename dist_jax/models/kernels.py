@@ -46,7 +46,7 @@ def heads_per_group(head_dim: int) -> int:
 
 
 def fits(num_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:
-    """Whether `frame_attention` takes heads of this kind: bfloat16, whole registers."""
+    """Whether kernels take heads of this kind: bfloat16, whole registers."""
     group = heads_per_group(head_dim)
     whole = head_dim * group == LANES and num_heads % group == 0
     return whole and dtype == jnp.bfloat16
@@ -66,9 +66,15 @@ def frame_attention(
 
     Returns:
       (N, L, h d), the heads in their order.
+
+    Raises:
+      ValueError: the logits of one group of heads do not fit into VMEM; see `heads_tile`.
     """
     frames, length, _ = qkv.shape
     width = num_heads * head_dim
+    part = heads_tile(length, num_heads, head_dim)
+    if part is None:
+        raise ValueError(f'frame_attention: logits of {length} tokens do not fit into VMEM')
     cost = pl.CostEstimate(
         flops=frames * _attention_bundles(length, num_heads) * FLOPS_PER_BUNDLE,
         transcendentals=frames * num_heads * length * length,
@@ -76,19 +82,45 @@ def frame_attention(
     )
     return pl.pallas_call(
         functools.partial(_frame_kernel, head_dim=head_dim),
-        grid=(frames,),
-        in_specs=[pl.BlockSpec((1, length, 3 * width), lambda n: (n, 0, 0))],
-        out_specs=pl.BlockSpec((1, length, width), lambda n: (n, 0, 0)),
+        grid=(frames, width // part),
+        in_specs=[pl.BlockSpec((1, length, 3 * part), lambda n, p: (n, 0, p))],
+        out_specs=pl.BlockSpec((1, length, part), lambda n, p: (n, 0, p)),
         out_shape=jax.ShapeDtypeStruct((frames, length, width), qkv.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=VMEM_BYTES
+        ),
         cost_estimate=cost,
         interpret=interpret,
         name='frame_attention',
     )(qkv)
 
 
+def heads_tile(length: int, num_heads: int, head_dim: int) -> int | None:
+    """Channels of heads that `frame_attention` works on at a time, whole groups of them.
+
+    The most that fit into VMEM; None where the logits of one group do not.
+    """
+    groups = num_heads // heads_per_group(head_dim)
+    logits = _logits_bytes(length, head_dim)
+    for parts in range(1, groups + 1):
+        width = groups // parts * LANES
+        # Queries, keys, values and output, each twice: the next part arrives meanwhile.
+        if groups % parts == 0 and 2 * 4 * _rows(length) * width * 2 + logits < VMEM_BYTES:
+            return width
+    return None
+
+
+def _logits_bytes(length: int, head_dim: int) -> int:
+    """What the logits of a group of heads take of VMEM, by compiled kernels of 785 to 1601 tokens.
+
+    Of two heads 7.1 to 8.7 bytes a logit, of four 12.8 to 13.8.
+    """
+    logits = _rows(length) * math.ceil(length / LANES) * LANES
+    return 3 * (1 + heads_per_group(head_dim)) * logits
+
+
 def _frame_kernel(qkv_ref, out_ref, *, head_dim: int) -> None:
-    """One frame: (1, L, 3 W) -> (1, L, W)."""
+    """Some heads of one frame: (1, L, 3 w) -> (1, L, w)."""
 
     def group(number: jax.Array, carry: None) -> None:
         def lanes(first: jax.Array) -> pl.Slice:
@@ -383,7 +415,7 @@ def self_attention(
 ) -> Heads:
     """Projections and attention of a block of a frozen tower.
 
-    On TPU, in bfloat16 and without a mask, by `frame_attention`.
+    On TPU, in bfloat16 and without a mask, by `frame_attention` where a frame fits into VMEM.
 
     Args:
       z: (N, L, W), the normalised stream.
@@ -394,7 +426,7 @@ def self_attention(
     Returns:
       Output of the heads, queries and keys, each (N, L, h, d).
     """
-    if mask is None and fits(*kernel.shape[-2:], z.dtype):
+    if mask is None and heads_fit(z, kernel):
         return on_tpu(_fast_heads, _plain_heads, z, kernel, bias)
     return _plain_heads(z, kernel, bias, mask)
 
@@ -423,9 +455,7 @@ def _fast_heads(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> Heads:
     def one_device(qkv: jax.Array) -> jax.Array:
         return frame_attention(qkv, qkv.shape[-1] // (3 * head_dim), head_dim)
 
-    groups = num_heads // heads_per_group(head_dim)
-    tensor = TENSOR if groups % _mesh_sizes().get(TENSOR, 1) == 0 else None
-    out = on_each_device(one_device, qkv, split=tensor)
+    out = on_each_device(one_device, qkv, split=_heads_axis(num_heads, head_dim))
     return out.reshape(*out.shape[:2], num_heads, head_dim), q, k
 
 
@@ -440,16 +470,31 @@ def grouped_projection(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> Head
     return qkv, q, k
 
 
+def heads_fit(z: jax.Array, kernel: jax.Array) -> bool:
+    """Whether `frame_attention` takes the heads of `self_attention`: `fits`, and room in VMEM."""
+    num_heads, head_dim = kernel.shape[-2:]
+    if not fits(num_heads, head_dim, z.dtype):
+        return False
+    if _heads_axis(num_heads, head_dim):
+        num_heads //= _mesh_sizes()[TENSOR]
+    return heads_tile(z.shape[1], num_heads, head_dim) is not None
+
+
+def _heads_axis(num_heads: int, head_dim: int) -> str | None:
+    """The axis of the mesh that groups of heads are split over, if it divides them."""
+    size = _mesh_sizes().get(TENSOR, 1)
+    return TENSOR if size > 1 and num_heads // heads_per_group(head_dim) % size == 0 else None
+
+
 def attention_fits(x: jax.Array, attn: Tree) -> bool:
     """Whether `residual_attention` takes these: `fits`, whole heads on a device, room in VMEM."""
     *_, num_heads, head_dim = attn['qkv']['kernel'].shape
     _, length, width = x.shape
     weights = 4 * width * num_heads * head_dim * x.dtype.itemsize
-    logits = 9 * length * math.ceil(length / LANES) * LANES
     return (
         fits(num_heads, head_dim, x.dtype)
         and _mesh_sizes().get(TENSOR, 1) == 1
-        and weights + 12 * length * width + logits < VMEM_BYTES
+        and weights + 12 * length * width + _logits_bytes(length, head_dim) < VMEM_BYTES
     )
 
 

@@ -40,6 +40,16 @@ def test_frame_attention_equals_the_plain_form(length, num_heads, head_dim):
     assert error < 1.5 * usual
 
 
+def test_heads_that_do_not_fit_together_are_worked_on_in_parts(monkeypatch):
+    """Eight heads in one step of the kernel, and in four."""
+    qkv = jnp.asarray(np.random.default_rng(3).normal(size=(2, 21, 3 * 512)) * 3, jnp.bfloat16)
+    whole = kernels.frame_attention(qkv, 8, 64, interpret=True)
+    monkeypatch.setattr(kernels, 'VMEM_BYTES', 80_000)
+    assert kernels.heads_tile(21, 8, 64) == 128
+    parts = kernels.frame_attention(qkv, 8, 64, interpret=True)
+    np.testing.assert_array_equal(np.asarray(whole), np.asarray(parts))
+
+
 def block_params(rng, width, num_heads, head_dim, hidden):
     def matrix(*shape, fan_in):
         return jnp.asarray(rng.normal(size=shape) * fan_in**-0.5, jnp.bfloat16)
@@ -130,6 +140,32 @@ def test_which_blocks_the_halves_take():
     assert takes(50, 192) == (False, False)  # half a register would be left
 
 
+def test_which_frames_attention_takes():
+    """Channels at a time, from all to one group; None takes the plain form."""
+
+    def channels(side, width):
+        return kernels.heads_tile(1 + side**2, width // 64, 64)
+
+    assert channels(14, 768) == 768 and channels(24, 1024) == 1024  # B/16, L/14 at 336 pixels
+    assert channels(28, 768) == 768  # B/16 at 448
+    assert channels(32, 768) == channels(32, 1024) == 256  # B/16 at 512, L/14 at 448
+    assert channels(37, 1024) is None  # L/14 at 518
+    assert channels(40, 768) is None  # B/16 at 640
+    # What a device holds decides, and four heads in a register have twice the logits of two.
+    assert kernels.heads_tile(1025, 4, 128) == 512
+    assert kernels.heads_tile(1025, 8, 32) is None
+
+
+def test_long_frames_take_the_plain_form():
+    """No kernel is left in a program whose logits would not fit; it computes what it did."""
+    for length, expected in ((1025, True), (1601, False)):
+        z = jax.ShapeDtypeStruct((1, length, 128), jnp.bfloat16)
+        kernel = jax.ShapeDtypeStruct((128, 3, 2, 64), jnp.bfloat16)
+        bias = jax.ShapeDtypeStruct((3, 2, 64), jnp.bfloat16)
+        traced = jax.make_jaxpr(kernels.self_attention)(z, kernel, bias)
+        assert ('frame_attention' in str(traced)) is expected
+
+
 def test_what_the_kernel_takes():
     assert kernels.fits(12, 64, jnp.bfloat16)
     assert kernels.fits(16, 64, jnp.bfloat16) and kernels.fits(3, 128, jnp.bfloat16)
@@ -152,7 +188,8 @@ def names(text):
 
 def compile(mesh, spec, taps=clip.Taps(outputs=(0,)), gradient=False):
     place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
-    shape = (8, spec.image_size, spec.image_size, 3)
+    # Several frames a core: the next one arrives while one is worked on, and takes room.
+    shape = (32, spec.image_size, spec.image_size, 3)
     pixels = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place(('data', 'fsdp')))
     params = jax.eval_shape(
         lambda: clip.cast(clip.init_params(jax.random.key(0), spec)['visual'], jnp.bfloat16)
@@ -177,6 +214,8 @@ print('tensor', compile(make_mesh(devices, fsdp=2, tensor=2), small))
 for tower in ('vit_l14', 'vit_l14_336'):
     spec = dataclasses.replace(clip.SPECS[tower], depth=1, vocab_size=8, text_depth=1)
     print(tower, compile(mesh, spec))
+for size in (512, 640):
+    print(size, compile(mesh, dataclasses.replace(small, image_size=size)))
 """
 
 
@@ -196,5 +235,7 @@ def test_towers_compile_for_several_chips_with_the_kernels_that_fit():
             ('tensor', [heads]),
             ('vit_l14', [whole, mlp]),
             ('vit_l14_336', [heads, mlp]),
+            ('512', [heads]),
+            ('640', []),
         )
     ]
