@@ -23,6 +23,9 @@ from input_pipeline import bad_videos, pipeline
 from input_pipeline.video_list import LabelledSource
 from input_pipeline.workers import Skipped
 
+# One is computed while the next is sent.
+BATCHES_ON_DEVICE = 2
+
 EvalStep = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, ...]]
 
 

@@ -128,8 +128,8 @@ examples:
 Compiles the steps that `train` and `evaluate` would run, for a TPU, on this machine: no TPU, no
 weights, no data, no network. batch_size counts the clips of all chips.
 
-memory   of a chip, by kind, as the compiler places it. Reliable: what does not fit here does not
-         fit there.
+memory   of a chip, by kind, as the compiler places it, and the batches that wait beside the
+         program's own. Reliable: what does not fit here does not fit there.
 cycles   the compiler's own estimates, bodies of loops times their turns. A kernel of one's own
          counts by the cost it declares, at full speed; a collective that the chip waits for by its
          bytes, as a ring on all links. Copies and collectives that run beside the products count

@@ -49,9 +49,10 @@ from input_pipeline.workers import Skipped
 
 log = logging.getLogger('dist_jax')
 
-# Steps that may be on the device while the host goes on: so many batches are sent ahead of the one
-# that is computed. Their losses are checked when they end.
+# Steps that may be on the device while the host goes on; their losses are checked when they end.
+# The batch of the next is sent before the oldest is waited for.
 STEPS_IN_FLIGHT = 2
+BATCHES_ON_DEVICE = STEPS_IN_FLIGHT + 1
 # Steps after which hosts count their unreadable videos together, in a run that logs no figures.
 COUNTED_EVERY = 100
 SILENCE = 60.0  # seconds without a line of figures after which one says how far the run is

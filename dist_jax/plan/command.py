@@ -147,9 +147,9 @@ class Planner:
             f'{request.label}, eval step', one, counted.features + counted.forward
         )
         found['model_flops_parts'] = dataclasses.asdict(counted)
-        # While a run evaluates, what only training needs stays where it is.
+        # While a run evaluates, what only training needs stays where it is, the last batch too.
         memory = trained['hbm_bytes_per_chip']
-        state = ('trainable', 'optimizer', 'average', 'other_state')
+        state = ('trainable', 'optimizer', 'average', 'other_state', 'batch')
         held = sum(memory.get(kind, 0) for kind in state)
         held -= found['hbm_bytes_per_chip']['trainable']
         found['hbm_bytes_per_chip']['held_for_training'] = held

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from dist_jax import experiment, optim, step, train
+from dist_jax import evaluate, experiment, optim, step, train
 from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.plan.gradients import with_gradients
@@ -37,12 +37,14 @@ class Step:
       arguments: trees of `jax.ShapeDtypeStruct` with shardings, by name, in order.
       clips: clips that one call works on, over all devices.
       model: the family's model; None for the calibration.
+      batches: that are on the devices together: this call's, and those sent ahead.
     """
 
     function: Callable[..., Any]
     arguments: dict[str, Tree]
     clips: int
     model: VideoModel | None
+    batches: int = 1
 
 
 def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Step:
@@ -78,7 +80,7 @@ def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Ste
         'mask': jax.ShapeDtypeStruct((clips,), jnp.float32),
     }
     arguments = {'state': state, 'frozen': frozen, 'batch': _split(batch, mesh)}
-    return Step(function, arguments, clips, model)
+    return Step(function, arguments, clips, model, train.BATCHES_ON_DEVICE)
 
 
 def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
@@ -97,7 +99,8 @@ def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
         'video': _split(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh),
     }
     function = step.make_eval_step(model, mesh, config.eval.fusion, state.eval_variables, frozen)
-    return Step(function, arguments, config.eval.batch_size * reader.num_views, model)
+    clips = config.eval.batch_size * reader.num_views
+    return Step(function, arguments, clips, model, evaluate.BATCHES_ON_DEVICE)
 
 
 def calibration_step(devices: list[Any]) -> Step:

@@ -62,8 +62,12 @@ def step_figures(
     }
     if not compiled.text:
         memory = argument_bytes(one)
-        if compiled.needed_bytes is not None:
-            memory['temporaries'] = max(compiled.needed_bytes - sum(memory.values()), 0)
+        known = sum(memory.values())
+        needed = compiled.needed_bytes
+        memory['batches_ahead'] = ahead = batches_ahead(memory, one)
+        if needed is not None:
+            memory['temporaries'] = max(needed - known, 0)
+            needed += ahead
         unknown = (
             'compiled_flops',
             'hbm_bytes_accessed',
@@ -77,7 +81,7 @@ def step_figures(
             figures
             | {
                 'hbm_bytes_per_chip': memory,
-                'hbm_bytes_needed': compiled.needed_bytes,
+                'hbm_bytes_needed': needed,
                 'temp_bytes': memory.get('temporaries'),
                 'largest_allocations': [
                     {'bytes': size, 'op_name': name, 'shape': shape}
@@ -88,13 +92,16 @@ def step_figures(
         )
     program = hlo.read_program(compiled.text)
     memory = hbm_bytes(compiled.memory, program)
+    memory['batches_ahead'] = batches_ahead(memory, one)
+    needed = sum(memory.values())
     estimate = cycles(program, chip)
     seconds = estimate['estimated_cycles'] / chip.clock
     return (
         figures
         | {
             'hbm_bytes_per_chip': memory,
-            'hbm_bytes_needed': sum(memory.values()),
+            'hbm_bytes_needed': needed,
+            'fits': compiled.fits and needed <= limit,
             'temp_bytes': compiled.memory['temporaries'],
             'compiled_flops': program.flops,
             'hbm_bytes_accessed': program.hbm_bytes,
@@ -123,6 +130,11 @@ def hbm_bytes(memory: dict[str, int], program: hlo.Program) -> dict[str, float]:
     found['outputs'] = max(memory['outputs'] - memory['aliased'] + rest, 0)
     found['program'] = memory['program']
     return found
+
+
+def batches_ahead(memory: dict[str, float], one: Step) -> float:
+    """Bytes of the batches that are on the chip beside the program's own."""
+    return (one.batches - 1) * memory['batch']
 
 
 def argument_bytes(one: Step) -> dict[str, float]:

@@ -35,6 +35,7 @@ KIND_COLOURS = {
     'optimizer': '#6cb6ff',
     'average': '#a5d3ff',
     'batch': '#2f9e5f',
+    'batches_ahead': '#8fd3ae',
     'temporaries': '#c2571a',
     'held_for_training': '#cfd6dd',
 }

@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+from programs import NESTED
 
 from dist_jax.plan import compiling, figures, hlo
 from dist_jax.plan.chips import CHIPS
+from dist_jax.plan.topology import parse_topology
 
 V4 = CHIPS['v4']
 
@@ -130,3 +132,19 @@ def test_a_message_of_another_form_still_says_that_it_does_not_fit():
 def test_other_errors_are_errors():
     assert compiling.out_of_memory('RESOURCE_EXHAUSTED: vmem') is None
     assert compiling.out_of_memory('INTERNAL: Mosaic failed') is None
+
+
+def test_a_program_that_fits_alone_may_not_fit_beside_the_batches_ahead():
+    text = NESTED.replace("state.params[\\'a\\']", "batch[\\'video\\']")
+    ((name, batch),) = hlo.read_program(text).parameters
+    assert figures.kind_of(name) == 'batch'
+    limit = 2**30
+    memory = {'arguments': batch, 'outputs': 0, 'aliased': 0, 'program': 0}
+    memory['temporaries'] = limit - 2 * batch  # one batch more would be too much
+    compiled = compiling.Compiled(text, memory, limit_bytes=limit)
+    for batches, fits in ((1, True), (2, True), (3, False)):
+        one = compiling.Step(None, {}, 8, None, batches)
+        found = figures.step_figures(one, compiled, parse_topology('v4:2x2x1'), 0.0)
+        assert found['fits'] is fits
+        assert found['hbm_bytes_needed'] == limit + (batches - 2) * batch
+        assert found['hbm_bytes_per_chip']['batches_ahead'] == (batches - 1) * batch
