@@ -227,17 +227,21 @@ class TimeConv(nn.Module):
 
 
 def _conv_time(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Zero-padded cross-correlation of axis 1 of (B, T, ..., in) with `kernel` (k, in, out)."""
-    if kernel.shape[1] > kernel.shape[2]:
-        # More inputs than outputs (the stem): one product for all taps, then shifts, everywhere.
-        return _time_products(x, kernel)
+    """Zero-padded cross-correlation of axis 1 of (B, T, ..., in) with `kernel` (k, in, out).
+
+    The taps are summed in float32 whatever the dtype is, by the products too.
+    """
     return jax.lax.platform_dependent(x, kernel, cpu=_time_products, default=_time_convolution)
 
 
 def _time_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     flat = x.reshape(*x.shape[:2], -1, x.shape[-1])
     y = jax.lax.conv_general_dilated(
-        flat, kernel[:, None], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        flat,
+        kernel[:, None],
+        (1, 1),
+        'SAME',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -250,16 +254,25 @@ def _time_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     padding[1] = (size // 2, size // 2)
     if channels <= features:
         padded = jnp.pad(x, padding)
-        return sum(
-            jnp.einsum('bt...i,io->bt...o', padded[:, tap : tap + num_frames], kernel[tap])
+        taps = (
+            jnp.einsum(
+                '...i,io->...o',
+                padded[:, tap : tap + num_frames],
+                kernel[tap],
+                preferred_element_type=jnp.float32,
+            )
             for tap in range(size)
         )
-    joined = kernel.transpose(1, 0, 2).reshape(channels, size * features)
-    padded = jnp.pad(jnp.einsum('bt...i,io->bt...o', x, joined), padding)
-    return sum(
-        padded[:, tap : tap + num_frames, ..., tap * features : (tap + 1) * features]
-        for tap in range(size)
-    )
+    else:
+        joined = kernel.transpose(1, 0, 2).reshape(channels, size * features)
+        padded = jnp.pad(
+            jnp.einsum('...i,io->...o', x, joined, preferred_element_type=jnp.float32), padding
+        )
+        taps = (
+            padded[:, tap : tap + num_frames, ..., tap * features : (tap + 1) * features]
+            for tap in range(size)
+        )
+    return sum(taps).astype(x.dtype)
 
 
 class SpaceConv(nn.Module):
@@ -298,7 +311,13 @@ def _space_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # Three neighbours of a row side by side, then one product a row of the kernel.
     wide = jnp.concatenate([padded[:, :, :, j : j + columns] for j in range(3)], axis=-1)
     taps = kernel.reshape(3, -1, kernel.shape[-1])
-    return sum(jnp.einsum('bthwi,io->bthwo', wide[:, :, i : i + rows], taps[i]) for i in range(3))
+    summed = sum(
+        jnp.einsum(
+            '...i,io->...o', wide[:, :, i : i + rows], taps[i], preferred_element_type=jnp.float32
+        )
+        for i in range(3)
+    )
+    return summed.astype(x.dtype)
 
 
 class Stem(nn.Module):

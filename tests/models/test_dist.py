@@ -195,3 +195,43 @@ def test_clip_of_another_length_is_named(plain):
     model, _, features, variables, _ = plain
     with pytest.raises(ValueError, match='num_frames=4'):
         model.net.apply(variables, features | {'patches': clip.patchify(video(8), 8)})
+
+
+def test_initial_weights_have_the_spread_of_the_release():
+    """Sigma 0.02 for all but the projection, and the packed queries, keys and values."""
+    spec = clip.ClipSpec(16, 8, 192, 3, 3, 96, 16, 1, 1, vocab_size=20, context_length=6)
+    model = dist.build(spec, **OPTIONS | {'integration_dim': 128, 'temporal_dim': 32})
+    shapes = {
+        'taps': jnp.zeros((3, 2, 5, 192)),
+        'patches': jnp.zeros((1, 4, 4, 192)),
+        'text': (jnp.zeros((4, 96)),),
+        'logit_scale': jnp.zeros(()),
+    }
+    params = jax.jit(model.net.init)(jax.random.key(0), shapes)['params']
+    pooled = []
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        if name.endswith('bias'):
+            assert not np.any(value), name
+        elif name.endswith('scale'):
+            assert np.all(value == 1), name
+        elif name == 'proj/kernel':
+            assert np.std(value) == pytest.approx(128**-0.5, rel=0.05)
+        elif name.endswith('qkv/kernel'):  # Xavier over (C, 3 C)
+            assert np.abs(value).max() == pytest.approx((6 / 512) ** 0.5, rel=0.01)
+        else:
+            assert np.std(value) == pytest.approx(0.02, rel=6 / (2 * value.size) ** 0.5), name
+            pooled.append(np.ravel(value))
+    assert np.std(np.concatenate(pooled)) == pytest.approx(0.02, rel=0.01)
+
+
+@pytest.mark.parametrize('form', [dist._time_products, dist._time_convolution])
+@pytest.mark.parametrize(('channels', 'features'), [(96, 16), (16, 16)])
+def test_taps_over_time_are_summed_in_float32(form, channels, features):
+    """The result in bfloat16 is the exact one, rounded once."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 9, channels)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(5, channels, features)), jnp.bfloat16)
+    exact = np.asarray(form(x.astype(jnp.float32), kernel.astype(jnp.float32)))
+    found = np.asarray(jax.jit(form)(x, kernel), np.float32)
+    np.testing.assert_allclose(found, exact, rtol=2**-8, atol=1e-4)
