@@ -187,7 +187,7 @@ def _attention(
     heads, q, k = kernels.self_attention(
         layers.layer_norm(x, **norm), qkv['kernel'].astype(dtype), qkv['bias'].astype(dtype), mask
     )
-    y = jnp.einsum('nlhd,hdw->nlw', heads, out['kernel'].astype(dtype))
+    y = layers.einsum('nlhd,hdw->nlw', heads, out['kernel'].astype(dtype))
     return x + y + out['bias'].astype(dtype), q, k
 
 
@@ -198,9 +198,8 @@ def _mlp(x: jax.Array, norm: Tree, mlp: Tree, activation: str) -> jax.Array:
 
 
 def _linear(x: jax.Array, params: Tree) -> jax.Array:
-    return jnp.einsum('nli,io->nlo', x, params['kernel'].astype(x.dtype)) + params['bias'].astype(
-        x.dtype
-    )
+    kernel, bias = params['kernel'].astype(x.dtype), params['bias'].astype(x.dtype)
+    return layers.einsum('nli,io->nlo', x, kernel) + bias
 
 
 @jax.named_scope('patch_embedding')
@@ -221,7 +220,8 @@ def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
 def _embed_patches(params: Tree, patches: jax.Array, spec: ClipSpec) -> jax.Array:
     """Patches (N, g*g, p*p*3) -> the stream (N, L, W) after `ln_pre`."""
     dtype = patches.dtype
-    x = patches @ params['conv1']['kernel'].reshape(-1, spec.width).astype(dtype)
+    kernel = params['conv1']['kernel'].reshape(-1, spec.width).astype(dtype)
+    x = layers.einsum('npi,iw->npw', patches, kernel)
     cls = jnp.broadcast_to(params['class_embedding'].astype(dtype), (x.shape[0], 1, spec.width))
     x = jnp.concatenate([cls, x], axis=1) + params['positional_embedding'].astype(dtype)
     return layers.layer_norm(x, **params['ln_pre'])
@@ -298,7 +298,8 @@ def encode_image(
 def project_image(params: Tree, class_token: jax.Array) -> jax.Array:
     """`ln_post` and projection of class tokens (N, W) of the last block -> float32 (N, E)."""
     z = layers.layer_norm(class_token, **params['ln_post'])
-    return jnp.einsum('nw,we->ne', z, params['proj']['kernel'].astype(z.dtype)).astype(jnp.float32)
+    kernel = params['proj']['kernel'].astype(z.dtype)
+    return layers.einsum('nw,we->ne', z, kernel).astype(jnp.float32)
 
 
 @jax.named_scope('text_tower')
@@ -345,7 +346,7 @@ def encode_text(
     end = jnp.take_along_axis(x, tokens.argmax(-1)[:, None, None], axis=1)[:, 0]
     z = layers.layer_norm(end, **params['ln_final'])
     kernel = params['text_projection']['kernel'].astype(dtype)
-    return jnp.einsum('nw,we->ne', z, kernel).astype(jnp.float32)
+    return layers.einsum('nw,we->ne', z, kernel).astype(jnp.float32)
 
 
 def _gather_unstacked(params: Tree) -> Tree:

@@ -35,6 +35,9 @@ from dist_jax.models.layers import (
     Linear,
     Mlp,
     QueryAttention,
+    einsum,
+    einsum_to_float32,
+    precision_of,
     quick_gelu,
     trunc_normal,
 )
@@ -242,6 +245,7 @@ def _time_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
         (1, 1),
         'SAME',
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        precision=precision_of(flat, kernel),
     )
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -255,19 +259,12 @@ def _time_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if channels <= features:
         padded = jnp.pad(x, padding)
         taps = (
-            jnp.einsum(
-                '...i,io->...o',
-                padded[:, tap : tap + num_frames],
-                kernel[tap],
-                preferred_element_type=jnp.float32,
-            )
+            einsum_to_float32('...i,io->...o', padded[:, tap : tap + num_frames], kernel[tap])
             for tap in range(size)
         )
     else:
         joined = kernel.transpose(1, 0, 2).reshape(channels, size * features)
-        padded = jnp.pad(
-            jnp.einsum('...i,io->...o', x, joined, preferred_element_type=jnp.float32), padding
-        )
+        padded = jnp.pad(einsum_to_float32('...i,io->...o', x, joined), padding)
         taps = (
             padded[:, tap : tap + num_frames, ..., tap * features : (tap + 1) * features]
             for tap in range(size)
@@ -301,6 +298,7 @@ def _space_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
         (1, 1),
         'SAME',
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        precision=precision_of(x, kernel),
     )
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -312,10 +310,7 @@ def _space_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     wide = jnp.concatenate([padded[:, :, :, j : j + columns] for j in range(3)], axis=-1)
     taps = kernel.reshape(3, -1, kernel.shape[-1])
     summed = sum(
-        jnp.einsum(
-            '...i,io->...o', wide[:, :, i : i + rows], taps[i], preferred_element_type=jnp.float32
-        )
-        for i in range(3)
+        einsum_to_float32('...i,io->...o', wide[:, :, i : i + rows], taps[i]) for i in range(3)
     )
     return summed.astype(x.dtype)
 
@@ -373,7 +368,7 @@ class Temporal2Integration(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
         cls = self.param('cls_token', trunc_normal, (t, self.features)).astype(self.dtype)
         grouped = x.astype(self.dtype).reshape(b, t, self.alpha, -1, channels)
-        patches = jnp.einsum('btans,asc->btnc', grouped, kernel.astype(self.dtype)) + bias
+        patches = einsum('btans,asc->btnc', grouped, kernel.astype(self.dtype)) + bias
         cls = jnp.broadcast_to(cls[None, :, None], (b, t, 1, self.features))
         return jnp.concatenate([cls, patches], axis=2)
 
@@ -401,7 +396,7 @@ class Integration2Temporal(nn.Module):
         return y + bias
 
     def _repeated(self, m: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.repeat(jnp.einsum('btni,io->btno', m, kernel), self.alpha, axis=1)
+        return jnp.repeat(einsum('btni,io->btno', m, kernel), self.alpha, axis=1)
 
     def _transposed(self, m: jax.Array, kernel: jax.Array) -> jax.Array:
         """A convolution of stride 1 / alpha: on TPU repeating a result costs more than products."""
@@ -413,6 +408,7 @@ class Integration2Temporal(nn.Module):
             [(self.alpha - 1, self.alpha - 1), (0, 0)],
             lhs_dilation=(self.alpha, 1),
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            precision=precision_of(m, kernel),
         )
 
 

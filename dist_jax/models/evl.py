@@ -37,6 +37,8 @@ from dist_jax.models.layers import (
     LayerNorm,
     Linear,
     attention_weights,
+    einsum,
+    einsum_to_float32,
     query_attention,
     quick_gelu,
 )
@@ -254,11 +256,11 @@ def relative_sum(attention: jax.Array, tables: jax.Array, grid: tuple[int, int])
     place[query, row, key, row, key - query + columns - 1] = 1
     place = place.reshape(columns, rows * columns, rows * width)
     weights = attention.reshape(batch, num_frames, 2, rows, columns, rows * columns)
-    weights = jnp.einsum('btsijn,jno->btsijo', weights, jnp.asarray(place, dtype))
+    weights = einsum('btsijn,jno->btsijo', weights, jnp.asarray(place, dtype))
     tables = tables[:, ::-1].reshape(2, 2 * rows - 1, width, channels).astype(dtype)
     slices = jnp.stack([tables[:, rows - 1 - i : 2 * rows - 1 - i] for i in range(rows)], axis=1)
     slices = slices.reshape(2, rows, rows * width, channels)
-    summed = jnp.einsum('btsijo,sioc->btijc', weights, slices, preferred_element_type=jnp.float32)
+    summed = einsum_to_float32('btsijo,sioc->btijc', weights, slices)
     return summed.reshape(batch, num_frames, rows * columns, channels)
 
 
@@ -328,7 +330,7 @@ class DecoderAttention(nn.Module):
         q_kernel, q_bias = self._projection('q', width)
         k_kernel, _ = self._projection('k', width)
         v_kernel, v_bias = self._projection('v', width)
-        q = jnp.einsum('bc,che->bhe', x.astype(self.dtype), q_kernel) + q_bias
+        q = einsum('bc,che->bhe', x.astype(self.dtype), q_kernel) + q_bias
         v, weights = query_attention(q, memory, k_kernel, v_kernel, v_bias)
         self.sow('intermediates', 'weights', weights)
         out = Linear(width, kernel_init=xavier_uniform, dtype=self.dtype, name='out')

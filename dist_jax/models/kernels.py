@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from dist_jax.models.layers import attend, layer_norm
+from dist_jax.models.layers import attend, einsum, layer_norm
 from dist_jax.sharding import BATCH, TENSOR
 
 Tree = Any
@@ -444,7 +444,7 @@ def on_tpu(fast: Callable[..., Tree], plain: Callable[..., Tree], *inputs: Tree)
 def _plain_heads(
     z: jax.Array, kernel: jax.Array, bias: jax.Array, mask: jax.Array | None = None
 ) -> Heads:
-    q, k, v = jnp.einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
+    q, k, v = einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
     return attend(q, k, v, mask), q, k
 
 
@@ -465,7 +465,7 @@ def grouped_projection(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> Head
     split = {'c': 3, 'i': heads_per_group(head_dim), 'd': head_dim}
     kernel = einops.rearrange(kernel, 'w c (g i) d -> w (g c i d)', **split)
     bias = einops.rearrange(bias, 'c (g i) d -> (g c i d)', **split)
-    qkv = jnp.einsum('nlw,wc->nlc', z, kernel) + bias
+    qkv = einsum('nlw,wc->nlc', z, kernel) + bias
     q, k, _ = einops.rearrange(qkv, 'n l (g c i d) -> c n l (g i) d', **split)
     return qkv, q, k
 

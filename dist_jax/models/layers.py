@@ -25,10 +25,11 @@ trunc_normal = nn.initializers.normal(0.02)
 
 
 def exact_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes products of float32 arrays exact on TPU, where they are rounded to bfloat16 otherwise.
+    """Makes products of float32 arrays exact, where accelerators round them otherwise.
 
-    Products of bfloat16 arrays are the same and cost the same (checked on compiled v4 programs).
-    A cosine times 100, for one, is a logit that a rounded product moves by 0.4.
+    TPUs round the factors to bfloat16, GPUs to TF32. A cosine times 100, for one, is a logit that a
+    product rounded to bfloat16 moves by 0.4. Products that say their precision, as `einsum` does of
+    narrower arrays, keep it.
     """
 
     @functools.wraps(function)
@@ -37,6 +38,43 @@ def exact_float32(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return run
+
+
+def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.einsum` that is exact, under `exact_float32`, where its arrays are float32 only."""
+    return jnp.einsum(subscripts, a, b, precision=precision_of(a, b))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum_to_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`einsum` whose result is not rounded to the dtype of `a` and `b`, but its gradient is.
+
+    What comes back is a factor of two products; in float32 both would have to be of float32 arrays.
+    """
+    return jnp.einsum(
+        subscripts, a, b, precision=precision_of(a, b), preferred_element_type=jnp.float32
+    )
+
+
+def _einsum_forward(subscripts: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
+    return einsum_to_float32(subscripts, a, b), (a, b)
+
+
+def _einsum_backward(subscripts: str, factors: tuple, upstream: jax.Array) -> tuple:
+    rounded = upstream.astype(jnp.result_type(*factors))
+    return jax.vjp(functools.partial(einsum, subscripts), *factors)[1](rounded)
+
+
+einsum_to_float32.defvjp(_einsum_forward, _einsum_backward)
+
+
+def precision_of(*operands: jax.Array) -> jax.lax.Precision | None:
+    """For a product of these: what is asked for around it, or, of narrower arrays, the quick one.
+
+    Nothing is lost in a product of bfloat16 arrays on a matrix unit, but a GPU takes a request for
+    more at its word.
+    """
+    return None if jnp.result_type(*operands) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -79,12 +117,7 @@ def attend(
 
 def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """The float32 softmax of `attend`: (N, h, Q, L), of sum 1 over L. Arguments as there."""
-    logits = jnp.einsum(
-        'nqhd,nlhd->nhql',
-        query * query.shape[-1] ** -0.5,
-        key,
-        preferred_element_type=jnp.float32,
-    )
+    logits = einsum_to_float32('nqhd,nlhd->nhql', query * query.shape[-1] ** -0.5, key)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(logits, axis=-1)
@@ -92,7 +125,7 @@ def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None =
 
 def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
     """The product of `attend`: weights (N, h, Q, L), value (N, L, h, d) -> (N, Q, h, d)."""
-    return jnp.einsum('nhql,nlhd->nqhd', weights.astype(value.dtype), value)
+    return einsum('nhql,nlhd->nqhd', weights.astype(value.dtype), value)
 
 
 def resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -163,7 +196,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
-        x = jnp.einsum('...i,io->...o', x.astype(self.dtype), kernel.astype(self.dtype))
+        x = einsum('...i,io->...o', x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param('bias', self.bias_init, (self.features,))
             x = x + bias.astype(self.dtype)
@@ -205,11 +238,11 @@ def query_attention(
     Returns:
       (N, h, d) in the dtype of `memory`, and the weights, float32 (N, h, M).
     """
-    query = jnp.einsum('nhd,chd->nhc', query * query.shape[-1] ** -0.5, key_kernel)
-    logits = jnp.einsum('nhc,nmc->nhm', query, memory, preferred_element_type=jnp.float32)
+    query = einsum('nhd,chd->nhc', query * query.shape[-1] ** -0.5, key_kernel)
+    logits = einsum_to_float32('nhc,nmc->nhm', query, memory)
     weights = jax.nn.softmax(logits, axis=-1)
-    mixed = jnp.einsum('nhm,nmc->nhc', weights.astype(memory.dtype), memory)
-    return jnp.einsum('nhc,chd->nhd', mixed, value_kernel) + value_bias, weights
+    mixed = einsum('nhm,nmc->nhc', weights.astype(memory.dtype), memory)
+    return einsum('nhc,chd->nhd', mixed, value_kernel) + value_bias, weights
 
 
 class QueryAttention(nn.Module):
@@ -228,7 +261,7 @@ class QueryAttention(nn.Module):
         width = query.shape[-1]
         kernel, bias = _PackedProjection(self.num_heads, width // self.num_heads, name='qkv')(width)
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
-        q = jnp.einsum('nc,chd->nhd', query.astype(self.dtype), kernel[:, 0]) + bias[0]
+        q = einsum('nc,chd->nhd', query.astype(self.dtype), kernel[:, 0]) + bias[0]
         out, weights = query_attention(
             q, memory.astype(self.dtype), kernel[:, 1], kernel[:, 2], bias[2]
         )
@@ -259,7 +292,7 @@ class _MergeHeads(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param('kernel', trunc_normal, (*x.shape[-2:], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
-        merged = jnp.einsum('...hd,hdc->...c', x.astype(self.dtype), kernel.astype(self.dtype))
+        merged = einsum('...hd,hdc->...c', x.astype(self.dtype), kernel.astype(self.dtype))
         return merged + bias.astype(self.dtype)
 
 
