@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_jax.plan.compiling import Compiled
@@ -26,22 +26,17 @@ def default_folder() -> str:
     return os.path.join(base, 'dist_jax', 'plan')
 
 
-def versions() -> dict[str, str]:
-    """Of what turns a config into a program."""
-    found = {}
-    for name in ('jax', 'jaxlib', 'libtpu'):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ''
-    return found
+def key(lowered_text: str, topology: str, versions: Mapping[str, str]) -> str:
+    """Name of a program: everything that decides what the compiler answers.
 
-
-def key(lowered_text: str, topology: str) -> str:
-    """Name of a program: everything that decides what the compiler answers."""
+    Args:
+      lowered_text: of the program, with locations.
+      topology: what it is compiled for.
+      versions: of what compiles it; see `topology.versions`.
+    """
     flags = {name: os.environ.get(name, '') for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')}
     digest = hashlib.sha256(
-        json.dumps([VERSION, topology, versions(), flags], sort_keys=True).encode()
+        json.dumps([VERSION, topology, versions, flags], sort_keys=True).encode()
     )
     digest.update(_LOCATION.sub(_own_location, lowered_text).encode())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dist_jax import checkpoint
 from dist_jax.plan import cache, compiling, figures, flops, report, search
-from dist_jax.plan.topology import Topology, devices
+from dist_jax.plan.topology import Topology, devices, versions
 from dist_jax.sharding import batch_parts, make_mesh
 from dist_jax.train import write_json
 
@@ -85,6 +85,7 @@ class Planner:
         self.topology = topology
         self._cache = cache_folder
         self._devices = devices(topology)
+        self._versions = versions(self._devices)
         self._calibration: dict[str, Any] = {}
 
     def context(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class Planner:
             'chips': self.topology.num_chips,
             'num_slices': self.topology.num_slices,
             'chip': dataclasses.asdict(self.topology.chip),
-            'versions': cache.versions(),
+            'versions': self._versions,
             'calibration': self.calibration(),
         }
 
@@ -202,7 +203,7 @@ class Planner:
 
     def _compile(self, what: str, one: compiling.Step) -> compiling.Compiled:
         lowered = one.function.lower(*one.arguments.values())
-        name = cache.key(lowered.as_text(debug_info=True), str(self.topology))
+        name = cache.key(lowered.as_text(debug_info=True), str(self.topology), self._versions)
         found = cache.read(self._cache, name)
         if found is None:
             started = time.monotonic()

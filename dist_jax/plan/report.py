@@ -232,8 +232,9 @@ def _search_line(search: Mapping[str, Any]) -> str:
 
 
 def _notes(plan: Plan) -> list[str]:
-    calibration = plan['calibration']
+    calibration, versions = plan['calibration'], plan['versions']
     lines = [
+        f'compiled by jax {versions["jax"]}, libtpu {versions["libtpu"]}',
         f'calibration: a plain {calibration["size"]}^3 bfloat16 product is '
         f'{calibration["cycles"] / 1e6:.2f} M cycles, {1e3 * calibration["seconds"]:.2f} ms, '
         f'{100 * calibration["share_of_peak"]:.0f} % of the peak of {plan["chip"]["name"]}',

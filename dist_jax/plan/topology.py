@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.metadata
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from dist_jax.plan.chips import CHIPS, Chip
@@ -139,3 +141,24 @@ def devices(topology: Topology) -> list[Any]:
             f'Names that work: {", ".join(EXAMPLES[chip.name])}'
         ) from error
     return list(found)
+
+
+def versions(devices: Sequence[Any]) -> dict[str, str]:
+    """Of what turns a config into a program for these devices, as it is loaded.
+
+    Returns:
+      `jax`, `jaxlib`; `libtpu`, the package's version or the file that TPU_LIBRARY_PATH names
+      instead; `compiler`, what the loaded library says of itself.
+    """
+    import jax
+    import jaxlib
+
+    library = os.environ.get('TPU_LIBRARY_PATH', '')
+    if not os.path.isfile(library):  # jax then takes the package
+        library = importlib.metadata.version('libtpu') if importlib.util.find_spec('libtpu') else ''
+    return {
+        'jax': jax.__version__,
+        'jaxlib': jaxlib.__version__,
+        'libtpu': library,
+        'compiler': devices[0].client.platform_version,
+    }

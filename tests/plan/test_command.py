@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -177,12 +178,43 @@ def test_programs_are_kept_and_damage_is_compiled_again(compiler, tmp_path):
     assert compiler == [0, 4, 0, 4]
 
 
+def test_another_compiler_is_asked_again(compiler, tmp_path, monkeypatch):
+    """What is loaded decides, not which package is installed."""
+    arguments = [f'--config={DEMO}', '--config.batch_size=4', '--no_eval', f'--cache={tmp_path}']
+    file = tmp_path / 'plan.json'
+    loaded = SimpleNamespace(platform_version='Built on Monday cl/1')
+    devices = [SimpleNamespace(client=loaded)]
+    monkeypatch.setattr(command, 'versions', lambda _: topology.versions(devices))
+    assert run(*arguments) == 0
+    assert run(*arguments) == 0
+    assert compiler == [0, 4]
+    loaded.platform_version = 'Built on Tuesday cl/2'
+    assert run(*arguments, f'--json={file}') == 0
+    assert compiler == [0, 4, 0, 4]
+    versions = json.loads(file.read_text())['versions']
+    assert versions['compiler'] == 'Built on Tuesday cl/2' and versions['jax'] == jax.__version__
+
+
+def test_a_named_library_stands_for_the_package(monkeypatch, tmp_path):
+    library = tmp_path / 'libtpu.so'
+    monkeypatch.setenv('TPU_LIBRARY_PATH', str(library))
+    assert topology.versions(jax.devices())['libtpu'] != str(library)  # not there: not loaded
+    library.touch()
+    assert topology.versions(jax.devices())['libtpu'] == str(library)
+
+
 def test_what_decides_the_program_names_it(monkeypatch):
-    name = cache.key('module', 'v4:2x2x1')
-    assert name == cache.key('module', 'v4:2x2x1')
-    assert len({name, cache.key('other', 'v4:2x2x1'), cache.key('module', 'v4:2x2x2')}) == 3
+    loaded = {'compiler': 'cl/1'}
+    name = cache.key('module', 'v4:2x2x1', loaded)
+    assert name == cache.key('module', 'v4:2x2x1', dict(loaded))
+    others = (
+        ('other', 'v4:2x2x1', loaded),
+        ('module', 'v4:2x2x2', loaded),
+        ('module', 'v4:2x2x1', {'compiler': 'cl/2'}),
+    )
+    assert len({name, *(cache.key(*other) for other in others)}) == 4
     monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_tpu_something=1')
-    assert cache.key('module', 'v4:2x2x1') != name
+    assert cache.key('module', 'v4:2x2x1', loaded) != name
 
 
 @pytest.mark.slow
@@ -206,6 +238,7 @@ def test_a_step_is_really_compiled_for_a_tpu(tmp_path):
     assert 'WARNING' not in found.stderr and 'Traceback' not in found.stderr
     plan = json.loads(file.read_text())
     assert plan['chips'] == 4 and plan['clips_per_chip'] == 8 and plan['fits']
+    assert 'TPU v4' in plan['versions']['compiler']
     # The same product that is known from outside.
     assert plan['calibration']['cycles'] == pytest.approx(4.52e6, rel=0.02)
     assert plan['estimated_cycles'] > plan['collective_cycles'] > 0
