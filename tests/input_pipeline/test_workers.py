@@ -335,7 +335,8 @@ def test_processes_end_with_the_iterator_that_is_dropped(source):
 
 
 TRAINER = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell's background is
 from input_pipeline.pipeline import TrainReader, train_batches
 from input_pipeline.video_list import Record, VideoList
 from input_pipeline.transforms import RandomResizedCrop
@@ -361,7 +362,8 @@ def test_processes_die_with_their_trainer(source, how):
         text=True,
         env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[2])},
     )
-    with trainer:
+    with trainer, contextlib.ExitStack() as stack:
+        stack.callback(trainer.kill)
         pids = [int(pid) for pid in trainer.stdout.readline().split()]
         assert len(pids) == 2 and all(map(runs, pids))
         trainer.send_signal(how)
