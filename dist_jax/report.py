@@ -43,6 +43,7 @@ MATRIX_CLASSES = 20  # up to here a matrix; a list of the worst confusions beyon
 WORST = 20  # confusions and classes that are shown at once
 SMOOTHED_FROM = 12  # points of a curve below which smoothing would hide more than it shows
 LINE_FROM = 3  # below that there is no curve: points, with their values
+LEGEND_ROOM = 1.35  # upper end of an axis over its highest value, where a legend stands on top
 
 
 def write_report(
@@ -411,7 +412,7 @@ def _draw_step_time(axis: Axes, rows: Rows) -> None:
         width = 0.04 * max(int(steps[-1]), 1)
         axis.bar(steps, compute, width, label='compute')
         axis.bar(steps, waited, width, bottom=compute, label='data wait')
-        axis.margins(y=0.35)  # for the legend
+        axis.set_ylim(0, (compute + waited).max() * LEGEND_ROOM)
     elif len(steps):
         axis.stackplot(steps, compute, waited, labels=('compute', 'data wait'), alpha=0.85)
         # The first step is often compilation, far above the rest.
@@ -420,6 +421,8 @@ def _draw_step_time(axis: Axes, rows: Rows) -> None:
         if total.max() > top:
             axis.set_ylim(0, top)
             title += f', at most {total.max():.3g}'
+        else:
+            axis.set_ylim(0, total.max() * LEGEND_ROOM)
     axis.set_title(title)
     axis.set_ylim(bottom=0)
     axis.legend(loc='upper left', ncols=2)
