@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
         verdict = f'{len(bad)} of {checked} records are bad, see {out / "check.jsonl"}'
         verdict = verdict if bad else f'all {checked} records are right'
         console.print(verdict, soft_wrap=True)
-    console.print(f'see {out}: statistics.png', soft_wrap=True)
+    console.print(f'see {out}: statistics.png, and a sheet a class in its folders', soft_wrap=True)
     return 1 if bad else 0
 
 
