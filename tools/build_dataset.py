@@ -161,7 +161,7 @@ def _build(folder: BuildFolder, arguments: argparse.Namespace, beam_flags, conso
         try:
             from tools.building.beam import build_with_beam
         except ImportError as error:
-            raise ValueError(f"{error}: --beam needs pip install 'dist_jax[beam]'") from error
+            raise ValueError(f"{error}: --beam needs pip install -e '.[beam]'") from error
         build_with_beam(folder.path, left, beam_flags)
         return
     sizes = folder.manifest['splits']

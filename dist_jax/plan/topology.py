@@ -104,8 +104,9 @@ def prepare_environment() -> None:
     """
     if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
         raise MissingCompilerError(
-            "libtpu is not installed; it holds the TPU compiler. `pip install 'dist_jax[tpu]'`, or "
-            '`pip install libtpu`: it compiles on any Linux x86 machine, without a TPU'
+            'libtpu is not installed; it holds the TPU compiler. `pip install -c constraints.txt '
+            "-e '.[tpu]'` in a clone, or `pip install libtpu`: it compiles on any Linux x86 "
+            'machine, without a TPU'
         )
     os.environ['JAX_PLATFORMS'] = 'cpu'
     os.environ.update(ENVIRONMENT)
