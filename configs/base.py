@@ -287,7 +287,7 @@ def finish(
     """
     if variant not in variants:
         close = difflib.get_close_matches(variant, variants, 1)
-        hint = f'; did you mean {close[0]!r}?' if close else ''
+        hint = f'; did you mean {close[0]!r}?' if close else '.'
         raise ValueError(f'no variant {variant!r}{hint} There are: {", ".join(variants)}')
     config.lock()
     row = dict(variants[variant])

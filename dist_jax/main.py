@@ -14,18 +14,20 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import absl.logging
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from configs import base
 from dist_jax import ending, paths, pod
 from input_pipeline import escape
 
@@ -228,8 +230,23 @@ def _version() -> str:
     return f'{", ".join(found)}, Python {platform.python_version()}, {os.path.dirname(__file__)}'
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says of an unknown option which one, or which field of the config, it may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r'unrecognized arguments: (--[\w.]+)', message)
+        if unknown:
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.8)
+            if not close and '--config' in self._option_string_actions:
+                name, fields = unknown[1].removeprefix('--'), _fields(base.get_config())
+                close = [name] if name in fields else _closest(name, fields)
+                close = [f'--config.{field}' for field in close]
+            message += f'; did you mean {" or ".join(close)}?' if close else ''
+        super().error(message)
+
+
 def _parser(command: str, text: str, examples: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f'dist_jax {command}',
         description=text,
         epilog=examples,

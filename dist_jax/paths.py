@@ -15,6 +15,7 @@ from typing import Any
 from input_pipeline.list_formats import VIDEO_SUFFIXES
 
 CHECKPOINTS = 'checkpoints'  # of a run, in its workdir
+_MAKERS = {'backbone.checkpoint': ' (`dist_jax convert` makes one from CLIP)'}
 
 
 def under(root: str, name: str) -> str:
@@ -63,7 +64,7 @@ def check_inputs(fields: Mapping[str, str], splits: Iterable[str], saved_root: s
     wanted += [('init_label_map', n.strip()) for n in fields.get('init_label_map', '').split(',')]
     wanted += [(field, fields.get(field, '')) for field in ('backbone.checkpoint', 'init_from')]
     missing = [
-        f'{field}: no file or folder {name}'
+        f'{field}: no file or folder {name}{_MAKERS.get(field, "")}'
         for field, name in wanted
         if not _found(name) and (field, name) != ('backbone.checkpoint', 'random')
     ]

@@ -613,6 +613,21 @@ def _refuse_splits(path: Path, purpose: str, suffixes: Sequence[str]) -> None:
     raise ValueError(f'{path}: holds the splits {", ".join(names)}, not classes; {field} {choices}')
 
 
+def _refuse_one_class(path: Path) -> None:
+    """Says what is missing where a folder holds no videos, or holds them without class folders."""
+    with os.scandir(path) as entries:
+        names = sorted(entry.name for entry in entries if not is_hidden(entry.name))
+    if not names:
+        raise ValueError(f'{path}: the folder is empty')
+    videos = [name for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
+    if videos:
+        raise ValueError(
+            f'{path}: holds videos ({videos[0]}, ...) but no class folders; name '
+            f'{path.absolute().parent} if {path.name} is one of the classes, else a list of the '
+            'videos with their labels'
+        )
+
+
 FORMATS: dict[str, Callable[..., Iterable[Row]]] = {
     'kinetics': _rows_kinetics,
     'csv': _rows_csv,
@@ -654,6 +669,7 @@ def guess_format(list_path: str | os.PathLike, usual: str = '') -> str:
         found = _guess_folder(path, usual)
         if found:
             return found
+        _refuse_one_class(path)
     elif suffix in ('.csv', '.tsv'):
         return 'csv'
     elif suffix == '.jsonl':

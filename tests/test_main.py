@@ -126,6 +126,13 @@ def test_no_command_is_wrong_usage(capsys):
             ['train', '--workdir=w', DIST, '--config.data.train_list=no', '--config.init_from=ne'],
             ['data.train_list: no file or folder no\n', 'init_from: no file or folder ne\n'],
         ),
+        (['train', '--workdir=w', DIST, '--batch_size=3'], ['mean --config.batch_size?']),
+        (['train', '--workdir=w', DIST, '--lr', '3'], ['--config.optimizer.peak_lr']),
+        (['train', '--workdirs=w', DIST, '--workdir=w'], ['--workdirs=w; did you mean --workdir?']),
+        (
+            ['train', '--workdir=w', DIST, '--config.backbone.checkpoint=no'],
+            ['backbone.checkpoint: no file or folder no (`dist_jax convert` makes one from CLIP)'],
+        ),
         (['evaluate', '--config=configs/dist.py:demo', '--config.data.val_list=no'], ['val_list']),
         (['help', 'trian'], ["no command 'trian'", "Did you mean 'train'"]),
         (['evaluate'], ['--config=FILE:VARIANT']),

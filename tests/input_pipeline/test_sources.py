@@ -230,6 +230,14 @@ def test_a_folder_of_class_folders(tmp_path):
     assert labels(open_source(tmp_path / 'val', label_map=tmp_path / 'videos')) == [2]
 
 
+def test_a_folder_without_class_folders_is_explained(tmp_path):
+    with pytest.raises(ValueError, match='the folder is empty'):
+        open_source(tmp_path)
+    write(tmp_path / 'run' / 'a.MP4', '')
+    with pytest.raises(ValueError, match=rf'holds videos \(a\.MP4, .*; name {tmp_path} if run'):
+        open_source(tmp_path / 'run')
+
+
 @pytest.mark.parametrize(
     ('name', 'text', 'message'),
     [
