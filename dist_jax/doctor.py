@@ -504,19 +504,19 @@ def _workdir(rows: list[dict[str, Any]], shared: list[list[int]], workdir: str) 
 def _batches(rows: list[dict[str, Any]], config: ConfigDict) -> Check:
     videos = rows[0]['training list'].get('videos')
     try:
-        reader = experiment.check_batches(config, make_mesh(**config.mesh))
+        experiment.check_batches(config, make_mesh(**config.mesh))
         if videos:
             train.make_plan(config, videos)
     except ValueError as error:
         return Check('batch', FAILED, _reason(error), 'Set the field that is named.')
     found = f'{config.batch_size} clips, {config.eval.batch_size} in evaluation'
-    if videos and videos * reader.num_samples < config.batch_size:
+    clips = (videos or 0) * config.data.num_samples
+    if videos and clips < config.batch_size:
         return Check(
             'batch',
             WARNING,
             f'{found}; the training list has {videos} videos, so one batch holds several epochs',
-            f'Set --config.batch_size to {videos * reader.num_samples} at most, and scale '
-            'optimizer.peak_lr with it.',
+            f'Set --config.batch_size to {clips} at most, and scale optimizer.peak_lr with it.',
         )
     return Check('batch', OK, found)
 
