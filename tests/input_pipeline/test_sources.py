@@ -231,8 +231,6 @@ def test_a_folder_of_class_folders(tmp_path):
 
 
 def test_a_folder_without_class_folders_is_explained(tmp_path):
-    with pytest.raises(ValueError, match='the folder is empty'):
-        open_source(tmp_path)
     write(tmp_path / 'run' / 'a.MP4', '')
     with pytest.raises(ValueError, match=rf'holds videos \(a\.MP4, .*; name {tmp_path} if run'):
         open_source(tmp_path / 'run')
@@ -305,6 +303,9 @@ def test_every_data_set_names_a_known_format():
 
 
 def test_guessing_a_folder_without_videos_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match='the folder is empty'):
+        guess_format(tmp_path)
+    write(tmp_path / 'notes.doc', '')
     with pytest.raises(ValueError, match='cannot tell the format'):
         guess_format(tmp_path)
 
@@ -464,7 +465,7 @@ def test_lists_are_read_strictly(tmp_path, name, text, message):
         ('score.csv', 'id,name\n1_0,run\n', r'score\.csv:2: expected "id,name"'),
         ('long.txt', 'x' * 5000, 'a class name of 5000 characters'),
         ('long.csv', f'id,name\n0,"{"x" * 200_000}\n', r'long\.csv:2: not CSV'),
-        ('pipe', None, 'is not a regular file'),
+        ('pipe', None, 'is a FIFO, not a regular file'),
     ],
 )
 def test_label_maps_are_read_strictly(tmp_path, name, text, message):
