@@ -80,6 +80,7 @@ def test_a_batch_that_is_larger_than_the_list_is_not_ok(config):
     assert check.state == doctor.WARNING and 'the training list has 18 videos' in check.found
     assert '--config.batch_size to 18' in check.help
     config.update(num_steps=0, num_epochs=1.0)
+    config.optimizer.warmup_epochs = 0.1
     check = by_name(doctor.run(doctor.Request(config)), 'batch')
     assert check.state == doctor.FAILED and 'make no step' in check.found
 
