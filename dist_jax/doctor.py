@@ -309,16 +309,13 @@ def _shared_workdir(workdir: str, token: str, count: int) -> list[int]:
 
 
 def _backbone(config: ConfigDict) -> dict[str, str]:
-    path = config.backbone.checkpoint
-    if path == experiment.RANDOM:
+    if config.backbone.checkpoint == experiment.RANDOM:
         return {'found': 'random, made in the workdir'}
-    if not path:
-        return {'problem': 'backbone.checkpoint is empty'}
     try:
-        metadata = converted.load_metadata(path)
+        backbone = experiment.find_backbone(config, '')
     except Exception as error:
         return {'problem': _reason(error)}
-    return {'found': f'{metadata["name"]} {metadata["params_sha256"][:12]}'}
+    return {'found': f'{backbone.name} {backbone.params_sha256[:12]}'}
 
 
 def _list(config: ConfigDict, split: str) -> dict[str, Any]:

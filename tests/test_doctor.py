@@ -74,6 +74,12 @@ def test_a_recipe_that_does_not_fit_is_found(config, tmp_path):
     assert 'exclude each other' in by_name(checks, 'batch').found
 
 
+def test_a_backbone_of_another_geometry_fails_as_in_training(config):
+    config.backbone.name = 'vit_b16'
+    check = by_name(doctor.run(doctor.Request(config)), 'backbone')
+    assert check.state == doctor.FAILED and 'is not a vit_b16 (backbone.name)' in check.found
+
+
 def test_a_batch_that_is_larger_than_the_list_is_not_ok(config):
     config.batch_size = 256
     check = by_name(doctor.run(doctor.Request(config)), 'batch')
