@@ -238,7 +238,8 @@ class _Lock:
         try:
             found = json.loads(self._path.read_bytes())
             _Process(**found['process'])
-            return found if {'token', 'beat', 'host', 'started', 'time'} <= found.keys() else None
+            float(found['time'])
+            return found if {'token', 'beat', 'host', 'started'} <= found.keys() else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 

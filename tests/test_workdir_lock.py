@@ -110,8 +110,11 @@ def test_a_holder_that_lost_its_lock_ends_and_leaves_it(tmp_path, quick, monkeyp
     assert left[0][0] == ending.AGAIN and 'was taken over by process' in left[0][1]
 
 
-def test_what_is_no_lock_is_replaced(tmp_path):
-    (tmp_path / FILE).write_text('{"host": 3')
+@pytest.mark.parametrize('time', [None, 'noon', []])
+def test_what_is_no_lock_is_replaced(tmp_path, time):
+    found = leave_behind(tmp_path)
+    text = '{"host": 3' if time is None else json.dumps(found | {'time': time})
+    (tmp_path / FILE).write_text(text)
     with locked(tmp_path):
         assert content(tmp_path)['beat'] == 1
 
