@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -475,10 +476,14 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
       ValueError: listing every field that differs.
     """
     before, now = BEFORE_FIELDS | flat(saved['config']), flat(current['config'])
-    differences = [
-        f'  {name}: saved {before.get(name, "absent")!r}, now {now.get(name, "absent")!r}'
+    changed = [
+        name
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS)
+    ]
+    differences = [
+        f'  {name}: saved {before.get(name, "absent")!r}, now {now.get(name, "absent")!r}'
+        for name in changed
     ]
     for name in ('class_names', 'train_list_sha256'):
         if saved[name] != current[name]:
@@ -490,7 +495,13 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f'{current["backbone"]["name"]}'
         )
     if differences:
-        way_out = 'Restore these fields, or choose another --workdir.'
+        restored = ' '.join(
+            shlex.quote(f'--config.{name}={_argument(before[name])}')
+            for name in changed
+            if name in before and name in now
+        )
+        fields = f'these fields ({restored})' if restored else 'these fields'
+        way_out = f'Restore {fields}, or choose another --workdir.'
         if any(line.startswith(('  num_steps:', '  num_epochs:')) for line in differences):
             way_out += (
                 ' The learning rate falls over the whole run, so its length is part of it: to train'
@@ -502,6 +513,11 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
             + '\n'.join(differences)
             + f'\n{way_out}'
         )
+
+
+def _argument(value: Any) -> str:
+    """A field of a saved config as the command line takes it."""
+    return f'({",".join(map(str, value))},)' if isinstance(value, list) and value else str(value)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
