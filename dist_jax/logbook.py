@@ -1,11 +1,13 @@
 """Where a run writes what it measures: console, JSON Lines, TensorBoard.
 
 clu's writers need TensorFlow to be imported (clu 0.0.12, 2026-11); the event files here come from
-tensorboardX, and the method names are clu's.
+tensorboardX, and the method names are clu's. Its SummaryWriter is not used: a thread of it writes,
+and when that ends with an error (a full disk), the next call waits for ever (2.6.5).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -14,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,13 +24,17 @@ from typing import Any
 import jax
 from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from input_pipeline.escape import Console, lines, markdown
 
 log = logging.getLogger('dist_jax')
 
 METRICS_FILE = 'metrics.jsonl'
+VALIDATION = 'val_'  # before the names of the figures of an evaluation
 MIRROR_SECONDS = 30  # between copies to a bucket; a checkpoint copies too
 
 
@@ -38,10 +44,23 @@ class Logbook:
     Only the first process writes.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], start_step: int, tensorboard: bool = True):
-        """Opens the files and drops what was logged after `start_step`, to be measured again."""
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        start_step: int,
+        tensorboard: bool = True,
+        evaluated: bool = True,
+    ):
+        """Opens the files and drops what was logged after `start_step`, to be measured again.
+
+        Args:
+          workdir: of the run.
+          start_step: updates done.
+          tensorboard: write event files too.
+          evaluated: the evaluation of `start_step` counts; otherwise its figures are dropped too.
+        """
         self._file = None
-        self._events = None
+        self._events: EventsWriter | None = None
         self._mirror: _Mirror | None = None
         if jax.process_index() != 0:
             return
@@ -51,14 +70,26 @@ class Logbook:
         path = Path(workdir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            lines = [json.dumps(row) for row in read_metrics(path) if row['step'] <= start_step]
+            kept = [
+                json.dumps(row)
+                for row in read_metrics(path)
+                if row['step'] < start_step
+                or (row['step'] == start_step and (evaluated or not _is_evaluation(row)))
+            ]
             partial = path.with_suffix('.partial')
-            partial.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+            partial.write_text(''.join(f'{line}\n' for line in kept), encoding='utf-8')
             partial.rename(path)
         self._file = path.open('a', encoding='utf-8')
         if tensorboard:
-            purge = start_step + 1 if start_step else None
-            self._events = SummaryWriter(str(Path(workdir) / 'tensorboard'), purge_step=purge)
+            folder = Path(workdir) / 'tensorboard'
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / 'events'))
+            if start_step:  # hides what was logged after it
+                again = SessionLog(status=SessionLog.START)
+                self._events.write_event(
+                    Event(wall_time=time.time(), step=start_step + 1, session_log=again)
+                )
+            self._events.flush()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes figures of a step, counted as updates done."""
@@ -69,21 +100,23 @@ class Logbook:
         self._file.write(json.dumps({'step': step, **row}) + '\n')
         self._file.flush()
         if self._events is not None:
-            for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
+            self._write_event(step, [summary.scalar(*pair) for pair in scalars.items()])
         if self._mirror is not None and self._mirror.due():
             self.flush()
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes texts to TensorBoard."""
         if self._events is not None:
-            for name, text in texts.items():
-                self._events.add_text(name, markdown(text), step)
+            parts = [summary.text(name, markdown(text)) for name, text in texts.items()]
+            self._write_event(step, parts)
+
+    def _write_event(self, step: int, parts: Sequence[Summary]) -> None:
+        together = Summary(value=[value for part in parts for value in part.value])
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=together))
+        self._events.flush()
 
     def flush(self) -> None:
         """Everything that was written is in the workdir now; a run may be killed after it."""
-        if self._events is not None:
-            self._events.flush()
         if self._mirror is not None:
             self._mirror.copy()
 
@@ -137,14 +170,21 @@ class _Mirror:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a killed run left half-written is dropped."""
+    """Rows of a metrics file; those that are not readable are left out.
+
+    A killed run may leave its last line half-written, and a machine that lost its power zeros.
+    """
     rows = []
-    for line in epath.Path(path).read_bytes().decode('utf-8', 'replace').splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    for line in epath.Path(path).read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get('step'), int):
+                rows.append(row)
     return rows
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith(VALIDATION) for name in row)
 
 
 class Bar:

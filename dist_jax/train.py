@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, report, step
 from dist_jax.evaluate import BadVideosError, EvalResult, evaluate_config
-from dist_jax.logbook import Bar, Logbook, duration
+from dist_jax.logbook import VALIDATION, Bar, Logbook, duration
 from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.mixup import Mixing
 from dist_jax.models import clip
@@ -258,7 +258,9 @@ def _train(config: ConfigDict, workdir: str, also: Mapping[str, Any] | None) -> 
     def seconds() -> float:
         return round(before + time.monotonic() - started, 2)
 
-    logbook = Logbook(workdir, start, config.log.tensorboard)
+    logbook = Logbook(
+        workdir, start, config.log.tensorboard, evaluated=checkpoints.has_score(start)
+    )
     _write_overview(workdir, logbook, config, state, frozen)
     run = _Loop(
         config=config,
@@ -533,9 +535,11 @@ class _Loop:
         done = int(state.step)
         with meter.pause():
             result = self._evaluate(state, stop)
+        # The score comes last: without it all of this is done again.
+        self.logbook.write_scalars(done, _eval_figures(result))
+        self.logbook.flush()
         if result is not None:
             self.checkpoints.add_score(done, {'top1': result.top1})
-        self.logbook.write_scalars(done, _eval_figures(result))
         bar.line(_eval_line(result))
         return result
 
@@ -698,8 +702,8 @@ def _line(scalars: dict[str, float], steps_left: int) -> str:
 def _eval_figures(result: EvalResult | None) -> dict[str, float]:
     """What the log holds of an evaluation, failed if there is no result."""
     if result is None:
-        return {'val_failed': 1}
-    return {f'val_{name}': value for name, value in result.scalars().items()}
+        return {f'{VALIDATION}failed': 1}
+    return {f'{VALIDATION}{name}': value for name, value in result.scalars().items()}
 
 
 def _eval_line(result: EvalResult | None) -> str:

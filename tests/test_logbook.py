@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -59,6 +60,38 @@ def test_a_half_written_last_line_is_left_out(first_session, tail):
     book.write_scalars(6, {'loss': 0.0})
     book.close()
     assert written(first_session) == [*before, {'step': 6, 'loss': 0.0}]
+
+
+@pytest.mark.parametrize(
+    'damage', ['\x00\x00\x00', 'x', '5', '[]', '{}', '{"step": null}', '[' * 9999]
+)
+def test_a_row_that_is_not_readable_takes_no_other_with_it(first_session, damage):
+    path = first_session / logbook.METRICS_FILE
+    before = written(first_session)
+    lines = path.read_text().splitlines()
+    path.write_text('\n'.join([*lines[:2], damage, *lines[2:], '']))
+    assert logbook.read_metrics(path) == before
+    logbook.Logbook(first_session, 5, tensorboard=False).close()
+    assert written(first_session) == before
+
+
+def test_an_evaluation_that_does_not_count_is_dropped(first_session):
+    before = written(first_session)
+    logbook.Logbook(first_session, 4, tensorboard=False, evaluated=False).close()
+    assert written(first_session) == before[:4]
+
+
+def test_a_disk_that_takes_no_events_is_an_error_and_not_a_wait_for_ever(tmp_path):
+    book = logbook.Logbook(tmp_path, 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))
+    try:
+        with pytest.raises(OSError, match='File too large'):
+            book.write_texts(0, {'config': 'x' * 2**19})
+            for step in range(20):
+                book.write_scalars(step, {'loss': 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_what_is_no_number_is_written_as_text(tmp_path):

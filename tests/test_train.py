@@ -265,18 +265,21 @@ def damage(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ('where', 'name'), [(train._Loop, '_evaluate'), (checkpoint.Checkpoints, 'add_score')]
+)
 def test_a_step_is_saved_before_its_evaluation_which_the_next_start_makes_up_for(
-    stopped, straight, make_config
+    stopped, straight, make_config, where, name
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train._Loop, '_evaluate', lambda *_: fail())
+        patch.setattr(where, name, lambda *_: fail())
         with pytest.raises(Interruption):
             train.train(make_config(), str(stopped))
     assert steps_of(stopped) == [4, 6]
     assert checkpoint.Checkpoints(stopped).best() is None
     summary = train.train(make_config(), str(stopped))
     assert figures(summary) == figures(straight[1])
-    (validated,) = rows(stopped, 'val_top1')
+    (validated,) = rows(stopped, 'val_num_videos')
     assert validated['step'] == summary['best_step'] == NUM_STEPS
     assert validated['val_top1'] == summary['best_val_top1']
     assert checkpoint.find_checkpoint(stopped, 'best').name == str(NUM_STEPS)
@@ -351,6 +354,7 @@ def test_other_settings_are_refused_by_name(stopped, make_config, tmp_path):
         train.train(make_config(**changed), str(stopped))
     assert named(error) == ['batch_size', 'optimizer.peak_lr', 'seed']
     assert 'saved 4, now 8' in str(error.value) and '--workdir' in str(error.value)
+    assert '(--config.batch_size=4 --config.optimizer.peak_lr=' in str(error.value)
 
     other = str(tmp_path / 'other')
     experiment.write_random_backbone(other, 'tiny', seed=1)
@@ -560,6 +564,8 @@ def test_a_last_evaluation_without_numbers_leaves_no_accuracy(quick, make_config
     again = train.train(config, str(tmp_path))
     assert again['val_top1'] is not None and 'val_error' not in again
     assert again['seconds'] == summary['seconds']
+    assert [row['step'] for row in rows(tmp_path, 'val_top1')] == [2, 4]
+    assert not rows(tmp_path, 'val_failed')
 
 
 @pytest.mark.slow
