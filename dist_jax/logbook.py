@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -83,6 +83,7 @@ class Logbook:
         if tensorboard:
             folder = Path(workdir) / 'tensorboard'
             folder.mkdir(exist_ok=True)
+            self._folder = folder
             self._events = EventsWriter(str(folder / 'events'))
             if start_step:  # hides what was logged after it
                 again = SessionLog(status=SessionLog.START)
@@ -97,8 +98,9 @@ class Logbook:
             return
         # JSON knows no NaN.
         row = {k: v if math.isfinite(v) else str(v) for k, v in scalars.items()}
-        self._file.write(json.dumps({'step': step, **row}) + '\n')
-        self._file.flush()
+        with _naming(self._file.name):
+            self._file.write(json.dumps({'step': step, **row}) + '\n')
+            self._file.flush()
         if self._events is not None:
             self._write_event(step, [summary.scalar(*pair) for pair in scalars.items()])
         if self._mirror is not None and self._mirror.due():
@@ -112,8 +114,9 @@ class Logbook:
 
     def _write_event(self, step: int, parts: Sequence[Summary]) -> None:
         together = Summary(value=[value for part in parts for value in part.value])
-        self._events.write_event(Event(wall_time=time.time(), step=step, summary=together))
-        self._events.flush()
+        with _naming(self._folder):
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=together))
+            self._events.flush()
 
     def flush(self) -> None:
         """Everything that was written is in the workdir now; a run may be killed after it."""
@@ -123,12 +126,24 @@ class Logbook:
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._file is not None:
-            self._file.close()
+            with _naming(self._file.name):
+                self._file.close()
         if self._events is not None:
-            self._events.close()
+            with _naming(self._folder):
+                self._events.close()
         if self._mirror is not None:
             self._mirror.copy()
             self._mirror.close()
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says where an error of writing was; Python says it of opening only."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 class _Mirror:
