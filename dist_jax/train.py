@@ -553,11 +553,17 @@ class _Loop:
             scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not scalars.pop('finite'):
                 clips = [f'{i} {path}' for i, path in zip(names['index'], names['path'])]
+                advice = (
+                    'The first step of a run has not learned anything: the likely cause is damaged '
+                    'weights, of the backbone or of init_from, or numbers that bfloat16 cannot '
+                    'hold (model.dtype=float32).'
+                    if number == 0
+                    else 'The newest checkpoint is from before. Lower optimizer.peak_lr, set '
+                    'optimizer.clip_norm, or look at these videos.'
+                )
                 raise NonFiniteError(
                     f'step {number}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]}. '
-                    f'The run stopped; the newest checkpoint is from before. Records of this '
-                    f'batch on this host: {clips}. Lower optimizer.peak_lr, set '
-                    'optimizer.clip_norm, or look at these videos.'
+                    f'The run stopped. {advice} Records of this batch on this host: {clips}'
                 )
         return scalars
 
