@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from input_pipeline import class_names
 from input_pipeline.list_formats import VIDEO_SUFFIXES
-from input_pipeline.text_files import number, quoted, read_lines, read_text
+from input_pipeline.text_files import number, quoted, read_csv, read_lines
 
 # Sets, oldest first, with their number of classes.
 SETS = {'k400': 400, 'k600': 600, 'k700': 700}
@@ -290,24 +290,19 @@ def _read_table(path: str, source: str, split: str) -> _Table:
 
 def _csv_rows(path: str, labels: bool) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields ('file:line', row) with lower-case column names and stripped values."""
-    reader = csv.reader(read_text(Path(path)).splitlines())
-    try:
-        header = [cell.strip().lower() for cell in next(reader, [])]
-        needed = ('youtube_id', *(('label', 'time_start', 'time_end') if labels else ()))
-        lacking = [name for name in needed if name not in header]
-        if lacking:
-            raise ValueError(
-                f'{path}:1: no column {", ".join(lacking)}, found {header}; expected an official '
-                'table with label, youtube_id, time_start, time_end'
-            )
-        for row in reader:
-            where = f'{path}:{reader.line_num}'
-            if row and len(row) != len(header):
-                raise ValueError(f'{where}: {len(row)} fields, the header has {len(header)}')
-            if row:
-                yield where, {name: cell.strip() for name, cell in zip(header, row)}
-    except csv.Error as error:
-        raise ValueError(f'{path}:{reader.line_num}: not CSV: {error}') from error
+    rows = read_csv(Path(path))
+    header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+    needed = ('youtube_id', *(('label', 'time_start', 'time_end') if labels else ()))
+    lacking = [name for name in needed if name not in header]
+    if lacking:
+        raise ValueError(
+            f'{path}:1: no column {", ".join(lacking)}, found {header}; expected an official '
+            'table with label, youtube_id, time_start, time_end'
+        )
+    for where, row in rows[1:]:
+        if len(row) != len(header):
+            raise ValueError(f'{where}: {len(row)} fields, the header has {len(header)}')
+        yield where, {name: cell.strip() for name, cell in zip(header, row)}
 
 
 def _whole(text: str, name: str, where: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from input_pipeline.text_files import integer, quoted, read_csv, read_json, read_lines, read_text
+from input_pipeline.text_files import integer, quoted, read_csv, read_json, read_lines
 
 # What systems and programs put beside the files of others.
 _NOT_DATA = {
@@ -157,8 +157,7 @@ def _label_pairs_csv(path: Path) -> list[tuple[int, str]]:
         rows = rows[1:]
     elif all(integer(row[0]) is None for _, row in rows):
         # A name a line, with commas of its own.
-        lines = read_text(path).splitlines()
-        return list(enumerate(line.strip() for line in lines if line.strip()))
+        return list(enumerate(line for _, line in read_lines(path)))
     pairs = []
     for where, row in rows:
         wide = len(row) > max(id_column, name_column)

@@ -27,6 +27,7 @@ from input_pipeline.text_files import (
     read_json_lines,
     read_lines,
     read_text,
+    split_lines,
 )
 
 Exists = Callable[[str], bool]
@@ -167,7 +168,7 @@ _KNOWN_COLUMNS = {
 def _rows_csv(
     path: Path, exists: Exists, subset: str, purpose: str = '', num_heads: int = 0, **unused
 ) -> Iterator[Row]:
-    lines = read_text(path).splitlines()
+    lines = split_lines(read_text(path))
     # Text has commas of its own: the delimiter is in every line.
     delimiter = max(';\t,', key=lambda sign: sum(sign in line for line in lines))
     rows = read_csv(path, delimiter)
@@ -177,6 +178,9 @@ def _rows_csv(
             raise _no_subset(path, subset, purpose, 'the list has no header and no column split')
         yield from _rows_bare_csv(rows, exists, num_heads)
         return
+    for column in _KNOWN_COLUMNS | {'split'}:
+        if header.count(column) > 1:
+            raise ValueError(f'{rows[0][0]}: column {column} appears twice, found {quoted(header)}')
     table = []
     for where, row in rows[1:]:
         if len(row) < len(header):

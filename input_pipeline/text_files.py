@@ -1,6 +1,7 @@
 """Text files from outside: what cannot be read is a ValueError that names file and line."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ MAX_BYTES = 2**29  # of a file; the lists of the largest sets have a fifth of it
 # Python's own int and float also take '1_0', other scripts' digits, nan and inf.
 _INTEGER = re.compile(r'-?[0-9]{1,18}')
 _NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{0,30})?([eE][-+]?[0-9]{1,3})?')
+_SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = 100
 
@@ -38,9 +40,17 @@ def quoted(value: Any) -> str:
     return _QUOTE.repr(value)
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, which end at a newline, a carriage return or both.
+
+    `str.splitlines` ends them at form feeds, U+0085 and U+2028 too, which names may have.
+    """
+    return re.split('\r\n|\r|\n', text)
+
+
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yields ('file:line', text) of the lines that are not blank."""
-    for line_number, line in enumerate(read_text(path).splitlines(), 1):
+    for line_number, line in enumerate(split_lines(read_text(path)), 1):
         if line.strip():
             yield f'{path}:{line_number}', line.strip()
 
@@ -67,8 +77,13 @@ def read_text(path: Path) -> str:
 
 
 def read_csv(path: Path, delimiter: str = ',') -> list[tuple[str, list[str]]]:
-    """The rows of a CSV file as ('file:line', fields); blank lines are left out."""
-    reader = csv.reader(read_text(path).splitlines(), delimiter=delimiter)
+    """The rows of a CSV file as ('file:line', fields); blank lines are left out.
+
+    A quoted field may have newlines. What follows a quote that is not closed where it should be is
+    an error: it would take the next rows for a part of a name.
+    """
+    lines = io.StringIO(read_text(path), newline='')
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         return [(f'{path}:{reader.line_num}', row) for row in reader if row]
     except csv.Error as error:
@@ -100,9 +115,16 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _loads(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse)
+        # An escape may write half a surrogate pair, which is in no text. The halves that stand for
+        # bytes that are not UTF-8 stay: `escape.json_text` writes names so.
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode('utf-8', 'surrogateescape')
     except RecursionError as error:
         raise ValueError('nested too deeply') from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f'{quoted(error.object[error.start])} is no character') from error
+    return value
 
 
 def _refuse(name: str) -> None:

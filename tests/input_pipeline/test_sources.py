@@ -517,3 +517,48 @@ def test_random_bytes_in_lists_are_value_errors(tmp_path):
             for arguments in ({}, {'label_map': label_map, 'purpose': 'train'}):
                 with contextlib.suppress(ValueError, OSError):
                     open_source(tmp_path / name, **arguments)
+
+
+# A form feed, NEL, a line separator and a group separator, which str.splitlines takes for ends.
+ODD_NAME = 'a\x0cb\x85c\u2028d\x1de.mp4'
+
+
+def test_lines_of_a_list_end_at_newlines_only(tmp_path):
+    names = (ODD_NAME, 'b.mp4')
+    text = ''.join(f'{name} 0\n' for name in names)
+    json_lines = ''.join(
+        json.dumps({'path': name, 'label': 'x'}, ensure_ascii=False) + '\n' for name in names
+    )
+    table = 'path,label\n' + ''.join(f'{name},x\n' for name in names)
+    for file, content in (('l.txt', text), ('l.csv', table), ('l.jsonl', json_lines)):
+        for ending in ('\n', '\r\n'):
+            write(tmp_path / file, content.replace('\n', ending))
+            assert paths(open_source(tmp_path / file), tmp_path) == list(names)
+
+
+def test_a_quoted_field_of_a_csv_keeps_its_newline(tmp_path):
+    source = open_source(write(tmp_path / 'l.csv', 'path,label\n"a\nb.mp4",x\nc.mp4,y\n'))
+    assert paths(source, tmp_path) == ['a\nb.mp4', 'c.mp4']
+
+
+def test_a_quote_that_takes_the_next_rows_for_a_name_is_an_error(tmp_path):
+    text = 'path,label\n"a.mp4,0\nb.mp4,1\n"c.mp4",1\nd.mp4,0\n'
+    with pytest.raises(ValueError, match=r'l\.csv:4: not CSV'):
+        open_source(write(tmp_path / 'l.csv', text))
+
+
+def test_a_csv_with_a_column_twice_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r'l\.csv:1: column label appears twice'):
+        open_source(write(tmp_path / 'l.csv', 'path,label,label\na.mp4,0,1\n'))
+
+
+def test_half_a_surrogate_pair_is_refused_and_a_byte_that_is_not_utf8_is_not(tmp_path):
+    for name in ('l.json', 'l.jsonl'):
+        text = r'{"path": "\ud83d\ude00\udcff.mp4", "label": "x"}'
+        text = f'[{text}]' if name == 'l.json' else text
+        (path,) = paths(open_source(write(tmp_path / name, text)), tmp_path)
+        assert os.fsencode(path) == '\U0001f600'.encode() + b'\xff.mp4'
+        for wrong in ('path', 'label'):
+            other = text.replace(f'"{wrong}": "', rf'"{wrong}": "\uD83D ')
+            with pytest.raises(ValueError, match=rf'{name}.*: not valid JSON: .*ud83d'):
+                open_source(write(tmp_path / name, other))

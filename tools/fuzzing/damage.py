@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +53,7 @@ def json_of(value: Any, rng: Rng) -> bytes:
         if not places:
             break
         holder, key = places[rng.integers(len(places))]
-        other = _VALUES[rng.integers(len(_VALUES))]
+        other = _other(rng)
         action = rng.random()
         if action < 0.15:
             del holder[key]
@@ -61,12 +62,17 @@ def json_of(value: Any, rng: Rng) -> bytes:
         else:
             holder[key] = other
     if rng.random() < 0.05:
-        value = _VALUES[rng.integers(len(_VALUES))]
+        value = _other(rng)
     levels = int(rng.choice([3, 100, 900, 5000, 200_000]))
     deep = (
         '[' * levels + ']' * levels if rng.random() < 0.5 else '{"a":' * levels + '1' + '}' * levels
     )
     return json.dumps(value).replace('"@deep@"', deep).encode()
+
+
+def _other(rng: Rng) -> Any:
+    # A copy: what is put in is itself a place for the next damage.
+    return copy.deepcopy(_VALUES[rng.integers(len(_VALUES))])
 
 
 def _places(value: Any):
