@@ -161,7 +161,20 @@ def get_config() -> ConfigDict:
 
 # (lowest, highest) of numbers that nothing else checks; None for no bound.
 BOUNDS: dict[str, tuple[float, float | None]] = {
-    **dict.fromkeys(('accumulation', 'data.num_samples', 'checkpoint.keep'), (1, None)),
+    **dict.fromkeys(
+        (
+            'accumulation',
+            'data.num_samples',
+            'checkpoint.keep',
+            'model.alpha',
+            'model.integration_dim',
+            'model.temporal_dim',
+            'model.temporal_patch',
+            'model.temporal_kernel',
+            'model.qkv_dim',
+        ),
+        (1, None),
+    ),
     **dict.fromkeys(
         (
             'seed',
@@ -178,6 +191,8 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
             'optimizer.clip_norm',
             'eval.every_epochs',
             'eval.image_size',
+            'model.ada_pooling_layers',
+            'model.cls_token_std',
             'checkpoint.every_steps',
             'log.every_steps',
         ),
@@ -195,7 +210,31 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
         (0, 1),
     ),
 }
-POSITIVE = ('num_epochs', 'data.record_timeout')
+POSITIVE = (
+    'num_epochs',
+    'data.record_timeout',
+    'model.temporal_conv_mlp_ratio',
+    'model.integration_mlp_ratio',
+    'model.integration_temporal_mlp_ratio',
+    'model.mlp_ratio',
+)
+# Sizes beyond these are slips: arrays, threads or counters are made of them before anything else
+# could say so.
+MOST: dict[str, float] = {
+    'seed': 2**32 - 1,
+    **dict.fromkeys(('num_steps', 'num_epochs', 'accumulation'), 2**31 - 1),
+    **dict.fromkeys(('batch_size', 'eval.batch_size'), 2**20),
+    **dict.fromkeys(('data.image_size', 'eval.image_size', 'data.resize', 'eval.resize'), 2**12),
+    **dict.fromkeys(('data.num_frames', 'eval.num_clips', 'data.num_samples'), 2**12),
+    **dict.fromkeys(('data.num_workers', 'data.num_threads', 'data.buffer_size'), 2**10),
+    'data.record_timeout': 10**6,
+    **dict.fromkeys(('model.integration_dim', 'model.temporal_dim', 'model.qkv_dim'), 2**16),
+    **dict.fromkeys(
+        ('model.alpha', 'model.temporal_patch', 'model.temporal_kernel', 'model.num_heads'), 2**10
+    ),
+    'model.ada_pooling_layers': 2**10,
+    **dict.fromkeys((name for name in POSITIVE if name.startswith('model.')), 2**10),
+}
 DECAYS = ('optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay')  # 1 would never forget
 
 
@@ -213,6 +252,8 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f'{field}={value} must be at least {low}')
         if high is not None and value > high:
             raise ValueError(f'{field}={value} must be at most {high}')
+        if value > MOST.get(field, math.inf):
+            raise ValueError(f'{field}={value} must be at most {MOST[field]}')
         if field in POSITIVE and value <= 0:
             raise ValueError(f'{field}={value} must be above 0')
         if field in DECAYS and not 0 <= value < 1:
