@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from input_pipeline.list_formats import VIDEO_SUFFIXES
+from input_pipeline.list_formats import VIDEO_SUFFIXES, files_below
 
 CHECKPOINTS = 'checkpoints'  # of a run, in its workdir
 _MAKERS = {'backbone.checkpoint': ' (`dist_jax convert` makes one from CLIP)'}
@@ -101,7 +101,7 @@ def find_videos(names: Sequence[str]) -> list[str]:
 
     Args:
       names: of files, taken whatever they are called, and folders, in which files with the suffix
-        of a video are taken at any depth.
+        of a video are taken at any depth, but for hidden ones.
 
     Raises:
       ValueError: a path that is not there, or a folder without a video.
@@ -114,12 +114,11 @@ def find_videos(names: Sequence[str]) -> list[str]:
         if not os.path.isdir(name):
             found.append(name)
             continue
-        inside = sorted(
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(name)
-            for file in files
+        inside = [
+            os.path.join(name, file)
+            for file in files_below(name)
             if file.lower().endswith(VIDEO_SUFFIXES)
-        )
+        ]
         if not inside:
             raise ValueError(f'{name}: no video in this folder ({", ".join(VIDEO_SUFFIXES)})')
         found += inside

@@ -567,7 +567,7 @@ def _rows_folder(
     absolute = os.fspath(path.absolute())
     skipped: Counter[str] = Counter()
     for folder in class_folders(path):
-        for name in _files_below(path, folder):
+        for name in files_below(path, folder):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in suffixes:
                 yield Row(f'{path}/{name}', f'{absolute}/{name}', (folder,), name)
@@ -589,14 +589,33 @@ def _rows_folder(
         logging.warning('%s: skipped %d files that lie in no class folder', path, loose)
 
 
-def _files_below(path: Path, folder: str) -> list[str]:
-    """Files in all depths of a folder, by their names from `path` on; hidden ones are left out."""
+def files_below(path: str | os.PathLike, folder: str = '') -> list[str]:
+    """Files in all depths of a folder, sorted; hidden ones are left out, links are followed.
+
+    Args:
+      path: where their names start.
+      folder: in it, which is looked through; '' for all.
+
+    Returns:
+      Names from `path` on. A folder that several links lead to, or that holds itself, counts once.
+    """
     found = []
-    for top, folders, files in os.walk(path / folder, onerror=_raise):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        place = Path(top).relative_to(path).as_posix()
-        found += [f'{place}/{name}' for name in files if not is_hidden(name)]
+    for top, files in _walk(Path(path, folder)):
+        place = top.relative_to(path)
+        found += [(place / name).as_posix() for name in files]
     return sorted(found, key=lambda name: name.split('/'))
+
+
+def _walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    seen: set[tuple[int, int]] = set()
+    for top, folders, files in os.walk(path, onerror=_raise, followlinks=True):
+        status = os.stat(top)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield Path(top), [name for name in files if not is_hidden(name)]
 
 
 def _raise(error: OSError) -> None:
@@ -722,9 +741,9 @@ def _guess_folder(path: Path, usual: str) -> str:
         return usual
     images = False
     for folder in class_folders(path):
-        for top, _, files in os.walk(path / folder):
+        for top, files in _walk(path / folder):
             suffixes = {os.path.splitext(name)[1].lower() for name in files}
             if suffixes & set(VIDEO_SUFFIXES):
                 return 'folder'
-            images |= Path(top) == path / folder and bool(suffixes & set(IMAGE_SUFFIXES))
+            images |= top == path / folder and bool(suffixes & set(IMAGE_SUFFIXES))
     return 'image_folder' if images else ''

@@ -6,9 +6,10 @@ from dist_jax import paths
 
 
 def test_a_folder_stands_for_the_videos_in_it(tmp_path):
-    for name in ('b/2.MP4', 'b/1.webm', 'a/3.avi', 'a/notes.txt', 'odd.bin'):
+    for name in ('b/2.MP4', 'b/1.webm', 'a/3.avi', 'a/notes.txt', 'odd.bin', 'a/._3.avi'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / 'linked').symlink_to(tmp_path / 'a')  # the same folder: once
     odd = str(tmp_path / 'odd.bin')  # a file is taken whatever it is called
     found = [f'{tmp_path}/{name}' for name in ('a/3.avi', 'b/1.webm', 'b/2.MP4')]
     assert paths.find_videos([odd, str(tmp_path)]) == [odd, *found]

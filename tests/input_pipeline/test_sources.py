@@ -562,3 +562,16 @@ def test_half_a_surrogate_pair_is_refused_and_a_byte_that_is_not_utf8_is_not(tmp
             other = text.replace(f'"{wrong}": "', rf'"{wrong}": "\uD83D ')
             with pytest.raises(ValueError, match=rf'{name}.*: not valid JSON: .*ud83d'):
                 open_source(write(tmp_path / name, other))
+
+
+def test_links_to_folders_are_followed_and_a_ring_of_them_ends(tmp_path):
+    for name in ('videos/run/1.mp4', 'videos/jump/2.mp4', 'elsewhere/deep/3.mp4'):
+        write(tmp_path / name, '')
+    (tmp_path / 'videos/run/more').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'elsewhere/deep/ring').symlink_to(tmp_path / 'videos/run')
+    source = open_source(tmp_path / 'videos')
+    assert [source[k].video_id for k in range(len(source))] == [
+        'jump/2.mp4',
+        'run/1.mp4',
+        'run/more/deep/3.mp4',
+    ]
