@@ -165,6 +165,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
         (
             'accumulation',
             'data.num_samples',
+            'eval.num_clips',
             'checkpoint.keep',
             'model.alpha',
             'model.integration_dim',
@@ -256,6 +257,8 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f'{field}={value} must be at most {MOST[field]}')
         if field in POSITIVE and value <= 0:
             raise ValueError(f'{field}={value} must be above 0')
+        if field.endswith('.resize') and value != int(value):
+            raise ValueError(f'{field}={value} must be whole pixels')
         if field in DECAYS and not 0 <= value < 1:
             raise ValueError(f'{field}={value} must be at least 0 and below 1')
     warmup, epochs = config.optimizer.warmup_epochs, config.num_epochs

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -470,6 +471,13 @@ def make_model(config: ConfigDict, spec: clip.ClipSpec, num_classes: tuple[int, 
     family = options.pop('family')
     if family not in FAMILIES:
         raise ValueError(f'model.family={family!r} is not one of {", ".join(FAMILIES)}')
+    known = inspect.signature(FAMILIES[family]).parameters
+    foreign = [f'model.{name}' for name in options if name not in known]
+    if foreign:
+        raise ValueError(
+            f'model.family={family!r} has no option {", ".join(foreign)}; a family is '
+            f'chosen by its file, --config=configs/{family}.py:VARIANT'
+        )
     dtype = options.pop('dtype')
     if dtype not in DTYPES:
         raise ValueError(f'model.dtype={dtype!r} is not one of {", ".join(DTYPES)}')

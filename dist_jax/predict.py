@@ -185,6 +185,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     endings = PICTURES | (ATTENTION_PICTURES if attention else {})
     stems = picture_stems(paths, tuple(endings.values()))
+    if json_file:  # a folder that cannot be made is found before the work
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with Bar('predict', len(paths)) as bar:
         bar.line(f'{len(paths)} videos, compiling the step')
@@ -199,9 +201,7 @@ def run(
             rows.append(row)
             bar.update(len(rows))
     if json_file:
-        target = Path(json_file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, rows)
+        write_json(Path(json_file), rows)
     print_predictions(rows)
     return 1 if any(row['error'] for row in rows) else 0
 

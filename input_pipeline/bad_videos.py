@@ -4,6 +4,7 @@ The report is a JSON Lines file with one object per record: index, path, kind, r
 log of a training run and a check beforehand write the same.
 """
 
+import errno
 import json
 import math
 import os
@@ -271,6 +272,17 @@ def check_frames(video: VideoReader, first: int, total: int, full: bool = False)
         pass  # a whole video may not fit into memory
 
 
+def open_report(report: str | os.PathLike) -> Path:
+    """The file that a report is written to before it takes its name; raises OSError, early."""
+    report = Path(report)
+    if report.is_dir():
+        raise IsADirectoryError(errno.EISDIR, 'the report would be a folder', str(report))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    partial = report.with_name(report.name + '.partial')
+    with open(partial, 'a', encoding='utf-8'):
+        return partial
+
+
 def check_source(
     source: Source,
     report: str | os.PathLike,
@@ -303,6 +315,7 @@ def check_source(
             return {'index': index, 'path': record.path} | found
         return None
 
+    partial = open_report(report)
     bad = []
     with ThreadPoolExecutor(num_threads) as pool:
         for done, entry in enumerate(pool.map(check, range(len(source))), 1):
@@ -310,9 +323,6 @@ def check_source(
                 bad.append(entry)
             if progress is not None:
                 progress(done, len(source), len(bad))
-    report = Path(report)
-    report.parent.mkdir(parents=True, exist_ok=True)
-    partial = report.with_name(report.name + '.partial')
     partial.write_text(''.join(json.dumps(entry) + '\n' for entry in bad), encoding='utf-8')
     partial.replace(report)
     return CheckResult(len(source), tuple(bad))

@@ -17,7 +17,7 @@ import sys
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from input_pipeline.bad_videos import NUM_CHECK_FRAMES, check_source
+from input_pipeline.bad_videos import NUM_CHECK_FRAMES, check_source, open_report
 from input_pipeline.escape import Console
 from input_pipeline.list_formats import LIST_FORMATS
 from input_pipeline.machine import num_cpus
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.label_map or '',
             subset=arguments.subset,
         )
+        open_report(report)
     except (ValueError, OSError) as error:
         console.print(f'error: {error}', style='red', soft_wrap=True)
         return 2

@@ -836,6 +836,9 @@ def test_what_may_change_between_sessions():
         ({'model.alpha': 0}, r'model\.alpha=0 must be at least 1'),
         ({'model.temporal_dim': -1}, r'model\.temporal_dim=-1 must be at least 1'),
         ({'model.integration_mlp_ratio': -1.0}, r'integration_mlp_ratio=-1\.0 must be above 0'),
+        ({'eval.num_clips': 0}, r'eval\.num_clips=0 must be at least 1'),
+        ({'data.resize': (64.5,)}, r'data\.resize=64\.5 must be whole pixels'),
+        ({'model.family': 'frame_mean'}, r"model\.family='frame_mean' has no option model\."),
         ({'data.record_timeout': 0.0}, r'data\.record_timeout=0\.0 must be above 0'),
         ({'optimizer.ema_decay': 1.0}, r'optimizer\.ema_decay=1\.0 must be at least 0 and below 1'),
         (

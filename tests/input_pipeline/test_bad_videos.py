@@ -167,6 +167,17 @@ def test_check_command_exits_with_two_when_the_list_is_wrong(tmp_path, capsys):
     assert 'no such list' in capsys.readouterr().out
 
 
+def test_check_command_finds_a_report_it_cannot_write_before_it_reads(
+    folder, tmp_path, capsys, monkeypatch
+):
+    list_file = tmp_path / 'list.txt'
+    list_file.write_text(f'{folder}/run/a.mp4 0\n')
+    monkeypatch.setattr(check, 'check_source', lambda *unused, **options: pytest.fail('read'))
+    for report in (list_file / 'bad.jsonl', tmp_path):
+        assert check.main(['--list', str(list_file), '--report', str(report)]) == 2
+        assert 'error:' in capsys.readouterr().out
+
+
 def test_several_hosts_count_together_and_stop_where_they_check(tmp_path):
     logs = [BadVideoLog(tmp_path / f'bad_{i}.jsonl', 0.2, 10, alone=False) for i in (0, 1)]
     logs[0].add(batch(1, 2))
