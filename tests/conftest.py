@@ -1,6 +1,11 @@
 """Settings of every test: CPU, quick compilation and a tiny data set."""
 
 import os
+import signal
+
+# A shell starts what it puts into the background deaf to Ctrl-C, and so would be what tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests compile far more than they compute.

@@ -335,8 +335,7 @@ def test_processes_end_with_the_iterator_that_is_dropped(source):
 
 
 TRAINER = """
-import pathlib, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell's background is
+import pathlib, sys, time
 from input_pipeline.pipeline import TrainReader, train_batches
 from input_pipeline.video_list import Record, VideoList
 from input_pipeline.transforms import RandomResizedCrop
