@@ -2,7 +2,8 @@
 
 import csv
 
-from input_pipeline.kinetics import SETS, SYNONYMS, Inputs
+from input_pipeline.kinetics import SYNONYMS
+from tools.merging.kinetics import SETS, Inputs
 
 
 def youtube_id(name):

@@ -16,10 +16,12 @@ from configs import dist
 from dist_jax import checkpoint, commands, experiment, init_from, train
 from dist_jax.models import clip, converted, heads
 from dist_jax.sharding import make_mesh
-from input_pipeline import class_names, kinetics
-from input_pipeline.kinetics import SETS, SYNONYMS, merged_key
+from input_pipeline import class_names
+from input_pipeline.kinetics import SYNONYMS, merged_key
 from input_pipeline.sources import open_source
 from tools import build_dataset, merge_kinetics
+from tools.merging import kinetics
+from tools.merging.kinetics import SETS
 
 # Classes of the clips: renamed ones, common ones and one that k700 lacks.
 CLASSES = {

@@ -29,10 +29,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from input_pipeline import kinetics
 from input_pipeline.escape import Console
-from input_pipeline.kinetics import REASONS, RULES, SETS
+from input_pipeline.kinetics import SYNONYMS
 from input_pipeline.text_files import read_json
+from tools.merging import kinetics
+from tools.merging.kinetics import REASONS, RULES, SETS
 
 KEYS = tuple(field.name for field in fields(kinetics.Inputs))
 MOST_NAMED = 10  # classes in a warning
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_destination(out, arguments.overwrite)
         inputs = {source: parse_inputs(source, getattr(arguments, source)) for source in SETS}
-        synonyms = read_synonyms(arguments.synonyms) if arguments.synonyms else kinetics.SYNONYMS
+        synonyms = read_synonyms(arguments.synonyms) if arguments.synonyms else SYNONYMS
         with Progress(*columns, console=console) as bar:
             task = bar.add_task('merging')
 

@@ -1,0 +1,1 @@
+"""How `tools.merge_kinetics` makes one data set of three."""
