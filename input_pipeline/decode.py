@@ -9,7 +9,7 @@ leaves out frames that nothing refers to. The pixels are those of decoding the w
 import array
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import BinaryIO, NamedTuple
@@ -83,6 +83,37 @@ class DecodeError(ValueError):
 
 class _Inexact(Exception):
     """A shortcut through the file did not lead to the frame that it should."""
+
+
+def stack(
+    path: str,
+    indices: Sequence[int] | np.ndarray,
+    pictures: Iterable[tuple[int, np.ndarray]],
+) -> np.ndarray:
+    """Frames of one size as one array.
+
+    Args:
+      path: of the video, for messages.
+      indices: (T,) frame numbers, in any order, repeats allowed.
+      pictures: (number, (height, width, 3) uint8 RGB) of each of them, at least once.
+
+    Returns:
+      (T, height, width, 3) uint8 RGB, C-contiguous, in the order of `indices`.
+
+    Raises:
+      DecodeError: if all together are over `MAX_CLIP_BYTES`.
+    """
+    indices = np.asarray(indices, np.int64).reshape(-1)
+    video = None
+    for index, picture in pictures:
+        if video is None:
+            if len(indices) * picture.nbytes > MAX_CLIP_BYTES:
+                height, width, _ = picture.shape
+                reason = f'{len(indices)} frames of {width} x {height} are over 2 GiB'
+                raise DecodeError(path, 'too large', reason)
+            video = np.empty((len(indices), *picture.shape), np.uint8)
+        video[indices == index] = picture
+    return video
 
 
 class VideoReader:
@@ -377,17 +408,7 @@ class VideoReader:
           DecodeError: if a frame does not decode, or all together are over `MAX_CLIP_BYTES`.
           IndexError: if a number is out of range.
         """
-        indices = np.asarray(indices, np.int64).reshape(-1)
-        video = None
-        for index, picture in self.pictures(indices):
-            if video is None:
-                if len(indices) * picture.nbytes > MAX_CLIP_BYTES:
-                    height, width, _ = picture.shape
-                    reason = f'{len(indices)} frames of {width} x {height} are over 2 GiB'
-                    raise self._error('too large', reason)
-                video = np.empty((len(indices), *picture.shape), np.uint8)
-            video[indices == index] = picture
-        return video
+        return stack(self.path, indices, self.pictures(indices))
 
     def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """The frames of `frames` one after another, so that not all are in memory at once.

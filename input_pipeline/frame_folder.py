@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from input_pipeline.decode import DecodeError, VideoReader
+from input_pipeline.decode import DecodeError, VideoReader, stack
 from input_pipeline.label_maps import is_hidden
 from input_pipeline.list_formats import IMAGE_SUFFIXES
 from input_pipeline.sampling import REFERENCE_FPS
@@ -106,16 +106,11 @@ class FrameFolder:
           (T, height, width, 3) uint8 RGB, C-contiguous, turned upright.
 
         Raises:
-          DecodeError: if a picture does not decode or has another size than the others.
+          DecodeError: if a picture does not decode or has another size than the others, or all
+            together are over `decode.MAX_CLIP_BYTES`.
           IndexError: if a number is out of range.
         """
-        indices = np.asarray(indices, np.int64).reshape(-1)
-        video = None
-        for index, pixels in self.pictures(indices):
-            if video is None:
-                video = np.empty((len(indices), *pixels.shape), np.uint8)
-            video[indices == index] = pixels
-        return video
+        return stack(self.path, indices, self.pictures(indices))
 
     def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """The frames of `frames` one after another, so that not all are in memory at once.

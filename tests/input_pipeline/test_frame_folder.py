@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from video_files import pictures
 
+from input_pipeline import decode
 from input_pipeline.decode import MAX_PIXELS, DecodeError
 from input_pipeline.frame_folder import FrameFolder
 from input_pipeline.pipeline import EvalReader, open_video
@@ -38,6 +39,14 @@ def test_only_the_frames_that_are_asked_for_are_read(tmp_path):
             video.frames([4])
         with pytest.raises(IndexError):
             video.frames([12])
+
+
+def test_pictures_that_together_are_too_large_are_refused(tmp_path, monkeypatch):
+    folder = FrameFolder(write_frames(tmp_path / 'video'), MAX_PIXELS)
+    monkeypatch.setattr(decode, 'MAX_CLIP_BYTES', 2 * folder.frames([0]).nbytes)
+    assert len(folder.frames([0, 1])) == 2
+    with pytest.raises(DecodeError, match='too large: 3 frames'):
+        folder.frames([0, 1, 1])
 
 
 def test_a_part_in_seconds_is_refused(tmp_path):

@@ -21,7 +21,7 @@ LISTS = {
         [Record('1', 0, '1', load=functools.partial(bytes, 3)), Record('2', 1, '2')],
         NAMES,
     ),
-    'names that are not UTF-8': ([Record('/v/\udcff\udc80.mp4', 0, '\ud800')], NAMES),
+    'names that are not UTF-8': ([Record('/v/\udcff\udc80.mp4', 0, '\udcfe')], NAMES),
     'empty': ([], NAMES),
 }
 
