@@ -44,7 +44,7 @@ def test_wrong_names_list_the_right_ones(text, slices, message):
 def test_without_libtpu_there_is_a_way_out(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, 'find_spec', lambda _: None)
     monkeypatch.delenv('TPU_LIBRARY_PATH', raising=False)
-    with pytest.raises(topology.MissingCompilerError, match=r"pip install 'dist_jax\[tpu\]'"):
+    with pytest.raises(topology.MissingCompilerError, match=r"-e '\.\[tpu\]'"):
         topology.prepare_environment()
 
 
