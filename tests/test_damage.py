@@ -128,13 +128,13 @@ def test_no_flipped_bit_of_a_checkpoint_loads_as_another_value(saved):
         random.Random(0),
     )
     assert counts[flip_bits.OTHER] == 0
-    assert counts[flip_bits.DETECTED] > 30
+    assert counts[flip_bits.DETECTED] > 15
 
 
 def test_no_flipped_bit_of_a_backbone_loads_as_another_value(backbone):
     counts = flip_bits.flip_many(backbone, flip_bits.read_backbone, 120, random.Random(1))
     assert counts[flip_bits.OTHER] == 0
-    assert counts[flip_bits.DETECTED] > 30
+    assert counts[flip_bits.DETECTED] > 15
 
 
 def test_a_flip_in_an_array_is_noticed_wherever_it_is_read_to(backbone, tmp_path, monkeypatch):

@@ -81,7 +81,8 @@ def flip_many(
     with tempfile.TemporaryDirectory() as temporary:
         copy = converted.absolute_path(temporary) / source.name
         shutil.copytree(source, copy)
-        files = sorted(p for p in Path(copy).rglob('*') if p.is_file() and p.stat().st_size)
+        files = [p for p in Path(copy).rglob('*') if p.is_file() and p.stat().st_size]
+        files.sort(key=lambda p: (p.stat().st_size, p))  # orbax draws some of the names
         sizes = [file.stat().st_size for file in files]
         expected = read(copy)
         for number in range(flips):
