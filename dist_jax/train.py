@@ -183,17 +183,18 @@ def train(
       TooManyBadVideos: more unreadable videos than data.max_bad_share allows.
       InUseError: another process trains in the workdir.
     """
-    with locked(workdir):
-        return _train(config, workdir, also)
-
-
-def _train(config: ConfigDict, workdir: str, also: Mapping[str, Any] | None) -> dict[str, Any]:
     started = time.monotonic()
     config = ConfigDict(config)
     mesh = make_mesh(**config.mesh)
-    experiment.check_batches(config, mesh)
-    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    experiment.check_batches(config, mesh)  # before anything is written
+    with locked(workdir):
+        return _train(config, workdir, mesh, started, also)
 
+
+def _train(
+    config: ConfigDict, workdir: str, mesh: Mesh, started: float, also: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     with config.unlocked():
         experiment.prepare_builtin_data(config, workdir)
         experiment.resolve_paths(config)

@@ -20,6 +20,7 @@ import pytest
 from dist_jax import checkpoint, experiment, pod
 from dist_jax.logbook import read_metrics
 from dist_jax.models.params import flatten
+from dist_jax.plan import topology
 from input_pipeline import pipeline
 from input_pipeline.sources import open_source
 
@@ -139,7 +140,7 @@ def test_a_machine_that_seems_to_have_tpus_and_cannot_join_goes_on_alone(monkeyp
         raise ConnectionError('metadata.google.internal: no such host')
 
     monkeypatch.setattr(jax.distributed, 'initialize', initialize)
-    for name in ('JAX_PLATFORMS', 'TPU_SKIP_MDS_QUERY'):
+    for name in ('JAX_PLATFORMS', *topology.ENVIRONMENT):  # planning sets them for its process
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pod, 'has_tpu', lambda: True)
     pod.join()
