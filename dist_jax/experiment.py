@@ -116,7 +116,7 @@ def resolve_paths(config: ConfigDict) -> None:
     data.root = _absolute(data.root)
 
     def found(name: str) -> str:
-        name = name.strip()
+        name = os.path.expanduser(name.strip())
         return name if data.root and not os.path.exists(name) else _absolute(name)
 
     data.train_list = found(data.train_list)
@@ -145,7 +145,9 @@ def _full_origin(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _absolute(path: str) -> str:
     """A local path from the root of the file system; URLs, 'random' and '' as they are."""
-    return path if not path or path == RANDOM or '://' in path else os.path.abspath(path)
+    if not path or path == RANDOM or '://' in path:
+        return path
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def open_split(config: ConfigDict, split: str) -> LabelledSource:

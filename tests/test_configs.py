@@ -190,6 +190,10 @@ def test_paths_are_made_absolute_where_a_run_starts(tmp_path, monkeypatch):
     monkeypatch.chdir('/')
     experiment.resolve_paths(config)
     assert config.to_dict() == before
+    monkeypatch.setenv('HOME', str(tmp_path))  # a shell leaves it in --config.data.root=~/root
+    config.data.update(root='~/root', val_list='~/here.txt')
+    experiment.resolve_paths(config)
+    assert config.to_dict() == before
     config.backbone.checkpoint, config.init_from = 'random', 'gs://bucket/runs/first'
     config.data.update(root='', train_list='', label_map='')
     before = config.to_dict()
