@@ -155,11 +155,19 @@ def versions(devices: Sequence[Any]) -> dict[str, str]:
     import jaxlib
 
     library = os.environ.get('TPU_LIBRARY_PATH', '')
-    if not os.path.isfile(library):  # jax then takes the package
-        library = importlib.metadata.version('libtpu') if importlib.util.find_spec('libtpu') else ''
+    package = importlib.util.find_spec('libtpu')
+    # jax takes the package where no file is named, and then names the package's own.
+    if not os.path.isfile(library) or (package and _inside(library, package.origin)):
+        library = importlib.metadata.version('libtpu') if package else ''
     return {
         'jax': jax.__version__,
         'jaxlib': jaxlib.__version__,
         'libtpu': library,
         'compiler': devices[0].client.platform_version,
     }
+
+
+def _inside(file: str, module: str | None) -> bool:
+    """Whether a file lies in the folder of a package."""
+    folders = (os.path.dirname(os.path.realpath(path)) for path in (file, module or ''))
+    return len(set(folders)) == 1

@@ -201,6 +201,16 @@ def test_a_named_library_stands_for_the_package(monkeypatch, tmp_path):
     assert topology.versions(jax.devices())['libtpu'] != str(library)  # not there: not loaded
     library.touch()
     assert topology.versions(jax.devices())['libtpu'] == str(library)
+    # What jax itself names where nobody does.
+    package = tmp_path / 'libtpu' / '__init__.py'
+    monkeypatch.setattr(
+        topology.importlib.util, 'find_spec', lambda _: SimpleNamespace(origin=str(package))
+    )
+    monkeypatch.setattr(topology.importlib.metadata, 'version', lambda _: '0.0.1')
+    (tmp_path / 'libtpu').mkdir()
+    library = library.rename(tmp_path / 'libtpu' / 'libtpu.so')
+    monkeypatch.setenv('TPU_LIBRARY_PATH', str(library))
+    assert topology.versions(jax.devices())['libtpu'] == '0.0.1'
 
 
 def test_what_decides_the_program_names_it(monkeypatch):
