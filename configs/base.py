@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -271,15 +272,21 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def _numbers(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, float]]:
+def _numbers(config: ConfigDict) -> Iterator[tuple[str, float]]:
     """('group.field', value) of all numbers, those of tuples too."""
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _numbers(value, f'{prefix}{name}.')
-            continue
+    for field, value in flat(config).items():
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, (int, float)):
-                yield f'{prefix}{name}', each
+                yield field, each
+
+
+def flat(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """A config, or what JSON has kept of one, as 'group.field' -> value."""
+    found = {}
+    for name, value in config.items():
+        group = isinstance(value, (ConfigDict, dict))
+        found |= flat(value, f'{prefix}{name}.') if group else {f'{prefix}{name}': value}
+    return found
 
 
 def demo(config: ConfigDict) -> None:

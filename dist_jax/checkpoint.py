@@ -27,6 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from configs.base import flat
 from dist_jax.models import digests
 from dist_jax.models.api import Tree
 from dist_jax.models.converted import (
@@ -518,14 +519,3 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
 def _argument(value: Any) -> str:
     """A field of a saved config as the command line takes it."""
     return f'({",".join(map(str, value))},)' if isinstance(value, list) and value else str(value)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """A nested config as 'group.field' names."""
-    found = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= flat(value, f'{prefix}{key}.')
-        else:
-            found[f'{prefix}{key}'] = value
-    return found

@@ -188,8 +188,7 @@ def warn_of_classes(source: LabelledSource, field: str) -> None:
     """Warns of a list with nothing to tell apart, and of classes that no video belongs to."""
     if jax.process_index() != 0:
         return
-    labels = np.array([source[i].label for i in range(len(source))]).reshape(len(source), -1)
-    for names, column in zip(class_columns(source), labels.T):
+    for names, column in zip(class_columns(source), source.labels.reshape(len(source), -1).T):
         if len(names) == 1:
             log.warning('%s has one class, %r: there is nothing to tell apart', field, names[0])
         empty = np.flatnonzero(np.bincount(column, minlength=len(names)) == 0)

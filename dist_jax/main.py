@@ -238,7 +238,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.8)
             if not close and '--config' in self._option_string_actions:
-                name, fields = unknown[1].removeprefix('--'), _fields(base.get_config())
+                name, fields = unknown[1].removeprefix('--'), base.flat(base.get_config())
                 close = [name] if name in fields else _closest(name, fields)
                 close = [f'--config.{field}' for field in close]
             message += f'; did you mean {" or ".join(close)}?' if close else ''
@@ -327,7 +327,7 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
       UsageError: no such field, a group, or a value of another type.
     """
     name, equals, text = argument.removeprefix('--config.').partition('=')
-    fields = _fields(config)
+    fields = base.flat(config)
     if name not in fields:
         members = [field for field in fields if field.startswith(f'{name}.')] if name else []
         if members:
@@ -345,7 +345,7 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
         raise UsageError(f'--config.{name} needs a value: {_expected(fields[name])}')
     try:
         changed = _parsed([argument], config)
-        value = _fields(changed)[name]
+        value = base.flat(changed)[name]
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if isinstance(fields[name], (float, list, tuple)) and not all(map(math.isfinite, numbers)):
             raise ValueError('not finite')
@@ -355,15 +355,6 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
             '(fields and their meaning: configs/base.py)'
         ) from error
     return changed
-
-
-def _fields(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
-    """'group.field' -> value, of all groups."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        own = f'{prefix}{name}'
-        found |= _fields(value, f'{own}.') if isinstance(value, ConfigDict) else {own: value}
-    return found
 
 
 def _closest(name: str, fields: Collection[str]) -> list[str]:
@@ -460,7 +451,7 @@ def _train(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(rest)
     config = read_config(config_arguments)
     with _wrong_usage():
-        paths.check_training_inputs(_fields(config))
+        paths.check_training_inputs(base.flat(config))
     _start_jax()
     from dist_jax import doctor, report, train
 

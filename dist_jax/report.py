@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from dist_jax.checkpoint import flat
+from configs.base import flat
 from dist_jax.drawing import DARK, LIGHT, cut, theme
 from dist_jax.evaluate import EvalResult
 from dist_jax.logbook import METRICS_FILE, duration, read_metrics

@@ -305,11 +305,9 @@ def _train(
         'num_classes': list(num_classes),
         'trainable_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
         'devices': mesh.size,
-        'seconds': _finished_seconds(workdir) if start == plan.total_steps else None,
+        'seconds': (_finished_seconds(workdir) if start == plan.total_steps else None) or seconds(),
         **(also or {}),
     }
-    if summary['seconds'] is None:
-        summary['seconds'] = seconds()
     if jax.process_index() == 0 and not interrupted:
         write_json(epath.Path(workdir) / 'summary.json', summary)
         report.write_report(workdir, summary, result, class_names)

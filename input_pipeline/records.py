@@ -165,6 +165,7 @@ class BuiltSplit:
       class_names: names by class index; one tuple per head where labels are tuples; () in sets of
         captions.
       num_classes: number of classes, or one number per head; 0 in sets of captions.
+      labels: (N, heads) int32.
       index: all that is known of the records.
     """
 
@@ -196,7 +197,7 @@ class BuiltSplit:
         sizes = tuple(map(len, heads))
         self.num_classes = sizes if len(heads) > 1 else sum(sizes)
         self.index = SplitIndex.from_file(self.folder / index_file(name))
-        labels = self.index.labels
+        self.labels = labels = self.index.labels
         if labels.shape[1] != len(heads) or ((labels < 0) | (labels >= sizes)).any():
             raise ValueError(
                 f'{self.folder / index_file(name)}: has labels that are no classes of {INDEX}; '
@@ -211,7 +212,7 @@ class BuiltSplit:
         if not 0 <= index < len(self):
             raise IndexError(f'record {index} of {len(self)} in {self.folder}, {self.name}')
         shard, position = self.place(index)
-        labels = self.index.labels[index].tolist()  # plain: a record may go into JSON
+        labels = self.labels[index].tolist()  # plain: a record may go into JSON
         path = os.fspath(self.folder / self.index.shards[shard])
         first, stop = self._starts[shard : shard + 2].tolist()
         return Record(

@@ -40,10 +40,12 @@ class LabelledSource(Protocol):
     Attributes:
       class_names: names by class index; one tuple per head where labels are tuples.
       num_classes: number of classes, or one number per head.
+      labels: (N,) or (N, heads) int, those of the records.
     """
 
     class_names: Names | tuple[Names, ...]
     num_classes: int | tuple[int, ...]
+    labels: np.ndarray
 
     def __len__(self) -> int: ...
 
@@ -56,6 +58,7 @@ class VideoList:
     Attributes:
       class_names: names by class index; one tuple per head where labels are tuples.
       num_classes: number of classes, or one number per head.
+      labels: (N,) or (N, heads) int64.
     """
 
     def __init__(self, records: Sequence[Record], class_names: Names | tuple[Names, ...]):
@@ -63,8 +66,7 @@ class VideoList:
         self.class_names = class_names
         heads = bool(class_names) and isinstance(class_names[0], tuple)
         self.num_classes = tuple(map(len, class_names)) if heads else len(class_names)
-        # (N,), or (N, heads).
-        self._labels = np.array([record.label for record in records], np.int64)
+        self.labels = np.array([record.label for record in records], np.int64)
         self._paths = Texts.pack([record.path for record in records])
         self._video_ids = Texts.pack([record.video_id for record in records])
         # (N, 2) seconds, NaN for None; most lists have neither these nor what loads a record.
@@ -74,11 +76,11 @@ class VideoList:
         self._loads = Objects(loads) if any(load is not None for load in loads) else None
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]
-        label = self._labels[index].tolist()
+        label = self.labels[index].tolist()
         start = end = None
         if self._times is not None:
             times = self._times[index].tolist()

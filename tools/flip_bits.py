@@ -23,12 +23,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from rich.console import Console
 from rich.table import Table
 
 from dist_jax import checkpoint
 from dist_jax.models import converted, digests
 from dist_jax.models.params import tree_sha256
+from input_pipeline.escape import Console
 
 DETECTED, EQUAL, OTHER = 'detected', 'loaded with equal values', 'loaded with OTHER values'
 

@@ -27,10 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from input_pipeline.escape import Console
 from tools.fuzzing import checkpoints, lists, shards
 from tools.fuzzing.child import BUGS, LOADED, REFUSED, Child, Input, Outcome, Reader
 from tools.fuzzing.damage import Rng
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--keep', metavar='DIR', help='keep what was neither read nor refused')
     parser.add_argument('--json', metavar='FILE', help='also write the figures there')
     arguments = parser.parse_args(argv)
-    console = Console(markup=False, highlight=False)
+    console = Console()
     found, report = [], {}
 
     def finish(item: Input, outcome: Outcome) -> None:

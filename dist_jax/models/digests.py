@@ -26,6 +26,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from input_pipeline.machine import num_cpus
+
 Digests = Mapping[str, Sequence[Any]]
 
 SEAL = 'sha256'
@@ -55,7 +57,7 @@ def digests(tree: Any) -> dict[str, list[Any]]:
         processes are digested by all together: then every process must call this.
     """
     named = tree_paths(tree)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(num_cpus()) as pool:
         sums = {path: _leaf_sum(leaf, pool) for path, leaf in named.items()}
     shared = [
         path
