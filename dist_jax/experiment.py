@@ -246,8 +246,8 @@ def train_reader(config: ConfigDict, class_names: ClassNames = ()) -> pipeline.T
                 transforms.RandomErasing(
                     data.erase,
                     data.erase_mode,
-                    mean=tuple(255 * level for level in clip.PIXEL_MEAN),
-                    std=tuple(255 * level for level in clip.PIXEL_STD),
+                    mean=tuple(255 * level for level in clip.PIXELS.mean),
+                    std=tuple(255 * level for level in clip.PIXELS.std),
                 )
             )
     with _named('data.num_frames', 'data.sampling', 'data.frame_interval', 'data.num_samples'):

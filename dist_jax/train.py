@@ -330,8 +330,8 @@ def run_metadata(
         'backbone': backbone.summary() | {'spec': dataclasses.asdict(backbone.spec)},
         'preprocessing': {
             'pixels': 'uint8 RGB / 255, minus mean, over std',
-            'mean': list(clip.PIXEL_MEAN),
-            'std': list(clip.PIXEL_STD),
+            'mean': list(clip.PIXELS.mean),
+            'std': list(clip.PIXELS.std),
         },
         'views': {
             key: value for key, value in dataclasses.asdict(reader).items() if key != 'max_pixels'

@@ -159,7 +159,7 @@ def read_published_style(path: str, rng: np.random.Generator, recipe: TrainReade
     if draws.random() < 0.2:
         grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video])
         video = np.repeat(grey[..., None], 3, -1)
-    mean, std = (np.array(values, np.float32) for values in (clip.PIXEL_MEAN, clip.PIXEL_STD))
+    mean, std = (np.array(values, np.float32) for values in (clip.PIXELS.mean, clip.PIXELS.std))
     return (video - mean) / std
 
 

@@ -164,7 +164,7 @@ def device_figures(topology: str, clips: int, num_frames: int) -> dict[str, floa
             keys = jax.random.split(jax.random.key(seed), max(len(operations), 1))
             for key, operation in zip(keys, operations):
                 video = operation(key, video)
-            pixels = clip.normalize(video, jnp.bfloat16)
+            pixels = clip.PIXELS.normalize(video, jnp.bfloat16)
             return clip.patchify(pixels.reshape(-1, SIZE, SIZE, 3), PATCH)
 
         return run
@@ -176,7 +176,9 @@ def device_figures(topology: str, clips: int, num_frames: int) -> dict[str, floa
 
     def standardise(video: jax.Array) -> jax.Array:
         repeats = video.shape[-1] // 3
-        mean, std = (np.tile(np.float32(row), repeats) for row in (clip.PIXEL_MEAN, clip.PIXEL_STD))
+        mean, std = (
+            np.tile(np.float32(row), repeats) for row in (clip.PIXELS.mean, clip.PIXELS.std)
+        )
         scale = 1 / (255 * std)
         return (video.astype(jnp.float32) * scale - mean / std).astype(jnp.bfloat16)
 

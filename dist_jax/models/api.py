@@ -13,10 +13,28 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from dist_jax.sharding import ShardingRule
 
 Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How a model wants its pixels: RGB in [0, 1], minus the mean, over the standard deviation."""
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @jax.named_scope('normalize')
+    def normalize(self, video: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """RGB (..., H, W, 3), 0 to 255, uint8 or float -> standardised pixels in `dtype`."""
+        std = np.asarray(self.std, np.float32)
+        scale = 1.0 / (255.0 * std)
+        shift = np.asarray(self.mean, np.float32) / std
+        return (video.astype(jnp.float32) * scale - shift).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

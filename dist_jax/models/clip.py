@@ -30,17 +30,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dist_jax.models import kernels, layers
+from dist_jax.models.api import Pixels
 from dist_jax.models.stack import scan_frozen
 from dist_jax.sharding import ShardingRule, gather_params
 
 Tree = dict[str, Any]
 
-# Of RGB in [0, 1].
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+PIXELS = Pixels(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +130,6 @@ class Taps:
             if list(blocks) != sorted(set(blocks)):
                 raise ValueError(f'taps {name}={blocks} must be increasing, without repeats')
         return depth if self.embedding else max(asked, default=-1) + 1
-
-
-@jax.named_scope('normalize')
-def normalize(video: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """RGB (..., H, W, 3), 0 to 255, uint8 or float -> CLIP's standardised pixels in `dtype`."""
-    scale = 1.0 / (255.0 * np.asarray(PIXEL_STD, np.float32))
-    shift = np.asarray(PIXEL_MEAN, np.float32) / np.asarray(PIXEL_STD, np.float32)
-    return (video.astype(jnp.float32) * scale - shift).astype(dtype)
 
 
 def cast(params: Tree, dtype: Any) -> Tree:
@@ -240,7 +230,7 @@ def encode_image(
 
     Args:
       params: the `visual` subtree.
-      pixels: (N, H, W, 3), normalised (see `normalize`), or (N, g*g, p*p*3), `patchify` of them;
+      pixels: (N, H, W, 3), normalised (see `api.Pixels`), or (N, g*g, p*p*3), `patchify` of them;
         their dtype is the compute dtype.
       spec: geometry; H = W = spec.image_size.
       taps: what to return.

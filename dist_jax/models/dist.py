@@ -172,7 +172,7 @@ def build(
         net=net,
         prepare=prepare,
         features=features,
-        normalize=functools.partial(clip.normalize, dtype=dtype),
+        normalize=functools.partial(clip.PIXELS.normalize, dtype=dtype),
         reads=('visual', 'text', 'logit_scale') if head == 'text' else ('visual',),
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,

@@ -173,7 +173,7 @@ def build(
         net=net,
         prepare=lambda params, _: {'visual': clip.cast(params['visual'], dtype)},
         features=features,
-        normalize=functools.partial(clip.normalize, dtype=dtype),
+        normalize=functools.partial(clip.PIXELS.normalize, dtype=dtype),
         reads=('visual',),
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,

@@ -65,7 +65,7 @@ def build(
         net=FrameMean(heads.Head(head, tuple(num_classes))),
         prepare=lambda params, _: {'visual': clip.cast(params['visual'], dtype)},
         features=features,
-        normalize=functools.partial(clip.normalize, dtype=dtype),
+        normalize=functools.partial(clip.PIXELS.normalize, dtype=dtype),
         reads=('visual',),
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,

@@ -82,7 +82,7 @@ def test_everything_at_once_is_in_order():
     ]
     assert reader.transforms[0] == AutoAugment('original', 0.5, Warp('bilinear'))
     assert reader.transforms[1] == Resize((256, 320), 'bicubic')
-    np.testing.assert_allclose(reader.transforms[-1].mean, 255 * np.array(clip.PIXEL_MEAN))
+    np.testing.assert_allclose(reader.transforms[-1].mean, 255 * np.array(clip.PIXELS.mean))
     assert reader.num_samples == 2
 
 

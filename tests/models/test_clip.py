@@ -115,8 +115,8 @@ def test_bfloat16_keeps_norms_in_float32(params, pixels, everything):
 
 def test_normalize_is_clips_standardisation():
     video = jnp.asarray([[[[0, 128, 255]]]], jnp.uint8)
-    expected = (np.array([0, 128, 255]) / 255 - clip.PIXEL_MEAN) / clip.PIXEL_STD
-    np.testing.assert_allclose(clip.normalize(video)[0, 0, 0], expected, rtol=1e-5)
+    expected = (np.array([0, 128, 255]) / 255 - clip.PIXELS.mean) / clip.PIXELS.std
+    np.testing.assert_allclose(clip.PIXELS.normalize(video)[0, 0, 0], expected, rtol=1e-5)
 
 
 def test_gelu_and_quick_gelu_differ(params, pixels, everything):

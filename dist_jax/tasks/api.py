@@ -1,0 +1,132 @@
+"""What a task is: the loss, and what its answers are worth. The rest of a run does not know.
+
+A family (`models`) turns clips into outputs; a task says what a batch holds beside its clips, what
+the outputs should have been, and how well a whole list was answered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Tree = Any
+Labels = tuple[tuple[str, ...], ...]  # class names of each head; () where there are none
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows for a person, on the console and on a page.
+
+    Attributes:
+      title: above it.
+      head: names of the columns.
+      rows: texts.
+      bars: column whose percentages a page draws as bars, too; None for none.
+      brief: show it on the console as well.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    bars: int | None = None
+    brief: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A drawing for a page.
+
+    Attributes:
+      title: above it, and its text for those who do not see it.
+      draw: makes it, under whatever theme is set; called once for each.
+      style: class of the page's style sheet.
+    """
+
+    title: str
+    draw: Callable[[], Figure]
+    style: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What an evaluator found on a whole list.
+
+    Attributes:
+      scalars: name -> number; for logs, summaries and `evaluation.json`.
+      headline: those that a summary shows, the most important first.
+      line: the same in a line of a log.
+      details: further JSON values of `evaluation.json`.
+      sections: tables and pictures of the page, in order.
+      files: written beside `evaluation.json`: name -> function that makes the content.
+    """
+
+    scalars: Mapping[str, float]
+    headline: tuple[str, ...] = ()
+    line: str = ''
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sections: tuple[Table | Picture, ...] = ()
+    files: Mapping[str, Callable[[], bytes]] = dataclasses.field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Judges the answers to a list."""
+
+    def add(self, rows: Mapping[str, Tree]) -> None:
+        """Takes rows of this host, axis 0 of every leaf, without padding and unreadable videos.
+
+        They are `index` (the number of the record), what `Task.element_spec` names, and what
+        `Task.predict` returns.
+        """
+
+    def result(self) -> Figures:
+        """The figures of all rows of all hosts; every host must call it.
+
+        Raises:
+          NonFiniteScoresError: predictions are NaN or infinite; the same on all hosts.
+        """
+
+
+class Task(Protocol):
+    """What a run learns.
+
+    Attributes:
+      labels: class names of each head; () where there are no classes.
+      element_spec: what one row of a batch has beside `video` and `mask`: name -> shape and dtype.
+      couples_rows: the loss of a row reads other rows, so that a batch cannot be cut into parts.
+      mixes: whether targets are distributions, which mixup and cutmix may average.
+      select_by: the scalar of an evaluation by which the best checkpoint is chosen; the higher, the
+        better.
+    """
+
+    labels: Labels
+    element_spec: Mapping[str, jax.ShapeDtypeStruct]
+    couples_rows: bool
+    mixes: bool
+    select_by: str
+
+    def check(self, outputs: Tree) -> None:
+        """Raises ValueError if a network with these outputs (shapes) cannot do this."""
+
+    def targets(self, batch: Mapping[str, jax.Array]) -> Tree:
+        """What the outputs of a batch should be; axis 0 of every leaf are its rows."""
+
+    def loss(self, outputs: Tree, targets: Tree, mask: jax.Array) -> jax.Array:
+        """Loss of each row, float32 (B,), of outputs of the network and targets; mask (B,)."""
+
+    def predict(self, outputs: Tree, num_views: int) -> dict[str, Tree]:
+        """Answers (B, ...) from outputs of B * num_views clips, the views of a video together."""
+
+    def evaluator(self, name: Callable[[int], str]) -> Evaluator:
+        """A fresh judge; `name` says what a message calls the record of an index."""
+
+
+def rows_of(rows: Mapping[str, Tree], kept: np.ndarray) -> dict[str, Tree]:
+    """The rows that are kept, of every leaf."""
+    return jax.tree.map(lambda x: x[kept], dict(rows))
