@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from configs import base
-from dist_jax import ending, paths, pod
+from dist_jax import convert_arguments, ending, paths, pod
 from input_pipeline import escape
 
 EXAMPLES = """\
@@ -550,14 +550,12 @@ def _demo(argv: Sequence[str]) -> int:
 
 
 def _convert(argv: Sequence[str]) -> int:
-    from tools import convert_arguments
-
     arguments = convert_arguments.parse(argv)
     if arguments is None:  # No such file: said before jax is imported.
         return 2
-    from tools import convert_checkpoint
+    from dist_jax import convert
 
-    return convert_checkpoint.run(arguments)
+    return convert.run(arguments)
 
 
 def _check(argv: Sequence[str]) -> int:

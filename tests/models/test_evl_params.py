@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dist_jax import main
 from dist_jax.models import converted, evl_params
 from dist_jax.models.params import export_tree, import_tree, tree_sha256
 from dist_jax.models.source_files import read_safetensors
-from tools import convert_checkpoint
 from tools.fuzzing.torch_files import save_state_dict
 
 GOLDEN = Path(__file__).parent.parent / 'golden' / 'evl_small.safetensors'
@@ -39,7 +39,7 @@ def released():
 
 
 def _main(*args):
-    return convert_checkpoint.main([str(arg) for arg in args])
+    return main.main(['convert', *map(str, args)])
 
 
 def test_sizes_come_from_shapes(released):

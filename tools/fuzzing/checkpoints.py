@@ -37,12 +37,11 @@ CONFIGS = ('config.json', 'open_clip_config.json')
 
 def read(path: Path) -> None:
     """Opens a checkpoint as `dist_jax convert` does, up to the tree that it would write."""
+    from dist_jax import convert
     from dist_jax.models.source_files import open_source
-    from tools import convert_checkpoint
 
     source = open_source(path)
-    kind = convert_checkpoint.detect(source)
-    convert_checkpoint.read_params(source, kind, convert_checkpoint.Options())
+    convert.read_params(source, convert.detect(source), convert.Options())
 
 
 def prepare(folder: Path, golden: Path) -> list[Input]:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dist_jax import convert
 from dist_jax.models import clip, clip_params, converted
-from tools import convert_checkpoint
 from tools.parity.golden import Golden
 
 # Of config.container -> kind of the converter.
@@ -51,9 +51,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
         }
     with tempfile.TemporaryDirectory() as temporary:
         dest = Path(temporary) / 'converted'
-        metadata = convert_checkpoint.convert(
-            container, dest, kind=kind, options=convert_checkpoint.Options(**flags)
-        )
+        metadata = convert.convert(container, dest, kind=kind, options=convert.Options(**flags))
         params = converted.load_params(dest)
     spec = clip_params.spec_from_metadata(metadata)
     for field, value in metadata['spec'].items():

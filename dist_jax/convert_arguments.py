@@ -45,7 +45,7 @@ examples:
 """
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace | None:
+def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     """The arguments; None, after a message on stderr, if there is no such source."""
     args = _parser().parse_args(argv)
     if '://' not in args.source and not os.path.exists(os.path.expanduser(args.source)):

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dist_jax.checkpoint import find_checkpoint, is_run, read_host_params, read_metadata
+from dist_jax.convert_arguments import PRECISIONS
 from dist_jax.models import clip, clip_params, converted, dist_params, evl_params
 from dist_jax.models.params import (
     Row,
@@ -34,7 +35,6 @@ from dist_jax.models.params import (
 )
 from dist_jax.models.source_files import SourceFiles, open_source, sources_record
 from input_pipeline.escape import Console, lines
-from tools.convert_arguments import PRECISIONS, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,14 +436,8 @@ def _way_back(source: str | os.PathLike[str], family: str) -> Export:
     return EXPORTS[family]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, or 2 with one message on stderr."""
-    args = parse(argv)
-    return 2 if args is None else run(args)
-
-
 def run(args: argparse.Namespace) -> int:
-    """Does what the arguments say; returns the exit code."""
+    """Does what the arguments say; returns the exit code: 0, or 2 with one message on stderr."""
     console = Console()
     try:
         if args.export:
@@ -463,7 +457,3 @@ def run(args: argparse.Namespace) -> int:
         print(lines(f'error: {error}'), file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == '__main__':
-    raise SystemExit(main())

@@ -14,24 +14,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dist_jax import convert, convert_arguments, main
 from dist_jax.models import clip, clip_params, converted, digests
 from dist_jax.models.params import flatten, tree_sha256
-from tools import convert_arguments, convert_checkpoint
 
-GOLDEN = Path(__file__).parent.parent / 'golden'
+GOLDEN = Path(__file__).parent / 'golden'
 OPENAI = GOLDEN / 'clip' / 'openai' / 'tiny.pt'
 GELU = GOLDEN / 'clip' / 'openclip_gelu' / 'open_clip_model.safetensors'
 
 
 def _main(*args) -> int:
-    return convert_checkpoint.main([str(arg) for arg in args])
+    return main.main(['convert', *map(str, args)])
 
 
 @pytest.fixture(scope='module')
 def openai(tmp_path_factory):
     """One converted CLIP for the tests that only read."""
     dest = tmp_path_factory.mktemp('openai') / 'clip'
-    convert_checkpoint.convert(OPENAI, dest)
+    convert.convert(OPENAI, dest)
     return dest
 
 
@@ -147,7 +147,7 @@ def test_overwrite_replaces_checkpoints_and_nothing_else(tmp_path, capsys):
 
 def test_failure_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     dest = tmp_path / 'out'
-    convert_checkpoint.convert(OPENAI, dest)
+    convert.convert(OPENAI, dest)
     before = converted.load_metadata(dest)
 
     def fail(path, *_):
@@ -289,7 +289,7 @@ def test_ignored_tensors_are_named(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'context_length, input_resolution, vocab_size' in printed and 'warning' not in printed
     names = [f'visual.{k}' for k in range(20)] + ['logit_scale']
-    assert convert_checkpoint.summed_up(names) == (
+    assert convert.summed_up(names) == (
         '21 tensors: visual.… (20), logit_scale (all in the metadata)'
     )
 
@@ -324,7 +324,7 @@ def test_other_missing_files_do_not_hint_at_a_download(tmp_path, capsys, monkeyp
 
 
 def test_kinds_of_the_command_line_are_those_that_convert():
-    assert tuple(convert_checkpoint.KINDS) == convert_arguments.KINDS
+    assert tuple(convert.KINDS) == convert_arguments.KINDS
 
 
 @pytest.mark.parametrize(
@@ -332,8 +332,8 @@ def test_kinds_of_the_command_line_are_those_that_convert():
 )
 def test_export_says_which_head_it_needs(tmp_path, monkeypatch, family, head, wanted):
     saved = {'config': {'model': {'family': family, 'head': head}}, 'backbone': {'spec': {}}}
-    monkeypatch.setattr(convert_checkpoint, 'is_run', lambda _: True)
-    monkeypatch.setattr(convert_checkpoint, 'find_checkpoint', lambda source, step: source)
-    monkeypatch.setattr(convert_checkpoint, 'read_metadata', lambda _: saved)
+    monkeypatch.setattr(convert, 'is_run', lambda _: True)
+    monkeypatch.setattr(convert, 'find_checkpoint', lambda source, step: source)
+    monkeypatch.setattr(convert, 'read_metadata', lambda _: saved)
     with pytest.raises(ValueError, match=f'the export needs head={wanted}'):
-        convert_checkpoint.export('runs/a', tmp_path / 'out.safetensors')
+        convert.export('runs/a', tmp_path / 'out.safetensors')
