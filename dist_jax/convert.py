@@ -1,8 +1,6 @@
-"""Converts downloaded checkpoints into the form that training reads, and exports ours back.
+"""What `dist_jax convert` does: foreign checkpoints in, converted ones out, and the way back.
 
-CLIP (OpenAI, Hugging Face, OpenCLIP), DiST and EVL files become one orbax directory with
-parameters, geometry, activation and the hash of the source. PyTorch is not needed and no code from
-a file is run; a file that holds more than tensors is refused with the way out.
+It knows no family: which names there are, and what becomes of them, `dist_jax.models.NAMINGS` says.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +19,9 @@ from rich.table import Table
 
 from dist_jax.checkpoint import find_checkpoint, is_run, read_host_params, read_metadata
 from dist_jax.convert_arguments import PRECISIONS
-from dist_jax.models import clip, clip_params, converted, dist_params, evl_params
+from dist_jax.models import NAMINGS, converted
+from dist_jax.models.naming import Export, Options, Plan
 from dist_jax.models.params import (
-    Row,
     Tree,
     count,
     export_file,
@@ -36,159 +33,8 @@ from dist_jax.models.params import (
 from dist_jax.models.source_files import SourceFiles, open_source, sources_record
 from input_pipeline.escape import Console, lines
 
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the command line says beyond the file; None where it says nothing."""
-
-    activation: str | None = None
-    num_heads: int | None = None
-    text_num_heads: int | None = None
-
-    def refuse(self, kind: str, reason: str) -> None:
-        """Flags that `kind` does not take are an error, not ignored."""
-        given = [f'--{name}' for name, value in dataclasses.asdict(self).items() if value]
-        if given:
-            raise ValueError(f'{", ".join(given)} cannot be set for {kind}: {reason}')
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything that a conversion needs besides the file."""
-
-    family: str
-    name: str
-    spec: dict[str, Any]
-    tensors: dict[str, np.ndarray]
-    rows: list[Row]
-    abstract: Tree
-    ignore: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """One naming of one family: how to recognise it, and how to convert it."""
-
-    matches: Callable[[SourceFiles], bool]
-    plan: Callable[[SourceFiles, Options], Plan]
-
-
-def _clip_plan(
-    spec: clip.ClipSpec, rows: list[Row], source: SourceFiles, ignore: tuple[str, ...]
-) -> Plan:
-    return Plan(
-        family='clip',
-        name=clip_params.spec_name(spec, clip.SPECS),
-        spec=dataclasses.asdict(spec),
-        tensors=source.tensors,
-        rows=rows,
-        abstract=clip.abstract_params(spec),
-        ignore=ignore,
-    )
-
-
-def _plan_openai(source: SourceFiles, options: Options) -> Plan:
-    if options.activation not in (None, 'quick_gelu'):
-        raise ValueError(
-            f'--activation {options.activation}: the OpenAI weights were trained with quick_gelu; '
-            'for other weights under these names pass --kind openclip'
-        )
-    spec = clip_params.openai_spec(
-        source.tensors,
-        activation='quick_gelu',
-        num_heads=options.num_heads,
-        text_num_heads=options.text_num_heads,
-    )
-    prefix = clip_params.text_prefix(source.tensors)
-    rows = clip_params.openai_rows(spec, prefix)
-    return _clip_plan(spec, rows, source, clip_params.OPENAI_IGNORE)
-
-
-def _plan_openclip(source: SourceFiles, options: Options) -> Plan:
-    spec = clip_params.openclip_spec(
-        source.tensors, source.open_clip_config, **dataclasses.asdict(options)
-    )
-    prefix = clip_params.text_prefix(source.tensors)
-    rows = clip_params.openai_rows(spec, prefix)
-    return _clip_plan(spec, rows, source, clip_params.OPENAI_IGNORE)
-
-
-def _plan_huggingface(source: SourceFiles, options: Options) -> Plan:
-    options.refuse('huggingface', 'config.json says it')
-    spec = clip_params.huggingface_spec(source.tensors, source.config)
-    rows = clip_params.huggingface_rows(spec)
-    return _clip_plan(spec, rows, source, clip_params.HUGGINGFACE_IGNORE)
-
-
-def _plan_dist(source: SourceFiles, options: Options) -> Plan:
-    options.refuse('dist', 'a DiST network has neither')
-    tensors = dist_params.rename(source.tensors)
-    hparams = dist_params.infer_hparams(tensors)
-    return Plan(
-        family='dist',
-        name=f'dist_{hparams["num_frames"] // hparams["alpha"]}+{hparams["num_frames"]}f',
-        spec=hparams,
-        tensors=tensors,
-        rows=dist_params.dist_rows(hparams),
-        abstract=dist_params.abstract_params(hparams),
-        ignore=tuple(dist_params.frozen_names(tensors)),
-    )
-
-
-def _plan_evl(source: SourceFiles, options: Options) -> Plan:
-    options.refuse(
-        'evl', 'an EVL decoder has no activation to choose; set model.num_heads to train'
-    )
-    hparams = evl_params.infer_hparams(source.tensors)
-    frames = '' if hparams['num_frames'] is None else f'_{hparams["num_frames"]}f'
-    return Plan(
-        family='evl',
-        name=f'evl{frames}_dec{hparams["depth"]}x{hparams["qkv_dim"]}',
-        spec=hparams,
-        tensors=source.tensors,
-        rows=evl_params.evl_rows(hparams),
-        abstract=evl_params.abstract_params(hparams),
-    )
-
-
-# Asked in this order; a DiST file also holds the tensors of a CLIP.
-KINDS: dict[str, Kind] = {
-    'dist': Kind(lambda source: dist_params.is_dist_naming(source.tensors), _plan_dist),
-    'evl': Kind(lambda source: evl_params.is_evl_naming(source.tensors), _plan_evl),
-    'huggingface': Kind(
-        lambda source: clip_params.is_huggingface_naming(source.tensors), _plan_huggingface
-    ),
-    'openai': Kind(
-        lambda source: source.is_torchscript and clip_params.is_openai_naming(source.tensors),
-        _plan_openai,
-    ),
-    'openclip': Kind(lambda source: clip_params.is_openai_naming(source.tensors), _plan_openclip),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """How a family goes back under its authors' names.
-
-    Attributes:
-      rows: sizes -> table.
-      run_sizes: the `model` fields and the backbone's spec of a run -> sizes.
-      prefix: of the names in the released files.
-      head: the one that their names have a place for.
-    """
-
-    rows: Callable[[Any], list[Row]]
-    run_sizes: Callable[[Any, Any], dict[str, Any]]
-    prefix: str
-    head: str
-
-
-EXPORTS: dict[str, Export] = {
-    'dist': Export(
-        dist_params.dist_rows, dist_params.run_hparams, dist_params.RELEASE_PREFIX, 'text'
-    ),
-    'evl': Export(evl_params.evl_rows, evl_params.run_hparams, evl_params.RELEASE_PREFIX, 'linear'),
-}
+# What `--kind` says -> naming, in the order in which they are asked.
+KINDS = {naming.kind: naming for naming in NAMINGS}
 
 
 def convert(
@@ -236,7 +82,7 @@ def convert(
             dest,
             params,
             {
-                'family': plan.family,
+                'family': KINDS[kind].family,
                 'kind': kind,
                 'name': name or plan.name,
                 'spec': plan.spec,
@@ -275,11 +121,12 @@ def read_params(
     Raises:
       ValueError: naming the file, if it is incomplete or of no such kind, or options are missing.
     """
+    naming = KINDS[kind]
     try:
-        plan = KINDS[kind].plan(source, options)
+        plan = naming.plan(source, options)
     except ValueError as error:
         raise ValueError(f'{source.path}: {error}') from error
-    context = f'{source.path} does not fit a {plan.family} model of this geometry: {plan.spec}'
+    context = f'{source.path} does not fit a {naming.family} model of this geometry: {plan.spec}'
     with _progress(console, len(plan.rows)) as advance:
         params = import_tree(
             plan.tensors,
@@ -294,9 +141,9 @@ def read_params(
 
 def detect(source: SourceFiles) -> str:
     """The key of `KINDS` whose names the tensors have; raises ValueError if none."""
-    for name, kind in KINDS.items():
-        if kind.matches(source):
-            return name
+    for kind, naming in KINDS.items():
+        if naming.matches(source):
+            return kind
     names = sorted(source.tensors)
     shown = ', '.join(names[:6]) + (', …' if len(names) > 6 else '')
     raise ValueError(
@@ -429,11 +276,12 @@ def export(
 
 
 def _way_back(source: str | os.PathLike[str], family: str) -> Export:
-    if family not in EXPORTS:
+    ways = {naming.family: naming.export for naming in KINDS.values() if naming.export}
+    if family not in ways:
         raise ValueError(
-            f'{source} is of family {family!r}; only {", ".join(EXPORTS)} checkpoints are exported'
+            f'{source} is of family {family!r}; only {", ".join(ways)} checkpoints are exported'
         )
-    return EXPORTS[family]
+    return ways[family]
 
 
 def run(args: argparse.Namespace) -> int:

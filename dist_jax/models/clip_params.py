@@ -14,9 +14,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dist_jax.models.clip import ClipSpec
+from dist_jax.models.clip import SPECS, ClipSpec, abstract_params
 from dist_jax.models.foreign import shown
+from dist_jax.models.naming import Naming, Options, Plan
 from dist_jax.models.params import ALL, Row, hidden_ratio, numbered, tensor_shape
+from dist_jax.models.source_files import SourceFiles
 
 # Buffers that carry no weights; OpenAI files keep the first three, other exports the rest.
 OPENAI_IGNORE = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask')
@@ -494,3 +496,63 @@ def spec_name(spec: ClipSpec, specs: Mapping[str, ClipSpec]) -> str:
         if dataclasses.replace(spec, activation=known.activation) == known:
             return name
     return f'clip_w{spec.width}_d{spec.depth}_p{spec.patch_size}_{spec.image_size}'
+
+
+def _plan_openai(source: SourceFiles, options: Options) -> Plan:
+    if options.activation not in (None, 'quick_gelu'):
+        raise ValueError(
+            f'--activation {options.activation}: the OpenAI weights were trained with quick_gelu; '
+            'for other weights under these names pass --kind openclip'
+        )
+    known = dataclasses.asdict(options) | {'activation': 'quick_gelu'}
+    return _plan_openai_names(openai_spec(source.tensors, **known), source)
+
+
+def _plan_openclip(source: SourceFiles, options: Options) -> Plan:
+    known = dataclasses.asdict(options)
+    spec = openclip_spec(source.tensors, source.open_clip_config, **known)
+    return _plan_openai_names(spec, source)
+
+
+def _plan_openai_names(spec: ClipSpec, source: SourceFiles) -> Plan:
+    return _plan(spec, openai_rows(spec, text_prefix(source.tensors)), source, OPENAI_IGNORE)
+
+
+def _plan_huggingface(source: SourceFiles, options: Options) -> Plan:
+    options.refuse('huggingface', 'config.json says it')
+    spec = huggingface_spec(source.tensors, source.config)
+    return _plan(spec, huggingface_rows(spec), source, HUGGINGFACE_IGNORE)
+
+
+def _plan(spec: ClipSpec, rows: list[Row], source: SourceFiles, ignore: tuple[str, ...]) -> Plan:
+    return Plan(
+        name=spec_name(spec, SPECS),
+        spec=dataclasses.asdict(spec),
+        tensors=source.tensors,
+        rows=rows,
+        abstract=abstract_params(spec),
+        ignore=ignore,
+    )
+
+
+# OpenAI's own are told from OpenCLIP's by their container.
+NAMINGS = (
+    Naming(
+        kind='huggingface',
+        family='clip',
+        matches=lambda source: is_huggingface_naming(source.tensors),
+        plan=_plan_huggingface,
+    ),
+    Naming(
+        kind='openai',
+        family='clip',
+        matches=lambda source: source.is_torchscript and is_openai_naming(source.tensors),
+        plan=_plan_openai,
+    ),
+    Naming(
+        kind='openclip',
+        family='clip',
+        matches=lambda source: is_openai_naming(source.tensors),
+        plan=_plan_openclip,
+    ),
+)

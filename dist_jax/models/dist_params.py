@@ -24,7 +24,9 @@ from dist_jax.models.clip_params import (
     norm_rows,
     openai_rows,
 )
+from dist_jax.models.naming import Export, Naming, Options, Plan
 from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, tensor_shape, with_precision
+from dist_jax.models.source_files import SourceFiles
 
 RELEASE_PREFIX = 'backbone.base_encoder.'
 
@@ -274,3 +276,28 @@ def abstract_params(hparams: Mapping[str, Any]) -> Tree:
     }
     variables = jax.eval_shape(net.init, jax.random.key(0), features)
     return with_precision(variables['params'], jnp.float32)
+
+
+def _plan(source: SourceFiles, options: Options) -> Plan:
+    options.refuse('dist', 'a DiST network has neither')
+    tensors = rename(source.tensors)
+    hparams = infer_hparams(tensors)
+    return Plan(
+        name=f'dist_{hparams["num_frames"] // hparams["alpha"]}+{hparams["num_frames"]}f',
+        spec=hparams,
+        tensors=tensors,
+        rows=dist_rows(hparams),
+        abstract=abstract_params(hparams),
+        ignore=tuple(frozen_names(tensors)),
+    )
+
+
+NAMINGS = (
+    Naming(
+        kind='dist',
+        family='dist',
+        matches=lambda source: is_dist_naming(source.tensors),
+        plan=_plan,
+        export=Export(dist_rows, run_hparams, prefix=RELEASE_PREFIX, head='text'),
+    ),
+)

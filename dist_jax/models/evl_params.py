@@ -16,7 +16,9 @@ import jax.numpy as jnp
 
 from dist_jax.models import clip, evl
 from dist_jax.models.clip_params import linear_rows, norm_rows
+from dist_jax.models.naming import Export, Naming, Options, Plan
 from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, tensor_shape, with_precision
+from dist_jax.models.source_files import SourceFiles
 
 RELEASE_PREFIX = 'module.'
 
@@ -150,3 +152,29 @@ def abstract_params(hparams: Mapping[str, Any]) -> Tree:
     }
     variables = jax.eval_shape(net.init, jax.random.key(0), features)
     return with_precision(variables['params'], jnp.float32)
+
+
+def _plan(source: SourceFiles, options: Options) -> Plan:
+    options.refuse(
+        'evl', 'an EVL decoder has no activation to choose; set model.num_heads to train'
+    )
+    hparams = infer_hparams(source.tensors)
+    frames = '' if hparams['num_frames'] is None else f'_{hparams["num_frames"]}f'
+    return Plan(
+        name=f'evl{frames}_dec{hparams["depth"]}x{hparams["qkv_dim"]}',
+        spec=hparams,
+        tensors=source.tensors,
+        rows=evl_rows(hparams),
+        abstract=abstract_params(hparams),
+    )
+
+
+NAMINGS = (
+    Naming(
+        kind='evl',
+        family='evl',
+        matches=lambda source: is_evl_naming(source.tensors),
+        plan=_plan,
+        export=Export(evl_rows, run_hparams, prefix=RELEASE_PREFIX, head='linear'),
+    ),
+)

@@ -38,10 +38,11 @@ CONFIGS = ('config.json', 'open_clip_config.json')
 def read(path: Path) -> None:
     """Opens a checkpoint as `dist_jax convert` does, up to the tree that it would write."""
     from dist_jax import convert
+    from dist_jax.models.naming import Options
     from dist_jax.models.source_files import open_source
 
     source = open_source(path)
-    convert.read_params(source, convert.detect(source), convert.Options())
+    convert.read_params(source, convert.detect(source), Options())
 
 
 def prepare(folder: Path, golden: Path) -> list[Input]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dist_jax import convert
 from dist_jax.models import clip, clip_params, converted
+from dist_jax.models.naming import Options
 from tools.parity.golden import Golden
 
 # Of config.container -> kind of the converter.
@@ -51,7 +52,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
         }
     with tempfile.TemporaryDirectory() as temporary:
         dest = Path(temporary) / 'converted'
-        metadata = convert.convert(container, dest, kind=kind, options=convert.Options(**flags))
+        metadata = convert.convert(container, dest, kind=kind, options=Options(**flags))
         params = converted.load_params(dest)
     spec = clip_params.spec_from_metadata(metadata)
     for field, value in metadata['spec'].items():

@@ -1,0 +1,88 @@
+"""What a naming is: the names under which some project stores a network, and how to convert them.
+
+A family's `*_params.py` brings its namings as values; `dist_jax.models.NAMINGS` lists them, and
+`dist_jax convert` asks them. Nothing else knows a foreign name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dist_jax.models.params import Row, Tree
+from dist_jax.models.source_files import SourceFiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says beyond the file; None where it says nothing."""
+
+    activation: str | None = None
+    num_heads: int | None = None
+    text_num_heads: int | None = None
+
+    def refuse(self, kind: str, reason: str) -> None:
+        """Flags that `kind` does not take are an error, not ignored."""
+        given = [f'--{name}' for name, value in dataclasses.asdict(self).items() if value]
+        if given:
+            raise ValueError(f'{", ".join(given)} cannot be set for {kind}: {reason}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a naming says of one file: everything that a conversion needs besides it.
+
+    Attributes:
+      name: of the network in the metadata, where the user gives none.
+      spec: JSON values; the geometry.
+      tensors: of the file, under the names that `rows` read.
+      rows: the table.
+      abstract: what the table fills, as it is stored: parameters at the top.
+      ignore: names of tensors that may stay unused; `fnmatch` patterns.
+    """
+
+    name: str
+    spec: dict[str, Any]
+    tensors: Mapping[str, np.ndarray]
+    rows: list[Row]
+    abstract: Tree
+    ignore: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """How a family goes back under these names.
+
+    Attributes:
+      rows: sizes, of `Plan.spec` or `run_sizes` -> table.
+      run_sizes: the `model` fields and the backbone's spec of a run -> sizes.
+      prefix: of the names in the released files.
+      head: the one that their names have a place for.
+    """
+
+    rows: Callable[[Mapping[str, Any]], list[Row]]
+    run_sizes: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    prefix: str
+    head: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """One naming of one family.
+
+    Attributes:
+      kind: what `--kind` calls it.
+      family: of the networks that are stored so.
+      matches: whether an opened checkpoint has these names.
+      plan: raises ValueError, if it is incomplete or options are missing.
+      export: the way back; None where there is none.
+    """
+
+    kind: str
+    family: str
+    matches: Callable[[SourceFiles], bool]
+    plan: Callable[[SourceFiles, Options], Plan]
+    export: Export | None = None
