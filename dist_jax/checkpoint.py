@@ -48,6 +48,7 @@ log = logging.getLogger('dist_jax')
 FORMAT_VERSION = 2  # since 2 with digests and a score of its own
 FOLDER = CHECKPOINTS
 SCORE = 'score'
+COLLECTIONS = 'extra'  # field of the state: what a network has beside parameters
 BEST = 'best'  # in place of a step
 MOST_NAMED = 20  # arrays in a message
 
@@ -389,18 +390,17 @@ def read_variables(folder: epath.Path, abstract: Tree, verify: bool = True) -> T
       ValueError: other arrays than these, or damaged ones.
       ending.AgainError: it cannot be read now.
     """
-    name = _trained_name(folder)
-    extra = dict(abstract)
-    wanted = {name: extra.pop('params')}
-    if extra:
-        wanted['extra'] = extra
-    found = _read_part(folder, wanted, verify)
-    return {'params': found[name], **found.get('extra', {})}
+    return _read_variables(folder, abstract, verify)
 
 
-def _read_part(
-    folder: epath.Path, wanted: Tree, verify: bool = True, as_numpy: bool = False
+def _read_variables(
+    folder: epath.Path, abstract: Tree, verify: bool = True, as_numpy: bool = False
 ) -> Tree:
+    name = _trained_name(folder)
+    collections = dict(abstract)
+    wanted = {name: collections.pop('params')}
+    if collections:
+        wanted[COLLECTIONS] = collections
     stored = read_metadata(folder).get(digests.DIGESTS)
     if stored is None:
         log.info('%s has no digests, so damage would not show: an earlier version wrote it', folder)
@@ -408,7 +408,8 @@ def _read_part(
         names = digests.tree_paths(wanted)
         known = stored_leaves(folder / 'state', stored)
         check_same(folder, {name: known[name] for name in names if name in known}, names)
-    return read_tree(folder / 'state', wanted, stored if verify else None, as_numpy=as_numpy)
+    found = read_tree(folder / 'state', wanted, stored if verify else None, as_numpy=as_numpy)
+    return {'params': found[name], **found.get(COLLECTIONS, {})}
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
@@ -416,16 +417,16 @@ def is_run(path: str | os.PathLike[str]) -> bool:
     return _folder(path).exists()
 
 
-def stored_shapes(folder: epath.Path) -> Tree:
-    """Trainable parameters of one step as `jax.ShapeDtypeStruct` leaves; nothing is read."""
+def stored_variables(folder: epath.Path) -> Tree:
+    """What `read_variables` takes of one step: `jax.ShapeDtypeStruct` leaves; nothing is read."""
     stored = read_metadata(folder).get(digests.DIGESTS)
-    return unflatten(stored_leaves(folder / 'state', stored))[_trained_name(folder)]
+    state = unflatten(stored_leaves(folder / 'state', stored))
+    return {'params': state[_trained_name(folder)], **state.get(COLLECTIONS, {})}
 
 
-def read_host_params(folder: epath.Path) -> Tree:
-    """Trainable parameters of one step in host memory: their average if the run kept one."""
-    name = _trained_name(folder)
-    return _read_part(folder, {name: stored_shapes(folder)}, as_numpy=True)[name]
+def read_host_variables(folder: epath.Path) -> Tree:
+    """All that evaluation of one step applies, in host memory: see `read_variables`."""
+    return _read_variables(folder, stored_variables(folder), as_numpy=True)
 
 
 def _check_same_state(

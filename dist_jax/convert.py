@@ -17,7 +17,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dist_jax.checkpoint import find_checkpoint, is_run, read_host_params, read_metadata
+from dist_jax.checkpoint import find_checkpoint, is_run, read_host_variables, read_metadata
 from dist_jax.convert_arguments import PRECISIONS
 from dist_jax.models import NAMINGS, converted
 from dist_jax.models.naming import Export, Options, Plan
@@ -55,7 +55,7 @@ def convert(
       dest: directory to make.
       kind: a key of `KINDS`, or 'auto'.
       options: what the file does not say.
-      precision: dtype of the floating leaves; norm parameters and logit_scale stay float32.
+      precision: dtype of the floating parameters; those of norms and logit_scale stay float32.
       name: name in the metadata; None for the published size, where it is one.
       overwrite: replace a converted checkpoint at `dest`.
       console: where progress and summary go; None for silence.
@@ -91,6 +91,7 @@ def convert(
                 'precision': precision,
                 'ignored': sorted(plan.tensors.keys() - used),
                 'non_finite': non_finite(params, plan.rows),
+                **({converted.COLLECTIONS: list(plan.collections)} if plan.collections else {}),
             },
             overwrite=overwrite,
         )
@@ -106,7 +107,7 @@ def read_params(
     precision: str = 'float32',
     console: Console | None = None,
 ) -> tuple[Plan, Tree]:
-    """The parameters in an opened checkpoint.
+    """The network in an opened checkpoint.
 
     Args:
       source: of `open_source`.
@@ -116,7 +117,7 @@ def read_params(
       console: where progress goes; None for silence.
 
     Returns:
-      What the file is, and the tree of numpy arrays.
+      What the file is, and the tree of numpy arrays, as it is stored.
 
     Raises:
       ValueError: naming the file, if it is incomplete or of no such kind, or options are missing.
@@ -131,7 +132,7 @@ def read_params(
         params = import_tree(
             plan.tensors,
             plan.rows,
-            with_precision(plan.abstract, precision),
+            with_precision(plan.abstract, precision, keep=plan.collections),
             plan.ignore,
             on_tensor=lambda _: advance(),
             context=context,
@@ -262,13 +263,14 @@ def export(
                 f'{model["family"]} checkpoints have a place for head={way.head} only: the export '
                 f'needs head={way.head}'
             )
-        sizes = way.run_sizes(model, metadata['backbone']['spec'])
-        params = read_host_params(folder)
+        backbone = metadata['backbone']
+        sizes = way.run_sizes(model, backbone and backbone['spec'])
+        tree = converted.stored_tree(read_host_variables(folder))
     else:
         metadata = converted.load_metadata(source)
         way, sizes = _way_back(source, metadata['family']), metadata['spec']
-        params = converted.load_params(source, as_numpy=True)
-    tensors = export_file(params, way.rows(sizes), way.prefix, dest, overwrite=overwrite)
+        tree = converted.load_params(source, as_numpy=True)
+    tensors = export_file(tree, way.rows(sizes), way.prefix, dest, overwrite=overwrite)
     if console:
         size = os.path.getsize(dest) / 1e6
         console.print(f'{len(tensors)} tensors, {size:,.1f} MB written to {os.fspath(dest)}')

@@ -45,7 +45,9 @@ def load_trainable(config: ConfigDict, params: Tree, class_names: experiment.Cla
     if config.init_missing not in MISSING:
         raise ValueError(f'init_missing={config.init_missing!r} is not one of {MISSING}')
     folder = checkpoint.find_checkpoint(path) if checkpoint.is_run(path) else None
-    stored = checkpoint.stored_shapes(folder) if folder else converted.stored_shapes(path)
+    stored = (
+        checkpoint.stored_variables(folder)['params'] if folder else converted.stored_shapes(path)
+    )
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )

@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dist_jax import convert, convert_arguments, main
+from dist_jax import checkpoint, convert, convert_arguments, main
 from dist_jax.models import clip, clip_params, converted, digests
-from dist_jax.models.params import flatten, tree_sha256
+from dist_jax.models.naming import Export, Naming, Plan
+from dist_jax.models.params import Row, flatten, tree_sha256
+from dist_jax.step import TrainState
 
 GOLDEN = Path(__file__).parent / 'golden'
 OPENAI = GOLDEN / 'clip' / 'openai' / 'tiny.pt'
@@ -337,3 +340,132 @@ def test_export_says_which_head_it_needs(tmp_path, monkeypatch, family, head, wa
     monkeypatch.setattr(convert, 'read_metadata', lambda _: saved)
     with pytest.raises(ValueError, match=f'the export needs head={wanted}'):
         convert.export('runs/a', tmp_path / 'out.safetensors')
+
+
+# Batch statistics travel as parameters do.
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True, name='bn')(nn.Dense(3, name='fc')(x))
+
+
+def _made_up_rows(sizes):
+    assert sizes == {'width': 5}
+    return [
+        *clip_params.linear_rows('fc', 'fc'),
+        *clip_params.norm_rows('bn', 'bn'),
+        Row('bn.running_mean', 'batch_stats/bn/mean'),
+        Row('bn.running_var', 'batch_stats/bn/var'),
+    ]
+
+
+def _made_up_plan(source, options):
+    spec = {'width': source.tensors['fc.weight'].shape[1]}
+    shapes = jax.eval_shape(Normalised().init, jax.random.key(0), jnp.zeros((1, 5)))
+    return Plan(
+        name='made-up',
+        spec=spec,
+        tensors=source.tensors,
+        rows=_made_up_rows(spec),
+        abstract=converted.stored_tree(shapes),
+        ignore=('*.num_batches_tracked',),
+        collections=('batch_stats',),
+    )
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """Tensors of a network with batch statistics in `tmp_path/in.safetensors`."""
+    naming = Naming(
+        kind='made_up',
+        family='made_up',
+        matches=lambda source: 'bn.running_mean' in source.tensors,
+        plan=_made_up_plan,
+        export=Export(_made_up_rows, lambda model, _: {'width': model['width']}, 'net.', 'linear'),
+    )
+    monkeypatch.setitem(convert.KINDS, 'made_up', naming)
+    rng = np.random.default_rng(0)
+    shapes = {'fc.weight': (3, 5)} | dict.fromkeys(
+        ('fc.bias', 'bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var'), (3,)
+    )
+    tensors = {name: rng.uniform(1, 2, shape).astype('f') for name, shape in shapes.items()}
+    more = {'bn.num_batches_tracked': np.array([7])}
+    save_file(tensors | more, tmp_path / 'in.safetensors')
+    return tensors
+
+
+def _assert_exported(path, tensors):
+    written = load_file(path)
+    assert written.keys() == {f'net.{name}' for name in tensors}
+    for name, value in tensors.items():
+        assert written[f'net.{name}'].tobytes() == value.tobytes()
+
+
+def test_batch_statistics_convert_and_export_bit_equal(made_up, tmp_path):
+    assert _main(tmp_path / 'in.safetensors', tmp_path / 'net') == 0
+    metadata = converted.load_metadata(tmp_path / 'net')
+    assert (metadata['family'], metadata['collections']) == ('made_up', ['batch_stats'])
+    stored = converted.load_params(tmp_path / 'net', as_numpy=True)
+    assert stored.keys() == {'fc', 'bn', 'batch_stats'}
+    variables = converted.variables(stored, metadata)
+    assert variables.keys() == {'params', 'batch_stats'}
+    assert converted.stored_tree(variables) == stored
+    x = np.linspace(0, 1, 5, dtype=np.float32)[None]
+    found = Normalised().apply(variables, x)
+    y = x @ made_up['fc.weight'].T + made_up['fc.bias'] - made_up['bn.running_mean']
+    y = y / np.sqrt(made_up['bn.running_var'] + 1e-5) * made_up['bn.weight'] + made_up['bn.bias']
+    np.testing.assert_allclose(found, y, rtol=1e-5)
+    assert _main('--export', tmp_path / 'net', tmp_path / 'out.safetensors') == 0
+    _assert_exported(tmp_path / 'out.safetensors', made_up)
+
+
+def test_batch_statistics_keep_their_precision(made_up, tmp_path):
+    assert _main(tmp_path / 'in.safetensors', tmp_path / 'net', '--precision', 'bfloat16') == 0
+    dtypes = {
+        path: leaf.dtype
+        for path, leaf in flatten(converted.stored_shapes(tmp_path / 'net')).items()
+    }
+    assert dtypes['fc/kernel'] == 'bfloat16'
+    assert dtypes['bn/scale'] == dtypes['batch_stats/bn/var'] == 'float32'
+    read = flatten(converted.load_params(tmp_path / 'net', dtype=jnp.float16))
+    assert read['fc/kernel'].dtype == 'float16' and read['batch_stats/bn/mean'].dtype == 'float32'
+
+
+@pytest.mark.parametrize('averaged', [False, True])
+def test_batch_statistics_of_a_run_are_exported(made_up, tmp_path, averaged):
+    assert _main(tmp_path / 'in.safetensors', tmp_path / 'net') == 0
+    stored = converted.load_params(tmp_path / 'net', as_numpy=True)
+    statistics = {'batch_stats': stored.pop('batch_stats')}
+    state = TrainState(
+        step=jnp.int32(2),
+        params=jax.tree.map(np.zeros_like, stored) if averaged else stored,
+        opt_state=(),
+        ema=stored if averaged else None,
+        **{checkpoint.COLLECTIONS: statistics},
+    )
+    saved = {
+        'format_version': checkpoint.FORMAT_VERSION,
+        'config': {
+            'model': {'family': 'made_up', 'head': 'linear', 'width': 5},
+            'optimizer': {'ema_decay': 0.9 if averaged else 0.0},
+        },
+        'backbone': None,
+    }
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'run')
+    checkpoints.save(state, saved)
+    checkpoints.close()
+    folder = checkpoint.find_checkpoint(tmp_path / 'run')
+    found = checkpoint.read_host_variables(folder)
+    jax.tree.map(np.testing.assert_array_equal, found, {'params': stored, **statistics})
+    assert _main('--export', tmp_path / 'run', tmp_path / 'out.safetensors') == 0
+    _assert_exported(tmp_path / 'out.safetensors', made_up)
+
+
+def test_a_collection_that_is_not_there_or_hides_parameters_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\['bn'\] name both parameters and collections"):
+        converted.stored_tree({'params': {'bn': {}}, 'bn': {}})
+    metadata = dict.fromkeys(converted.REQUIRED, 'x') | {'collections': ['batch_stats']}
+    with pytest.raises(ValueError, match=r"lacks the collections \['batch_stats'\]"):
+        converted.save_converted(tmp_path / 'net', {'fc': np.zeros(2)}, metadata)

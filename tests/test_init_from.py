@@ -159,7 +159,7 @@ def loaded(config):
 
 
 def stored(run):
-    return checkpoint.read_host_params(checkpoint.find_checkpoint(run))
+    return checkpoint.read_host_variables(checkpoint.find_checkpoint(run))['params']
 
 
 def classifier(params):

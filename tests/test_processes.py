@@ -487,7 +487,7 @@ class Run:
     def params(self):
         """Trained parameters of the newest checkpoint, flat."""
         folder = checkpoint.find_checkpoint(self.workdir)
-        tree = checkpoint.read_host_params(folder)
+        tree = checkpoint.read_host_variables(folder)['params']
         return {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
 
 

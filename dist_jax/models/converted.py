@@ -1,12 +1,13 @@
 """Converted checkpoints on disk: one orbax directory with parameters and what they are.
 
-    PATH/params     the tree, readable in parts and straight into shardings and dtypes
+    PATH/params     the tree, readable in parts and straight into shardings and dtypes: parameters
+                    at the top, and beside them collections under their names
     PATH/metadata   JSON: format_version, family, name, spec, sources, source_sha256, precision,
-                    params_sha256, ignored, and digests of all this, which are checked when it is
-                    read
+                    params_sha256, ignored, collections (their names; absent where there are none),
+                    and digests of all this, which are checked when it is read
 
-`spec` holds the geometry: the fields of `ClipSpec` for family 'clip', the hyper-parameters of
-`dist_params.infer_hparams` for family 'dist'.
+`spec` holds the geometry, as the naming states it that the checkpoint was converted by: see
+`naming.Plan`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from dist_jax.models.params import with_precision as _with_precision
 log = logging.getLogger('dist_jax')
 
 FORMAT_VERSION = 2  # since 2 with digests
+COLLECTIONS = 'collections'
 REQUIRED = ('family', 'name', 'spec', 'sources', 'source_sha256', 'precision', 'ignored')
 
 # Of one piece of an array on disk. A device that needs a part of an array reads whole pieces.
@@ -66,7 +68,7 @@ def save_converted(
 
     Args:
       path: directory to make; local or a bucket URL.
-      params: nested dict of arrays.
+      params: nested dict of arrays; see `stored_tree`.
       metadata: JSON values with at least the keys of `REQUIRED`.
       overwrite: replace a converted checkpoint at `path`; nothing else is ever replaced.
 
@@ -75,12 +77,15 @@ def save_converted(
 
     Raises:
       FileExistsError: `path` exists and is not to be, or must not be, replaced.
-      ValueError: metadata keys are missing.
+      ValueError: metadata keys are missing, or a collection that they name.
     """
     path = absolute_path(path)
     missing = [key for key in REQUIRED if key not in metadata]
     if missing:
         raise ValueError(f'metadata lacks {missing}; needed are {list(REQUIRED)}')
+    missing = [name for name in metadata.get(COLLECTIONS, ()) if name not in params]
+    if missing:
+        raise ValueError(f'the tree lacks the collections {missing} that the metadata names')
     check_destination(path, overwrite=overwrite)
     metadata = digests.seal(
         {
@@ -159,6 +164,32 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
     return metadata
 
 
+def stored_tree(variables: Mapping[str, Any]) -> Tree:
+    """{'params': ..., **collections} as it is stored: parameters at the top, collections beside.
+
+    Raises:
+      ValueError: a collection has the name of a parameter, or of a module with parameters.
+    """
+    collections = dict(variables)
+    params = collections.pop('params')
+    twice = sorted(params.keys() & collections.keys())
+    if twice:
+        raise ValueError(f'{twice} name both parameters and collections, which lie side by side')
+    return {**params, **collections}
+
+
+def variables(tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> Tree:
+    """What a network applies, {'params': ..., **collections}: the inverse of `stored_tree`.
+
+    Args:
+      tree: as stored, all of it; of arrays or shapes.
+      metadata: of the checkpoint.
+    """
+    collections = {name: tree[name] for name in metadata.get(COLLECTIONS, ())}
+    params = {name: part for name, part in tree.items() if name not in collections}
+    return {'params': params, **collections}
+
+
 def stored_shapes(path: PathLike) -> Tree:
     """The stored tree as `jax.ShapeDtypeStruct` leaves, without reading any weights."""
     stored = load_metadata(path).get(digests.DIGESTS)
@@ -202,8 +233,8 @@ def load_params(
         the result: `load_params(path, ['visual'])['visual']`.
       abstract: tree of leaves with `shape`, `dtype` and, where given, `sharding`; it decides
         dtype and placement and is checked against what is stored. It may hold more than `subtree`.
-      dtype: without `abstract`: floating dtype to read into (norms and logit_scale stay float32);
-        None keeps the stored one.
+      dtype: without `abstract`: floating dtype to read into (norms and logit_scale stay float32,
+        collections what they are); None keeps the stored one.
       sharding: placement of leaves that `abstract` does not place; None for the first local
         device, which is right for one process only.
       as_numpy: read into host memory instead of onto devices.
@@ -219,7 +250,8 @@ def load_params(
       ending.AgainError: it cannot be read now.
     """
     folder = absolute_path(path) / 'params'
-    known = load_metadata(path).get(digests.DIGESTS)
+    metadata = load_metadata(path)
+    known = metadata.get(digests.DIGESTS)
     if known is None:
         log.info('%s has no digests, so damage would not show: convert the source again', path)
     stored = stored_leaves(folder, known)
@@ -237,7 +269,8 @@ def load_params(
     else:
         wanted = stored
         if dtype is not None:
-            wanted = flatten(_with_precision(unflatten(stored), dtype))
+            keep = metadata.get(COLLECTIONS, ())
+            wanted = flatten(_with_precision(unflatten(stored), dtype, keep))
 
     default = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 

@@ -40,8 +40,9 @@ class Plan:
       spec: JSON values; the geometry.
       tensors: of the file, under the names that `rows` read.
       rows: the table.
-      abstract: what the table fills, as it is stored: parameters at the top.
+      abstract: what the table fills, as it is stored; see `converted.stored_tree`.
       ignore: names of tensors that may stay unused; `fnmatch` patterns.
+      collections: subtrees at the top of `abstract` that are no parameters, such as 'batch_stats'.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Plan:
     rows: list[Row]
     abstract: Tree
     ignore: tuple[str, ...] = ()
+    collections: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +60,13 @@ class Export:
 
     Attributes:
       rows: sizes, of `Plan.spec` or `run_sizes` -> table.
-      run_sizes: the `model` fields and the backbone's spec of a run -> sizes.
+      run_sizes: the `model` fields and the backbone's spec of a run, None without one -> sizes.
       prefix: of the names in the released files.
       head: the one that their names have a place for.
     """
 
     rows: Callable[[Mapping[str, Any]], list[Row]]
-    run_sizes: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    run_sizes: Callable[[Mapping[str, Any], Mapping[str, Any] | None], dict[str, Any]]
     prefix: str
     head: str
 

@@ -19,7 +19,7 @@ import fnmatch
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +142,20 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) 
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
-def with_precision(abstract: Mapping[str, Any], dtype: Any) -> Tree:
+def with_precision(abstract: Mapping[str, Any], dtype: Any, keep: Collection[str] = ()) -> Tree:
     """Abstract tree with floating leaves in `dtype`.
 
     Norm parameters (siblings of a `scale`) and `logit_scale` stay float32: they are read in
-    float32 and weigh nothing, and bfloat16 would turn a logit scale of 100 into 98.9.
+    float32 and weigh nothing, and bfloat16 would turn a logit scale of 100 into 98.9. Subtrees at
+    the top whose names are in `keep` stay as they are.
     """
 
     def leaf(path: str, value: Any) -> jax.ShapeDtypeStruct:
-        keep = path.split('/')[-1] == 'logit_scale' or path.rpartition('/')[0] in norms
+        if path.split('/')[0] in keep:
+            return value
+        small = path.split('/')[-1] == 'logit_scale' or path.rpartition('/')[0] in norms
         floating = jnp.issubdtype(value.dtype, jnp.floating)
-        kind = value.dtype if not floating else jnp.float32 if keep else dtype
+        kind = value.dtype if not floating else jnp.float32 if small else dtype
         return jax.ShapeDtypeStruct(value.shape, kind)
 
     norms = {p.rpartition('/')[0] for p in flatten(abstract) if p.endswith('/scale')}
