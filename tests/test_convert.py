@@ -423,12 +423,9 @@ def test_batch_statistics_convert_and_export_bit_equal(made_up, tmp_path):
 
 def test_batch_statistics_keep_their_precision(made_up, tmp_path):
     assert _main(tmp_path / 'in.safetensors', tmp_path / 'net', '--precision', 'bfloat16') == 0
-    dtypes = {
-        path: leaf.dtype
-        for path, leaf in flatten(converted.stored_shapes(tmp_path / 'net')).items()
-    }
-    assert dtypes['fc/kernel'] == 'bfloat16'
-    assert dtypes['bn/scale'] == dtypes['batch_stats/bn/var'] == 'float32'
+    stored = flatten(converted.stored_shapes(tmp_path / 'net'))
+    assert stored['fc/kernel'].dtype == 'bfloat16'
+    assert stored['bn/scale'].dtype == stored['batch_stats/bn/var'].dtype == 'float32'
     read = flatten(converted.load_params(tmp_path / 'net', dtype=jnp.float16))
     assert read['fc/kernel'].dtype == 'float16' and read['batch_stats/bn/mean'].dtype == 'float32'
 

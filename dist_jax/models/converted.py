@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from dist_jax import ending
 from dist_jax.models import digests
 from dist_jax.models.digests import DamagedError, Digests
-from dist_jax.models.params import Tree, flatten, map_with_path, tree_sha256, unflatten
+from dist_jax.models.params import Tree, flatten, tree_sha256, unflatten
 from dist_jax.models.params import with_precision as _with_precision
 
 log = logging.getLogger('dist_jax')
@@ -459,8 +459,8 @@ def absolute_path(path: PathLike) -> epath.Path:
 
 def _write(path: epath.Path, params: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     # StandardSave knows no zero-dimensional numpy scalars of ml_dtypes; arrays it does.
-    params = map_with_path(
-        lambda _, leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), params
+    params = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), params
     )
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:

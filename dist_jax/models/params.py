@@ -27,6 +27,7 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 from safetensors.numpy import save_file
 
 Tree = dict[str, Any]
@@ -116,30 +117,14 @@ class Row:
         return einops.rearrange(value, f'{target} -> {source}', **self.sizes)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Nested mapping -> {'a/b/c': leaf}, sorted by path."""
-    flat = {}
-    for key, value in tree.items():
-        path = f'{prefix}/{key}' if prefix else str(key)
-        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
-    return dict(sorted(flat.items()))
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dict -> {'a/b/c': leaf}, sorted by path."""
+    return dict(sorted(flatten_dict(tree, sep='/').items()))
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
     """{'a/b/c': leaf} -> nested dict."""
-    tree: Tree = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split('/')
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Tree:
-    """Applies `function(path, leaf)` to every leaf of a nested mapping."""
-    return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
+    return unflatten_dict(flat, sep='/')
 
 
 def with_precision(abstract: Mapping[str, Any], dtype: Any, keep: Collection[str] = ()) -> Tree:
@@ -150,16 +135,16 @@ def with_precision(abstract: Mapping[str, Any], dtype: Any, keep: Collection[str
     the top whose names are in `keep` stay as they are.
     """
 
-    def leaf(path: str, value: Any) -> jax.ShapeDtypeStruct:
-        if path.split('/')[0] in keep:
+    def leaf(path: tuple[str, ...], value: Any) -> jax.ShapeDtypeStruct:
+        if path[0] in keep:
             return value
-        small = path.split('/')[-1] == 'logit_scale' or path.rpartition('/')[0] in norms
+        small = path[-1] == 'logit_scale' or path[:-1] in norms
         floating = jnp.issubdtype(value.dtype, jnp.floating)
         kind = value.dtype if not floating else jnp.float32 if small else dtype
         return jax.ShapeDtypeStruct(value.shape, kind)
 
-    norms = {p.rpartition('/')[0] for p in flatten(abstract) if p.endswith('/scale')}
-    return map_with_path(leaf, abstract)
+    norms = {path[:-1] for path in flatten_dict(abstract) if path[-1] == 'scale' and path[1:]}
+    return path_aware_map(leaf, abstract)
 
 
 def import_tree(
