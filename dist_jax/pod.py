@@ -251,11 +251,9 @@ def join() -> None:
             'DIST_JAX_JOIN_SECONDS sets the time.',
         )
 
-    # The key-value store of the coordinator has no public name in jax 0.10.
-    from jax._src import distributed
+    from dist_jax import jax_internals
 
-    state = distributed.global_state
-
+    state = jax_internals.distributed_state()
     timer = threading.Timer(patience, give_up)
     timer.daemon = True
     timer.start()

@@ -41,3 +41,14 @@ def test_no_package_imports_one_above_it(package):
         if module.partition('.')[0] in FORBIDDEN[package]
     ]
     assert not wrong, wrong
+
+
+def test_the_inside_of_jax_is_imported_in_one_place():
+    found = {
+        str(path.relative_to(ROOT))
+        for package in OURS
+        for path in (ROOT / package).rglob('*.py')
+        for _, module in imported(path)
+        if f'{module}.'.startswith('jax._src.')
+    }
+    assert found == {'dist_jax/jax_internals.py'}
