@@ -8,8 +8,9 @@ One process a host, all started with the same command:
                           JAX_PROCESS_ID
 
 jax ends the processes that are left when one dies, but late (by default after 100 s), by abort, and
-an error on one host leaves the others in a collective operation until then. So every process tells
-the coordinator every few seconds that it lives and where it is, and process 0 looks at that:
+an error on one host leaves the others in a collective operation until then. So every process sends
+the coordinator a heartbeat every few seconds, which says where it is, and process 0 looks at the
+health of all:
 
     a process is silent for DIST_JAX_LOST_SECONDS (60)   the others name it and exit with 75
     a process ends with an error                         the others repeat it, same exit code
@@ -330,7 +331,7 @@ def _catch_abort(leave: Callable[[], None] | None) -> None:
 
 
 class Member:
-    """One process among several: its signs of life, and what it hears of the others."""
+    """One process among several: its heartbeat, and what it hears of the others."""
 
     def __init__(
         self, client: Any, process_id: int, num_processes: int, lost_after: float, coordinator: str
@@ -351,7 +352,7 @@ class Member:
         self._every = min(max(lost_after / 6, POLL_SECONDS), 10.0)
         self._state: dict[str, Any] = {'doing': 'starting', 'step': -1}
         self._changed = time.monotonic()
-        self._beats = self._exchanges = 0
+        self._heartbeats = self._exchanges = 0
         self._ending = threading.Event()  # the main thread has an error of its own, or is done
         self._verdict: dict[str, Any] | None = None
         self._heard = threading.Event()
@@ -365,11 +366,11 @@ class Member:
         self._agreeing = False
         self._stop_point: int | None = None
         self._others: dict[int, dict[str, Any]] = {}
-        self._judge = _Judge(num_processes, lost_after) if process_id == 0 else None
+        self._health = _Health(num_processes, lost_after) if process_id == 0 else None
         self._last_words: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts the thread of signs of life."""
+        """Starts the thread that sends heartbeats."""
         own = f'process {self.process_id} of {self.num_processes} on {socket.gethostname()}'
         text = (
             f'dist_jax: {own} ended without a word of its own: it was killed, perhaps for memory. '
@@ -391,7 +392,7 @@ class Member:
             self._guard_thread.start()
 
     def note(self, **figures: Any) -> None:
-        """Changes what the next sign of life says."""
+        """Changes what the next heartbeat says."""
         if figures.get('step', self._state['step']) != self._state['step']:
             self._changed = time.monotonic()
         self._state = self._state | figures
@@ -443,8 +444,8 @@ class Member:
         # A file system may say that its own peer reset the connection.
         again = isinstance(error, ending.AgainError)
         found = not again and LOST_PEER.search(str(error)) is not None
-        if found and self._judge is not None:
-            self._judge.suspect()
+        if found and self._health is not None:
+            self._health.suspect()
         return found
 
     def fail(self, code: int, error: BaseException, message: str) -> None:
@@ -470,8 +471,8 @@ class Member:
         """
         self.note(done=True)
         with contextlib.suppress(Exception):
-            self._beat()
-        while self._judge is not None and not self._all_done():
+            self._send_heartbeat()
+        while self._health is not None and not self._all_done():
             time.sleep(POLL_SECONDS / 5)
         self._ending.set()
         # A thread inside a call of jax would abort the process when the interpreter ends.
@@ -481,7 +482,7 @@ class Member:
 
     def _all_done(self) -> bool:
         try:
-            rows = self.client.key_value_dir_get(f'{KEY}/alive/')
+            rows = self.client.key_value_dir_get(f'{KEY}/heartbeat/')
         except Exception:
             return True
         done = [key for key, row in rows if json.loads(row).get('done')]
@@ -543,15 +544,15 @@ class Member:
                     f'{AGAIN}). {CONTINUE}',
                 )
 
-    def _beat(self) -> None:
-        self._beats += 1
+    def _send_heartbeat(self) -> None:
+        self._heartbeats += 1
         state = self._state | {
-            'beat': self._beats,
+            'heartbeat': self._heartbeats,
             'host': socket.gethostname(),
             'since': round(time.monotonic() - self._changed, 1),
         }
         self.client.key_value_set(
-            f'{KEY}/alive/{self.process_id}', json.dumps(state), allow_overwrite=True
+            f'{KEY}/heartbeat/{self.process_id}', json.dumps(state), allow_overwrite=True
         )
 
     def _tell(self, verdict: dict[str, Any]) -> None:
@@ -586,15 +587,15 @@ class Member:
                 self._points.notify_all()
 
     def _watch(self) -> None:
-        last_beat = 0.0
+        last_heartbeat = 0.0
         while not self._stop.wait(POLL_SECONDS / 5 if self._agreeing else POLL_SECONDS):
             try:
                 now = time.monotonic()
-                if now - last_beat >= self._every:
-                    last_beat = now
-                    self._beat()
-                    if self._judge is not None:
-                        self._look()
+                if now - last_heartbeat >= self._every:
+                    last_heartbeat = now
+                    self._send_heartbeat()
+                    if self._health is not None:
+                        self._check_health()
                 verdict = self._hear()
                 self._answered = time.monotonic()
             except Exception:  # the coordinator is gone: jax or the guard ends this process
@@ -613,20 +614,20 @@ class Member:
                         )
                 return
 
-    def _look(self) -> None:
-        rows = self.client.key_value_dir_get(f'{KEY}/alive/')
+    def _check_health(self) -> None:
+        rows = self.client.key_value_dir_get(f'{KEY}/heartbeat/')
         self._others = {int(key.rpartition('/')[2]): json.loads(row) for key, row in rows}
-        lost = self._judge.lost(self._others, time.monotonic())
+        lost = self._health.lost(self._others, time.monotonic())
         if lost is not None:
             self._tell(lost)
         elif not self._ending.is_set():
-            text = self._judge.stalled(self._others)
+            text = self._health.stalled(self._others)
             if text:
                 log.warning('%s', text)
 
 
-class _Judge:
-    """Who is lost and who is slow, from the signs of life."""
+class _Health:
+    """Who is lost and who is slow, from the heartbeats; process 0 looks at it."""
 
     def __init__(self, num_processes: int, lost_after: float):
         self._patience = self._lost_after = lost_after
@@ -642,13 +643,13 @@ class _Judge:
     def lost(self, rows: Mapping[int, dict[str, Any]], now: float) -> dict[str, Any] | None:
         """The verdict on a process that is silent for too long."""
         if now - self._asked > self._lost_after / 2:  # this process slept, not the others
-            self._seen = {i: (beat, now) for i, (beat, _) in self._seen.items()}
+            self._seen = {i: (heartbeat, now) for i, (heartbeat, _) in self._seen.items()}
         self._asked = now
         silent = []
-        for i, (beat, since) in self._seen.items():
-            row = rows.get(i, {'beat': 0})
-            if row['beat'] != beat:
-                self._seen[i] = (row['beat'], now)
+        for i, (heartbeat, since) in self._seen.items():
+            row = rows.get(i, {'heartbeat': 0})
+            if row['heartbeat'] != heartbeat:
+                self._seen[i] = (row['heartbeat'], now)
             elif now - since > self._patience and not row.get('done'):
                 silent.append((now - since, i))
         if not silent:
@@ -700,6 +701,6 @@ def _sentence(verdict: Mapping[str, Any], num_processes: int) -> str:
         return f'{who} ended with an error, so this one ends too: {verdict["error"]}'
     step = f', last seen at step {verdict["step"]}' if verdict['step'] >= 0 else ''
     return (
-        f'{who} is lost: no sign of life for {verdict["silent"]} s{step}. This process ends too '
+        f'{who} is lost: no heartbeat for {verdict["silent"]} s{step}. This process ends too '
         f'(exit code {AGAIN}). {CONTINUE}'
     )

@@ -168,7 +168,7 @@ class _Lock:
             elif not waiting and not _beats_here(now):
                 waiting = True
                 log.warning(
-                    '%s: left by %s, or it still trains: waiting up to %.0f s for a sign of life',
+                    '%s: left by %s, or it still trains: waiting up to %.0f s for a heartbeat',
                     self._path,
                     _name(now),
                     STALE_SECONDS,

@@ -151,57 +151,60 @@ def test_a_machine_that_seems_to_have_tpus_and_cannot_join_goes_on_alone(monkeyp
         pod.join()
 
 
-def rows(*beats, **fields):
-    return {i: {'beat': beat, 'host': f'h{i}', 'step': 5} | fields for i, beat in enumerate(beats)}
+def rows(*heartbeats, **fields):
+    return {
+        i: {'heartbeat': number, 'host': f'h{i}', 'step': 5} | fields
+        for i, number in enumerate(heartbeats)
+    }
 
 
 def test_a_silent_process_is_lost_and_one_that_is_done_is_not():
-    judge = pod._Judge(3, 12.0)
-    start = judge._asked
-    assert judge.lost(rows(1, 1, 1), start) is None
+    health = pod._Health(3, 12.0)
+    start = health._asked
+    assert health.lost(rows(1, 1, 1), start) is None
     for second in range(5, 15, 5):
-        assert judge.lost(rows(second, second, 1), start + second) is None
-    verdict = judge.lost(rows(15, 15, 1), start + 15)
+        assert health.lost(rows(second, second, 1), start + second) is None
+    verdict = health.lost(rows(15, 15, 1), start + 15)
     assert (verdict['process'], verdict['host'], verdict['code']) == (2, 'h2', pod.AGAIN)
-    assert 'process 2 of 3 on h2 is lost: no sign of life for 15 s, last seen at step 5' in (
+    assert 'process 2 of 3 on h2 is lost: no heartbeat for 15 s, last seen at step 5' in (
         pod._sentence(verdict, 3)
     )
-    judge = pod._Judge(2, 12.0)
+    health = pod._Health(2, 12.0)
     for second in range(0, 60, 5):
-        assert judge.lost(rows(second, 1, done=True), judge._asked + 5) is None
+        assert health.lost(rows(second, 1, done=True), health._asked + 5) is None
 
 
 def test_a_process_that_never_speaks_is_lost():
-    judge = pod._Judge(2, 6.0)
-    start = judge._asked
-    found = [judge.lost({0: rows(1)[0]}, start + second) for second in range(0, 10, 2)]
+    health = pod._Health(2, 6.0)
+    start = health._asked
+    found = [health.lost({0: rows(1)[0]}, start + second) for second in range(0, 10, 2)]
     assert found[2] is None and found[4]['process'] == 1
 
 
-def test_a_sleep_of_the_judge_is_not_the_silence_of_others():
-    judge = pod._Judge(2, 12.0)
-    start = judge._asked
-    judge.lost(rows(1, 1), start)
-    assert judge.lost(rows(1, 1), start + 100) is None
-    assert judge.lost(rows(1, 2), start + 105) is None
+def test_a_sleep_of_process_zero_is_not_the_silence_of_others():
+    health = pod._Health(2, 12.0)
+    start = health._asked
+    health.lost(rows(1, 1), start)
+    assert health.lost(rows(1, 1), start + 100) is None
+    assert health.lost(rows(1, 2), start + 105) is None
 
 
 def test_a_suspicion_shortens_the_wait():
-    judge = pod._Judge(2, 12.0)
-    start = judge._asked
-    judge.lost(rows(1, 1), start)
-    judge.suspect()
-    assert judge.lost(rows(1, 1), start + 3) is None
-    assert judge.lost(rows(1, 1), start + 5)['process'] == 1
+    health = pod._Health(2, 12.0)
+    start = health._asked
+    health.lost(rows(1, 1), start)
+    health.suspect()
+    assert health.lost(rows(1, 1), start + 3) is None
+    assert health.lost(rows(1, 1), start + 5)['process'] == 1
 
 
 def test_the_process_that_keeps_the_others_waiting_is_named_at_doubling_intervals():
-    judge = pod._Judge(4, 10.0)
+    health = pod._Health(4, 10.0)
 
     def at(seconds):
         table = rows(*range(4), since=seconds, doing='computing')
         table[2] |= {'doing': 'reading', 'step': 4}
-        return judge.stalled(table)
+        return health.stalled(table)
 
     assert at(5) == ''
     line = at(11)
@@ -209,7 +212,7 @@ def test_the_process_that_keeps_the_others_waiting_is_named_at_doubling_interval
     assert line.index('2 (h2)') < line.index('0 (h0)')
     assert at(15) == '' and at(21) and not at(30)
     assert at(1) == '' and at(11)  # it went on, and stalls again
-    assert judge.stalled(rows(1, 1, since=100, doing='evaluating')) == ''
+    assert health.stalled(rows(1, 1, since=100, doing='evaluating')) == ''
 
 
 # Processes.
@@ -352,13 +355,13 @@ def ready(group):
 def test_a_process_that_hangs_is_named_and_the_other_ends(members):
     with members('hang') as group:
         group.until(ready(group))
-        time.sleep(2 * LOST_SECONDS / 6 + 1)  # a sign of life with a step in it
+        time.sleep(2 * LOST_SECONDS / 6 + 1)  # a heartbeat with a step in it
         group.processes[1].send_signal(signal.SIGSTOP)
         start = time.monotonic()
         assert group.processes[0].wait(TIMEOUT_SECONDS) == pod.AGAIN
         assert LOST_SECONDS / 2 < time.monotonic() - start < LOST_SECONDS + 15
         text = group.text(0)
-        assert 'process 1 of 2 on ' in text and 'is lost: no sign of life' in text
+        assert 'process 1 of 2 on ' in text and 'is lost: no heartbeat' in text
         assert 'last seen at step' in text and 'Start the same command again' in text
         assert 'without a word' not in text
 
