@@ -43,7 +43,7 @@ from input_pipeline.escape import Console
 from input_pipeline.list_formats import FORMATS
 from input_pipeline.machine import num_cpus
 from input_pipeline.records import INDEX
-from tools.building import finish, plan, shards, workers
+from tools.building import finish, plan, pool, shards
 from tools.building.plan import Options
 from tools.building.shards import BuildFolder
 from tools.building.videos import VideoFiles
@@ -185,7 +185,7 @@ def _build(folder: BuildFolder, arguments: argparse.Namespace, beam_flags, conso
             dropped += more_dropped
             bar.update(line, advance=more, description=f'{dropped} dropped')
 
-        workers.build_shards(folder.path, left, arguments.workers, arguments.timeout, progress)
+        pool.build_shards(folder.path, left, arguments.workers, arguments.timeout, progress)
 
 
 def _check_complete(folder: BuildFolder) -> None:

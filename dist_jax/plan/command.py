@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint
-from dist_jax.plan import cache, compiling, figures, flops, report, search
+from dist_jax.plan import cache, compiling, figures, flops, search, tables
 from dist_jax.plan.topology import Topology, devices, versions
 from dist_jax.sharding import batch_parts, make_mesh
 from dist_jax.train import write_json
@@ -65,16 +65,16 @@ def run(
     planner = Planner(topology, options.cache)
     plans = [planner.plan(request, options) for request in requests]
     if len(plans) == 1:
-        report.print_plan(plans[0])
+        tables.print_plan(plans[0])
     else:
-        report.print_comparison(plans)
+        tables.print_comparison(plans)
     if json_file:
         written = plans[0] if len(plans) == 1 else planner.context() | {'plans': plans}
         Path(json_file).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(json_file), written)
     if picture:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
-        report.draw(plans, picture)
+        tables.draw(plans, picture)
     return 0
 
 
