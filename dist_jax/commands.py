@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from configs import base
 from dist_jax import checkpoint, experiment, init_from, report, step
 from dist_jax.evaluate import EvalResult, evaluate_config
+from dist_jax.json_file import write_json
 from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.sharding import check_batch_size, make_mesh
-from dist_jax.train import write_json
 
 
 @dataclasses.dataclass(frozen=True)

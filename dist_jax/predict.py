@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from dist_jax import attention_map, commands, contact_sheet, drawing, experiment, metrics, step
+from dist_jax.json_file import write_json
 from dist_jax.logbook import Bar
 from dist_jax.sharding import batch_parts, batched, make_mesh
-from dist_jax.train import write_json
 from input_pipeline.decode import DecodeError
 from input_pipeline.escape import Console, file_name, styled, terminal
 from input_pipeline.label_maps import read_label_map

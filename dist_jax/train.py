@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from ml_collections import ConfigDict
 
 from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, report, step
 from dist_jax.evaluate import BadVideosError, EvalResult, evaluate_config
+from dist_jax.json_file import write_json
 from dist_jax.logbook import VALIDATION, Bar, Logbook, duration
 from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.mixup import Mixing
@@ -346,22 +346,6 @@ def start_from(
     params = init_from.load_trainable(config, state.params, class_names)
     ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
     return state.replace(params=params, ema=ema)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a JSON file, local or in a bucket, that appears whole or not at all.
-
-    Raises:
-      ValueError: a number is NaN or infinite, for which JSON has no word.
-    """
-    path = epath.Path(path)
-    data = (json.dumps(value, indent=1, allow_nan=False) + '\n').encode()
-    if '://' in os.fspath(path):  # an object appears whole
-        path.write_bytes(data)
-        return
-    partial = path.with_name(f'.{path.name}.partial')
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def _finished_seconds(workdir: str) -> float | None:

@@ -16,6 +16,7 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from configs import frame_mean
 from dist_jax import checkpoint, commands, experiment, logbook, report, train
+from dist_jax.json_file import write_json
 from dist_jax.step import TrainState
 from input_pipeline.bad_videos import BadVideoLog
 
@@ -99,7 +100,7 @@ def test_bad_videos_continue_in_the_bucket(bucket):
 
 
 def test_reports_and_json_go_to_the_bucket(bucket):
-    train.write_json(f'{bucket}/summary.json', {'step': 1})
+    write_json(f'{bucket}/summary.json', {'step': 1})
     report.write_report(bucket, {'step': 1}, None, ())
     assert json.loads((epath.Path(bucket) / 'summary.json').read_text()) == {'step': 1}
     assert '</html>' in (epath.Path(bucket) / 'report.html').read_text()

@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint
+from dist_jax.json_file import write_json
 from dist_jax.plan import cache, compiling, figures, flops, search, tables
 from dist_jax.plan.topology import Topology, devices, versions
 from dist_jax.sharding import batch_parts, make_mesh
-from dist_jax.train import write_json
 
 log = logging.getLogger('dist_jax')
 
