@@ -15,8 +15,8 @@ from configs import base
 from dist_jax import checkpoint, experiment, init_from, report, step
 from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.json_file import write_json
-from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree, VideoModel
+from dist_jax.progress import Bar
 from dist_jax.sharding import check_batch_size, make_mesh
 
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dist_jax import ending, experiment, metrics
-from dist_jax.logbook import Bar
 from dist_jax.models.api import Tree
+from dist_jax.progress import Bar
 from dist_jax.sharding import feed, to_global
 from input_pipeline import bad_videos, pipeline
 from input_pipeline.video_list import LabelledSource

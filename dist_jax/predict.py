@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dist_jax import attention_map, commands, contact_sheet, drawing, experiment, metrics, step
 from dist_jax.json_file import write_json
-from dist_jax.logbook import Bar
+from dist_jax.progress import Bar
 from dist_jax.sharding import batch_parts, batched, make_mesh
 from input_pipeline.decode import DecodeError
 from input_pipeline.escape import Console, file_name, styled, terminal

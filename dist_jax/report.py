@@ -24,8 +24,9 @@ from rich.table import Table
 from configs.base import flat
 from dist_jax.drawing import DARK, LIGHT, cut, theme
 from dist_jax.evaluate import EvalResult
-from dist_jax.logbook import METRICS_FILE, duration, read_metrics
+from dist_jax.metric_writer import METRICS_FILE, read_metrics
 from dist_jax.metrics import worst_confusions
+from dist_jax.progress import duration
 from input_pipeline import escape
 from input_pipeline.escape import Console, styled
 

@@ -28,12 +28,13 @@ from ml_collections import ConfigDict
 from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, report, step
 from dist_jax.evaluate import BadVideosError, EvalResult, evaluate_config
 from dist_jax.json_file import write_json
-from dist_jax.logbook import VALIDATION, Bar, Logbook, duration
+from dist_jax.metric_writer import VALIDATION, MetricWriter
 from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.mixup import Mixing
 from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.models.params import tree_sha256
+from dist_jax.progress import Bar, duration
 from dist_jax.sharding import (
     feed,
     make_mesh,
@@ -259,10 +260,10 @@ def _train(
     def seconds() -> float:
         return round(before + time.monotonic() - started, 2)
 
-    logbook = Logbook(
+    writer = MetricWriter(
         workdir, start, config.log.tensorboard, evaluated=checkpoints.has_score(start)
     )
-    _write_overview(workdir, logbook, config, state, frozen)
+    _write_overview(workdir, writer, config, state, frozen)
     run = _Loop(
         config=config,
         workdir=workdir,
@@ -278,7 +279,7 @@ def _train(
         ),
         checkpoints=checkpoints,
         metadata=metadata,
-        logbook=logbook,
+        writer=writer,
         seconds=seconds,
     )
     try:
@@ -288,7 +289,7 @@ def _train(
         raise
     finally:
         checkpoints.close()
-        logbook.close()
+        writer.close()
     best_step, best_top1 = checkpoints.best() or (None, None)
     summary = {
         'step': int(state.step),
@@ -358,7 +359,7 @@ def _finished_seconds(workdir: str) -> float | None:
 
 
 def _write_overview(
-    workdir: str, logbook: Logbook, config: ConfigDict, state: step.TrainState, frozen: Tree
+    workdir: str, writer: MetricWriter, config: ConfigDict, state: step.TrainState, frozen: Tree
 ) -> None:
     if jax.process_index() != 0:
         return
@@ -367,7 +368,7 @@ def _write_overview(
     frozen_size = sum(x.size for x in jax.tree.leaves(frozen))
     overview += f'\nfrozen, beside these: {frozen_size:,}\n'
     (epath.Path(workdir) / 'parameters.txt').write_bytes(overview.encode())
-    logbook.write_texts(int(state.step), {'config': str(config), 'parameters': overview})
+    writer.write_texts(int(state.step), {'config': str(config), 'parameters': overview})
 
 
 class _StopSignal:
@@ -410,7 +411,7 @@ class _Loop:
     eval_step: Any
     checkpoints: checkpoint.Checkpoints
     metadata: dict[str, Any]
-    logbook: Logbook
+    writer: MetricWriter
     seconds: Callable[[], float]  # of the run so far, over all starts
     num_bad_videos: int = 0
     val_error: str = ''  # why the last evaluation gave no accuracy
@@ -478,7 +479,7 @@ class _Loop:
                         scalars = self._settle(pending, 0) | meter.read()
                         scalars['epoch'] = done / plan.steps_per_epoch
                         pod.note(data_wait_seconds=scalars['data_wait_seconds'])
-                        self.logbook.write_scalars(done, scalars)
+                        self.writer.write_scalars(done, scalars)
                         bar.update(done, f'{scalars["clips_per_second"]:.1f} clips/s')
                         bar.line(_line(scalars, plan.total_steps - done))
                     if last or _due(done, config.log.every_steps or COUNTED_EVERY):
@@ -489,7 +490,7 @@ class _Loop:
                     if evaluating or due or stopped or last:
                         self._settle(pending, 0)  # nothing that is not a number is saved
                         pod.note(doing='saving')
-                        self.logbook.flush()
+                        self.writer.flush()
                         self.checkpoints.save(state, self.metadata | {'seconds': self.seconds()})
                     if evaluating and not stopped:  # after the save: nothing is lost if it fails
                         try:
@@ -519,8 +520,8 @@ class _Loop:
         with meter.pause():
             result = self._evaluate(state, stop)
         # The score comes last: without it all of this is done again.
-        self.logbook.write_scalars(done, _eval_figures(result))
-        self.logbook.flush()
+        self.writer.write_scalars(done, _eval_figures(result))
+        self.writer.flush()
         if result is not None:
             self.checkpoints.add_score(done, {'top1': result.top1})
         bar.line(_eval_line(result))

@@ -15,7 +15,7 @@ from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 
 from configs import frame_mean
-from dist_jax import checkpoint, commands, experiment, logbook, report, train
+from dist_jax import checkpoint, commands, experiment, metric_writer, report, train
 from dist_jax.json_file import write_json
 from dist_jax.step import TrainState
 from input_pipeline.bad_videos import BadVideoLog
@@ -33,42 +33,42 @@ def names(url):
 
 
 def rows(url):
-    return logbook.read_metrics(epath.Path(url) / logbook.METRICS_FILE)
+    return metric_writer.read_metrics(epath.Path(url) / metric_writer.METRICS_FILE)
 
 
-def test_a_logbook_is_copied_when_asked_when_it_is_time_and_at_the_end(bucket, monkeypatch):
-    book = logbook.Logbook(bucket, 0)
-    book.write_scalars(1, {'loss': 0.5})
+def test_a_metric_writer_is_copied_when_asked_when_it_is_time_and_at_the_end(bucket, monkeypatch):
+    writer = metric_writer.MetricWriter(bucket, 0)
+    writer.write_scalars(1, {'loss': 0.5})
     assert not names(bucket)
-    book.flush()
+    writer.flush()
     assert rows(bucket) == [{'step': 1, 'loss': 0.5}]
-    monkeypatch.setattr(logbook, 'MIRROR_SECONDS', -1)
-    book.write_scalars(2, {'loss': 0.25})
+    monkeypatch.setattr(metric_writer, 'MIRROR_SECONDS', -1)
+    writer.write_scalars(2, {'loss': 0.25})
     assert len(rows(bucket)) == 2
-    monkeypatch.setattr(logbook, 'MIRROR_SECONDS', 1000)
-    book.write_scalars(3, {'loss': 0.1})
+    monkeypatch.setattr(metric_writer, 'MIRROR_SECONDS', 1000)
+    writer.write_scalars(3, {'loss': 0.1})
     assert len(rows(bucket)) == 2
-    folder = book._mirror.local
-    book.close()
+    folder = writer._mirror.local
+    writer.close()
     assert len(rows(bucket)) == 3 and not folder.exists()
     metrics, events = names(bucket)
     assert metrics.endswith('metrics.jsonl') and 'tensorboard/events' in events
 
 
-def test_a_logbook_continues_from_the_bucket(bucket):
-    book = logbook.Logbook(bucket, 0, tensorboard=False)
+def test_a_metric_writer_continues_from_the_bucket(bucket):
+    writer = metric_writer.MetricWriter(bucket, 0, tensorboard=False)
     for step in (1, 2, 3):
-        book.write_scalars(step, {'loss': step})
-    book.close()
-    book = logbook.Logbook(bucket, 2, tensorboard=False)
-    book.write_scalars(3, {'loss': 7})
-    book.close()
+        writer.write_scalars(step, {'loss': step})
+    writer.close()
+    writer = metric_writer.MetricWriter(bucket, 2, tensorboard=False)
+    writer.write_scalars(3, {'loss': 7})
+    writer.close()
     assert [(row['step'], row['loss']) for row in rows(bucket)] == [(1, 1), (2, 2), (3, 7)]
 
 
 def test_a_copy_that_fails_is_made_up_for(bucket, monkeypatch, caplog):
-    book = logbook.Logbook(bucket, 0, tensorboard=False)
-    book.write_scalars(1, {'loss': 1})
+    writer = metric_writer.MetricWriter(bucket, 0, tensorboard=False)
+    writer.write_scalars(1, {'loss': 1})
     with monkeypatch.context() as patch:
 
         def refuse(*_, **__):
@@ -76,9 +76,9 @@ def test_a_copy_that_fails_is_made_up_for(bucket, monkeypatch, caplog):
 
         patch.setattr(Objects, '_open', refuse)
         with caplog.at_level('WARNING', 'dist_jax'):
-            book.flush()
+            writer.flush()
     assert '503 busy' in caplog.text and not names(bucket)
-    book.close()
+    writer.close()
     assert len(rows(bucket)) == 1
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_jax import experiment, pod
-from dist_jax.logbook import read_metrics
+from dist_jax.metric_writer import read_metrics
 
 TIMEOUT_SECONDS = 240
 NUM_STEPS = 24

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from dist_jax import checkpoint, experiment, pod
-from dist_jax.logbook import read_metrics
+from dist_jax.metric_writer import read_metrics
 from dist_jax.models.params import flatten
 from dist_jax.plan import topology
 from input_pipeline import pipeline

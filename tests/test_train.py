@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import dist
 from dist_jax import checkpoint, experiment, train
-from dist_jax.logbook import read_metrics
+from dist_jax.metric_writer import read_metrics
 from dist_jax.models.params import tree_sha256
 from dist_jax.step import TrainState
 from input_pipeline import pipeline

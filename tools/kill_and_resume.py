@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dist_jax.checkpoint import FOLDER
-from dist_jax.logbook import METRICS_FILE, read_metrics
+from dist_jax.metric_writer import METRICS_FILE, read_metrics
 from input_pipeline.escape import Console
 
 POLL_SECONDS = 0.002

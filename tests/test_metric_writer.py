@@ -1,4 +1,4 @@
-"""What a run writes while it runs: JSON Lines that continue, TensorBoard, a progress bar."""
+"""What a run writes while it runs: JSON Lines that continue, TensorBoard."""
 
 import json
 import math
@@ -7,58 +7,60 @@ import resource
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from dist_jax import logbook
+from dist_jax import metric_writer
 
 
 def written(workdir):
-    return [json.loads(line) for line in (workdir / logbook.METRICS_FILE).read_text().splitlines()]
+    return [
+        json.loads(line) for line in (workdir / metric_writer.METRICS_FILE).read_text().splitlines()
+    ]
 
 
 @pytest.fixture
 def first_session(tmp_path):
     """A workdir whose metrics file has steps 1 to 5, the validation of step 4 among them."""
-    book = logbook.Logbook(tmp_path, 0, tensorboard=False)
+    writer = metric_writer.MetricWriter(tmp_path, 0, tensorboard=False)
     for step in range(1, 6):
-        book.write_scalars(step, {'loss': 1 / step})
+        writer.write_scalars(step, {'loss': 1 / step})
         if step == 4:
-            book.write_scalars(step, {'val_top1': 0.5})
-    book.close()
+            writer.write_scalars(step, {'val_top1': 0.5})
+    writer.close()
     return tmp_path
 
 
 def test_rows_are_there_while_the_run_goes_on(tmp_path):
-    book = logbook.Logbook(tmp_path / 'new' / 'run', 0, tensorboard=False)
-    book.write_scalars(1, {'loss': 2.5, 'clips': 4})
+    writer = metric_writer.MetricWriter(tmp_path / 'new' / 'run', 0, tensorboard=False)
+    writer.write_scalars(1, {'loss': 2.5, 'clips': 4})
     assert written(tmp_path / 'new' / 'run') == [{'step': 1, 'loss': 2.5, 'clips': 4}]
-    book.close()
+    writer.close()
 
 
 def test_a_restored_run_drops_what_it_measures_again(first_session):
     before = written(first_session)
-    book = logbook.Logbook(first_session, 4, tensorboard=False)
+    writer = metric_writer.MetricWriter(first_session, 4, tensorboard=False)
     assert written(first_session) == before[:-1]
-    book.write_scalars(5, {'loss': 0.1})
-    book.close()
+    writer.write_scalars(5, {'loss': 0.1})
+    writer.close()
     assert [row['step'] for row in written(first_session)] == [1, 2, 3, 4, 4, 5]
     assert written(first_session)[-1] == {'step': 5, 'loss': 0.1}
-    assert [path.name for path in first_session.iterdir()] == [logbook.METRICS_FILE]
+    assert [path.name for path in first_session.iterdir()] == [metric_writer.METRICS_FILE]
 
 
 def test_a_run_from_the_start_begins_a_new_file(first_session):
-    logbook.Logbook(first_session, 0, tensorboard=False).close()
+    metric_writer.MetricWriter(first_session, 0, tensorboard=False).close()
     assert written(first_session) == []
 
 
 @pytest.mark.parametrize('tail', ['{"step": 6, "lo', '{"step": 6', '{', '\x00\x00\x00'])
 def test_a_half_written_last_line_is_left_out(first_session, tail):
-    path = first_session / logbook.METRICS_FILE
+    path = first_session / metric_writer.METRICS_FILE
     before = written(first_session)
     with path.open('a') as file:
         file.write(tail)
-    assert logbook.read_metrics(path) == before
-    book = logbook.Logbook(first_session, 5, tensorboard=False)
-    book.write_scalars(6, {'loss': 0.0})
-    book.close()
+    assert metric_writer.read_metrics(path) == before
+    writer = metric_writer.MetricWriter(first_session, 5, tensorboard=False)
+    writer.write_scalars(6, {'loss': 0.0})
+    writer.close()
     assert written(first_session) == [*before, {'step': 6, 'loss': 0.0}]
 
 
@@ -66,38 +68,38 @@ def test_a_half_written_last_line_is_left_out(first_session, tail):
     'damage', ['\x00\x00\x00', 'x', '5', '[]', '{}', '{"step": null}', '[' * 9999]
 )
 def test_a_row_that_is_not_readable_takes_no_other_with_it(first_session, damage):
-    path = first_session / logbook.METRICS_FILE
+    path = first_session / metric_writer.METRICS_FILE
     before = written(first_session)
     lines = path.read_text().splitlines()
     path.write_text('\n'.join([*lines[:2], damage, *lines[2:], '']))
-    assert logbook.read_metrics(path) == before
-    logbook.Logbook(first_session, 5, tensorboard=False).close()
+    assert metric_writer.read_metrics(path) == before
+    metric_writer.MetricWriter(first_session, 5, tensorboard=False).close()
     assert written(first_session) == before
 
 
 def test_an_evaluation_that_does_not_count_is_dropped(first_session):
     before = written(first_session)
-    logbook.Logbook(first_session, 4, tensorboard=False, evaluated=False).close()
+    metric_writer.MetricWriter(first_session, 4, tensorboard=False, evaluated=False).close()
     assert written(first_session) == before[:4]
 
 
 def test_a_disk_that_takes_no_events_is_an_error_and_not_a_wait_for_ever(tmp_path):
-    book = logbook.Logbook(tmp_path, 0)
+    writer = metric_writer.MetricWriter(tmp_path, 0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))
     try:
         with pytest.raises(OSError, match=r'File too large.*tensorboard'):
-            book.write_texts(0, {'config': 'x' * 2**19})
+            writer.write_texts(0, {'config': 'x' * 2**19})
             for step in range(20):
-                book.write_scalars(step, {'loss': 1.0})
+                writer.write_scalars(step, {'loss': 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_what_is_no_number_is_written_as_text(tmp_path):
-    book = logbook.Logbook(tmp_path, 0)
-    book.write_scalars(1, {'loss': math.nan, 'grad_norm': math.inf, 'low': -math.inf, 'lr': 0.1})
-    book.close()
+    writer = metric_writer.MetricWriter(tmp_path, 0)
+    writer.write_scalars(1, {'loss': math.nan, 'grad_norm': math.inf, 'low': -math.inf, 'lr': 0.1})
+    writer.close()
     (row,) = written(tmp_path)
     assert row == {'step': 1, 'loss': 'nan', 'grad_norm': 'inf', 'low': '-inf', 'lr': 0.1}
     assert math.isnan(float(row['loss']))
@@ -116,10 +118,10 @@ def events(folder):
 
 
 def test_tensorboard_has_scalars_and_texts(tmp_path):
-    book = logbook.Logbook(tmp_path, 0)
-    book.write_scalars(3, {'loss': 0.25, 'val_top1': 0.5})
-    book.write_texts(0, {'config': 'seed: 7'})
-    book.close()
+    writer = metric_writer.MetricWriter(tmp_path, 0)
+    writer.write_scalars(3, {'loss': 0.25, 'val_top1': 0.5})
+    writer.write_texts(0, {'config': 'seed: 7'})
+    writer.close()
     found = {
         value.tag: (event.step, value)
         for event in events(tmp_path / 'tensorboard')
@@ -132,43 +134,14 @@ def test_tensorboard_has_scalars_and_texts(tmp_path):
 
 
 def test_tensorboard_of_a_restored_run_hides_later_steps(tmp_path):
-    logbook.Logbook(tmp_path, 0).close()
-    logbook.Logbook(tmp_path, 4).close()
+    metric_writer.MetricWriter(tmp_path, 0).close()
+    metric_writer.MetricWriter(tmp_path, 4).close()
     starts = [e.step for e in events(tmp_path / 'tensorboard') if e.session_log.status == 1]
     assert starts == [5]
 
 
 def test_tensorboard_can_be_left_out(tmp_path):
-    book = logbook.Logbook(tmp_path, 0, tensorboard=False)
-    book.write_texts(0, {'config': 'seed: 7'})
-    book.close()
+    writer = metric_writer.MetricWriter(tmp_path, 0, tensorboard=False)
+    writer.write_texts(0, {'config': 'seed: 7'})
+    writer.close()
     assert not (tmp_path / 'tensorboard').exists()
-
-
-def test_without_a_terminal_the_bar_prints_lines(capsys):
-    with logbook.Bar('train', 10, completed=2) as bar:
-        bar.update(3)
-        bar.line('loss 0.5')
-    assert capsys.readouterr().err == 'train 3/10 loss 0.5\n'
-
-
-def test_without_a_terminal_a_long_silence_is_broken(capsys):
-    with logbook.Bar('evaluate', 40, silence=0.0) as bar:
-        for done in (1, 2, 40):
-            bar.update(done)
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == 'evaluate 1/40 2 %'  # compiled in that time: no word of how long the rest takes
-    assert second.startswith('evaluate 2/40 5 %, ETA ')
-    with logbook.Bar('evaluate', 40, silence=60.0) as bar:
-        bar.update(1)
-    assert not capsys.readouterr().err
-
-
-def test_durations_read_as_on_a_clock():
-    assert [logbook.duration(s) for s in (0, 59.6, 61, 3600, 36061)] == [
-        '0:00',
-        '1:00',
-        '1:01',
-        '1:00:00',
-        '10:01:01',
-    ]

@@ -1,4 +1,4 @@
-"""Where a run writes what it measures: console, JSON Lines, TensorBoard.
+"""Where a run writes what it measures: JSON Lines that continue, TensorBoard.
 
 clu's writers need TensorFlow to be imported (clu 0.0.12, 2026-11); the event files here come from
 tensorboardX, and the method names are clu's. Its SummaryWriter is not used: a thread of it writes,
@@ -13,23 +13,20 @@ import logging
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
 from etils import epath
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from input_pipeline.escape import Console, lines, markdown
+from input_pipeline.escape import markdown
 
 log = logging.getLogger('dist_jax')
 
@@ -38,7 +35,7 @@ VALIDATION = 'val_'  # before the names of the figures of an evaluation
 MIRROR_SECONDS = 30  # between copies to a bucket; a checkpoint copies too
 
 
-class Logbook:
+class MetricWriter:
     """Scalars of one run; continues the files of an earlier session.
 
     Only the first process writes.
@@ -200,83 +197,3 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _is_evaluation(row: Mapping[str, Any]) -> bool:
     return any(name.startswith(VALIDATION) for name in row)
-
-
-class Bar:
-    """A progress bar on a terminal; plain lines where the output is a file.
-
-    There, a line says how far it is whenever nothing else was printed for `silence` seconds.
-    Use as a context manager. Only the first process prints.
-    """
-
-    def __init__(self, title: str, total: int, completed: int = 0, silence: float = 10.0):
-        self._title, self._total, self._done = title, total, completed
-        self._silence = silence
-        self._printed = time.monotonic()
-        self._first: tuple[float, int] | None = None  # when, and how much was done
-        self._quiet = jax.process_index() != 0
-        self._console = Console(stderr=True)
-        self._progress = None
-        if self._console.is_terminal and not self._quiet:
-            self._progress = Progress(
-                TextColumn('[bold]{task.description}'),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn('{task.fields[note]}'),
-                console=self._console,
-                transient=True,
-            )
-
-    def __enter__(self) -> Bar:
-        if self._progress is not None:
-            self._progress.start()
-            self._task = self._progress.add_task(
-                self._title, total=self._total, completed=self._done, note=''
-            )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def update(self, done: int, note: str | None = None) -> None:
-        """Moves the bar; `note` stands beside it."""
-        self._done = done
-        if self._progress is not None:
-            fields = {} if note is None else {'note': note}
-            self._progress.update(self._task, completed=done, **fields)
-            return
-        now = time.monotonic()
-        if self._first is None:  # what came before is compilation, and says nothing of the rest
-            self._first = now, done
-        if now - self._printed >= self._silence and done < self._total:
-            since, had = self._first
-            left = ''
-            if done > had:
-                seconds = (now - since) / (done - had) * (self._total - done)
-                left = f', ETA {duration(seconds)}'
-            self.line(f'{100 * done / self._total:.0f} %{left}')
-
-    def line(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self._printed = time.monotonic()
-        if self._quiet:
-            return
-        if self._progress is not None:
-            self._progress.console.print(text)
-        else:
-            said = lines(f'{self._title} {self._done}/{self._total} {text}')
-            print(said, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{rest:02}' if hours else f'{minutes}:{rest:02}'
