@@ -7,17 +7,18 @@ import os
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
-from dist_jax import checkpoint, experiment, init_from, report, step
+from dist_jax import checkpoint, experiment, init_from, step
 from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.json_file import write_json
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.progress import Bar
+from dist_jax.reports import page
 from dist_jax.sharding import check_batch_size, make_mesh
+from dist_jax.tasks.api import Figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Trained:
       model: its family's model.
       frozen: frozen tree, with text features of `class_names` where the head reads them.
       variables: parameters (their average if there is one) and collections.
-      class_names: of each label column.
+      class_names: of each head.
       step: of the checkpoint, -1 for a converted one.
     """
 
@@ -134,11 +135,11 @@ def load_trained(
 
 def run_evaluation(
     config: ConfigDict, workdir: str, step_number: int | str | None, output: str
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Figures]:
     """Evaluates on `config.data.val_list` and writes `evaluation.json` and `evaluation.html`.
 
     Returns:
-      The figures.
+      What `evaluation.json` holds, and the figures.
     """
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
@@ -152,35 +153,27 @@ def run_evaluation(
         result = evaluate_config(
             config, eval_step, trained.variables, trained.frozen, source, mesh, bar
         )
-    figures = evaluation_figures(result, trained, config)
+    figures = result.figures(trained.class_names)
+    stored = evaluation_json(figures, result, trained, config)
     if jax.process_index() == 0:
         folder = epath.Path(output or workdir or '.')
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / 'evaluation.json', figures)
-        report.write_evaluation(folder, figures, result, trained.class_names)
-    return figures
+        write_json(folder / 'evaluation.json', stored)
+        page.write_evaluation(folder, stored, figures)
+    return stored, figures
 
 
-def evaluation_figures(result: EvalResult, trained: Trained, config: ConfigDict) -> dict[str, Any]:
-    """What `evaluation.json` holds: accuracies, protocol, and a row for each class."""
-    return result.scalars() | {
+def evaluation_json(
+    figures: Figures, result: EvalResult, trained: Trained, config: ConfigDict
+) -> dict[str, Any]:
+    """What `evaluation.json` holds: the figures, the protocol, and details."""
+    return {
+        **figures.scalars,
         'step': trained.step,
         'list': os.fspath(config.data.val_list),
         'views': config.eval.num_clips * config.eval.num_crops,
         'fusion': config.eval.fusion,
         'seconds': round(result.seconds, 2),
         'bad_videos': [list(pair) for pair in result.bad_videos],
-        'per_class': [
-            [
-                {
-                    'name': name,
-                    'videos': int(count),
-                    'top1': None if np.isnan(top1) else float(top1),
-                }
-                for name, count, top1 in zip(
-                    names, column['per_class_count'], column['per_class_accuracy']
-                )
-            ]
-            for names, column in zip(trained.class_names, result.columns)
-        ],
+        **figures.details,
     }

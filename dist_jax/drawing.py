@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from input_pipeline.escape import terminal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Themes: text and lines, background, and the colours of curves.
 LIGHT = {'ink': '#1c2128', 'paper': '#ffffff', 'lines': '#d8dee4', 'cycle': ('#0b6bcb', '#c2571a')}
@@ -49,6 +53,14 @@ def theme(colours: Mapping[str, Any] = LIGHT) -> Iterator[None]:
         # A letter that no font here has is a box; a warning for each of them helps nobody.
         warnings.filterwarnings('ignore', message='Glyph .* missing')
         yield
+
+
+def png(draw: Callable[[], Figure], colours: Mapping[str, Any] = LIGHT) -> bytes:
+    """A picture of a report, made under a theme."""
+    buffer = io.BytesIO()
+    with theme(colours):
+        draw().savefig(buffer, format='png', dpi=140)
+    return buffer.getvalue()
 
 
 # What matplotlib's own font lacks, as distributions install it; of a row the first that is here.

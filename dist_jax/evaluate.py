@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from dist_jax import ending, experiment, metrics
 from dist_jax.models.api import Tree
 from dist_jax.progress import Bar
 from dist_jax.sharding import feed, to_global
+from dist_jax.tasks.api import Figures, Labels, Table
+from dist_jax.tasks.classify_figures import classification_figures
 from input_pipeline import bad_videos, pipeline
 from input_pipeline.video_list import LabelledSource
 from input_pipeline.workers import Skipped
@@ -38,15 +40,15 @@ class EvalResult:
     """Outcome of one evaluation.
 
     Attributes:
-      columns: `metrics.classification` of each label column.
-      top1: of the list; with several label columns, the share with all of them right.
-      top5: of the first label column.
-      mean_class_accuracy: of the first label column.
+      columns: `metrics.classification` of each head.
+      top1: of the list; with several heads, the share with all of them right.
+      top5: of the first head.
+      mean_class_accuracy: of the first head.
       num_videos: videos that were scored.
       bad_videos: (path, reason) of those that could not be read, of all hosts in the order of the
         list; they are in no figure.
       seconds: duration.
-      scores: (N, num_classes) probabilities of each label column, in the order of `index`.
+      scores: (N, num_classes) probabilities of each head, in the order of `index`.
       index: (N,) record numbers.
     """
 
@@ -60,19 +62,23 @@ class EvalResult:
     scores: tuple[np.ndarray, ...]
     index: np.ndarray
 
-    def scalars(self) -> dict[str, float]:
-        """The figures for a log."""
-        found = {
-            'top1': self.top1,
-            'top5': self.top5,
-            'mean_class_accuracy': self.mean_class_accuracy,
-            'num_videos': self.num_videos,
-            'num_bad_videos': len(self.bad_videos),
-        }
-        if len(self.columns) > 1:
-            for i, column in enumerate(self.columns):
-                found |= {f'column_{i}_{name}': column[name] for name in ('top1', 'top5')}
-        return found
+    def figures(self, labels: Labels) -> Figures:
+        """What logs, files and pages show; `labels` are the class names of each head."""
+        joint = self.top1 if len(self.columns) > 1 else None
+        found = classification_figures(self.columns, joint, labels)
+        return with_videos(found, self.num_videos, self.bad_videos)
+
+
+def with_videos(
+    figures: Figures, num_videos: int, bad_videos: Sequence[tuple[str, str]]
+) -> Figures:
+    """Figures with how many videos they are of, and which could not be read: (path, reason)."""
+    counts = {'num_videos': num_videos, 'num_bad_videos': len(bad_videos)}
+    sections = figures.sections
+    if bad_videos:
+        title = f'Unreadable videos: {len(bad_videos)}, in no figure'
+        sections = (*sections, Table(title, ('path', 'reason'), bad_videos))
+    return dataclasses.replace(figures, scalars={**figures.scalars, **counts}, sections=sections)
 
 
 def evaluate(

@@ -453,13 +453,14 @@ def _train(argv: Sequence[str]) -> int:
     with _wrong_usage():
         paths.check_training_inputs(base.flat(config))
     _start_jax()
-    from dist_jax import doctor, report, train
+    from dist_jax import doctor, train
+    from dist_jax.reports import console
 
     if pod.current() is not None and not arguments.skip_checks:
         doctor.check_before_training(config, arguments.workdir)
 
     summary = train.train(config, arguments.workdir)
-    report.print_summary(arguments.workdir, summary)
+    console.print_summary(arguments.workdir, summary)
     return pod.AGAIN if summary.get('interrupted') else 0
 
 
@@ -482,14 +483,14 @@ def _evaluate(argv: Sequence[str]) -> int:
             paths.check_run(arguments.workdir)
         root = paths.saved_root(arguments.workdir) if arguments.workdir else ''
         paths.check_inputs(_named_fields(config_arguments), ('val',), root)
-    from dist_jax import commands, report
+    from dist_jax import commands
+    from dist_jax.reports import console
 
     workdir, step = arguments.workdir, arguments.step
     default = commands.saved_config(workdir, step) if workdir else None
     config = read_config(config_arguments, default)
     _start_jax()
-    figures = commands.run_evaluation(config, workdir, step, arguments.output)
-    report.print_evaluation(figures)
+    console.print_evaluation(*commands.run_evaluation(config, workdir, step, arguments.output))
     return 0
 
 
@@ -542,10 +543,11 @@ def _demo(argv: Sequence[str]) -> int:
     parser.add_argument('--num_steps', type=int, default=0, help="of each; the configs' by default")
     arguments = parser.parse_args(argv)
     _start_jax()
-    from dist_jax import demo, report
+    from dist_jax import demo
+    from dist_jax.reports import console
 
     summary = demo.run_demo(arguments.workdir, arguments.num_steps)
-    report.print_summary(arguments.workdir, summary)
+    console.print_summary(arguments.workdir, summary)
     return pod.AGAIN if summary.get('interrupted') else 0
 
 

@@ -26,12 +26,12 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from dist_jax.scalars import VALIDATION
 from input_pipeline.escape import markdown
 
 log = logging.getLogger('dist_jax')
 
 METRICS_FILE = 'metrics.jsonl'
-VALIDATION = 'val_'  # before the names of the figures of an evaluation
 MIRROR_SECONDS = 30  # between copies to a bucket; a checkpoint copies too
 
 

@@ -25,13 +25,13 @@ def check_finite(
     """Refuses scores that no ranking can be made of.
 
     Args:
-      scores: (N, num_classes) of each label column.
+      scores: (N, num_classes) of each head.
       name: what the message calls a row.
 
     Raises:
-      NonFiniteScoresError: some are NaN or infinite, in any column.
+      NonFiniteScoresError: some are NaN or infinite, of any head.
     """
-    fine = np.all([np.isfinite(column).all(1) for column in scores], axis=0)
+    fine = np.all([np.isfinite(head).all(1) for head in scores], axis=0)
     bad = np.flatnonzero(~fine)
     if len(bad):
         named = ', '.join(name(int(row)) for row in bad[:MOST_NAMED])
@@ -78,13 +78,13 @@ def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def joint_top1(scores: list[np.ndarray], labels: np.ndarray) -> float:
-    """Share of videos with every label column right (verb and noun); labels (N, columns).
+    """Share of videos that every head has right (verb and noun); labels (N, heads).
 
     Raises:
       NonFiniteScoresError: some scores are NaN or infinite.
     """
     check_finite(scores)
-    right = [column.argmax(1) == labels[:, i] for i, column in enumerate(scores)]
+    right = [head.argmax(1) == labels[:, i] for i, head in enumerate(scores)]
     return _mean(np.all(right, axis=0))
 
 

@@ -25,16 +25,18 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, report, step
+from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, step
 from dist_jax.evaluate import BadVideosError, EvalResult, evaluate_config
 from dist_jax.json_file import write_json
-from dist_jax.metric_writer import VALIDATION, MetricWriter
+from dist_jax.metric_writer import MetricWriter
 from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.mixup import Mixing
 from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.models.params import tree_sha256
 from dist_jax.progress import Bar, duration
+from dist_jax.reports import page
+from dist_jax.scalars import VALIDATION
 from dist_jax.sharding import (
     feed,
     make_mesh,
@@ -42,6 +44,7 @@ from dist_jax.sharding import (
     to_global,
     to_host,
 )
+from dist_jax.tasks.api import Figures
 from dist_jax.workdir_lock import locked
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog
@@ -311,7 +314,7 @@ def _train(
     }
     if jax.process_index() == 0 and not interrupted:
         write_json(epath.Path(workdir) / 'summary.json', summary)
-        report.write_report(workdir, summary, result, class_names)
+        page.write_report(workdir, summary, result.figures(class_names) if result else None)
     return summary
 
 
@@ -520,11 +523,12 @@ class _Loop:
         with meter.pause():
             result = self._evaluate(state, stop)
         # The score comes last: without it all of this is done again.
-        self.writer.write_scalars(done, _eval_figures(result))
+        figures = result.figures(self.metadata['class_names']) if result else None
+        self.writer.write_scalars(done, _eval_figures(figures))
         self.writer.flush()
         if result is not None:
             self.checkpoints.add_score(done, {'top1': result.top1})
-        bar.line(_eval_line(result))
+        bar.line(_eval_line(figures, result))
         return result
 
     def _settle(
@@ -689,21 +693,16 @@ def _line(scalars: dict[str, float], steps_left: int) -> str:
     )
 
 
-def _eval_figures(result: EvalResult | None) -> dict[str, float]:
-    """What the log holds of an evaluation, failed if there is no result."""
-    if result is None:
+def _eval_figures(figures: Figures | None) -> dict[str, float]:
+    """What the log holds of an evaluation, failed if there are no figures."""
+    if figures is None:
         return {f'{VALIDATION}failed': 1}
-    return {f'{VALIDATION}{name}': value for name, value in result.scalars().items()}
+    return {f'{VALIDATION}{name}': value for name, value in figures.scalars.items()}
 
 
-def _eval_line(result: EvalResult | None) -> str:
+def _eval_line(figures: Figures | None, result: EvalResult | None) -> str:
     if result is None:
         return 'validation: failed, see above'
     bad = f', {len(result.bad_videos)} unreadable' if result.bad_videos else ''
-    telling = result.scores[0].shape[1] > 5  # among five classes all are in the top-5
-    top5 = f'top-5 {100 * result.top5:.2f} %  ' if telling else ''
-    return (
-        f'validation: top-1 {100 * result.top1:.2f} %  {top5}'
-        f'mean class {100 * result.mean_class_accuracy:.2f} %  '
-        f'({result.num_videos} videos{bad}, {result.seconds:.1f} s)'
-    )
+    count = f'{result.num_videos} videos{bad}, {result.seconds:.1f} s'
+    return f'validation: {figures.line}  ({count})'

@@ -15,8 +15,9 @@ from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 
 from configs import frame_mean
-from dist_jax import checkpoint, commands, experiment, metric_writer, report, train
+from dist_jax import checkpoint, commands, experiment, metric_writer, train
 from dist_jax.json_file import write_json
+from dist_jax.reports import page
 from dist_jax.step import TrainState
 from input_pipeline.bad_videos import BadVideoLog
 
@@ -101,7 +102,7 @@ def test_bad_videos_continue_in_the_bucket(bucket):
 
 def test_reports_and_json_go_to_the_bucket(bucket):
     write_json(f'{bucket}/summary.json', {'step': 1})
-    report.write_report(bucket, {'step': 1}, None, ())
+    page.write_report(bucket, {'step': 1}, None)
     assert json.loads((epath.Path(bucket) / 'summary.json').read_text()) == {'step': 1}
     assert '</html>' in (epath.Path(bucket) / 'report.html').read_text()
     assert [name.rpartition('/')[2] for name in names(bucket)] == ['report.html', 'summary.json']
@@ -279,6 +280,6 @@ def test_a_run_lies_in_the_bucket_and_continues_there(gcs, clips, tmp_path):
         'summary.json',
         'tensorboard',
     }
-    figures = commands.run_evaluation(commands.saved_config(gcs), gcs, None, '')
+    figures, _ = commands.run_evaluation(commands.saved_config(gcs), gcs, None, '')
     assert figures['top1'] == summary['val_top1']
     assert any(name.endswith('evaluation.html') for name in names(gcs))

@@ -57,7 +57,7 @@ def make_run(clips, tmp_path_factory):
         config.log.tensorboard = False
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train.step, 'make_train_step', shaken)
-            patch.setattr(train.report, 'write_report', lambda *_: None)
+            patch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
             train.train(config, str(folder / 'first'))
         shutil.rmtree(data)
         return shutil.move(folder / 'first', folder / 'moved')
@@ -115,7 +115,8 @@ def test_a_partial_last_batch_counts_exactly(score, scored, clips):
         assert result.num_videos == NUM_VIDEOS and result.bad_videos == ()
         np.testing.assert_array_equal(result.index, np.arange(NUM_VIDEOS))
     np.testing.assert_allclose(scored.scores[0], alone.scores[0], atol=1e-6)
-    assert scored.scalars() == alone.scalars()
+    names = score.trained.class_names
+    assert scored.figures(names).scalars == alone.figures(names).scalars
     assert np.ptp(scored.scores[0], axis=0).max() > 1e-3  # the model tells videos apart
 
     labels = np.array([open_list(clips)[i].label for i in range(NUM_VIDEOS)])
@@ -168,7 +169,9 @@ def test_a_bad_video_is_an_error_unless_allowed(score, scored, clips, tmp_path):
     ((path, reason),) = result.bad_videos
     assert path == str(bad) and reason
     others = [0, 1, 2, 4, 5, 6, 7, 8, 9]
-    assert result.num_videos == 9 and result.scalars()['num_bad_videos'] == 1
+    figures = result.figures(score.trained.class_names)
+    assert result.num_videos == 9 and figures.scalars['num_bad_videos'] == 1
+    assert figures.sections[-1].rows == result.bad_videos
     np.testing.assert_array_equal(result.index, others)
     np.testing.assert_allclose(result.scores[0], scored.scores[0][others], atol=1e-6)
     labels = np.array([open_list(folder)[i].label for i in others])

@@ -89,7 +89,7 @@ def linear_run(make_config, tmp_path_factory):
     """A run on Kinetics-710 with a linear head, two real steps."""
     workdir = str(tmp_path_factory.mktemp('linear'))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.report, 'write_report', lambda *_: None)
+        patch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
         train.train(make_config('kinetics710'), workdir)
     return workdir
 
@@ -117,7 +117,7 @@ def text_run(make_config, tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp('text'))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.step, 'make_train_step', shaken)
-        patch.setattr(train.report, 'write_report', lambda *_: None)
+        patch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
         train.train(make_config('kinetics710', 'text', num_steps=1), workdir)
     return workdir
 
@@ -139,7 +139,7 @@ def begin(config, workdir, stop=False):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stop):
         patch.setattr(train._Loop, '__call__', look)
-        patch.setattr(train.report, 'write_report', lambda *_: None)
+        patch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
         train.train(config, str(workdir))
     return found[0]
 
@@ -328,7 +328,7 @@ def test_a_converted_checkpoint_needs_its_names(linear_run, make_config, merged,
 def test_a_run_is_tested_on_one_of_the_sets(linear_run, make_config, merged, tmp_path):
     lists = {'data.val_list': str(merged / 'val_k400.txt')}
     config = make_config('kinetics400', init_from=linear_run, **lists)
-    figures = commands.run_evaluation(config, '', None, str(tmp_path))
+    figures, _ = commands.run_evaluation(config, '', None, str(tmp_path))
     names = names_of(merged / 'names_k400.txt')
     assert figures['num_videos'] == 4
     assert [row['name'] for row in figures['per_class'][0]] == names

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.inputs import INPUTS
-from dist_jax import main, report, train
+from dist_jax import main, train
 from tools.show_augmentations import flags
 
 DIST = '--config=configs/dist.py:demo'
@@ -27,7 +27,7 @@ def asked(monkeypatch):
         return {}
 
     monkeypatch.setattr(train, 'train', record)
-    monkeypatch.setattr(report, 'print_summary', lambda *_: None)
+    monkeypatch.setattr('dist_jax.reports.console.print_summary', lambda *_: None)
     return calls
 
 
@@ -222,7 +222,7 @@ def test_a_relative_workdir_is_a_folder_here(clips, tmp_path, monkeypatch, capsy
         return lambda state, *_: (state.replace(step=state.step + 1), dict.fromkeys(names, 1.0))
 
     monkeypatch.setattr(train.step, 'make_train_step', make_train_step)
-    monkeypatch.setattr(train.report, 'write_report', lambda *_: None)
+    monkeypatch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
     monkeypatch.chdir(tmp_path)
     command = [
         '--workdir=runs/here',

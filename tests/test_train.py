@@ -114,7 +114,7 @@ def stopped_run(make_config, tmp_path_factory):
 @pytest.fixture
 def stopped(stopped_run, tmp_path, monkeypatch):
     """A copy of the stopped run; its report is not drawn, the straight run shows that."""
-    monkeypatch.setattr(train.report, 'write_report', lambda *_: None)
+    monkeypatch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
     return shutil.copytree(stopped_run, tmp_path / 'run')
 
 
@@ -297,7 +297,7 @@ def test_sigterm_saves_and_the_same_command_continues(make_config, straight, tmp
     assert steps_of(workdir) == [2, 3]
     assert not (workdir / 'summary.json').exists() and not (workdir / 'report.html').exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.report, 'write_report', lambda *_: None)
+        patch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
         summary = train.train(make_config(), str(workdir))
     assert figures(summary) == figures(straight[1])
     assert losses(workdir) == losses(straight[0])
@@ -322,7 +322,7 @@ def test_a_stop_takes_effect_between_two_batches_of_an_evaluation(make_config, s
     assert steps_of(workdir)[-1] == summary['step'] and not rows(workdir, 'val_top1')
     assert not (workdir / 'summary.json').exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.report, 'write_report', lambda *_: None)
+        patch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
         summary = train.train(make_config(), str(workdir))
     assert summary['params_sha256'] == straight[1]['params_sha256']
     assert losses(workdir) == losses(straight[0])
@@ -472,7 +472,7 @@ def broken_clips(clips, tmp_path):
 
 @pytest.mark.slow
 def test_a_bad_video_is_masked_and_named(make_config, broken_clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.report, 'write_report', lambda *_: None)
+    monkeypatch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
     order = pipeline.epoch_order(0, 0, 18)
     folder, (path,) = broken_clips(int(order[6]))  # a clip of the second batch
     workdir = tmp_path / 'run'
@@ -529,7 +529,7 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(train.step, 'make_train_step', make_train_step)
     monkeypatch.setattr(train.step, 'make_eval_step', make_eval_step)
-    monkeypatch.setattr(train.report, 'write_report', lambda *_: None)
+    monkeypatch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
     return scores
 
 

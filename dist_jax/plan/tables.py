@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dist_jax.drawing import cut, theme
+from dist_jax.drawing import cut, png
 from input_pipeline.escape import Console
 
 if TYPE_CHECKING:
@@ -278,9 +278,8 @@ def _fits(plan: Plan) -> str:
 
 def draw(plans: Sequence[Plan], path: str | Path) -> None:
     """Writes a PNG: memory by kind and time by module of one plan, or both of several."""
-    with theme():
-        figure = _single(plans[0]) if len(plans) == 1 else _several(plans)
-        figure.savefig(path, format='png', dpi=140)
+    picture = png(lambda: _single(plans[0]) if len(plans) == 1 else _several(plans))
+    Path(path).write_bytes(picture)
 
 
 def _single(plan: Plan) -> Figure:

@@ -22,21 +22,21 @@ Labels = tuple[tuple[str, ...], ...]  # class names of each head; () where there
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows for a person, on the console and on a page.
+    """Rows for a person, on the console or on a page.
 
     Attributes:
       title: above it.
       head: names of the columns.
       rows: texts.
       bars: column whose percentages a page draws as bars, too; None for none.
-      brief: show it on the console as well.
+      folded: a page shows the title alone until it is asked for the rest.
     """
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     bars: int | None = None
-    brief: bool = False
+    folded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,15 @@ class Picture:
     """A drawing for a page.
 
     Attributes:
-      title: above it, and its text for those who do not see it.
+      title: above it.
       draw: makes it, under whatever theme is set; called once for each.
+      text: for those who do not see it.
       style: class of the page's style sheet.
     """
 
     title: str
     draw: Callable[[], Figure]
+    text: str
     style: str = ''
 
 
@@ -59,19 +61,24 @@ class Figures:
     """What an evaluator found on a whole list.
 
     Attributes:
-      scalars: name -> number; for logs, summaries and `evaluation.json`.
+      scalars: name -> number; for logs, summaries and `evaluation.json`. `dist_jax.scalars` knows
+        what they are called and how they are written.
+      num_classes: of each head, where a figure may say something of many classes only.
       headline: those that a summary shows, the most important first.
       line: the same in a line of a log.
       details: further JSON values of `evaluation.json`.
       sections: tables and pictures of the page, in order.
+      brief: tables of the console.
       files: written beside `evaluation.json`: name -> function that makes the content.
     """
 
     scalars: Mapping[str, float]
+    num_classes: tuple[int, ...] = ()
     headline: tuple[str, ...] = ()
     line: str = ''
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sections: tuple[Table | Picture, ...] = ()
+    brief: tuple[Table, ...] = ()
     files: Mapping[str, Callable[[], bytes]] = dataclasses.field(default_factory=dict)
 
 
