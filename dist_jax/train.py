@@ -338,7 +338,9 @@ def run_metadata(
             'std': list(clip.PIXELS.std),
         },
         'views': {
-            key: value for key, value in dataclasses.asdict(reader).items() if key != 'max_pixels'
+            key: value
+            for key, value in dataclasses.asdict(reader).items()
+            if key not in ('max_pixels', 'annotate')
         },
     }
 

@@ -7,7 +7,7 @@ import numpy as np
 from input_pipeline.workers import Element, ReaderPool, Skipped, Stream, usual_number
 
 # What all rows of a record share.
-_RECORD_FIELDS = {
+RECORD_FIELDS = {
     'mask': np.float32,
     'index': np.int64,
     'epoch': np.int64,
@@ -149,13 +149,14 @@ def _join(
     for element in elements:
         if isinstance(element, Exception):
             return element
-    rows = [len(element['label']) for element in elements]
+    rows = [row for element in elements for row in element['rows']]
+    counts = [len(element['rows']) for element in elements]
     of_record = {
-        key: np.repeat(np.array([e[key] for e in elements], dtype), rows)
-        for key, dtype in _RECORD_FIELDS.items()
+        key: np.repeat(np.array([e[key] for e in elements], dtype), counts)
+        for key, dtype in RECORD_FIELDS.items()
     }
     return {
         'video': video,
-        'label': np.array([label for e in elements for label in e['label']], np.int32),
+        **{key: np.stack([row[key] for row in rows]) for key in rows[0]},
         **of_record,
     }

@@ -12,22 +12,23 @@ raised in a reader thread, where grain could not carry on.
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import cv2
 import numpy as np
+from numpy.typing import DTypeLike
 
-from input_pipeline.batches import Batches
+from input_pipeline.batches import RECORD_FIELDS, Batches
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
 from input_pipeline.frame_folder import FrameFolder
 from input_pipeline.regular_files import describe
 from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
-from input_pipeline.transforms import Label, Transform, ViewCrops, apply, choose
-from input_pipeline.video_list import Record
-from input_pipeline.workers import Element, Skipped
+from input_pipeline.transforms import Transform, ViewCrops, apply, choose
+from input_pipeline.video_list import Label, Record
+from input_pipeline.workers import Element, Rows, Skipped
 
 EVAL_AHEAD = 4  # batches of an evaluation that are made ahead
 
@@ -40,6 +41,60 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
+class Annotate(Protocol):
+    """What a clip brings into a batch beside its pixels and label: tokens of a text, a box.
+
+    It goes to reader processes by pickle. A key `label` takes the place of the class.
+
+    Attributes:
+      spec: key of the batch -> shape and dtype of a row.
+    """
+
+    @property
+    def spec(self) -> Mapping[str, tuple[tuple[int, ...], DTypeLike]]: ...
+
+    def __call__(self, record: Record, label: Label, rng: np.random.Generator | None) -> Rows:
+        """Makes the rows of a clip.
+
+        Args:
+          record: where the clip is from.
+          label: of the clip, which a flip may have changed.
+          rng: of the clip, after its transforms; None in tests, where nothing is drawn.
+
+        Returns:
+          A row for each key of the spec. Records that cannot be read and padding get zeros.
+        """
+
+
+def _rows(
+    annotate: Annotate | None, record: Record, label: Label, rng: np.random.Generator | None = None
+) -> Rows:
+    """The rows of a clip: its label, and what `annotate` makes.
+
+    Raises:
+      ValueError: that is not what its spec says.
+    """
+    rows = {'label': np.asarray(label, np.int32)}
+    if annotate is None:
+        return rows
+    made = {key: np.asarray(row) for key, row in annotate(record, label, rng).items()}
+    found = {key: (row.shape, row.dtype) for key, row in made.items()}
+    wanted = {key: (tuple(shape), np.dtype(dtype)) for key, (shape, dtype) in annotate.spec.items()}
+    if found != wanted:
+        raise ValueError(
+            f'annotate of the reader made rows {found} of {record.path}, its spec is {wanted}'
+        )
+    return rows | made
+
+
+def _blank_rows(annotate: Annotate | None, label: Label | np.ndarray) -> Rows:
+    """The rows where there is no clip."""
+    spec = {} if annotate is None else annotate.spec
+    return {'label': np.asarray(label, np.int32)} | {
+        key: np.zeros(shape, dtype) for key, (shape, dtype) in spec.items()
+    }
+
+
 def _check_reader(reader: 'TrainReader | EvalReader') -> None:
     protocol = choose('sampling', reader.sampling, PROTOCOLS)
     for name in ('num_frames', 'image_size', 'interval'):
@@ -47,6 +102,9 @@ def _check_reader(reader: 'TrainReader | EvalReader') -> None:
             raise ValueError(f'{name}={getattr(reader, name)} must be at least 1')
     # The protocol itself refuses what it cannot use: here, not in a thread.
     protocol.test(1, reader.num_frames, 1, reader.interval, REFERENCE_FPS)
+    taken = {'video', *RECORD_FIELDS} & set(reader.annotate.spec if reader.annotate else ())
+    if taken:
+        raise ValueError(f'annotate makes {sorted(taken)}, which every batch has; rename its keys')
 
 
 def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader | FrameFolder:
@@ -97,6 +155,7 @@ class TrainReader:
       transforms: run in order on the clip.
       num_samples: clips of a record, S: the same frames, transformed S times with own draws.
       max_pixels: larger frames are refused.
+      annotate: makes further keys of the batches.
     """
 
     num_frames: int
@@ -106,6 +165,7 @@ class TrainReader:
     transforms: tuple[Transform, ...] = ()
     num_samples: int = 1
     max_pixels: int = MAX_PIXELS
+    annotate: Annotate | None = None
 
     def __post_init__(self):
         _check_reader(self)
@@ -117,9 +177,7 @@ class TrainReader:
         """Shape of a clip, (T, H, W, 3)."""
         return (self.num_frames, self.image_size, self.image_size, 3)
 
-    def read(
-        self, record: Record, rng: np.random.Generator
-    ) -> tuple[list[np.ndarray], list[Label]]:
+    def read(self, record: Record, rng: np.random.Generator) -> tuple[list[np.ndarray], list[Rows]]:
         """Reads the clips of a record; decodes its frames once.
 
         Args:
@@ -129,7 +187,8 @@ class TrainReader:
             of a run.
 
         Returns:
-          S clips (T, H, W, 3) uint8 RGB, and their labels, which a flip may have changed.
+          S clips (T, H, W, 3) uint8 RGB, and the rows of each: `label`, int32, which a flip may
+          have changed, and those of `annotate`.
 
         Raises:
           DecodeError: if the video cannot be read.
@@ -140,11 +199,12 @@ class TrainReader:
                 protocol = PROTOCOLS[self.sampling]
                 indices = protocol.train(total, self.num_frames, rng, self.interval, video.fps)
                 frames = video.frames(first + indices)
-            copies = [
-                apply(self.transforms, frames, record.label, child)
-                for child in rng.spawn(self.num_samples)
-            ]
-        return [video for video, _ in copies], [label for _, label in copies]
+            children = rng.spawn(self.num_samples)
+            copies = [apply(self.transforms, frames, record.label, child) for child in children]
+        return [video for video, _ in copies], [
+            _rows(self.annotate, record, label, child)
+            for (_, label), child in zip(copies, children)
+        ]
 
 
 @dataclass(frozen=True)
@@ -161,6 +221,7 @@ class EvalReader:
       num_crops: 1 view or 3 of each clip.
       size, rounding, interpolation, layout: how they are cut, see `transforms.ViewCrops`.
       max_pixels: larger frames are refused.
+      annotate: makes further keys of the batches.
     """
 
     num_frames: int
@@ -174,6 +235,7 @@ class EvalReader:
     interpolation: str = 'bilinear'
     layout: str = 'ends'
     max_pixels: int = MAX_PIXELS
+    annotate: Annotate | None = None
 
     def __post_init__(self):
         _check_reader(self)
@@ -199,14 +261,15 @@ class EvalReader:
         """Shape of the views of one video, (V, T, H, W, 3)."""
         return (self.num_views, self.num_frames, self.image_size, self.image_size, 3)
 
-    def read(self, record: Record) -> tuple[np.ndarray, Label]:
+    def read(self, record: Record) -> tuple[np.ndarray, Rows]:
         """Reads all views of one video; decodes every frame once.
 
         Args:
           record: what to read.
 
         Returns:
-          video (V, T, H, W, 3) uint8 RGB, clips outside and crops inside, and the label.
+          video (V, T, H, W, 3) uint8 RGB, clips outside and crops inside, and the rows: `label`,
+          int32, and those of `annotate`.
 
         Raises:
           DecodeError: if the video cannot be read.
@@ -225,7 +288,8 @@ class EvalReader:
             for index, picture in video.pictures(wanted):
                 crops[:, np.searchsorted(wanted, index)] = cut(picture[None])[:, 0]
         views = crops[:, where.reshape(indices.shape)]  # (crops, clips, T, H, W, 3)
-        return views.swapaxes(0, 1).reshape(self.shape), record.label
+        rows = _rows(self.annotate, record, record.label)
+        return views.swapaxes(0, 1).reshape(self.shape), rows
 
 
 @functools.lru_cache(maxsize=2)  # this epoch and the one that batches are made ahead of
@@ -276,10 +340,10 @@ class _TrainStream:
     def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
         index, epoch = self.place(position)
 
-        def read(record: Record) -> tuple[list[np.ndarray], list[Label]]:
+        def read(record: Record) -> tuple[list[np.ndarray], list[Rows]]:
             return self.reader.read(record, record_rng(self.seed, epoch, index))
 
-        return _element(read, self.source[index], index, epoch, self.shape, failure)
+        return _element(self, read, self.source[index], index, epoch, failure)
 
 
 @dataclass(frozen=True)
@@ -301,10 +365,10 @@ class _EvalStream:
     def __call__(self, position: int, failure: tuple[str, str] | None = None) -> Element:
         index, _ = self.place(position)
         if index >= 0:
-            return _element(self._read, self.source[index], index, 0, self.shape, failure)
+            return _element(self, self._read, self.source[index], index, 0, failure)
         return {
             'video': list(np.zeros(self.shape, np.uint8)),
-            'label': [np.zeros_like(self.source[0].label)],
+            'rows': [_blank_rows(self.reader.annotate, np.zeros_like(self.source[0].label))],
             'mask': 0.0,
             'index': -1,
             'epoch': 0,
@@ -312,40 +376,44 @@ class _EvalStream:
             'error': '',
         }
 
-    def _read(self, record: Record) -> tuple[list[np.ndarray], list[Label]]:
-        video, label = self.reader.read(record)
-        return [video], [label]
+    def _read(self, record: Record) -> tuple[list[np.ndarray], list[Rows]]:
+        video, rows = self.reader.read(record)
+        return [video], [rows]
 
 
 def _element(
-    read: Callable[[Record], tuple[list[np.ndarray], list[Label]]],
+    stream: _TrainStream | _EvalStream,
+    read: Callable[[Record], tuple[list[np.ndarray], list[Rows]]],
     record: Record,
     index: int,
     epoch: int,
-    shape: tuple[int, ...],
-    failure: tuple[str, str] | None = None,
+    failure: tuple[str, str] | None,
 ) -> Element:
-    """The rows of one record: lists of videos and labels, and what all rows share."""
+    """What becomes of one record; of one that cannot be read, blank rows with its label."""
     element = {'index': index, 'epoch': epoch, 'path': record.path}
     try:
         if failure:
             raise DecodeError(record.path, *failure)
-        videos, labels = read(record)
+        videos, rows = read(record)
     except DecodeError as error:
-        videos, labels = list(np.zeros(shape, np.uint8)), [record.label] * shape[0]
-        reason = f'{error.kind}: {error.reason}'
-        return element | {'video': videos, 'label': labels, 'mask': 0.0, 'error': reason}
+        blank = _blank_rows(stream.reader.annotate, record.label)
+        return element | {
+            'video': list(np.zeros(stream.shape, np.uint8)),
+            'rows': [blank] * stream.shape[0],
+            'mask': 0.0,
+            'error': f'{error.kind}: {error.reason}',
+        }
     except Exception as error:
         error.add_note(f'while reading record {index}, {record.path}')
         raise
     for video in videos:
-        if video.shape != shape[1:]:
+        if video.shape != stream.shape[1:]:
             raise ValueError(
                 f'the transforms made a clip of shape {video.shape} from record {index}, '
-                f'{record.path}, expected {shape[1:]}; image_size of the reader and of its '
+                f'{record.path}, expected {stream.shape[1:]}; image_size of the reader and of its '
                 'transforms must agree'
             )
-    return element | {'video': videos, 'label': labels, 'mask': 1.0, 'error': ''}
+    return element | {'video': videos, 'rows': rows, 'mask': 1.0, 'error': ''}
 
 
 def _host_records(batch_size: int, host_index: int, host_count: int, num_samples: int = 1) -> int:
@@ -403,10 +471,11 @@ def train_batches(
       shuffle: False keeps the order of the list in every epoch.
 
     Returns:
-      An iterator of dicts: video (b, T, H, W, 3) uint8 RGB; label (b,) int32, or (b, heads); mask
-      (b,) float32, 0 for a video that cannot be read (its pixels are zeros); index (b,) int64,
-      number of the record; epoch (b,) int64; path (b,) str; error (b,) str, '' or 'kind: reason'.
-      The S copies of a record are neighbours, in order.
+      An iterator of dicts: video (b, T, H, W, 3) uint8 RGB; label (b,) int32, or (b, heads); keys
+      of the reader's `annotate`, (b, ...); mask (b,) float32, 0 for a video that cannot be read
+      (it has its label, all else is zeros); index (b,) int64, number of the record; epoch (b,)
+      int64; path (b,) str; error (b,) str, '' or 'kind: reason'. The S copies of a record are
+      neighbours, in order.
 
     Raises:
       ValueError: if an argument is out of range.

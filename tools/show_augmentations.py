@@ -107,9 +107,9 @@ def clips_of(
     reader = experiment.train_reader(config)
     clips = []
     for draw in range(draws):
-        for copy, (video, label) in enumerate(zip(*reader.read(record, record_rng(0, draw, 0)))):
+        for copy, (video, rows) in enumerate(zip(*reader.read(record, record_rng(0, draw, 0)))):
             done = operations(reader, draw, copy)
-            title = f'{name}, draw {draw}, copy {copy}, label {LABEL} -> {label}'
+            title = f'{name}, draw {draw}, copy {copy}, label {LABEL} -> {rows["label"]}'
             clips.append((title + (f': {done}' if done else ''), video))
     if reader.num_frames == 1:  # images: side by side
         title = f'{name}, {draws} draws with {reader.num_samples} copies each'

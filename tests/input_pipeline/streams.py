@@ -1,6 +1,8 @@
 """Seven small videos, one of them broken, and how the tests of streams read and compare them."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from video_files import pictures, write_video
@@ -12,6 +14,18 @@ from input_pipeline.video_list import Record, VideoList
 READER = TrainReader(4, 32, transforms=(Flip(), RandomResizedCrop(32), Grayscale(0.5)))
 NAMES = tuple('abc')
 BAD = 3  # number of the broken one
+
+
+@dataclass(frozen=True)
+class Note:
+    """Rows of a task of its own: what the record is, and what it draws after the transforms."""
+
+    spec: ClassVar = {'vector': ((3,), np.float32), 'number': ((), np.int32)}
+
+    def __call__(self, record, label, rng):
+        drawn = -1 if rng is None else rng.integers(2**30)
+        vector = np.array([len(record.path), label, int(record.video_id) + 0.5], np.float32)
+        return {'vector': vector, 'number': np.int32(drawn)}
 
 
 def write_seven(folder: Path) -> VideoList:

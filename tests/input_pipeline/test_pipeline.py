@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from streams import BAD, NAMES, READER, assert_same, write_seven
+from streams import BAD, NAMES, READER, Note, assert_same, write_seven
 from video_files import decode_everything, pictures, write_video
 
 from input_pipeline.pipeline import (
@@ -132,9 +132,9 @@ def test_any_record_can_be_made_again_alone(source):
             if index == BAD:
                 continue
             rng = record_rng(7, int(batch['epoch'][k]), int(index))
-            (video,), (label,) = READER.read(source[int(index)], rng)
+            (video,), (rows,) = READER.read(source[int(index)], rng)
             np.testing.assert_array_equal(video, batch['video'][k])
-            assert label == batch['label'][k]
+            assert rows.keys() == {'label'} and rows['label'] == batch['label'][k]
 
 
 def test_the_same_record_differs_from_epoch_to_epoch(source):
@@ -213,6 +213,70 @@ def test_all_copies_of_a_bad_video_are_masked(source):
     for batch in train(source, PAIRS, batch_size=14, num_steps=2):
         assert batch['mask'].sum() == 12
         assert (batch['error'] != '').tolist() == (batch['index'] == BAD).tolist()
+
+
+@pytest.mark.parametrize('options', [{'num_threads': 2}, {'num_workers': 2}])
+def test_a_reader_brings_keys_of_its_own(source, options):
+    reader = dataclasses.replace(PAIRS, annotate=Note())
+    plain = train(source, PAIRS, batch_size=14, num_steps=2)
+    for batch, other in zip(train(source, reader, batch_size=14, num_steps=2, **options), plain):
+        vector, number = batch.pop('vector'), batch.pop('number')
+        assert_same([batch], [other])
+        assert (vector.shape, vector.dtype) == ((14, 3), np.float32)
+        assert (number.shape, number.dtype) == ((14,), np.int32)
+        for k, index in enumerate(batch['index']):
+            if index == BAD:
+                assert not vector[k].any() and not number[k]
+                continue
+            record = source[int(index)]
+            rng = record_rng(7, int(batch['epoch'][k]), int(index)).spawn(2)[k % 2]
+            label = record.label
+            for transform in READER.transforms:
+                _, label = transform(np.zeros((4, 48, 64, 3), np.uint8), label, rng)
+            assert vector[k].tolist() == [len(record.path), label, int(index) + 0.5]
+            assert number[k] == rng.integers(2**30)
+
+
+@pytest.mark.parametrize('options', [{'num_threads': 2}, {'num_workers': 2}])
+def test_tests_have_the_keys_too_and_draw_nothing(source, options):
+    batches = list(
+        eval_batches(source, EvalReader(4, 32, annotate=Note()), batch_size=4, **options)
+    )
+    plain = list(eval_batches(source, EvalReader(4, 32), batch_size=4))
+    vector, number = (
+        np.concatenate([batch.pop(key) for batch in batches]) for key in ('vector', 'number')
+    )
+    assert_same(batches, plain)
+    assert (vector.dtype, number.dtype) == (np.float32, np.int32)
+    assert number.tolist() == [0 if k in (BAD, 7) else -1 for k in range(8)]
+    assert vector[:, 2].tolist() == [0 if k in (BAD, 7) else k + 0.5 for k in range(8)]
+
+
+class Other(Note):
+    """Makes rows that are not those of its spec."""
+
+    def __call__(self, record, label, rng):
+        return super().__call__(record, label, rng) | {'number': np.float32(1)}
+
+
+class OwnLabel:
+    """Rows that take the place of the class."""
+
+    def __init__(self, key='label'):
+        self.spec = {key: ((2,), np.float32)}
+
+    def __call__(self, record, label, rng):
+        return {'label': np.array([label, 1], np.float32)}
+
+
+def test_own_keys_may_replace_the_label_and_nothing_else(source):
+    reader = dataclasses.replace(READER, annotate=OwnLabel())
+    (batch,) = train(source, reader, batch_size=4, num_steps=1, shuffle=False)
+    assert batch['label'].tolist() == [[0, 1], [1, 1], [2, 1], [0, 0]]
+    with pytest.raises(ValueError, match=r"annotate of the reader made rows .*'number'.* its spec"):
+        train(source, dataclasses.replace(READER, annotate=Other()))
+    with pytest.raises(ValueError, match=r"annotate makes \['mask'\], which every batch has"):
+        EvalReader(4, 32, annotate=OwnLabel('mask'))
 
 
 def test_a_wrong_transform_is_raised_and_names_the_record(source):

@@ -206,11 +206,11 @@ def test_every_recipe_reads_a_video(name, record):
     train, test = experiment.train_reader(found), experiment.eval_reader(found)
     seen = set()
     for epoch in range(4):
-        clips, labels = train.read(record, record_rng(0, epoch, 5))
-        assert len(clips) == len(labels) == found.data.num_samples
+        clips, rows = train.read(record, record_rng(0, epoch, 5))
+        assert len(clips) == len(rows) == found.data.num_samples
         for video in clips:
             assert video.shape == (found.data.num_frames, 224, 224, 3)
-        seen.update(labels)
+        seen.update(int(row['label']) for row in rows)
         again = train.read(record, record_rng(0, epoch, 5))[0]
         np.testing.assert_array_equal(clips, again)
     # Something-Something's labels of sides swap with the flip, others never change.
@@ -293,9 +293,9 @@ def test_a_picture_is_a_video_of_one_frame(protocol, tmp_path):
     found.data.grayscale = 0.0
     found.eval.num_clips = 1
     picture = Record(str(path), 3, 'picture')
-    (video,), (label,) = experiment.train_reader(found).read(picture, record_rng(0, 0, 0))
+    (video,), (rows,) = experiment.train_reader(found).read(picture, record_rng(0, 0, 0))
     views, _ = experiment.eval_reader(found).read(picture)
-    assert video.shape == (1, 224, 224, 3) and label == 3
+    assert video.shape == (1, 224, 224, 3) and rows['label'] == 3
     np.testing.assert_array_equal(views[0], video)
 
 
@@ -304,8 +304,9 @@ def test_a_still_image_is_a_video_of_one_frame(tmp_path):
     cv2.imwrite(str(path), pictures(1, 264, 352)[0])
     picture = Record(str(path), 3, 'picture')
     found = recipe('sts_imagenet')
-    clips, labels = experiment.train_reader(found).read(picture, record_rng(0, 0, 0))
-    assert [video.shape for video in clips] == [(1, 224, 224, 3)] * 3 and labels == [3] * 3
+    clips, rows = experiment.train_reader(found).read(picture, record_rng(0, 0, 0))
+    assert [video.shape for video in clips] == [(1, 224, 224, 3)] * 3
+    assert [row['label'] for row in rows] == [3] * 3
     assert (clips[0] != clips[1]).any()
     views, _ = experiment.eval_reader(found).read(picture)
     assert views.shape == (1, 1, 224, 224, 3)
