@@ -37,8 +37,8 @@ from dist_jax.sharding import feed, make_mesh
 from input_pipeline.decode import DecodeError
 from input_pipeline.escape import Console, styled
 from input_pipeline.machine import free_memory, num_cpus
-from input_pipeline.pipeline import EVAL_AHEAD, open_video
-from input_pipeline.workers import LENT, usual_number
+from input_pipeline.pipeline import open_video
+from input_pipeline.workers import LENT
 
 log = logging.getLogger('dist_jax')
 
@@ -533,14 +533,14 @@ def _readers(rows: list[dict[str, Any]], config: ConfigDict) -> Check | None:
         train_bytes, eval_bytes = _batch_bytes(config)
     except ValueError:
         return None  # the line of the batch says it
-    data = config.data
-    processes = usual_number() if data.num_workers == -1 else data.num_workers
+    readers, test_readers = experiment.readers(config), experiment.eval_readers(config)
+    processes = readers.num_processes
     # Readers of the training list keep their batches while an evaluation has its own.
-    extra = LENT if processes else data.num_threads
-    ahead = max(data.buffer_size, 1)
-    total = train_bytes * (ahead + extra) + eval_bytes * (EVAL_AHEAD + extra)
+    extra = LENT if processes else readers.num_threads
+    fixed = train_bytes * extra + eval_bytes * (test_readers.buffer_size + extra)
+    total = train_bytes * max(readers.buffer_size, 1) + fixed
     fewest = min(rows, key=lambda row: row['cpus'])
-    who = f'{processes} processes' if processes else f'{data.num_threads} threads'
+    who = f'{processes} processes' if processes else f'{readers.num_threads} threads'
     found = f'{who} a host, {fewest["cpus"]} CPUs'
     if fewest['cpus'] < fewest['all_cpus']:
         found += f' of {fewest["all_cpus"]} (limits of this process or its container)'
@@ -553,11 +553,10 @@ def _readers(rows: list[dict[str, Any]], config: ConfigDict) -> Check | None:
     if total <= MEMORY_SHARE * least['memory']:
         return Check('readers', OK, found)
     low = _hosts(rows, lambda row: row['memory'] and total > MEMORY_SHARE * row['memory'])
-    fixed = train_bytes * extra + eval_bytes * (EVAL_AHEAD + extra)
     fitting = int((MEMORY_SHARE * least['memory'] - fixed) // max(train_bytes, 1))
     way = 'Set --config.batch_size or --config.eval.batch_size lower, or use more hosts.'
     if fitting >= 1:
-        way = f'Set --config.data.buffer_size={fitting} (now {data.buffer_size}); or: {way}'
+        way = f'Set --config.data.buffer_size={fitting} (now {readers.buffer_size}); or: {way}'
     state = FAILED if total > least['memory'] else WARNING
     return Check('readers', state, f'{found} on {low}', way)
 

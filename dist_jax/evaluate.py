@@ -90,10 +90,8 @@ def evaluate(
     mesh: Mesh,
     *,
     batch_size: int,
-    num_threads: int,
+    readers: pipeline.Readers = pipeline.Readers(),
     max_bad_share: float = 0.0,
-    num_workers: int = 0,
-    record_timeout: float = 60.0,
     skipped: Skipped | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -108,10 +106,8 @@ def evaluate(
       reader: their test views.
       mesh: devices.
       batch_size: videos a step over all hosts.
-      num_threads: reader threads of this host.
+      readers: who reads on this host.
       max_bad_share: share of the list that may be unreadable, 0 to 1; these are left out.
-      num_workers: reader processes of this host instead of threads; 0 for threads.
-      record_timeout: seconds that a reader process may take over a video.
       skipped: videos that are not read; those over which reader processes end are added.
       on_batch: called with (batches done, batches in all).
       should_stop: asked before each batch; must say the same on all hosts.
@@ -128,11 +124,8 @@ def evaluate(
         source,
         reader,
         batch_size=batch_size,
-        host_index=part.index,
-        host_count=part.count,
-        num_threads=num_threads,
-        num_workers=num_workers,
-        record_timeout=record_timeout,
+        host=part,
+        readers=readers,
         skipped=skipped,
     )
     kept: list[tuple[np.ndarray, ...]] = []
@@ -213,9 +206,7 @@ def evaluate_config(
         experiment.eval_reader(config),
         mesh,
         batch_size=config.eval.batch_size,
-        num_threads=config.data.num_threads,
-        num_workers=config.data.num_workers,
-        record_timeout=config.data.record_timeout,
+        readers=experiment.eval_readers(config),
         max_bad_share=1.0 if config.eval.allow_bad_videos else max_bad_share,
         skipped=skipped,
         on_batch=lambda done, _: bar.update(done),

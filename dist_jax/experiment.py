@@ -47,6 +47,7 @@ log = logging.getLogger('dist_jax')
 
 RANDOM = 'random'
 MOST_NAMED = 10  # classes in a warning
+EVAL_AHEAD = 4  # batches of an evaluation that are made ahead
 DTYPES = {'bfloat16': jnp.bfloat16, 'float32': jnp.float32}
 
 ClassNames = tuple[tuple[str, ...], ...]
@@ -382,6 +383,19 @@ def eval_reader(config: ConfigDict) -> pipeline.EvalReader:
             interpolation=data.resize_interpolation,
             layout=test.crop_layout,
         )
+
+
+def readers(config: ConfigDict) -> pipeline.Readers:
+    """Who reads the training list."""
+    data = config.data
+    return pipeline.Readers(
+        data.num_threads, data.num_workers, data.buffer_size, data.record_timeout
+    )
+
+
+def eval_readers(config: ConfigDict) -> pipeline.Readers:
+    """Who reads the evaluation list. Its batches are large: few are made ahead."""
+    return dataclasses.replace(readers(config), buffer_size=EVAL_AHEAD)
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:

@@ -26,6 +26,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from input_pipeline.batches import HostPart
+
 Tree = Any
 
 DATA, FSDP, TENSOR = 'data', 'fsdp', 'tensor'
@@ -317,19 +319,15 @@ def _constrained(tree: Tree, rules: Sequence[ShardingRule], gathered: bool) -> T
 
 
 @dataclasses.dataclass(frozen=True)
-class Feed:
+class Feed(HostPart):
     """Which part of every batch this process reads.
 
     Attributes:
-      index: of the part, from 0.
-      count: of all parts.
       first: whether no process before this one reads the same part. Where `tensor` crosses hosts,
         several read it.
     """
 
-    index: int
-    count: int
-    first: bool
+    first: bool = True
 
 
 def feed(mesh: Mesh) -> Feed:

@@ -428,7 +428,6 @@ class _Loop:
         """Runs to the end or to a stop signal: state, last evaluation, whether it was stopped."""
         config, plan = self.config, self.plan
         start = int(state.step)
-        part = feed(self.mesh)
         bad_videos = open_bad_videos(self.workdir, config, len(self.train_source))
         batches = pipeline.train_batches(
             self.train_source,
@@ -437,12 +436,8 @@ class _Loop:
             seed=config.seed,
             start_step=start,
             num_steps=plan.total_steps,
-            host_index=part.index,
-            host_count=part.count,
-            num_threads=config.data.num_threads,
-            num_workers=config.data.num_workers,
-            buffer_size=config.data.buffer_size,
-            record_timeout=config.data.record_timeout,
+            host=feed(self.mesh),
+            readers=experiment.readers(config),
             skipped=bad_videos.skipped,
         )
         pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]] = collections.deque()

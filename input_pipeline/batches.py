@@ -1,6 +1,7 @@
 """From the elements of a stream to batches: in threads of this process, or in reader processes."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,55 @@ RECORD_FIELDS = {
 }
 
 
+@dataclass(frozen=True)
+class Readers:
+    """Who reads on a host. The batches do not depend on it.
+
+    Except for videos that a process dies of or takes too long over.
+
+    Attributes:
+      num_threads: reader threads, each of which makes whole batches; 0 reads in `next`.
+      num_workers: reader processes, which take the place of threads; 0 for threads, -1 for as many
+        as `workers.usual_number` says.
+      buffer_size: batches that are made ahead.
+      record_timeout: seconds that a reader process may take over a record.
+    """
+
+    num_threads: int = 2
+    num_workers: int = 0
+    buffer_size: int = 4
+    record_timeout: float = 60.0
+
+    def __post_init__(self):
+        if self.num_workers < -1 or not self.record_timeout > 0:
+            raise ValueError(
+                f'num_workers={self.num_workers} must be -1 or more and record_timeout='
+                f'{self.record_timeout} more than 0 s'
+            )
+
+    @property
+    def num_processes(self) -> int:
+        """Reader processes on this machine, 0 where threads read."""
+        return usual_number() if self.num_workers == -1 else self.num_workers
+
+
+@dataclass(frozen=True)
+class HostPart:
+    """Which part of every batch a host reads.
+
+    Attributes:
+      index: of the part, from 0.
+      count: of all parts.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise ValueError(f'host.index={self.index} must be in 0 to {self.count - 1}')
+
+
 class Batches:
     """An iterator over batches, dicts of numpy arrays; `len()` is the number of all its batches.
 
@@ -29,10 +79,7 @@ class Batches:
         *,
         num_batches: int,
         batch_size: int,
-        num_threads: int,
-        num_workers: int,
-        buffer_size: int,
-        record_timeout: float,
+        readers: Readers,
         skipped: Skipped | None = None,
     ):
         """Starts reading.
@@ -41,37 +88,32 @@ class Batches:
           stream: makes the elements.
           num_batches: batches in all.
           batch_size: elements of a batch.
-          num_threads: reader threads, each of which makes whole batches; 0 reads in `next`.
-          num_workers: reader processes, which take the place of threads; 0 for threads, -1 for as
-            many as `workers.usual_number` says.
-          buffer_size: batches that are made ahead.
-          record_timeout: seconds that a reader process may take over an element.
+          readers: who makes them.
           skipped: records that are not read; those over which processes end are added.
 
         Raises:
-          ValueError: if the stream cannot be sent to processes, or a number is out of range.
+          ValueError: if the stream cannot be sent to processes.
         """
         self._num_batches = num_batches
         self._pool = None
         skipped = Skipped() if skipped is None else skipped
-        if num_workers == -1:
-            num_workers = usual_number()
+        num_processes = readers.num_processes
         if not num_batches:
             self._iterator = iter(())
-        elif num_workers:
+        elif num_processes:
             self._iterator = self._pool = ReaderPool(
                 stream,
                 _join,
                 num_batches=num_batches,
                 batch_size=batch_size,
-                num_workers=num_workers,
-                buffer_size=buffer_size,
-                record_timeout=record_timeout,
+                num_workers=num_processes,
+                buffer_size=readers.buffer_size,
+                record_timeout=readers.record_timeout,
                 skipped=skipped,
             )
         else:
             make = _caught(stream, skipped)
-            self._iterator = _in_threads(make, num_batches, batch_size, num_threads, buffer_size)
+            self._iterator = _in_threads(make, num_batches, batch_size, readers)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -113,15 +155,15 @@ def _in_threads(
     make: Callable[[int], Element | Exception],
     num_batches: int,
     batch_size: int,
-    num_threads: int,
-    buffer_size: int,
+    readers: Readers,
 ) -> Iterator[dict[str, np.ndarray] | Exception]:
     import grain  # brings jax, which must not come into the reader processes
 
     dataset = grain.MapDataset.range(num_batches * batch_size).map(make)
     dataset = dataset.batch(batch_size, batch_fn=_stack)
     options = grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=max(buffer_size, num_threads)
+        num_threads=readers.num_threads,
+        prefetch_buffer_size=max(readers.buffer_size, readers.num_threads),
     )
     return iter(dataset.to_iter_dataset(options))
 

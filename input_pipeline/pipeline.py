@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from numpy.typing import DTypeLike
 
-from input_pipeline.batches import RECORD_FIELDS, Batches
+from input_pipeline.batches import RECORD_FIELDS, Batches, HostPart, Readers
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
 from input_pipeline.frame_folder import FrameFolder
 from input_pipeline.regular_files import describe
@@ -29,8 +29,6 @@ from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
 from input_pipeline.transforms import Transform, ViewCrops, apply, choose
 from input_pipeline.video_list import Label, Record
 from input_pipeline.workers import Element, Rows, Skipped
-
-EVAL_AHEAD = 4  # batches of an evaluation that are made ahead
 
 
 class Source(Protocol):
@@ -416,16 +414,14 @@ def _element(
     return element | {'video': videos, 'rows': rows, 'mask': 1.0, 'error': ''}
 
 
-def _host_records(batch_size: int, host_index: int, host_count: int, num_samples: int = 1) -> int:
+def _host_records(batch_size: int, host_count: int, num_samples: int = 1) -> int:
     """Records of a batch that one host reads."""
     if batch_size < 1 or batch_size % (host_count * num_samples):
         copies = f' times num_samples={num_samples}' if num_samples > 1 else ''
         raise ValueError(
             f'batch_size={batch_size} (of all hosts together) is not a positive multiple of '
-            f'host_count={host_count}{copies}'
+            f'host.count={host_count}{copies}'
         )
-    if not 0 <= host_index < host_count:
-        raise ValueError(f'host_index={host_index} must be in 0 to {host_count - 1}')
     return batch_size // host_count // num_samples
 
 
@@ -437,12 +433,8 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     num_steps: int,
-    host_index: int = 0,
-    host_count: int = 1,
-    num_threads: int = 2,
-    num_workers: int = 0,
-    buffer_size: int = 4,
-    record_timeout: float = 60.0,
+    host: HostPart = HostPart(),
+    readers: Readers = Readers(),
     skipped: Skipped | None = None,
     shuffle: bool = True,
 ) -> Batches:
@@ -455,18 +447,12 @@ def train_batches(
     Args:
       source: the records, N of them.
       reader: makes the clips, S of a record.
-      batch_size: clips in a step over all hosts; b = batch_size / host_count come out here.
+      batch_size: clips in a step over all hosts; b = batch_size / host.count come out here.
       seed: of order and augmentation, not negative.
       start_step: first step, from 0.
       num_steps: steps of the whole run, the earlier ones included.
-      host_index: this host, from 0.
-      host_count: number of hosts.
-      num_threads: reader threads; the batches do not depend on it.
-      num_workers: reader processes instead of threads, see `workers`; 0 for threads, -1 for one a
-        CPU. The batches do not depend on it, but for videos that a process dies of or takes too
-        long over.
-      buffer_size: batches made ahead.
-      record_timeout: seconds that a reader process may take over a record.
+      host: which part of a step comes out here.
+      readers: who reads.
       skipped: records that are not read; those over which processes end are added.
       shuffle: False keeps the order of the list in every epoch.
 
@@ -480,23 +466,20 @@ def train_batches(
     Raises:
       ValueError: if an argument is out of range.
     """
-    of_host = _host_records(batch_size, host_index, host_count, reader.num_samples)
-    of_step = of_host * host_count
+    of_host = _host_records(batch_size, host.count, reader.num_samples)
+    of_step = of_host * host.count
     if seed < 0 or start_step < 0:
         raise ValueError(f'seed={seed} and start_step={start_step} must not be negative')
     num_records = len(source)
     if not num_records:
         raise ValueError('the source has no records')
 
-    part = _Part(start_step * of_step + host_index * of_host, of_host, of_step)
+    part = _Part(start_step * of_step + host.index * of_host, of_host, of_step)
     return Batches(
         _TrainStream(source, reader, part, seed, shuffle),
         num_batches=max(num_steps - start_step, 0),
         batch_size=of_host,
-        num_threads=num_threads,
-        num_workers=num_workers,
-        buffer_size=buffer_size,
-        record_timeout=record_timeout,
+        readers=readers,
         skipped=skipped,
     )
 
@@ -506,12 +489,8 @@ def eval_batches(
     reader: EvalReader,
     *,
     batch_size: int,
-    host_index: int = 0,
-    host_count: int = 1,
-    num_threads: int = 2,
-    num_workers: int = 0,
-    buffer_size: int = EVAL_AHEAD,
-    record_timeout: float = 60.0,
+    host: HostPart = HostPart(),
+    readers: Readers = Readers(),
     skipped: Skipped | None = None,
 ) -> Batches:
     """Every record once, in order, all views of a video together, for one host.
@@ -521,15 +500,9 @@ def eval_batches(
     Args:
       source: the records.
       reader: makes the views.
-      batch_size: videos in a step over all hosts; b = batch_size / host_count come out here.
-      host_index: this host, from 0.
-      host_count: number of hosts.
-      num_threads: reader threads; the batches do not depend on it.
-      num_workers: reader processes instead of threads, see `workers`; 0 for threads, -1 for one a
-        CPU. The batches do not depend on it, but for videos that a process dies of or takes too
-        long over.
-      buffer_size: batches made ahead.
-      record_timeout: seconds that a reader process may take over a record.
+      batch_size: videos in a step over all hosts; b = batch_size / host.count come out here.
+      host: which part of a step comes out here.
+      readers: who reads.
       skipped: records that are not read; those over which processes end are added.
 
     Returns:
@@ -540,19 +513,16 @@ def eval_batches(
     Raises:
       ValueError: if an argument is out of range.
     """
-    of_host = _host_records(batch_size, host_index, host_count)
+    of_host = _host_records(batch_size, host.count)
     num_records = len(source)
     if not num_records:
         raise ValueError('the source has no records')
 
-    part = _Part(host_index * of_host, of_host, batch_size)
+    part = _Part(host.index * of_host, of_host, batch_size)
     return Batches(
         _EvalStream(source, reader, part),
         num_batches=-(-num_records // batch_size),
         batch_size=of_host,
-        num_threads=num_threads,
-        num_workers=num_workers,
-        buffer_size=buffer_size,
-        record_timeout=record_timeout,
+        readers=readers,
         skipped=skipped,
     )

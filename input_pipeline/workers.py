@@ -201,18 +201,13 @@ class ReaderPool:
           batch_size: elements of a batch, b.
           num_workers: processes, at least 1.
           buffer_size: batches that are made ahead.
-          record_timeout: seconds for one element.
+          record_timeout: seconds for one element, more than 0.
           skipped: records that are not read; those that fail are added.
 
         Raises:
-          ValueError: if the stream cannot be pickled or an argument is out of range.
+          ValueError: if the stream cannot be pickled.
           ReaderError: if this system has no anonymous shared memory.
         """
-        if num_workers < 1 or not record_timeout > 0:
-            raise ValueError(
-                f'num_workers={num_workers} must be -1 or more and record_timeout='
-                f'{record_timeout} more than 0 s'
-            )
         if not hasattr(os, 'memfd_create'):
             raise ReaderError('reader processes need Linux; set num_workers=0 to read in threads')
         self._collate = collate

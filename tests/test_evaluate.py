@@ -79,7 +79,7 @@ class Scorer:
     eval_step: object
 
     def __call__(self, source, **options):
-        options = {'batch_size': 4, 'num_threads': 1} | options
+        options = {'batch_size': 4, 'readers': pipeline.Readers(num_threads=1)} | options
         return evaluate(
             self.eval_step,
             self.trained.variables,
@@ -133,7 +133,10 @@ def test_a_partial_last_batch_counts_exactly(score, scored, clips):
 def test_the_views_of_a_video_stay_together(score, scored, clips):
     batch = next(
         pipeline.eval_batches(
-            open_list(clips), experiment.eval_reader(score.config), batch_size=4, num_threads=0
+            open_list(clips),
+            experiment.eval_reader(score.config),
+            batch_size=4,
+            readers=pipeline.Readers(num_threads=0),
         )
     )
     assert batch['video'].shape[:2] == (4, VIEWS)

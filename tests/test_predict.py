@@ -14,6 +14,7 @@ from dist_jax import commands, experiment, main, predict, step, train
 from dist_jax.evaluate import evaluate
 from dist_jax.sharding import make_mesh
 from input_pipeline import motion_clips
+from input_pipeline.batches import Readers
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +53,7 @@ def run(tmp_path_factory):
         experiment.eval_reader(saved),
         mesh,
         batch_size=8,
-        num_threads=1,
+        readers=Readers(num_threads=1),
     )
     videos = folder / 'videos'
     videos.mkdir()

@@ -648,7 +648,7 @@ folder, target = sys.argv[1:]
 source = open_source(f'{folder}/train.txt', root=folder)
 reader = pipeline.TrainReader(4, 48, transforms=())
 batches = pipeline.train_batches(
-    source, reader, batch_size=4, seed=3, num_steps=6, host_index=part.index, host_count=part.count
+    source, reader, batch_size=4, seed=3, num_steps=6, host=part
 )
 found = [
     [hashlib.sha256(video.tobytes()).hexdigest() + f' {index}' for video, index in

@@ -37,6 +37,7 @@ from configs import dist
 from dist_jax import experiment
 from dist_jax.models import clip
 from input_pipeline import sampling
+from input_pipeline.batches import Readers
 from input_pipeline.decode import VideoReader
 from input_pipeline.encode import transcode
 from input_pipeline.escape import Console
@@ -244,9 +245,7 @@ def clip_rate(
         batch_size=batch_size,
         seed=0,
         num_steps=first + clips // batch_size,
-        num_threads=threads,
-        num_workers=workers,
-        buffer_size=2,
+        readers=Readers(threads, workers, buffer_size=2),
     )
     for _ in range(first):
         next(batches)
@@ -296,7 +295,7 @@ def measure_memory(
         batch_size=MEMORY_BATCH,
         seed=0,
         num_steps=2 * num_batches,  # the workers do not end before the last look
-        num_workers=2,
+        readers=Readers(num_workers=2),
     )
     found = []
     for done in range(1, num_batches + 1):
@@ -330,7 +329,12 @@ def measure_list(num_records: int) -> dict[str, dict[str, float]]:
         source = VideoList(records, tuple(map(str, range(710))))
         del records
         batches = train_batches(
-            source, TrainReader(1, 8), batch_size=1, seed=0, num_steps=1000, num_workers=1
+            source,
+            TrainReader(1, 8),
+            batch_size=1,
+            seed=0,
+            num_steps=1000,
+            readers=Readers(num_workers=1),
         )
         for _ in range(100):
             next(batches)

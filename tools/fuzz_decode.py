@@ -28,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from input_pipeline import decode, workers
+from input_pipeline.batches import Readers
 from input_pipeline.escape import Console
 from input_pipeline.pipeline import TrainReader, train_batches
 from input_pipeline.transforms import RandomResizedCrop
@@ -207,8 +208,7 @@ def fuzz(
         batch_size=BATCH_SIZE,
         seed=0,
         num_steps=num_steps,
-        num_workers=num_workers,
-        record_timeout=timeout,
+        readers=Readers(num_workers=num_workers, record_timeout=timeout),
         shuffle=False,
     )
     errors = []

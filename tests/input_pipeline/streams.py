@@ -1,12 +1,13 @@
 """Seven small videos, one of them broken, and how the tests of streams read and compare them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from video_files import pictures, write_video
 
+from input_pipeline.batches import Readers
 from input_pipeline.pipeline import TrainReader
 from input_pipeline.transforms import Flip, Grayscale, RandomResizedCrop
 from input_pipeline.video_list import Record, VideoList
@@ -14,6 +15,15 @@ from input_pipeline.video_list import Record, VideoList
 READER = TrainReader(4, 32, transforms=(Flip(), RandomResizedCrop(32), Grayscale(0.5)))
 NAMES = tuple('abc')
 BAD = 3  # number of the broken one
+
+
+READERS = [field.name for field in fields(Readers)]
+
+
+def with_readers(options):
+    """Arguments of `train_batches` and `eval_batches`, with the fields of `Readers` among them."""
+    readers = Readers(**{name: options.pop(name) for name in READERS if name in options})
+    return options | {'readers': readers}
 
 
 @dataclass(frozen=True)

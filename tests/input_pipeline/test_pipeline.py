@@ -5,9 +5,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from streams import BAD, NAMES, READER, Note, assert_same, write_seven
+from streams import BAD, NAMES, READER, Note, assert_same, with_readers, write_seven
 from video_files import decode_everything, pictures, write_video
 
+from input_pipeline.batches import HostPart, Readers
 from input_pipeline.pipeline import (
     EvalReader,
     TrainReader,
@@ -29,7 +30,7 @@ def source(tmp_path_factory):
 
 def train(source, reader=READER, **changes):
     options = {'batch_size': 4, 'seed': 7, 'num_steps': 6} | changes
-    return list(train_batches(source, reader, **options))
+    return list(train_batches(source, reader, **with_readers(options)))
 
 
 def test_shapes_and_types(source):
@@ -76,7 +77,7 @@ def test_another_seed_gives_another_stream(source):
 @pytest.mark.parametrize('hosts', [2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_hosts(source, hosts):
     whole = train(source)
-    parts = [train(source, host_index=j, host_count=hosts) for j in range(hosts)]
+    parts = [train(source, host=HostPart(j, hosts)) for j in range(hosts)]
     joined = [
         {key: np.concatenate([batch[key] for batch in step]) for key in step[0]}
         for step in zip(*parts)
@@ -90,9 +91,7 @@ def test_hosts_together_read_every_record_once_an_epoch(source, hosts):
     seen = [
         (int(epoch), int(index))
         for j in range(hosts)
-        for batch in train(
-            source, num_steps=steps, batch_size=batch_size, host_index=j, host_count=hosts
-        )
+        for batch in train(source, num_steps=steps, batch_size=batch_size, host=HostPart(j, hosts))
         for epoch, index in zip(batch['epoch'], batch['index'])
     ]
     assert sorted(seen) == [(epoch, index) for epoch in range(30) for index in range(7)]
@@ -199,7 +198,7 @@ def test_copies_stay_together_for_any_number_of_hosts_and_any_start(source, host
         assert sorted(indices[7 * epoch : 7 * epoch + 7]) == list(range(7))
     for start in (0, 4):
         parts = [
-            train(source, PAIRS, batch_size=12, start_step=start, host_index=j, host_count=hosts)
+            train(source, PAIRS, batch_size=12, start_step=start, host=HostPart(j, hosts))
             for j in range(hosts)
         ]
         joined = [
@@ -239,9 +238,8 @@ def test_a_reader_brings_keys_of_its_own(source, options):
 
 @pytest.mark.parametrize('options', [{'num_threads': 2}, {'num_workers': 2}])
 def test_tests_have_the_keys_too_and_draw_nothing(source, options):
-    batches = list(
-        eval_batches(source, EvalReader(4, 32, annotate=Note()), batch_size=4, **options)
-    )
+    reader = EvalReader(4, 32, annotate=Note())
+    batches = list(eval_batches(source, reader, batch_size=4, readers=Readers(**options)))
     plain = list(eval_batches(source, EvalReader(4, 32), batch_size=4))
     vector, number = (
         np.concatenate([batch.pop(key) for batch in batches]) for key in ('vector', 'number')
@@ -281,7 +279,7 @@ def test_own_keys_may_replace_the_label_and_nothing_else(source):
 
 def test_a_wrong_transform_is_raised_and_names_the_record(source):
     reader = TrainReader(4, 32, transforms=(RandomResizedCrop(24),))
-    batches = train_batches(source, reader, batch_size=4, seed=0, num_steps=2, num_threads=2)
+    batches = train_batches(source, reader, batch_size=4, seed=0, num_steps=2)
     with pytest.raises(ValueError, match='image_size of the reader and of its transforms'):
         list(batches)
 
@@ -299,18 +297,19 @@ def test_a_wrong_transform_is_raised_and_names_the_record(source):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'batch_size': 5, 'host_count': 2}, 'batch_size=5 .* multiple of host_count=2'),
-        ({'host_index': 2, 'host_count': 2}, 'host_index=2 must be in 0 to 1'),
+        ({'batch_size': 5, 'host': HostPart(0, 2)}, r'batch_size=5 .* multiple of host\.count=2'),
         ({'seed': -1}, 'seed=-1'),
         (
-            {'reader': PAIRS, 'batch_size': 6, 'host_count': 2},
-            'batch_size=6 .* multiple of host_count=2 times num_samples=2',
+            {'reader': PAIRS, 'batch_size': 6, 'host': HostPart(0, 2)},
+            r'batch_size=6 .* multiple of host\.count=2 times num_samples=2',
         ),
     ],
 )
 def test_wrong_arguments_are_errors(source, options, message):
     with pytest.raises(ValueError, match=message):
         train(source, **options)
+    with pytest.raises(ValueError, match=r'host\.index=2 must be in 0 to 1'):
+        HostPart(2, 2)
 
 
 def test_wrong_readers_are_errors():
@@ -387,8 +386,7 @@ def test_rounding_moves_the_test_crops(source):
 def test_evaluation_reads_every_record_once_and_pads_the_rest(source, hosts):
     reader = EvalReader(4, 32, num_clips=2, num_crops=3)
     parts = [
-        eval_batches(source, reader, batch_size=4, host_index=j, host_count=hosts)
-        for j in range(hosts)
+        eval_batches(source, reader, batch_size=4, host=HostPart(j, hosts)) for j in range(hosts)
     ]
     assert {len(part) for part in parts} == {2}
     steps = list(zip(*parts))
@@ -417,7 +415,8 @@ def test_views_of_a_video_are_clips_outside_and_crops_inside(source):
 def test_evaluation_is_the_same_every_time(source):
     reader = EvalReader(4, 32)
     first, second = (
-        list(eval_batches(source, reader, batch_size=3, num_threads=n)) for n in (0, 3)
+        list(eval_batches(source, reader, batch_size=3, readers=Readers(num_threads=n)))
+        for n in (0, 3)
     )
     assert_same(first, second)
 
@@ -513,7 +512,9 @@ def test_skipped_records_are_not_read_from_their_epoch_on(source, options):
             else:
                 np.testing.assert_array_equal(batch['video'][row], other['video'][row])
     reader = EvalReader(4, 32)
-    found = list(eval_batches(source, reader, batch_size=4, skipped=skipped, **options))
+    found = list(
+        eval_batches(source, reader, batch_size=4, skipped=skipped, readers=Readers(**options))
+    )
     errors = [error for batch in found for error in batch['error']]
     assert [k for k in range(8) if errors[k].startswith('timed out')] == [5]
 

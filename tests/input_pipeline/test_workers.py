@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streams import BAD, NAMES, READER, assert_same, write_seven
+from streams import BAD, NAMES, READER, assert_same, with_readers, write_seven
 
 from input_pipeline.bad_videos import BadVideoLog
+from input_pipeline.batches import HostPart, Readers
 from input_pipeline.pipeline import EvalReader, TrainReader, eval_batches, train_batches
 from input_pipeline.transforms import RandomResizedCrop
 from input_pipeline.video_list import VideoList
@@ -29,7 +30,7 @@ def source(tmp_path_factory):
 
 def batches_of(source, reader=READER, **changes):
     options = {'batch_size': 4, 'seed': 7, 'num_steps': 6, 'num_workers': 2} | changes
-    return train_batches(source, reader, **options)
+    return train_batches(source, reader, **with_readers(options))
 
 
 def train(source, reader=READER, **changes):
@@ -128,7 +129,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(source, workers):
 def test_a_run_continues_with_other_hosts_and_processes(source):
     straight = train(source, batch_size=12, num_workers=0)
     parts = [
-        train(source, batch_size=12, start_step=4, host_index=j, host_count=3, num_workers=j)
+        train(source, batch_size=12, start_step=4, host=HostPart(j, 3), num_workers=j)
         for j in range(3)
     ]
     joined = [
@@ -145,7 +146,10 @@ def test_copies_of_a_record_are_the_same_rows(source):
 
 def test_evaluation_does_not_depend_on_processes(source):
     reader = EvalReader(4, 32, num_clips=2, num_crops=3)
-    ours, theirs = (list(eval_batches(source, reader, batch_size=4, num_workers=n)) for n in (2, 0))
+    ours, theirs = (
+        list(eval_batches(source, reader, batch_size=4, readers=Readers(num_workers=n)))
+        for n in (2, 0)
+    )
     assert_same(ours, theirs)
 
 
@@ -247,9 +251,9 @@ def test_a_record_that_always_fails_is_tried_in_its_first_epoch_only(source, tmp
 def test_evaluations_that_share_what_they_skip_try_a_record_once(source, tmp_path):
     tries = tmp_path / 'tries'
     trouble, skipped = with_trouble(source, 5, 'SIGKILL', tries=tries), Skipped()
-    reader = EvalReader(4, 32)
+    reader, readers = EvalReader(4, 32), Readers(num_workers=1)
     first, second = (
-        list(eval_batches(trouble, reader, batch_size=4, num_workers=1, skipped=skipped))
+        list(eval_batches(trouble, reader, batch_size=4, readers=readers, skipped=skipped))
         for _ in range(2)
     )
     assert_same(first, second)
@@ -336,14 +340,14 @@ def test_processes_end_with_the_iterator_that_is_dropped(source):
 
 TRAINER = """
 import pathlib, sys, time
+from input_pipeline.batches import Readers
 from input_pipeline.pipeline import TrainReader, train_batches
 from input_pipeline.video_list import Record, VideoList
 from input_pipeline.transforms import RandomResizedCrop
 source = VideoList([Record(sys.argv[1], 0, '')], ('0',))
 reader = TrainReader(4, 32, transforms=(RandomResizedCrop(32),))
-batches = train_batches(
-    source, reader, batch_size=4, seed=0, num_steps=10**6, num_workers=2, buffer_size=3
-)
+readers = Readers(num_workers=2, buffer_size=3)
+batches = train_batches(source, reader, batch_size=4, seed=0, num_steps=10**6, readers=readers)
 next(batches)
 print(*batches.worker_pids, flush=True)
 for batch in batches:
