@@ -151,8 +151,13 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def open_split(config: ConfigDict, split: str) -> LabelledSource:
+def open_split(config: ConfigDict, split: str, needs_classes: bool = True) -> LabelledSource:
     """The 'train' or 'val' list of the config.
+
+    Args:
+      config: of the experiment.
+      split: 'train' or 'val'.
+      needs_classes: refuse lists of captions.
 
     Raises:
       ValueError: a field is missing or a file is wrong; the message names it.
@@ -167,7 +172,7 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
     root = config.data.root
     path = under(root, path)
     label_map = [under(root, name) for name in config.data.label_map.split(',')]
-    return open_source(
+    source = open_source(
         path,
         config.data.list_format or 'auto',
         root=root,
@@ -177,6 +182,12 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
         purpose=split,
         usual_format=info.list_format,
     )
+    if needs_classes and not source.class_names:
+        raise ValueError(
+            f'{path}: has captions and no classes: it is for text-video retrieval and cannot be '
+            'used for classification'
+        )
+    return source
 
 
 def class_columns(source: LabelledSource) -> ClassNames:
@@ -203,13 +214,12 @@ def warn_of_classes(source: LabelledSource, field: str) -> None:
 
 
 def list_sha256(source: LabelledSource) -> str:
-    """Digest of the ids and labels of a list, in order: the identity of the training stream."""
+    """Digest of a list, ids, labels and captions in order: the identity of the training stream."""
     digest = hashlib.sha256()
     for i in range(len(source)):
         record = source[i]
-        digest.update(
-            json.dumps([record.video_id, record.label, record.start, record.end]).encode()
-        )
+        identity = [record.video_id, record.label, record.start, record.end, *record.captions]
+        digest.update(json.dumps(identity).encode())
     return digest.hexdigest()
 
 

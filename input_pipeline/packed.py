@@ -49,6 +49,24 @@ class Texts(Blobs):
         return super().__getitem__(index).decode('utf-8', 'surrogateescape')
 
 
+class TextTuples:
+    """Tuples of texts, each of any length: the captions of videos."""
+
+    def __init__(self, texts: Texts, ends: np.ndarray):
+        """Takes all texts, and (number of tuples,) int64, where each ends in them."""
+        self.texts, self.ends = texts, ends
+
+    @classmethod
+    def pack(cls, tuples: Sequence[Sequence[str]]) -> 'TextTuples':
+        """Puts tuples one after the other; raises as `Texts.pack`."""
+        ends = np.cumsum([len(texts) for texts in tuples], dtype=np.int64)
+        return cls(Texts.pack([text for texts in tuples for text in texts]), ends)
+
+    def __getitem__(self, index: int) -> tuple[str, ...]:
+        start = int(self.ends[index - 1]) if index else 0
+        return tuple(self.texts[k] for k in range(start, int(self.ends[index])))
+
+
 class Objects:
     """Objects, of which a pickle makes byte strings: each is unpickled when it is asked for.
 

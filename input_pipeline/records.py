@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from input_pipeline.escape import json_text
 from input_pipeline.list_formats import choose_split
-from input_pipeline.packed import Texts
+from input_pipeline.packed import Texts, TextTuples
 from input_pipeline.regular_files import open_regular
 from input_pipeline.text_files import quoted, read_json
 from input_pipeline.video_list import Names, Record
@@ -54,8 +54,7 @@ class SplitIndex:
       facts: arrays (N,) by the names of `FACTS`.
       num_bytes: (N,) int64, of the encoded video.
       crc32: (N,) uint32, of the encoded video.
-      captions: of all records one after the other; none in sets of classes.
-      caption_ends: (N,) int64, where the captions of each record end.
+      captions: N tuples, all () in sets of classes.
       shards: S file names.
       shard_lengths: (S,) int64, records of each.
     """
@@ -65,8 +64,7 @@ class SplitIndex:
     facts: Mapping[str, np.ndarray]
     num_bytes: np.ndarray
     crc32: np.ndarray
-    captions: Texts
-    caption_ends: np.ndarray
+    captions: TextTuples
     shards: tuple[str, ...]
     shard_lengths: np.ndarray
 
@@ -80,9 +78,9 @@ class SplitIndex:
             labels=self.labels,
             num_bytes=self.num_bytes,
             crc32=self.crc32,
-            captions=self.captions.content,
-            caption_text_ends=self.captions.ends,
-            caption_ends=self.caption_ends,
+            captions=self.captions.texts.content,
+            caption_text_ends=self.captions.texts.ends,
+            caption_ends=self.captions.ends,
             shards=np.array(self.shards),
             shard_lengths=self.shard_lengths,
             **self.facts,
@@ -101,8 +99,10 @@ class SplitIndex:
                     facts={name: arrays[name] for name in FACTS},
                     num_bytes=arrays['num_bytes'],
                     crc32=arrays['crc32'],
-                    captions=Texts(arrays['captions'], arrays['caption_text_ends']),
-                    caption_ends=arrays['caption_ends'],
+                    captions=TextTuples(
+                        Texts(arrays['captions'], arrays['caption_text_ends']),
+                        arrays['caption_ends'],
+                    ),
                     shards=tuple(arrays['shards'].tolist()),
                     shard_lengths=arrays['shard_lengths'],
                 )
@@ -124,16 +124,17 @@ class SplitIndex:
                 raise ValueError(f'{name} has shape {column.shape}, not {(count,)}')
         if self.labels.ndim != 2 or self.labels.dtype.kind != 'i':
             raise ValueError(f'labels have shape {self.labels.shape}')
+        captions = self.captions.texts
         for name, texts, length in (
             ('video_ids', self.video_ids, count),
-            ('captions', self.captions, len(self.captions)),
+            ('captions', captions, len(captions)),
         ):
             if texts.content.dtype != np.uint8 or texts.content.ndim != 1 or len(texts) != length:
                 raise ValueError(f'{name} are {len(texts)} texts, expected {length}')
             _check_ends(name, texts.ends, length, len(texts.content))
-        _check_ends('captions', self.caption_ends, count, len(self.captions))
+        _check_ends('captions', self.captions.ends, count, len(captions))
         # UnicodeDecodeError is a ValueError; ids are names of files, which may be any bytes.
-        self.captions.content.tobytes().decode()
+        captions.content.tobytes().decode()
         if self.shard_lengths.shape != (len(self.shards),) or self.shard_lengths.dtype.kind != 'i':
             raise ValueError(f'{len(self.shards)} shards, {self.shard_lengths.shape} lengths')
         if (self.shard_lengths < 0).any() or self.shard_lengths.sum() != count:
@@ -220,6 +221,7 @@ class BuiltSplit:
             labels[0] if len(labels) == 1 else tuple(labels),
             self.index.video_ids[index],
             load=_Load(path, position, f'{self.name} {first} to {stop - 1}', self.expected(index)),
+            captions=self.index.captions[index],
         )
 
     def expected(self, index: int) -> 'Identity':
@@ -234,12 +236,6 @@ class BuiltSplit:
         """Number of the shard of a record, and the position of the record in it."""
         shard = int(np.searchsorted(self._starts, index, side='right')) - 1
         return shard, index - int(self._starts[shard])
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Texts of a record; () in sets of classes."""
-        start = int(self.index.caption_ends[index - 1]) if index else 0
-        stop = int(self.index.caption_ends[index])
-        return tuple(self.index.captions[k] for k in range(start, stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,24 +382,20 @@ def open_built(
     num_classes: int | tuple[int, ...] = 0,
     purpose: str = '',
 ) -> BuiltSplit:
-    """Opens a split of a built data set for classification.
+    """Opens a split of a built data set.
 
     Args:
       folder: of the data set.
       subset: name of the split; '' for the only one.
-      num_classes: expected number of classes, one per head; 0 for whatever comes.
+      num_classes: expected number of classes, one per head; 0 for whatever comes. Nothing is
+        expected of captions.
       purpose: see `sources.open_source`.
 
     Raises:
-      ValueError: if there is no such split, it has captions instead of classes, or other classes.
+      ValueError: if there is no such split, or it has other classes.
     """
     source = BuiltSplit(folder, subset, purpose)
-    if not source.class_names:
-        raise ValueError(
-            f'{folder}: has captions and no classes: it is for text-video retrieval and cannot be '
-            'used for classification'
-        )
-    if num_classes and source.num_classes != num_classes:
+    if source.class_names and num_classes and source.num_classes != num_classes:
         raise ValueError(
             f'{folder}: {source.num_classes} classes, expected num_classes={num_classes}; name the '
             'data set that it was built from, or use the data set "custom"'

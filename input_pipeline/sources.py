@@ -56,7 +56,8 @@ def open_source(
       usual_format: of the data set's own lists, for 'auto' where the file leaves it open.
 
     Returns:
-      The records in the order of the list, with class names.
+      The records in the order of the list, with class names. Those of a list of captions have no
+      label and the list no class names, whatever `label_map` and `num_classes` say.
 
     Raises:
       ValueError: naming file and line, if the list or a label is wrong, or the list is empty.
@@ -87,26 +88,24 @@ def open_source(
         purpose,
         count_heads(label_map, num_classes),
     )
-    if rows[0].captions:
-        raise ValueError(
-            f'{path}: has captions and no classes: it is for text-video retrieval and cannot be '
-            'used for classification'
-        )
-    heads = find_classes(path, list_format, rows, label_map, num_classes)
+    heads = (
+        [] if rows[0].captions else find_classes(path, list_format, rows, label_map, num_classes)
+    )
     records = []
     for row in rows:
         label = tuple(classes.find(text, row.where) for classes, text in zip(heads, row.labels))
         records.append(
             Record(
                 os.fspath(root / row.path),  # an absolute path stays as it is
-                label if len(heads) > 1 else label[0],
+                label[0] if len(heads) == 1 else label,
                 row.video_id or Path(row.path).stem,
                 row.start,
                 row.end,
+                captions=row.captions,
             )
         )
     names = tuple(classes.names for classes in heads)
-    return VideoList(records, names if len(names) > 1 else names[0])
+    return VideoList(records, names[0] if len(names) == 1 else names)
 
 
 def count_heads(

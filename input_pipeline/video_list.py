@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from input_pipeline.packed import Objects, Texts
+from input_pipeline.packed import Objects, Texts, TextTuples
 
 Label = int | tuple[int, ...]
 Names = tuple[str, ...]
@@ -19,11 +19,12 @@ class Record:
 
     Attributes:
       path: the video file, or a name that says where the video lies, for messages.
-      label: class index from 0, or one per head.
+      label: class index from 0, or one per head; () in sets of captions.
       video_id: name of the video in the data set.
       start: seconds after the first frame where the part begins; None means the beginning.
       end: seconds where it ends; None means the end.
       load: gives the bytes of the video file where `path` is not a file; raises OSError.
+      captions: texts; () in sets of classes.
     """
 
     path: str
@@ -32,15 +33,17 @@ class Record:
     start: float | None = None
     end: float | None = None
     load: Callable[[], bytes] | None = None
+    captions: tuple[str, ...] = ()
 
 
 class LabelledSource(Protocol):
-    """Random access to records with classes.
+    """Random access to records with classes or captions.
 
     Attributes:
-      class_names: names by class index; one tuple per head where labels are tuples.
-      num_classes: number of classes, or one number per head.
-      labels: (N,) or (N, heads) int, those of the records.
+      class_names: names by class index; one tuple per head where labels are tuples; () in sets of
+        captions.
+      num_classes: number of classes, or one number per head; 0 in sets of captions.
+      labels: (N,) or (N, heads) int, those of the records; (N, 0) in sets of captions.
     """
 
     class_names: Names | tuple[Names, ...]
@@ -56,9 +59,10 @@ class VideoList:
     """Records in memory, as columns of arrays; each record is made when it is asked for.
 
     Attributes:
-      class_names: names by class index; one tuple per head where labels are tuples.
-      num_classes: number of classes, or one number per head.
-      labels: (N,) or (N, heads) int64.
+      class_names: names by class index; one tuple per head where labels are tuples; () in sets of
+        captions.
+      num_classes: number of classes, or one number per head; 0 in sets of captions.
+      labels: (N,) or (N, heads) int64; (N, 0) in sets of captions.
     """
 
     def __init__(self, records: Sequence[Record], class_names: Names | tuple[Names, ...]):
@@ -69,11 +73,13 @@ class VideoList:
         self.labels = np.array([record.label for record in records], np.int64)
         self._paths = Texts.pack([record.path for record in records])
         self._video_ids = Texts.pack([record.video_id for record in records])
-        # (N, 2) seconds, NaN for None; most lists have neither these nor what loads a record.
+        # (N, 2) seconds, NaN for None; most lists have none of these three.
         times = [(record.start, record.end) for record in records]
         self._times = np.array(times, np.float64) if set(times) - {(None, None)} else None
         loads = [record.load for record in records]
         self._loads = Objects(loads) if any(load is not None for load in loads) else None
+        captions = [record.captions for record in records]
+        self._captions = TextTuples.pack(captions) if any(captions) else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,4 +98,5 @@ class VideoList:
             start,
             end,
             None if self._loads is None else self._loads[index],
+            () if self._captions is None else self._captions[index],
         )

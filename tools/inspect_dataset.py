@@ -90,7 +90,7 @@ def statistics(source: BuiltSplit) -> dict[str, Any]:
             'most videos': int(videos.max()),
         }
     if not source.class_names:
-        found['captions'] = len(index.captions)
+        found['captions'] = len(index.captions.texts)
     return found
 
 
@@ -209,7 +209,7 @@ def _row(source: BuiltSplit, record: int) -> tuple[str, np.ndarray, np.ndarray]:
     except DecodeError as error:
         return f'{name}: {error.kind}', np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, int)
     height, width = frames.shape[1:3]
-    captions = source.captions(record)
+    captions = source.index.captions[record]
     text = f'  “{cut(captions[0], 80)}” (1 of {len(captions)})' if captions else ''
     return f'{name}, {width} x {height}, {facts}{text}', frames, numbers
 

@@ -16,8 +16,9 @@ from configs import frame_mean
 from dist_jax import experiment, main
 from input_pipeline import check, records
 from input_pipeline.decode import DecodeError
+from input_pipeline.packed import Texts, TextTuples
 from input_pipeline.pipeline import EvalReader, TrainReader, eval_batches, open_video, train_batches
-from input_pipeline.records import BuiltSplit, SplitIndex, Texts
+from input_pipeline.records import BuiltSplit, SplitIndex
 from input_pipeline.sources import open_source
 from tools import build_dataset
 
@@ -95,8 +96,7 @@ def test_half_a_million_records_open_in_seconds(built, tmp_path):
         facts={name: np.zeros(count, kind) for name, kind in records.FACTS.items()},
         num_bytes=np.zeros(count, np.int64),
         crc32=np.zeros(count, np.uint32),
-        captions=Texts.pack([]),
-        caption_ends=np.zeros(count, np.int64),
+        captions=TextTuples.pack([()] * count),
         shards=small.shards[:2],
         shard_lengths=np.array([count // 2] * 2),
     )
@@ -228,15 +228,20 @@ def test_wrong_uses_are_errors_that_say_so(built, clips, tmp_path):
 def test_captions_are_no_classes(tmp_path, clips):
     entries = [{'path': '000000.mp4', 'captions': ['one', 'two']}]
     (tmp_path / 'train.jsonl').write_text('\n'.join(map(json.dumps, entries)))
-    with pytest.raises(ValueError, match='captions and no classes'):
-        open_source(tmp_path / 'train.jsonl')
+    listed = open_source(tmp_path / 'train.jsonl', label_map=clips / 'labels.txt', num_classes=8)
     words = ['custom', '--list', f'train={tmp_path}/train.jsonl', '--videos', f'{clips}/train']
     assert build_dataset.main([*words, '--out', f'{tmp_path}/built', '--workers', '0']) == 0
-    with pytest.raises(ValueError, match='captions and no classes'):
-        open_source(tmp_path / 'built')
-    source = BuiltSplit(tmp_path / 'built')
-    assert source.captions(0) == ('one', 'two')
-    assert source[0].label == ()
+    built = open_source(tmp_path / 'built', num_classes=8)
+    for source in (listed, pickle.loads(pickle.dumps(listed)), built):
+        assert (source.class_names, source.num_classes, source.labels.shape) == ((), 0, (1, 0))
+        assert (source[0].captions, source[0].label) == (('one', 'two'), ())
+    assert experiment.list_sha256(listed) == experiment.list_sha256(built)
+    config = frame_mean.get_config('demo')
+    for path in ('train.jsonl', 'built'):
+        config.data.update(name='custom', train_list=str(tmp_path / path))
+        with pytest.raises(ValueError, match=f'{path}: has captions and no classes'):
+            experiment.open_split(config, 'train')
+        assert len(experiment.open_split(config, 'train', needs_classes=False)) == 1
 
 
 def test_no_tensorflow_is_imported(built):

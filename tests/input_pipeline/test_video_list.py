@@ -22,6 +22,7 @@ LISTS = {
         NAMES,
     ),
     'names that are not UTF-8': ([Record('/v/\udcff\udc80.mp4', 0, '\udcfe')], NAMES),
+    'captions': ([Record('1', (), '1', captions=('ä', 'b c')), Record('2', (), '2')], ()),
     'empty': ([], NAMES),
 }
 
@@ -40,7 +41,7 @@ def test_records_come_out_as_they_went_in(name):
         assert found.class_names == class_names
         with pytest.raises(IndexError):
             found[len(records)]
-    assert source.num_classes == ((2, 2) if name == 'two heads' else 2)
+    assert source.num_classes == {'two heads': (2, 2), 'captions': 0}.get(name, 2)
     if records:
         assert source[-1].path == records[-1].path and source[np.int64(0)].path == records[0].path
 

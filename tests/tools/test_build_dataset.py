@@ -236,7 +236,7 @@ def test_builds_from_the_original_files(tmp_path, name, video):
     for split, wanted in expected.items():
         source, examples = BuiltSplit(out, split), builder.as_data_source(split)
         captions = DATASETS[name].captions
-        found = [source.captions(k) if captions else source[k].label for k in range(len(source))]
+        found = [source[k].captions if captions else source[k].label for k in range(len(source))]
         assert found == wanted
         assert len(examples) == len(wanted)
         for k, example in enumerate(examples):

@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from dist_jax.drawing import cut, theme
 from input_pipeline.escape import json_text, terminal
-from input_pipeline.records import FACTS, INDEX, SplitIndex, Texts, index_file, index_text
+from input_pipeline.packed import Texts, TextTuples
+from input_pipeline.records import FACTS, INDEX, SplitIndex, index_file, index_text
 from tools.building.examples import label_names, make_features
 from tools.building.shards import MANIFEST, BuildFolder, Task
 
@@ -124,8 +125,7 @@ def _make_index(
         facts={name: np.array([row[name] for row in rows], kind) for name, kind in FACTS.items()},
         num_bytes=np.array([row['num_bytes'] for row in rows], np.int64),
         crc32=np.array([row['crc32'] for row in rows], np.uint32),
-        captions=Texts.pack([text for row in rows for text in row['captions']]),
-        caption_ends=np.cumsum([len(row['captions']) for row in rows], dtype=np.int64),
+        captions=TextTuples.pack([row['captions'] for row in rows]),
         shards=tuple(map(folder.shard_name, tasks)),
         shard_lengths=np.array([len(result['rows']) for result in results], np.int64),
     )
@@ -176,7 +176,7 @@ def report_text(
 def _histogram(folder: BuildFolder, index: SplitIndex) -> dict[str, dict[str, int]]:
     """Number of videos by class for each head; in sets of captions by number of captions."""
     if not folder.class_names:
-        counts = Counter(np.diff(index.caption_ends, prepend=0).tolist())
+        counts = Counter(np.diff(index.captions.ends, prepend=0).tolist())
         return {'captions per video': {str(k): counts[k] for k in sorted(counts)}}
     found = {}
     for head, (label, names) in enumerate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -128,25 +127,14 @@ LABEL_MAPS: dict[str, Any] = {
 
 def read(path: Path, file: str, list_format: str, **options: Any) -> None:
     """Reads a list and every record of it, as a run or a build of a data set does."""
-    from input_pipeline import list_formats, sources
+    from input_pipeline.sources import open_source
 
-    where = path / file
     label_map = options.pop('label_map', '')
-    if list_format == 'auto':
-        list_format = list_formats.guess_format(where)
-    exists = functools.partial(_exists, path)
-    rows = sources.read_rows(where, list_format, exists, options.get('subset', ''))
-    if rows[0].captions:
-        return
-    source = sources.open_source(
-        where, list_format, label_map=path / label_map if label_map else '', **options
+    source = open_source(
+        path / file, list_format, label_map=path / label_map if label_map else '', **options
     )
     for k in range(len(source)):
         _ = source[k]
-
-
-def _exists(root: Path, name: str) -> bool:
-    return (root / name).exists()
 
 
 def read_label_map(path: Path) -> None:
