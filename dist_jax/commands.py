@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
-from dist_jax import checkpoint, experiment, init_from, step
+from dist_jax import checkpoint, experiment, init_from, recipe, step
 from dist_jax.evaluate import EvalResult, evaluate_config
 from dist_jax.json_file import write_json
 from dist_jax.models.api import Tree, VideoModel
@@ -36,7 +36,7 @@ class Trained:
     model: VideoModel
     frozen: Tree
     variables: Tree
-    class_names: experiment.ClassNames
+    class_names: recipe.ClassNames
     step: int
 
 
@@ -69,7 +69,7 @@ def load_trained(
     config: ConfigDict,
     workdir: str,
     step_number: int | str | None,
-    class_names: experiment.ClassNames | None = None,
+    class_names: recipe.ClassNames | None = None,
 ) -> Trained:
     """Builds the model of a run (or of `config.init_from`) and reads its weights.
 
@@ -143,8 +143,8 @@ def run_evaluation(
     """
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-    source = experiment.open_split(config, 'val')
-    trained = load_trained(config, workdir, step_number, experiment.class_columns(source))
+    source = recipe.open_split(config, 'val')
+    trained = load_trained(config, workdir, step_number, recipe.class_columns(source))
     eval_step = step.make_eval_step(
         trained.model, mesh, config.eval.fusion, trained.variables, trained.frozen
     )

@@ -31,7 +31,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from dist_jax import checkpoint, experiment, pod, train
+from dist_jax import checkpoint, experiment, paths, pod, recipe, train
 from dist_jax.models import converted
 from dist_jax.sharding import feed, make_mesh
 from input_pipeline.decode import DecodeError
@@ -309,7 +309,7 @@ def _shared_workdir(workdir: str, token: str, count: int) -> list[int]:
 
 
 def _backbone(config: ConfigDict) -> dict[str, str]:
-    if config.backbone.checkpoint == experiment.RANDOM:
+    if config.backbone.checkpoint == paths.RANDOM:
         return {'found': 'random, made in the workdir'}
     try:
         backbone = experiment.find_backbone(config, '')
@@ -322,12 +322,12 @@ def _list(config: ConfigDict, split: str) -> dict[str, Any]:
     """Reads a list, and its first, middle and last video; one that is broken stops no run."""
     field = f'{split}_list'
     if not config.data[field]:
-        if experiment.dataset_info(config).generate is not None:
+        if recipe.dataset_info(config).generate is not None:
             return {'found': 'made in the workdir'}
         if split == 'val':
             return {'found': 'none'}
     try:
-        source = experiment.open_split(config, split)
+        source = recipe.open_split(config, split)
     except Exception as error:
         return {'problem': _reason(error)}
     looked = sorted({0, len(source) // 2, len(source) - 1})
@@ -341,7 +341,7 @@ def _list(config: ConfigDict, split: str) -> dict[str, Any]:
             bad.append(f'video {position}: {_reason(error)}')
     if len(bad) == len(looked):
         return {'problem': bad[0]}
-    found = f'{len(source)} videos, {experiment.list_sha256(source)[:12]}; '
+    found = f'{len(source)} videos, {recipe.list_sha256(source)[:12]}; '
     size = {'videos': len(source)}
     found += f'{len(looked) - len(bad)} of {len(looked)} looked at can be read'
     return {'found': found, **size, **({'warning': bad[0]} if bad else {})}
@@ -533,7 +533,7 @@ def _readers(rows: list[dict[str, Any]], config: ConfigDict) -> Check | None:
         train_bytes, eval_bytes = _batch_bytes(config)
     except ValueError:
         return None  # the line of the batch says it
-    readers, test_readers = experiment.readers(config), experiment.eval_readers(config)
+    readers, test_readers = recipe.readers(config), recipe.eval_readers(config)
     processes = readers.num_processes
     # Readers of the training list keep their batches while an evaluation has its own.
     extra = LENT if processes else readers.num_threads

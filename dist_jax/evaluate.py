@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import ending, experiment, metrics
+from dist_jax import ending, metrics, recipe
 from dist_jax.models.api import Tree
 from dist_jax.progress import Bar
 from dist_jax.sharding import feed, to_global
@@ -203,10 +203,10 @@ def evaluate_config(
         variables,
         frozen,
         source,
-        experiment.eval_reader(config),
+        recipe.eval_reader(config),
         mesh,
         batch_size=config.eval.batch_size,
-        readers=experiment.eval_readers(config),
+        readers=recipe.eval_readers(config),
         max_bad_share=1.0 if config.eval.allow_bad_videos else max_bad_share,
         skipped=skipped,
         on_batch=lambda done, _: bar.update(done),

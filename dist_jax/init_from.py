@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, experiment
+from dist_jax import checkpoint, experiment, recipe
 from dist_jax.models import converted, heads
 from dist_jax.models.api import Tree
 from dist_jax.models.params import flatten
@@ -29,7 +29,7 @@ MISSING = ('error', 'fresh')  # values of config.init_missing
 MOST_NAMED = 20  # classes in a message
 
 
-def load_trainable(config: ConfigDict, params: Tree, class_names: experiment.ClassNames) -> Tree:
+def load_trainable(config: ConfigDict, params: Tree, class_names: recipe.ClassNames) -> Tree:
     """Trainable parameters of `config.init_from`.
 
     Args:
@@ -100,7 +100,7 @@ def _class_places(
     config: ConfigDict,
     folder: epath.Path | None,
     num_stored: tuple[int, ...],
-    class_names: experiment.ClassNames,
+    class_names: recipe.ClassNames,
 ) -> list[np.ndarray]:
     """Where the classes of each label column are in the classifier of `config.init_from`.
 
@@ -116,7 +116,7 @@ def _class_places(
     path = config.init_from
     if not num_stored:
         log.info('%s has no classifier', path)
-        origin: experiment.ClassNames = ((),) * len(class_names)
+        origin: recipe.ClassNames = ((),) * len(class_names)
     elif config.init_label_map:
         origin = tuple(
             read_label_map(name.strip()).names for name in config.init_label_map.split(',')
@@ -138,7 +138,7 @@ def _class_places(
         )
     if len(origin) != len(class_names):
         raise ValueError(f'{path} has {len(origin)} label columns, the list has {len(class_names)}')
-    key = experiment.dataset_info(config).class_key
+    key = recipe.dataset_info(config).class_key
     places = []
     for column, (names, own) in enumerate(zip(class_names, origin)):
         place = match_classes(own, names, key, path)

@@ -15,6 +15,7 @@ from typing import Any
 from input_pipeline.list_formats import VIDEO_SUFFIXES, files_below
 
 CHECKPOINTS = 'checkpoints'  # of a run, in its workdir
+RANDOM = 'random'  # in place of a backbone
 _MAKERS = {'backbone.checkpoint': ' (`dist_jax convert` makes one from CLIP)'}
 
 
@@ -66,7 +67,7 @@ def check_inputs(fields: Mapping[str, str], splits: Iterable[str], saved_root: s
     missing = [
         f'{field}: no file or folder {name}{_MAKERS.get(field, "")}'
         for field, name in wanted
-        if not _found(name) and (field, name) != ('backbone.checkpoint', 'random')
+        if not _found(name) and (field, name) != ('backbone.checkpoint', RANDOM)
     ]
     if missing:
         raise ValueError('\n'.join(missing))

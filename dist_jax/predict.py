@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from dist_jax import attention_map, commands, contact_sheet, drawing, experiment, metrics, step
+from dist_jax import attention_map, commands, contact_sheet, drawing, metrics, recipe, step
 from dist_jax.json_file import write_json
 from dist_jax.progress import Bar
 from dist_jax.sharding import batch_parts, batched, make_mesh
@@ -102,7 +102,7 @@ def predict_videos(
             'take a run of a model that pools by attention'
         )
     mesh = make_mesh(**config.mesh)
-    reader = experiment.eval_reader(config)
+    reader = recipe.eval_reader(config)
     placed = (trained.variables, trained.frozen)
     eval_step = step.make_eval_step(trained.model, mesh, config.eval.fusion, *placed)
     attention_step = None

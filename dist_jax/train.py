@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, step
+from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, recipe, step
 from dist_jax.evaluate import BadVideosError, EvalResult, evaluate_config
 from dist_jax.json_file import write_json
 from dist_jax.metric_writer import MetricWriter
@@ -200,18 +200,18 @@ def _train(
 ) -> dict[str, Any]:
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     with config.unlocked():
-        experiment.prepare_builtin_data(config, workdir)
-        experiment.resolve_paths(config)
-    train_source = experiment.open_split(config, 'train')
-    val_source = experiment.open_split(config, 'val') if config.data.val_list else None
-    class_names = experiment.class_columns(train_source)
-    if val_source is not None and experiment.class_columns(val_source) != class_names:
+        recipe.prepare_builtin_data(config, workdir)
+        recipe.resolve_paths(config)
+    train_source = recipe.open_split(config, 'train')
+    val_source = recipe.open_split(config, 'val') if config.data.val_list else None
+    class_names = recipe.class_columns(train_source)
+    if val_source is not None and recipe.class_columns(val_source) != class_names:
         raise ValueError(
             f'{config.data.train_list} and {config.data.val_list} have different classes; '
             'name one file of class names for both in data.label_map'
         )
-    experiment.warn_of_classes(train_source, 'data.train_list')
-    train_reader = experiment.train_reader(config, class_names)
+    recipe.warn_of_classes(train_source, 'data.train_list')
+    train_reader = recipe.train_reader(config, clip.PIXELS, class_names)
     num_classes = tuple(map(len, class_names))
     backbone = experiment.find_backbone(config, workdir)
     model = experiment.make_model(config, backbone.spec, num_classes)
@@ -246,7 +246,7 @@ def _train(
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, verify)
     saved = checkpoints.latest_metadata()
     if saved is not None:
-        earlier = saved | {'config': experiment.with_full_origin(saved['config'])}
+        earlier = saved | {'config': recipe.with_full_origin(saved['config'])}
         checkpoint.check_same_run(earlier, metadata)
     restored = checkpoints.restore_latest(abstract)
     if restored is not None:
@@ -320,17 +320,17 @@ def _train(
 
 def run_metadata(
     config: ConfigDict,
-    class_names: experiment.ClassNames,
+    class_names: recipe.ClassNames,
     source: LabelledSource,
     backbone: experiment.Backbone,
 ) -> dict[str, Any]:
     """What a checkpoint says of itself, for those who use it without the training data."""
-    reader = experiment.eval_reader(config)
+    reader = recipe.eval_reader(config)
     return {
         'format_version': checkpoint.FORMAT_VERSION,
         'config': checkpoint.plain(config),
         'class_names': [list(column) for column in class_names],
-        'train_list_sha256': experiment.list_sha256(source),
+        'train_list_sha256': recipe.list_sha256(source),
         'backbone': backbone.summary() | {'spec': dataclasses.asdict(backbone.spec)},
         'preprocessing': {
             'pixels': 'uint8 RGB / 255, minus mean, over std',
@@ -346,7 +346,7 @@ def run_metadata(
 
 
 def start_from(
-    state: step.TrainState, config: ConfigDict, class_names: experiment.ClassNames
+    state: step.TrainState, config: ConfigDict, class_names: recipe.ClassNames
 ) -> step.TrainState:
     """A fresh state with the parameters of `config.init_from`."""
     params = init_from.load_trainable(config, state.params, class_names)
@@ -437,7 +437,7 @@ class _Loop:
             start_step=start,
             num_steps=plan.total_steps,
             host=feed(self.mesh),
-            readers=experiment.readers(config),
+            readers=recipe.readers(config),
             skipped=bad_videos.skipped,
         )
         pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]] = collections.deque()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base, dist, evl, frame_mean
-from dist_jax import checkpoint, experiment, optim, step, train
+from dist_jax import checkpoint, experiment, optim, recipe, step, train
 from dist_jax.models import clip
 from dist_jax.sharding import make_mesh
 from input_pipeline.datasets import DATASETS
@@ -179,7 +179,7 @@ def test_paths_are_made_absolute_where_a_run_starts(tmp_path, monkeypatch):
     config.backbone.checkpoint, config.init_from = 'clip_b16', 'runs/first'
     config.data.update(root='root', train_list='train.txt', val_list='here.txt')
     config.data.label_map = 'names/verbs.csv, nouns.csv'
-    experiment.resolve_paths(config)
+    recipe.resolve_paths(config)
     assert config.data.root == f'{tmp_path}/root'
     assert config.data.train_list == 'train.txt'  # from the root, wherever that is
     assert config.data.val_list == f'{tmp_path}/here.txt'
@@ -188,16 +188,16 @@ def test_paths_are_made_absolute_where_a_run_starts(tmp_path, monkeypatch):
     assert config.init_from == f'{tmp_path}/runs/first' and config.init_label_map == ''
     before = config.to_dict()
     monkeypatch.chdir('/')
-    experiment.resolve_paths(config)
+    recipe.resolve_paths(config)
     assert config.to_dict() == before
     monkeypatch.setenv('HOME', str(tmp_path))  # a shell leaves it in --config.data.root=~/root
     config.data.update(root='~/root', val_list='~/here.txt')
-    experiment.resolve_paths(config)
+    recipe.resolve_paths(config)
     assert config.to_dict() == before
     config.backbone.checkpoint, config.init_from = 'random', 'gs://bucket/runs/first'
     config.data.update(root='', train_list='', label_map='')
     before = config.to_dict()
-    experiment.resolve_paths(config)
+    recipe.resolve_paths(config)
     assert config.to_dict() == before
 
 
@@ -206,8 +206,8 @@ def test_a_run_from_before_its_paths_were_resolved_continues(tmp_path, monkeypat
     config = dist.get_config('demo')
     config.init_from = 'runs/first'
     rest = {'class_names': [], 'train_list_sha256': '', 'backbone': {'params_sha256': ''}}
-    saved = experiment.with_full_origin(checkpoint.plain(config))
-    experiment.resolve_paths(config)
+    saved = recipe.with_full_origin(checkpoint.plain(config))
+    recipe.resolve_paths(config)
     checkpoint.check_same_run(
         {'config': saved, **rest}, {'config': checkpoint.plain(config), **rest}
     )
@@ -223,10 +223,10 @@ def test_a_name_of_two_files_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r'val\.txt is in .* and in data\.root=root; write the path'
     ):
-        experiment.open_split(config, 'val')
+        recipe.open_split(config, 'val')
     monkeypatch.chdir(tmp_path / 'root')  # one file, by two names
     config.data.update(root=str(tmp_path / 'root'), list_format='kinetics')
-    assert len(experiment.open_split(config, 'val')) == 1
+    assert len(recipe.open_split(config, 'val')) == 1
 
 
 def test_a_list_with_nothing_to_learn_from_is_a_warning(tmp_path, caplog):
@@ -243,7 +243,7 @@ def test_a_list_with_nothing_to_learn_from_is_a_warning(tmp_path, caplog):
             tmp_path / 'list.txt', 'kinetics', label_map=str(tmp_path / 'labels.txt')
         )
         caplog.clear()
-        experiment.warn_of_classes(source, 'data.train_list')
+        recipe.warn_of_classes(source, 'data.train_list')
         assert all(text in caplog.text for text in ['data.train_list', *expected])
 
 
@@ -271,7 +271,7 @@ def test_evl_rows_follow_the_released_recipe():
         assert (config.eval.num_clips == 3) == (data.num_frames == 8)
         assert not (data.flip or data.grayscale or config.mixing.probability)
         assert config.optimizer.label_smoothing == 0
-        reader = experiment.train_reader(config)
+        reader = recipe.train_reader(config)
         assert [type(step).__name__ for step in reader.transforms] == [
             'RandAugment',
             'RandomResizedCrop',

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import dist as dist_config
-from dist_jax import checkpoint, commands, experiment, main, step, train
+from dist_jax import checkpoint, commands, experiment, main, recipe, step, train
 from dist_jax import evaluate as evaluation
 from dist_jax.evaluate import BadVideosError, evaluate
 from dist_jax.metrics import NonFiniteScoresError
@@ -85,7 +85,7 @@ class Scorer:
             self.trained.variables,
             self.trained.frozen,
             source,
-            experiment.eval_reader(self.config),
+            recipe.eval_reader(self.config),
             make_mesh(jax.devices()[:1]),
             **options,
         )
@@ -134,7 +134,7 @@ def test_the_views_of_a_video_stay_together(score, scored, clips):
     batch = next(
         pipeline.eval_batches(
             open_list(clips),
-            experiment.eval_reader(score.config),
+            recipe.eval_reader(score.config),
             batch_size=4,
             readers=pipeline.Readers(num_threads=0),
         )

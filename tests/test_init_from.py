@@ -13,7 +13,7 @@ import pytest
 from kinetics_tables import whole_tables, write_tables, youtube_id
 
 from configs import dist
-from dist_jax import checkpoint, commands, experiment, init_from, train
+from dist_jax import checkpoint, commands, experiment, init_from, recipe, train
 from dist_jax.models import clip, converted, heads
 from dist_jax.sharding import make_mesh
 from input_pipeline import class_names
@@ -146,7 +146,7 @@ def begin(config, workdir, stop=False):
 
 def loaded(config):
     """What a run of this config would begin with: (its parameters, those it would have drawn)."""
-    names = experiment.class_columns(experiment.open_split(config, 'train'))
+    names = recipe.class_columns(recipe.open_split(config, 'train'))
     num_classes = tuple(map(len, names))
     spec = clip.SPECS[config.backbone.name]
     model = experiment.make_model(config, spec, num_classes)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import dist as dist_config
-from dist_jax import commands, experiment, main, predict, step, train
+from dist_jax import commands, main, predict, recipe, step, train
 from dist_jax.evaluate import evaluate
 from dist_jax.sharding import make_mesh
 from input_pipeline import motion_clips
@@ -43,14 +43,14 @@ def run(tmp_path_factory):
     saved = commands.saved_config(workdir)
     with saved.unlocked():
         saved.data.val_list = 'val.txt'
-    source = experiment.open_split(saved, 'val')
+    source = recipe.open_split(saved, 'val')
     trained = commands.load_trained(saved, workdir, None)
     result = evaluate(
         step.make_eval_step(trained.model, mesh),
         trained.variables,
         trained.frozen,
         source,
-        experiment.eval_reader(saved),
+        recipe.eval_reader(saved),
         mesh,
         batch_size=8,
         readers=Readers(num_threads=1),

@@ -34,8 +34,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from configs import dist
-from dist_jax import experiment
 from dist_jax.models import clip
+from dist_jax.recipe import train_reader
 from input_pipeline import sampling
 from input_pipeline.batches import Readers
 from input_pipeline.decode import VideoReader
@@ -392,7 +392,7 @@ def find_videos(arguments: argparse.Namespace, folder: str, sizes: Sizes) -> Ite
 
 def measure(arguments: argparse.Namespace, sizes: Sizes, progress: Progress) -> dict:
     """All figures."""
-    recipe = experiment.train_reader(dist.get_config(CONFIG))
+    recipe = train_reader(dist.get_config(CONFIG), clip.PIXELS)
     load = os.getloadavg()
     figures: dict = {'machine': platform.processor(), 'cpus': os.cpu_count(), 'load_before': load}
 

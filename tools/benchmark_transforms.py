@@ -103,13 +103,14 @@ def host_figures(video: np.ndarray, repeats: int) -> dict[str, float]:
 
 def recipe_figures(video: np.ndarray, repeats: int) -> dict[str, float]:
     """Milliseconds a clip of the transforms of every recipe: the mean over draws."""
-    from dist_jax import experiment
+    from dist_jax.models import clip
+    from dist_jax.recipe import train_reader
 
     figures = {}
     for name, fields in track(INPUTS.items(), 'recipes'):
         config = base.get_config()
         config.update_from_flattened_dict(fields)
-        transforms = experiment.train_reader(config).transforms
+        transforms = train_reader(config, clip.PIXELS).transforms
         start = time.process_time()
         for k in range(5 * repeats):
             apply(transforms, video, 0, np.random.default_rng(k))

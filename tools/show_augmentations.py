@@ -26,8 +26,9 @@ from rich.progress import track
 
 from configs import base
 from configs.inputs import INPUTS
-from dist_jax import contact_sheet, experiment
+from dist_jax import contact_sheet, recipe
 from dist_jax.drawing import theme
+from dist_jax.models import clip
 from input_pipeline.escape import Console
 from input_pipeline.pipeline import TrainReader, record_rng
 from input_pipeline.video_list import Record
@@ -104,7 +105,7 @@ def clips_of(
     name: str, config: ConfigDict, record: Record, draws: int
 ) -> list[tuple[str, list[np.ndarray], list[int]]]:
     """Title, frames and their numbers of each row of a recipe's part of the sheet."""
-    reader = experiment.train_reader(config)
+    reader = recipe.train_reader(config, clip.PIXELS)
     clips = []
     for draw in range(draws):
         for copy, (video, rows) in enumerate(zip(*reader.read(record, record_rng(0, draw, 0)))):
@@ -119,7 +120,7 @@ def clips_of(
         for title, video in clips:
             shown = contact_sheet.choose(len(video), contact_sheet.COLUMNS)
             rows.append((title, [video[k] for k in shown], list(shown)))
-    test = experiment.eval_reader(config)
+    test = recipe.eval_reader(config)
     views, _ = test.read(record)
     shown = contact_sheet.choose(len(views), contact_sheet.COLUMNS)
     middle = test.num_frames // 2

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from dist_jax import evaluate, experiment, optim, step, train
+from dist_jax import evaluate, experiment, optim, recipe, step, train
 from dist_jax.models import clip
 from dist_jax.models.api import Tree, VideoModel
 from dist_jax.plan.gradients import with_gradients
@@ -91,7 +91,7 @@ def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
     """
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
     model, frozen, state, _ = _model(config, mesh, 'frozen')
-    reader = experiment.eval_reader(config)
+    reader = recipe.eval_reader(config)
     shape = (config.eval.batch_size, *reader.shape)
     arguments = {
         'variables': state.eval_variables,
@@ -125,7 +125,7 @@ def _model(
     config: ConfigDict, mesh: Mesh, gradients: str
 ) -> tuple[VideoModel, Tree, step.TrainState, tuple[int, ...]]:
     """Model, frozen tree, state (both as shapes with shardings), classes of each label column."""
-    classes = experiment.dataset_info(config).num_classes or ASSUMED_CLASSES
+    classes = recipe.dataset_info(config).num_classes or ASSUMED_CLASSES
     num_classes = classes if isinstance(classes, tuple) else (classes,)
     if config.backbone.name not in clip.SPECS:
         raise ValueError(

@@ -8,7 +8,7 @@ import pytest
 from video_files import pictures, write_video
 
 from configs import dist
-from dist_jax import experiment
+from dist_jax import recipe
 from input_pipeline.pipeline import record_rng
 from input_pipeline.records import BuiltSplit
 from tools import build_dataset
@@ -53,11 +53,9 @@ def read_both(name, root, train, val, label_map='', **fields):
     config.data.update(train_list=str(train), val_list=str(val), label_map=str(label_map), **fields)
     found = []
     for split in ('train', 'val'):
-        source = experiment.open_split(config, split)
+        source = recipe.open_split(config, split)
         for index in range(len(source)):
-            (clip,), _ = experiment.train_reader(config).read(
-                source[index], record_rng(0, 0, index)
-            )
+            (clip,), _ = recipe.train_reader(config).read(source[index], record_rng(0, 0, index))
             assert clip.shape == (2, 48, 48, 3) and clip.any()
         found.append([source[index].label for index in range(len(source))])
     return tuple(found)

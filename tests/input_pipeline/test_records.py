@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import frame_mean
-from dist_jax import experiment, main
+from dist_jax import main, recipe
 from input_pipeline import check, records
 from input_pipeline.decode import DecodeError
 from input_pipeline.packed import Texts, TextTuples
@@ -55,7 +55,7 @@ def test_gives_the_records_of_the_list_it_was_built_from(built, clips):
         assert len(source) == len(listed)
         assert source.class_names == listed.class_names
         assert source.num_classes == listed.num_classes
-        assert experiment.list_sha256(source) == experiment.list_sha256(listed)
+        assert recipe.list_sha256(source) == recipe.list_sha256(listed)
         for k in range(len(source)):
             with open(listed[k].path, 'rb') as file:
                 assert source[k].load() == file.read()
@@ -84,7 +84,7 @@ def test_records_pickle_small_and_open_their_shard_where_they_run(built):
 def test_opening_and_listing_reads_no_shard(built, tmp_path):
     shutil.copytree(built, tmp_path / 'copy', ignore=shutil.ignore_patterns('*array_record*'))
     source = open_source(tmp_path / 'copy', subset='train')
-    assert len(experiment.list_sha256(source)) == 64
+    assert len(recipe.list_sha256(source)) == 64
 
 
 def test_half_a_million_records_open_in_seconds(built, tmp_path):
@@ -235,13 +235,13 @@ def test_captions_are_no_classes(tmp_path, clips):
     for source in (listed, pickle.loads(pickle.dumps(listed)), built):
         assert (source.class_names, source.num_classes, source.labels.shape) == ((), 0, (1, 0))
         assert (source[0].captions, source[0].label) == (('one', 'two'), ())
-    assert experiment.list_sha256(listed) == experiment.list_sha256(built)
+    assert recipe.list_sha256(listed) == recipe.list_sha256(built)
     config = frame_mean.get_config('demo')
     for path in ('train.jsonl', 'built'):
         config.data.update(name='custom', train_list=str(tmp_path / path))
         with pytest.raises(ValueError, match=f'{path}: has captions and no classes'):
-            experiment.open_split(config, 'train')
-        assert len(experiment.open_split(config, 'train', needs_classes=False)) == 1
+            recipe.open_split(config, 'train')
+        assert len(recipe.open_split(config, 'train', needs_classes=False)) == 1
 
 
 def test_no_tensorflow_is_imported(built):

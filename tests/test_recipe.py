@@ -7,7 +7,7 @@ from video_files import decode_everything, pictures, write_video
 
 from configs import base
 from configs.inputs import INPUTS
-from dist_jax import checkpoint, experiment
+from dist_jax import checkpoint, experiment, recipe
 from dist_jax.models import clip
 from input_pipeline.datasets import DATASETS
 from input_pipeline.pipeline import record_rng
@@ -35,7 +35,7 @@ def config(**data):
     return found
 
 
-def recipe(name, **fields):
+def published(name, **fields):
     found = base.get_config()
     found.lock()
     found.update_from_flattened_dict(INPUTS[name] | fields)
@@ -47,18 +47,18 @@ def kinds(reader):
 
 
 def test_rand_augment_sees_whole_frames_before_the_crop_and_mirroring_the_cropped_ones():
-    reader = experiment.train_reader(config(rand_augment=POLICY, grayscale=0.0))
+    reader = recipe.train_reader(config(rand_augment=POLICY, grayscale=0.0))
     assert kinds(reader) == [RandAugment, RandomResizedCrop, Flip]
     assert reader.transforms[0] == RandAugment(7.0, 4, 0.5, True)
-    assert RandAugment not in kinds(experiment.train_reader(config()))
+    assert RandAugment not in kinds(recipe.train_reader(config()))
     after = config(rand_augment=POLICY, augment_after_crop=True, augment_fill=(1, 2, 3))
-    reader = experiment.train_reader(after)
+    reader = recipe.train_reader(after)
     assert kinds(reader) == [RandomResizedCrop, RandAugment, Flip, Grayscale]
     assert reader.transforms[1].warp == Warp('bicubic', (1, 2, 3))
 
 
 def test_everything_at_once_is_in_order():
-    reader = experiment.train_reader(
+    reader = recipe.train_reader(
         config(
             auto_augment='original-mstd0.5',
             augment_interpolation='bilinear',
@@ -69,7 +69,8 @@ def test_everything_at_once_is_in_order():
             erase=0.25,
             erase_mode='pixel',
             num_samples=2,
-        )
+        ),
+        clip.PIXELS,
     )
     assert kinds(reader) == [
         AutoAugment,
@@ -114,7 +115,7 @@ def test_wrong_fields_are_named_before_anything_is_read(fields, message):
     found = base.get_config()
     with pytest.raises(ValueError, match=message):
         found.update_from_flattened_dict({f'data.{k}': v for k, v in fields.items()})
-        experiment.train_reader(found)
+        recipe.train_reader(found)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_wrong_test_views_are_named_before_anything_is_read(fields, message):
     found = base.get_config()
     found.update_from_flattened_dict(fields)
     with pytest.raises(ValueError, match=message):
-        experiment.eval_reader(found)
+        recipe.eval_reader(found)
 
 
 def test_another_test_size_is_refused_with_a_backbone(tmp_path):
@@ -142,15 +143,15 @@ def test_another_test_size_is_refused_with_a_backbone(tmp_path):
 
 def test_sampling_reaches_both_readers():
     changed = config(sampling='stride', frame_interval=16)
-    for reader in (experiment.train_reader(changed), experiment.eval_reader(changed)):
+    for reader in (recipe.train_reader(changed), recipe.eval_reader(changed)):
         assert (reader.sampling, reader.interval) == ('stride', 16)
 
 
 def test_rounding_reaches_every_crop_that_is_not_random():
     changed = config(crop_rounding='down', crop='centre', flip=False, grayscale=0.0)
-    assert experiment.eval_reader(changed).rounding == 'down'
-    assert experiment.train_reader(changed).transforms == (CentreCrop(224, 'down'),)
-    assert experiment.eval_reader(config()).rounding == 'nearest'
+    assert recipe.eval_reader(changed).rounding == 'down'
+    assert recipe.train_reader(changed).transforms == (CentreCrop(224, 'down'),)
+    assert recipe.eval_reader(config()).rounding == 'nearest'
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_a_run_is_not_continued_with_another_stream(change):
 
 
 def test_an_augmented_clip_has_the_shape_of_the_reader():
-    reader = experiment.train_reader(config(rand_augment=POLICY, num_frames=2, image_size=32))
+    reader = recipe.train_reader(config(rand_augment=POLICY, num_frames=2, image_size=32))
     video = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
     for seed in range(5):
         rng = np.random.default_rng(seed)
@@ -201,9 +202,9 @@ def record(tmp_path_factory):
 
 @pytest.mark.parametrize('name', INPUTS)
 def test_every_recipe_reads_a_video(name, record):
-    found = recipe(name)
+    found = published(name)
     found.data.name = 'something_v2' if 'ssv2' in name else 'kinetics400'
-    train, test = experiment.train_reader(found), experiment.eval_reader(found)
+    train, test = recipe.train_reader(found), recipe.eval_reader(found)
     seen = set()
     for epoch in range(4):
         clips, rows = train.read(record, record_rng(0, epoch, 5))
@@ -222,22 +223,22 @@ def test_every_recipe_reads_a_video(name, record):
 
 
 def test_recipes_follow_their_papers():
-    ss = experiment.train_reader(recipe('side4video_ssv2', **{'data.name': 'something_v2'}))
+    ss = recipe.train_reader(published('side4video_ssv2', **{'data.name': 'something_v2'}))
     assert kinds(ss) == [RandAugment, Resize, RandomResizedCrop, Flip]
     assert ss.transforms[1] == Resize((256, 320), 'smooth_bicubic', 'torchvision')
     assert ss.transforms[2].swap and ss.transforms[2].area == (0.08, 1.0)
     assert ss.transforms[3].label_pairs == ((86, 87), (93, 94), (166, 167))
-    k400 = experiment.train_reader(recipe('side4video_k400'))
+    k400 = recipe.train_reader(published('side4video_k400'))
     assert kinds(k400) == [Resize, RandomResizedCrop, Flip, Grayscale]
-    sts = experiment.train_reader(recipe('sts_k400'))
+    sts = recipe.train_reader(published('sts_k400'))
     assert kinds(sts) == [Resize, RandomResizedCrop, Flip]
-    assert experiment.eval_reader(recipe('sts_k400')).num_views == 30
-    assert kinds(experiment.train_reader(recipe('sts_ssv2'))) == [Resize, RandomResizedCrop]
-    assert kinds(experiment.train_reader(recipe('evl_k400'))) == [RandAugment, RandomResizedCrop]
-    image = experiment.train_reader(recipe('sts_imagenet'))
+    assert recipe.eval_reader(published('sts_k400')).num_views == 30
+    assert kinds(recipe.train_reader(published('sts_ssv2'))) == [Resize, RandomResizedCrop]
+    assert kinds(recipe.train_reader(published('evl_k400'))) == [RandAugment, RandomResizedCrop]
+    image = recipe.train_reader(published('sts_imagenet'))
     assert kinds(image) == [RandomResizedCrop, RandAugment, Flip]
     assert (image.transforms[1].num_ops, image.num_frames, image.num_samples) == (2, 1, 3)
-    retrieval = experiment.train_reader(recipe('side4video_retrieval'))
+    retrieval = recipe.train_reader(published('side4video_retrieval'))
     assert kinds(retrieval) == [CentreCrop]
 
 
@@ -253,20 +254,22 @@ def test_recipes_follow_their_papers():
     ],
 )
 def test_a_mirrored_clip_swaps_the_labels_that_its_class_names_say(name, names, pairs):
-    reader = experiment.train_reader(config(name=name), names)
+    reader = recipe.train_reader(config(name=name), class_names=names)
     (flip,) = (step for step in reader.transforms if isinstance(step, Flip))
     assert flip.label_pairs == pairs
 
 
 def test_what_a_mirrored_clip_swaps_is_said(caplog):
     caplog.set_level('INFO', 'dist_jax')
-    experiment.train_reader(config(name='something_v2'), (('0', '1'),))
+    recipe.train_reader(config(name='something_v2'), class_names=(('0', '1'),))
     assert 'numbers and no names: mirrored clips swap the labels ((86, 87)' in caplog.text
-    experiment.train_reader(config(name='something_v2'), (('push right', 'push left'),))
+    recipe.train_reader(config(name='something_v2'), class_names=(('push right', 'push left'),))
     assert 'swap the labels of: push right / push left (0, 1)' in caplog.text
     assert 'not the pairs of the official label map' in caplog.text
     with pytest.raises(ValueError, match=r'data\.flip=false'):
-        experiment.train_reader(config(name='custom'), (('a', 'b'), ('left hand', 'right hand')))
+        recipe.train_reader(
+            config(name='custom'), class_names=(('a', 'b'), ('left hand', 'right hand'))
+        )
 
 
 def test_prompts_of_a_text_head_are_words():
@@ -277,8 +280,8 @@ def test_prompts_of_a_text_head_are_words():
 
 
 def test_side4video_views_are_frames_and_crops_of_the_video(record):
-    found = recipe('side4video_ssv2', **{'eval.resize': (264, 352)})  # as it is
-    views, _ = experiment.eval_reader(found).read(record)
+    found = published('side4video_ssv2', **{'eval.resize': (264, 352)})  # as it is
+    views, _ = recipe.eval_reader(found).read(record)
     everything = decode_everything(record.path)
     indices = PROTOCOLS['split'].test(90, 8, 2, 1, 30)
     for k, (frames, left) in enumerate((i, x) for i in indices for x in (0, 128, 64)):
@@ -293,8 +296,8 @@ def test_a_picture_is_a_video_of_one_frame(protocol, tmp_path):
     found.data.grayscale = 0.0
     found.eval.num_clips = 1
     picture = Record(str(path), 3, 'picture')
-    (video,), (rows,) = experiment.train_reader(found).read(picture, record_rng(0, 0, 0))
-    views, _ = experiment.eval_reader(found).read(picture)
+    (video,), (rows,) = recipe.train_reader(found).read(picture, record_rng(0, 0, 0))
+    views, _ = recipe.eval_reader(found).read(picture)
     assert video.shape == (1, 224, 224, 3) and rows['label'] == 3
     np.testing.assert_array_equal(views[0], video)
 
@@ -303,12 +306,12 @@ def test_a_still_image_is_a_video_of_one_frame(tmp_path):
     path = tmp_path / 'picture.jpg'
     cv2.imwrite(str(path), pictures(1, 264, 352)[0])
     picture = Record(str(path), 3, 'picture')
-    found = recipe('sts_imagenet')
-    clips, rows = experiment.train_reader(found).read(picture, record_rng(0, 0, 0))
+    found = published('sts_imagenet')
+    clips, rows = recipe.train_reader(found).read(picture, record_rng(0, 0, 0))
     assert [video.shape for video in clips] == [(1, 224, 224, 3)] * 3
     assert [row['label'] for row in rows] == [3] * 3
     assert (clips[0] != clips[1]).any()
-    views, _ = experiment.eval_reader(found).read(picture)
+    views, _ = recipe.eval_reader(found).read(picture)
     assert views.shape == (1, 1, 224, 224, 3)
 
 
@@ -316,5 +319,5 @@ def test_flip_rules_of_the_data_sets():
     assert DATASETS['something_v2'].flip.label_pairs
     assert not DATASETS['kinetics400'].flip.label_pairs
     for name, expected in (('kinetics400', 1), ('something_v1', 0), ('motion_clips', 0)):
-        reader = experiment.train_reader(config(name=name))
+        reader = recipe.train_reader(config(name=name))
         assert sum(isinstance(step, Flip) for step in reader.transforms) == expected
