@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     config.data.frame_interval = 8
     # Clips of a video in its batch: decoded once, transformed so many times. They count in
     # batch_size, and an epoch has so many more.
-    config.data.num_samples = 1
+    config.data.repeats = 1
     # Training clips go through what follows from top to bottom; docs/augmentation.md has the
     # values of the four systems. One draw for a clip, the same in all its frames.
     config.data.rand_augment = ''  # policy such as 'rand-m7-n4-mstd0.5-inc1'; '' for none
@@ -165,7 +165,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(
         (
             'accumulation',
-            'data.num_samples',
+            'data.repeats',
             'eval.num_clips',
             'checkpoint.keep',
             'model.alpha',
@@ -227,7 +227,7 @@ MOST: dict[str, float] = {
     **dict.fromkeys(('num_steps', 'num_epochs', 'accumulation'), 2**31 - 1),
     **dict.fromkeys(('batch_size', 'eval.batch_size'), 2**20),
     **dict.fromkeys(('data.image_size', 'eval.image_size', 'data.resize', 'eval.resize'), 2**12),
-    **dict.fromkeys(('data.num_frames', 'eval.num_clips', 'data.num_samples'), 2**12),
+    **dict.fromkeys(('data.num_frames', 'eval.num_clips', 'data.repeats'), 2**12),
     **dict.fromkeys(('data.num_workers', 'data.num_threads', 'data.buffer_size'), 2**10),
     'data.record_timeout': 10**6,
     **dict.fromkeys(('model.integration_dim', 'model.temporal_dim', 'model.qkv_dim'), 2**16),

@@ -70,7 +70,7 @@ INPUTS: dict[str, dict[str, object]] = {
     'side4video_ssv2': {
         **_SIDE4VIDEO_RECOGNITION,
         'data.sampling': 'split',
-        'data.num_samples': 2,
+        'data.repeats': 2,
         'data.rand_augment': POLICY,
         'data.resize': (256, 320),
         'data.grayscale': 0.0,
@@ -97,7 +97,7 @@ INPUTS: dict[str, dict[str, object]] = {
     'sts_imagenet': {
         'data.sampling': 'segment',
         'data.num_frames': 1,
-        'data.num_samples': 3,
+        'data.repeats': 3,
         'data.rand_augment': 'rand-m7-mstd0.5-inc1',
         'data.augment_fill': (124, 116, 104),
         'data.augment_after_crop': True,

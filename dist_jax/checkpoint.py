@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -54,6 +55,9 @@ MOST_NAMED = 20  # arrays in a message
 
 # Fields that came after the first runs and changed what a run does, as it was before them.
 BEFORE_FIELDS = {'data.split_names': False}
+
+# Fields that had another name when runs were saved: the name then -> the name now.
+RENAMED_FIELDS = {'data.num_samples': 'data.repeats'}
 
 # Fields that may change when a run is resumed: where things lie (contents are compared by hash)
 # and what leaves the parameters alone (another mesh rounds sums differently, no more).
@@ -350,7 +354,7 @@ def _best(scores: Mapping[int, float]) -> int | None:
 
 
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
-    """Metadata of one step.
+    """Metadata of one step; the fields of its config have the names of today.
 
     Raises:
       DamagedError: no checkpoint of this library, or a damaged one.
@@ -369,6 +373,10 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
             f'{folder} has format_version={version}, this library reads up to {FORMAT_VERSION}; '
             'update dist_jax'
         )
+    if 'config' in metadata:
+        fields = flatten_dict(metadata['config'], keep_empty_nodes=True, sep='.')
+        fields = {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+        metadata['config'] = unflatten_dict(fields, sep='.')
     return metadata
 
 

@@ -507,7 +507,7 @@ def _batches(rows: list[dict[str, Any]], config: ConfigDict) -> Check:
     except ValueError as error:
         return Check('batch', FAILED, _reason(error), 'Set the field that is named.')
     found = f'{config.batch_size} clips, {config.eval.batch_size} in evaluation'
-    clips = (videos or 0) * config.data.num_samples
+    clips = (videos or 0) * config.data.repeats
     if videos and clips < config.batch_size:
         return Check(
             'batch',

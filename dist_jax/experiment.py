@@ -26,8 +26,8 @@ from dist_jax.sharding import (
     FSDP,
     TENSOR,
     check_batch_size,
+    check_repeats,
     check_replicated_share,
-    check_samples,
     on_mesh,
     place,
     replicated,
@@ -71,7 +71,7 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     base.check(config)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-    check_samples(config.batch_size, mesh, train_reader(config).num_samples)
+    check_repeats(config.batch_size, mesh, train_reader(config).repeats)
     eval_reader(config)  # checks its fields
 
 

@@ -224,14 +224,14 @@ def train_reader(
                     std=tuple(255 * level for level in pixels.std),
                 )
             )
-    with _named('data.num_frames', 'data.sampling', 'data.frame_interval', 'data.num_samples'):
+    with _named('data.num_frames', 'data.sampling', 'data.frame_interval', 'data.repeats'):
         return pipeline.TrainReader(
             num_frames=data.num_frames,
             image_size=data.image_size,
             sampling=data.sampling or info.sampling,
             interval=data.frame_interval,
             transforms=tuple(steps),
-            num_samples=data.num_samples,
+            repeats=data.repeats,
         )
 
 

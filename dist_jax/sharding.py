@@ -365,13 +365,13 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str, accumulation: int 
         )
 
 
-def check_samples(batch_size: int, mesh: Mesh, num_samples: int) -> None:
+def check_repeats(batch_size: int, mesh: Mesh, repeats: int) -> None:
     """Raises ValueError unless all copies of a video are read by one host."""
-    parts = feed(mesh).count * num_samples
+    parts = feed(mesh).count * repeats
     if batch_size % parts:
         raise ValueError(
-            f'batch_size={batch_size} must be a multiple of {parts} (data.num_samples='
-            f'{num_samples} clips of a video, on {parts // num_samples} hosts)'
+            f'batch_size={batch_size} must be a multiple of {parts} (data.repeats='
+            f'{repeats} clips of a video, on {parts // repeats} hosts)'
         )
 
 

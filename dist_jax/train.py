@@ -84,12 +84,12 @@ class Plan:
 
 
 def make_plan(config: ConfigDict, num_videos: int) -> Plan:
-    """Steps of a run over a list of this length; each video gives data.num_samples clips.
+    """Steps of a run over a list of this length; each video gives data.repeats clips.
 
     Raises:
       ValueError: the run would have no step.
     """
-    per_epoch = num_videos * config.data.num_samples / config.batch_size
+    per_epoch = num_videos * config.data.repeats / config.batch_size
     total = config.num_steps or math.floor(config.num_epochs * per_epoch)
     if total < 1:
         raise ValueError(

@@ -151,7 +151,7 @@ class TrainReader:
       interval: spacing of frames where the sampling reads it; for 'interval' in frames of a 30 fps
         video, for others in frames of the file.
       transforms: run in order on the clip.
-      num_samples: clips of a record, S: the same frames, transformed S times with own draws.
+      repeats: clips of a record, S: the same frames, transformed S times with own draws.
       max_pixels: larger frames are refused.
       annotate: makes further keys of the batches.
     """
@@ -161,14 +161,14 @@ class TrainReader:
     sampling: str = 'segment'
     interval: float = 1.0
     transforms: tuple[Transform, ...] = ()
-    num_samples: int = 1
+    repeats: int = 1
     max_pixels: int = MAX_PIXELS
     annotate: Annotate | None = None
 
     def __post_init__(self):
         _check_reader(self)
-        if self.num_samples < 1:
-            raise ValueError(f'num_samples={self.num_samples} must be at least 1')
+        if self.repeats < 1:
+            raise ValueError(f'repeats={self.repeats} must be at least 1')
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -197,7 +197,7 @@ class TrainReader:
                 protocol = PROTOCOLS[self.sampling]
                 indices = protocol.train(total, self.num_frames, rng, self.interval, video.fps)
                 frames = video.frames(first + indices)
-            children = rng.spawn(self.num_samples)
+            children = rng.spawn(self.repeats)
             copies = [apply(self.transforms, frames, record.label, child) for child in children]
         return [video for video, _ in copies], [
             _rows(self.annotate, record, label, child)
@@ -326,7 +326,7 @@ class _TrainStream:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.reader.num_samples, *self.reader.shape)
+        return (self.reader.repeats, *self.reader.shape)
 
     def place(self, position: int) -> tuple[int, int]:
         num_records = len(self.source)
@@ -414,15 +414,15 @@ def _element(
     return element | {'video': videos, 'rows': rows, 'mask': 1.0, 'error': ''}
 
 
-def _host_records(batch_size: int, host_count: int, num_samples: int = 1) -> int:
+def _host_records(batch_size: int, host_count: int, repeats: int = 1) -> int:
     """Records of a batch that one host reads."""
-    if batch_size < 1 or batch_size % (host_count * num_samples):
-        copies = f' times num_samples={num_samples}' if num_samples > 1 else ''
+    if batch_size < 1 or batch_size % (host_count * repeats):
+        copies = f' times repeats={repeats}' if repeats > 1 else ''
         raise ValueError(
             f'batch_size={batch_size} (of all hosts together) is not a positive multiple of '
             f'host.count={host_count}{copies}'
         )
-    return batch_size // host_count // num_samples
+    return batch_size // host_count // repeats
 
 
 def train_batches(
@@ -466,7 +466,7 @@ def train_batches(
     Raises:
       ValueError: if an argument is out of range.
     """
-    of_host = _host_records(batch_size, host.count, reader.num_samples)
+    of_host = _host_records(batch_size, host.count, reader.repeats)
     of_step = of_host * host.count
     if seed < 0 or start_step < 0:
         raise ValueError(f'seed={seed} and start_step={start_step} must not be negative')

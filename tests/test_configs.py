@@ -249,7 +249,7 @@ def test_a_list_with_nothing_to_learn_from_is_a_warning(tmp_path, caplog):
 
 def test_an_epoch_has_every_clip_of_every_video():
     config = dist.get_config('b16_8+16f_k400')
-    config.data.num_samples = 2
+    config.data.repeats = 2
     assert train.make_plan(config, 240_000).total_steps == 36 * 2 * 240_000 // 256
 
 

@@ -68,7 +68,7 @@ def test_everything_at_once_is_in_order():
             colour_jitter=0.8,
             erase=0.25,
             erase_mode='pixel',
-            num_samples=2,
+            repeats=2,
         ),
         clip.PIXELS,
     )
@@ -84,7 +84,7 @@ def test_everything_at_once_is_in_order():
     assert reader.transforms[0] == AutoAugment('original', 0.5, Warp('bilinear'))
     assert reader.transforms[1] == Resize((256, 320), 'bicubic')
     np.testing.assert_allclose(reader.transforms[-1].mean, 255 * np.array(clip.PIXELS.mean))
-    assert reader.num_samples == 2
+    assert reader.repeats == 2
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_everything_at_once_is_in_order():
         ({'erase': 0.1, 'erase_mode': 'black'}, 'data.erase_mode.*black'),
         ({'sampling': 'dense'}, "data.sampling.*sampling='dense'"),
         ({'sampling': 'stride', 'frame_interval': 0}, 'data.frame_interval.*interval=0'),
-        ({'num_samples': 0}, 'data.num_samples.*num_samples=0'),
+        ({'repeats': 0}, 'data.repeats.*repeats=0'),
         ({'grayscale': 20.0}, 'data.grayscale=20.0 must be a share'),
         ({'erase': -0.1}, 'data.erase=-0.1 must be a share'),
     ],
@@ -161,7 +161,7 @@ def test_rounding_reaches_every_crop_that_is_not_random():
         {'frame_interval': 16},
         {'rand_augment': POLICY},
         {'crop_rounding': 'down'},
-        {'num_samples': 2},
+        {'repeats': 2},
         {'resize': (256,)},
     ],
 )
@@ -208,7 +208,7 @@ def test_every_recipe_reads_a_video(name, record):
     seen = set()
     for epoch in range(4):
         clips, rows = train.read(record, record_rng(0, epoch, 5))
-        assert len(clips) == len(rows) == found.data.num_samples
+        assert len(clips) == len(rows) == found.data.repeats
         for video in clips:
             assert video.shape == (found.data.num_frames, 224, 224, 3)
         seen.update(int(row['label']) for row in rows)
@@ -237,7 +237,7 @@ def test_recipes_follow_their_papers():
     assert kinds(recipe.train_reader(published('evl_k400'))) == [RandAugment, RandomResizedCrop]
     image = recipe.train_reader(published('sts_imagenet'))
     assert kinds(image) == [RandomResizedCrop, RandAugment, Flip]
-    assert (image.transforms[1].num_ops, image.num_frames, image.num_samples) == (2, 1, 3)
+    assert (image.transforms[1].num_ops, image.num_frames, image.repeats) == (2, 1, 3)
     retrieval = recipe.train_reader(published('side4video_retrieval'))
     assert kinds(retrieval) == [CentreCrop]
 

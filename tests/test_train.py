@@ -16,8 +16,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import dist
-from dist_jax import checkpoint, experiment, train
+from dist_jax import checkpoint, commands, experiment, main, train
 from dist_jax.metric_writer import read_metrics
+from dist_jax.models import digests
 from dist_jax.models.params import tree_sha256
 from dist_jax.step import TrainState
 from input_pipeline import pipeline
@@ -375,7 +376,7 @@ def named(error):
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'data.num_samples': 3}, r'batch_size=4 must be a multiple of 3 \(data.num_samples=3'),
+        ({'data.repeats': 3}, r'batch_size=4 must be a multiple of 3 \(data.repeats=3'),
         ({'data.crop': 'middle'}, "data.crop='middle' is not one of"),
         ({'data.rand_augment': 'rand-x1'}, "rand_augment='rand-x1'"),
         ({'eval.crop_layout': 'corners'}, "layout='corners'"),
@@ -389,20 +390,32 @@ def test_a_recipe_that_does_not_fit_stops_a_run_before_it_reads(
         train.train(config, str(tmp_path))
 
 
+def with_old_names(workdir):
+    """Renames the fields in saved configs to what earlier versions called them."""
+    for file in workdir.glob('checkpoints/*/metadata/metadata'):
+        metadata = json.loads(file.read_text())
+        del metadata[digests.SEAL]
+        for before, now in checkpoint.RENAMED_FIELDS.items():
+            (group, old), (_, new) = before.split('.'), now.split('.')
+            metadata['config'][group][old] = metadata['config'][group].pop(new)
+        file.write_text(json.dumps(digests.seal(metadata)))
+
+
 @pytest.mark.slow
 def test_a_run_with_several_clips_of_a_video_continues_bit_for_bit(make_config, tmp_path):
-    config = make_config(
-        **{
-            'data.num_samples': 2,
-            'data.crop': 'random_resized',
-            'num_steps': 4,
-            'data.val_list': '',
-        }
-    )
+    fields = {'data.crop': 'random_resized', 'num_steps': 4, 'data.val_list': ''}
+    config = make_config(**fields, **{'data.repeats': 2})
     straight = train.train(config, str(tmp_path / 'straight'))
     with pytest.raises(Interruption):
         interrupted_train(config, tmp_path / 'stopped', 3, fail)
     assert steps_of(tmp_path / 'stopped') == [2]
+
+    with_old_names(tmp_path / 'stopped')
+    assert commands.saved_config(str(tmp_path / 'stopped')).data.repeats == 2
+    arguments = [f'--workdir={tmp_path}/stopped', '--config.data.val_list=val.txt']
+    assert main.main(['evaluate', *arguments]) == 0
+    with pytest.raises(ValueError, match=r'\(--config\.data\.repeats=2\)'):
+        train.train(make_config(**fields), str(tmp_path / 'stopped'))
     continued = train.train(config, str(tmp_path / 'stopped'))
     assert continued['params_sha256'] == straight['params_sha256']
     (last,) = [row for row in rows(tmp_path / 'stopped', 'loss') if row['step'] == 4]

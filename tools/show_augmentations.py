@@ -95,7 +95,7 @@ def operations(reader: TrainReader, draw: int, copy: int) -> str:
     first = reader.transforms[0] if reader.transforms else None
     if not hasattr(first, 'draw'):
         return ''
-    rng = record_rng(0, draw, 0).spawn(reader.num_samples)[copy]
+    rng = record_rng(0, draw, 0).spawn(reader.repeats)[copy]
     return ', '.join(
         f'{name} {argument:.3g}' if argument else name for name, argument in first.draw(rng)
     )
@@ -113,7 +113,7 @@ def clips_of(
             title = f'{name}, draw {draw}, copy {copy}, label {LABEL} -> {rows["label"]}'
             clips.append((title + (f': {done}' if done else ''), video))
     if reader.num_frames == 1:  # images: side by side
-        title = f'{name}, {draws} draws with {reader.num_samples} copies each'
+        title = f'{name}, {draws} draws with {reader.repeats} copies each'
         rows = [(title, [video[0] for _, video in clips], list(range(len(clips))))]
     else:
         rows = []

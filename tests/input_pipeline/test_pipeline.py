@@ -157,11 +157,11 @@ def test_a_bad_video_is_masked_and_named_in_its_place(source):
     assert seen == 4
 
 
-PAIRS = dataclasses.replace(READER, num_samples=2)
+PAIRS = dataclasses.replace(READER, repeats=2)
 
 
 def test_the_copies_of_a_record_are_neighbours_with_the_same_frames(source):
-    plain = TrainReader(4, 48, transforms=(CentreCrop(48),), num_samples=3)
+    plain = TrainReader(4, 48, transforms=(CentreCrop(48),), repeats=3)
     (batch,) = train_batches(source, plain, batch_size=6, seed=7, num_steps=1, shuffle=False)
     assert batch['index'].tolist() == [0, 0, 0, 1, 1, 1]
     assert batch['label'].tolist() == [0, 0, 0, 1, 1, 1]
@@ -181,7 +181,7 @@ def test_copies_have_draws_of_their_own_and_the_first_is_the_only_one_of_a_singl
 
 
 def test_a_flip_swaps_the_label_of_its_copy_alone(source):
-    reader = TrainReader(2, 48, transforms=(CentreCrop(48), Flip(0.5, ((0, 1),))), num_samples=16)
+    reader = TrainReader(2, 48, transforms=(CentreCrop(48), Flip(0.5, ((0, 1),))), repeats=16)
     (batch,) = train_batches(source, reader, batch_size=16, seed=0, num_steps=1, shuffle=False)
     plain = batch['video'][batch['label'] == 0]
     flipped = batch['video'][batch['label'] == 1]
@@ -301,7 +301,7 @@ def test_a_wrong_transform_is_raised_and_names_the_record(source):
         ({'seed': -1}, 'seed=-1'),
         (
             {'reader': PAIRS, 'batch_size': 6, 'host': HostPart(0, 2)},
-            r'batch_size=6 .* multiple of host\.count=2 times num_samples=2',
+            r'batch_size=6 .* multiple of host\.count=2 times repeats=2',
         ),
     ],
 )
@@ -321,8 +321,8 @@ def test_wrong_readers_are_errors():
         EvalReader(4, 32, num_crops=2)
     with pytest.raises(ValueError, match="rounding='up'"):
         EvalReader(4, 32, rounding='up')
-    with pytest.raises(ValueError, match='num_samples=0 must be at least 1'):
-        TrainReader(4, 32, num_samples=0)
+    with pytest.raises(ValueError, match='repeats=0 must be at least 1'):
+        TrainReader(4, 32, repeats=0)
     for reader in (TrainReader, EvalReader):
         with pytest.raises(ValueError, match=r'interval=1\.5 must be a whole number'):
             reader(4, 32, 'stride', 1.5)

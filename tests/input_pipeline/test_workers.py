@@ -140,7 +140,7 @@ def test_a_run_continues_with_other_hosts_and_processes(source):
 
 
 def test_copies_of_a_record_are_the_same_rows(source):
-    reader = dataclasses.replace(READER, num_samples=2)
+    reader = dataclasses.replace(READER, repeats=2)
     assert_same(train(source, reader), train(source, reader, num_workers=0))
 
 
