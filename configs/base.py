@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -117,14 +117,19 @@ def get_config() -> ConfigDict:
     config.mixing.switch_probability = 0.5  # share of cutmix among them
 
     config.optimizer = ConfigDict()
-    config.optimizer.peak_lr = 3.2e-4  # of AdamW, at the top of the cosine
-    config.optimizer.end_lr = 0.0  # at the last step
+    config.optimizer.name = 'adamw'  # adamw, sgd (decay in the gradient, as torch's) or lamb
+    config.optimizer.schedule = 'cosine'  # of the learning rate: cosine, linear or constant
+    config.optimizer.peak_lr = 3.2e-4  # at the top of the schedule
+    config.optimizer.end_lr = 0.0  # at the last step; not of constant
     config.optimizer.warmup_start_lr = 8e-7  # at step 0
     # Linear, and shorter than num_epochs; with num_steps, counted as its share of num_epochs.
     config.optimizer.warmup_epochs = 6.0
     config.optimizer.weight_decay = 1e-4  # of matrices; biases, norms and tables are not decayed
-    config.optimizer.b1 = 0.9
+    config.optimizer.b1 = 0.9  # of adamw and lamb, as b2 and eps
     config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.momentum = 0.9  # of sgd
+    config.optimizer.nesterov = False  # of sgd
     config.optimizer.clip_norm = 0.0  # global gradient norm; 0 for no clipping
     config.optimizer.label_smoothing = 0.1
     config.optimizer.ema_decay = (
@@ -215,6 +220,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
 POSITIVE = (
     'num_epochs',
     'data.record_timeout',
+    'optimizer.eps',
     'model.temporal_conv_mlp_ratio',
     'model.integration_mlp_ratio',
     'model.integration_temporal_mlp_ratio',
@@ -237,11 +243,17 @@ MOST: dict[str, float] = {
     'model.ada_pooling_layers': 2**10,
     **dict.fromkeys((name for name in POSITIVE if name.startswith('model.')), 2**10),
 }
-DECAYS = ('optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay')  # 1 would never forget
+# 1 would never forget.
+DECAYS = ('optimizer.b1', 'optimizer.b2', 'optimizer.momentum', 'optimizer.ema_decay')
+# Names that fields choose from, the keys of a table of dist_jax each.
+CHOICES = {
+    'optimizer.name': ('adamw', 'sgd', 'lamb'),
+    'optimizer.schedule': ('cosine', 'linear', 'constant'),
+}
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers that a run could not be made of.
+    """Refuses numbers and names that a run could not be made of.
 
     Raises:
       ValueError: naming the field, its value and what it may be.
@@ -262,6 +274,12 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f'{field}={value} must be whole pixels')
         if field in DECAYS and not 0 <= value < 1:
             raise ValueError(f'{field}={value} must be at least 0 and below 1')
+    for field, names in CHOICES.items():
+        value = flat(config)[field]
+        if value not in names:
+            raise ValueError(f'{field}={value!r} is not known{_did_you_mean(value, names)}')
+    if config.optimizer.nesterov and not config.optimizer.momentum:
+        raise ValueError('optimizer.nesterov=True needs optimizer.momentum above 0, it is 0')
     warmup, epochs = config.optimizer.warmup_epochs, config.num_epochs
     if warmup >= epochs:
         raise ValueError(
@@ -278,6 +296,13 @@ def _numbers(config: ConfigDict) -> Iterator[tuple[str, float]]:
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, (int, float)):
                 yield field, each
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that is none of these: the closest of them, and all."""
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f'; did you mean {close[0]!r}?' if close else '.'
+    return f'{hint} There are: {", ".join(names)}'
 
 
 def flat(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -337,9 +362,7 @@ def finish(
       ValueError: no such row; the message lists all.
     """
     if variant not in variants:
-        close = difflib.get_close_matches(variant, variants, 1)
-        hint = f'; did you mean {close[0]!r}?' if close else '.'
-        raise ValueError(f'no variant {variant!r}{hint} There are: {", ".join(variants)}')
+        raise ValueError(f'no variant {variant!r}{_did_you_mean(variant, variants)}')
     config.lock()
     row = dict(variants[variant])
     if row.pop('demo', False):

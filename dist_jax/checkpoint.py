@@ -53,8 +53,15 @@ COLLECTIONS = 'extra'  # field of the state: what a network has beside parameter
 BEST = 'best'  # in place of a step
 MOST_NAMED = 20  # arrays in a message
 
-# Fields that came after the first runs and changed what a run does, as it was before them.
-BEFORE_FIELDS = {'data.split_names': False}
+# Fields that came after the first runs and decide what a run does, as it was before them.
+BEFORE_FIELDS = {
+    'data.split_names': False,
+    'optimizer.name': 'adamw',
+    'optimizer.schedule': 'cosine',
+    'optimizer.eps': 1e-8,
+    'optimizer.momentum': 0.9,
+    'optimizer.nesterov': False,
+}
 
 # Fields that had another name when runs were saved: the name then -> the name now.
 RENAMED_FIELDS = {'data.num_samples': 'data.repeats'}

@@ -113,22 +113,23 @@ def optimizer_settings(config: ConfigDict, plan: Plan) -> optim.OptimizerSetting
         weight_decay=o.weight_decay,
         b1=o.b1,
         b2=o.b2,
+        eps=o.eps,
         clip_norm=o.clip_norm,
+        name=o.name,
+        schedule=o.schedule,
+        momentum=o.momentum,
+        nesterov=o.nesterov,
     )
 
 
 def log_schedule(config: ConfigDict, settings: optim.OptimizerSettings) -> None:
     """Says what the learning rate will do, and warns of a run that is mostly warm-up."""
-    top = float(optim.make_schedule(settings)(settings.warmup_steps))
-    log.info(
-        'learning rate: %.3g, %.3g after %.4g steps of warm-up, then a cosine to %.3g at step %d',
-        *(settings.warmup_start_lr if settings.warmup_steps else top, top, settings.warmup_steps),
-        *(settings.end_lr, settings.total_steps),
-    )
+    log.info('learning rate: %s', optim.describe_schedule(settings))
     if settings.warmup_steps > LONG_WARMUP * settings.total_steps:
+        top = float(optim.make_schedule(settings)(settings.warmup_steps))
         log.warning(
-            'the warm-up takes %.0f %% of the run (optimizer.warmup_epochs=%s of num_epochs=%s), '
-            'so the learning rate reaches %.3g of optimizer.peak_lr=%.3g only',
+            'the warm-up takes %.0f %% of the run (optimizer.warmup_epochs=%s of num_epochs=%s) '
+            'and ends at a learning rate of %.3g, where optimizer.peak_lr=%.3g',
             100 * settings.warmup_steps / settings.total_steps,
             *(config.optimizer.warmup_epochs, config.num_epochs, top, settings.peak_lr),
         )

@@ -1,7 +1,9 @@
-"""Schedule and parameter groups."""
+"""Optimizers, schedules and parameter groups."""
 
 import dataclasses
+import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from dist_jax import optim
+from configs import base, frame_mean
+from dist_jax import checkpoint, optim, step, train
+from dist_jax.models import digests
 from dist_jax.models.api import ParamGroup
 
 SETTINGS = optim.OptimizerSettings(
@@ -46,6 +50,52 @@ def test_schedule_ends_at_end_lr():
 def test_no_warmup():
     schedule = optim.make_schedule(dataclasses.replace(SETTINGS, warmup_steps=0))
     np.testing.assert_allclose(schedule(0), 3.2e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('name', 'rates'),
+    [('linear', [0.0, 0.375, 0.75, 0.5, 0.0, 0.0]), ('constant', [0.0, 0.5, 1.0, 1.0, 1.0, 1.0])],
+)
+def test_other_schedules_join_their_warm_up(name, rates):
+    settings = optim.OptimizerSettings(1.0, 0.0, 10, 40, schedule=name)
+    found = [optim.make_schedule(settings)(step) for step in (0, 5, 10, 20, 40, 50)]
+    np.testing.assert_allclose(found, rates, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('name', 'end'), [('cosine', '0.1 at'), ('linear', '0.1 at'), ('constant', '1 at')]
+)
+def test_the_log_says_where_a_schedule_ends(name, end):
+    settings = optim.OptimizerSettings(1.0, 0.01, 0, 40, end_lr=0.1, schedule=name)
+    described = f'1, 1 after 0 steps of warm-up, {end} step 40 ({name})'
+    assert optim.describe_schedule(settings) == described
+    warm = dataclasses.replace(settings, warmup_steps=8)
+    assert optim.describe_schedule(warm).startswith('0.01, ')
+
+
+def test_configs_choose_from_the_tables():
+    assert base.CHOICES['optimizer.name'] == tuple(optim.OPTIMIZERS)
+    assert base.CHOICES['optimizer.schedule'] == tuple(optim.SCHEDULES)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        (
+            {'name': 'adam'},
+            r"optimizer\.name='adam' .*did you mean 'adamw'\? There are: adamw, sgd, lamb",
+        ),
+        ({'schedule': 'step'}, r"optimizer\.schedule='step' .*There are: cosine, linear, constant"),
+        ({'eps': 0.0}, r'optimizer\.eps=0\.0 must be above 0'),
+        ({'momentum': 1.0}, r'optimizer\.momentum=1\.0 must be at least 0 and below 1'),
+        ({'nesterov': True, 'momentum': 0.0}, r'optimizer\.nesterov=True needs .*momentum'),
+    ],
+)
+def test_wrong_fields_are_named(fields, message):
+    config = frame_mean.get_config('demo')
+    config.optimizer.update(fields)
+    with pytest.raises(ValueError, match=message):
+        base.check(config)
 
 
 def test_a_leaf_without_group_is_named():
@@ -93,3 +143,156 @@ def test_group_multipliers_and_clipping():
     optimizer = optim.make_optimizer(params(), GROUPS, tiny)
     clipped, _ = optimizer.update(params(), optimizer.init(params()), params())
     assert np.abs(clipped['a']['kernel']).max() < 0.2 * 3.2e-4
+
+
+# Two steps of one kernel and one bias, by the formulas of the sources in float64.
+KERNEL = np.array([[0.5, -1.0], [2.0, 0.25]])
+BIAS = np.array([0.3, -0.7])
+GRADIENTS = [
+    {'kernel': np.array([[0.3, -0.2], [0.1, 0.9]]), 'bias': np.array([0.4, -0.1])},
+    {'kernel': np.array([[-0.5, 0.2], [0.7, 0.1]]), 'bias': np.array([0.2, 0.6])},
+]
+DECAYED = (ParamGroup('kernel$', learning_rate=0.5), ParamGroup('bias$', weight_decay=0.0))
+
+
+def updated(settings):
+    """Parameters after `GRADIENTS`."""
+    settings = dataclasses.replace(settings, warmup_steps=0, schedule='constant')
+    p = {'kernel': jnp.asarray(KERNEL), 'bias': jnp.asarray(BIAS)}
+    optimizer = optim.make_optimizer(p, DECAYED, settings)
+    state = optimizer.init(p)
+    for gradients in GRADIENTS:
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, gradients), state, p)
+        p = optax.apply_updates(p, updates)
+    return p
+
+
+def clipped(gradients, limit):
+    norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+    return {name: g * min(1.0, limit / norm) for name, g in gradients.items()}
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+def test_sgd_is_torchs(momentum, nesterov):
+    rate, decay, limit = 0.1, 0.05, 0.8
+    expected = {}
+    for name, p, d, lr in (('kernel', KERNEL, decay, 0.5 * rate), ('bias', BIAS, 0.0, rate)):
+        m = None
+        for gradients in GRADIENTS:
+            g = clipped(gradients, limit)[name] + d * p
+            m = g if m is None else momentum * m + g
+            p = p - lr * (g + momentum * m if nesterov else m)
+        expected[name] = p
+    settings = dataclasses.replace(
+        SETTINGS,
+        name='sgd',
+        peak_lr=rate,
+        weight_decay=decay,
+        clip_norm=limit,
+        momentum=momentum,
+        nesterov=nesterov,
+    )
+    found = updated(settings)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
+def test_lamb_is_that_of_the_image_recipe():
+    """Clipped to norm 1; u = m/(sqrt(v)+eps) + wd p, unbiased; times |p|/|u| where wd is not 0."""
+    rate, decay, eps, b1, b2 = 5e-3, 0.02, 1e-6, 0.9, 0.999
+    expected = {}
+    for name, p, d, lr in (('kernel', KERNEL, decay, 0.5 * rate), ('bias', BIAS, 0.0, rate)):
+        m = v = 0.0
+        for t, gradients in enumerate(GRADIENTS, 1):
+            g = clipped(gradients, 1.0)[name]
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+            u = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps) + d * p
+            ratio = np.linalg.norm(p) / np.linalg.norm(u) if d else 1.0
+            p = p - lr * ratio * u
+        expected[name] = p
+    settings = optim.OptimizerSettings(
+        rate, 0.0, 0, 10, weight_decay=decay, eps=eps, clip_norm=1.0, name='lamb'
+    )
+    found = updated(settings)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), found, expected)
+
+
+def test_the_trust_ratio_has_no_bound_and_leaves_zeros_alone():
+    settings = optim.OptimizerSettings(
+        1.0, 0.0, 0, 10, weight_decay=1e-9, name='lamb', schedule='constant'
+    )
+    p = {'kernel': jnp.full((2, 2), 100.0), 'zero': {'kernel': jnp.zeros((2, 2))}}
+    optimizer = optim.make_optimizer(p, (ParamGroup('kernel$'),), settings)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, p), optimizer.init(p), p)
+    np.testing.assert_allclose(updates['kernel'], -100.0, rtol=1e-5)
+    np.testing.assert_allclose(updates['zero']['kernel'], -1.0, rtol=1e-5)
+
+
+def test_the_state_of_adamw_is_that_of_earlier_checkpoints():
+    optimizer = optim.make_optimizer(params(), GROUPS, SETTINGS)
+    moments = ('a/bias', 'a/kernel', 'slow/kernel')
+    assert sorted(digests.tree_paths(optimizer.init(params()))) == [
+        '1/count',
+        *(f'1/{moment}/{name}' for moment in ('mu', 'nu') for name in moments),
+        '4/count',
+    ]
+
+
+@pytest.mark.parametrize('name', optim.OPTIMIZERS)
+def test_a_restored_state_goes_on_to_the_same_bits(name, tmp_path):
+    settings = dataclasses.replace(SETTINGS, name=name)
+    optimizer = optim.make_optimizer(params(), GROUPS, settings)
+
+    @jax.jit
+    def advance(state):
+        grads = jax.tree.map(lambda p: p * 0.3 - state.step, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        p = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=p, opt_state=opt_state)
+
+    state = step.TrainState(jnp.int32(0), params(), {}, optimizer.init(params()), None)
+    state = advance(advance(state))
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(state, {'format_version': checkpoint.FORMAT_VERSION})
+    checkpoints.wait()
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    restored, _ = checkpoints.restore_latest(placed)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, advance(restored), advance(state))
+
+
+def test_a_run_from_before_optimizers_had_names_continues():
+    config = frame_mean.get_config('demo')
+    rest = {'class_names': [], 'train_list_sha256': '', 'backbone': {'params_sha256': ''}}
+    saved = checkpoint.plain(config)
+    for field in ('name', 'schedule', 'eps', 'momentum', 'nesterov'):
+        del saved['optimizer'][field]
+    checkpoint.check_same_run(
+        {'config': saved, **rest}, {'config': checkpoint.plain(config), **rest}
+    )
+    config.optimizer.name = 'sgd'
+    with pytest.raises(ValueError, match=r"optimizer\.name: saved 'adamw', now 'sgd'"):
+        checkpoint.check_same_run(
+            {'config': saved, **rest}, {'config': checkpoint.plain(config), **rest}
+        )
+
+
+def test_a_run_with_sgd_learns_and_continues(clips, tmp_path):
+    config = frame_mean.get_config('demo')
+    config.data.update(root=str(clips), train_list='train.txt', label_map='labels.txt')
+    config.data.num_frames = 2
+    config.update(batch_size=6, num_steps=4)
+    config.optimizer.update(name='sgd', schedule='linear', nesterov=True, peak_lr=0.05)
+    config.checkpoint.update(every_steps=2, keep=2)
+    config.log.update(every_steps=1, tensorboard=False)
+    run, stopped = tmp_path / 'run', tmp_path / 'stopped'
+    summary = train.train(config, str(run))
+    rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    losses = [row['loss'] for row in rows if 'loss' in row]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    shutil.copytree(run, stopped)  # what SIGKILL after the first save leaves
+    shutil.rmtree(stopped / 'checkpoints' / '4')
+    (stopped / 'summary.json').unlink()
+    assert train.train(config, str(stopped))['params_sha256'] == summary['params_sha256']
