@@ -72,6 +72,17 @@ def runner(model, frozen):
     return Runner(model, frozen)
 
 
+@pytest.fixture(scope='module')
+def mixing_runner(model, frozen):
+    return Runner(model, frozen, dataclasses.replace(SETTINGS, mixing=Mixing(0.8, 1.0)))
+
+
+@pytest.fixture(scope='module')
+def features(model, frozen, batch):
+    """Of the batch."""
+    return jax.jit(lambda f, v: model.features(f, model.normalize(v)))(frozen, batch['video'])
+
+
 def assert_trees_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
@@ -100,9 +111,8 @@ def test_the_state_holds_no_frozen_weights(runner):
     assert (SPEC.num_tokens, SPEC.width) not in widths  # the position table of the backbone
 
 
-def test_loss_is_smoothed_cross_entropy(model, runner, frozen, batch):
-    features = model.features(frozen, model.normalize(batch['video']))
-    logits = model.net.apply({'params': runner.fresh.params}, features)['logits'][0]
+def test_loss_is_smoothed_cross_entropy(model, runner, features, batch):
+    logits = jax.jit(model.net.apply)({'params': runner.fresh.params}, features)['logits'][0]
     log_p = np.asarray(jax.nn.log_softmax(logits))
     own = log_p[np.arange(4), batch['label']]
     expected = -(0.9 * own + 0.1 * log_p.mean(1)).mean()
@@ -128,12 +138,11 @@ def test_an_empty_batch_changes_no_number_to_nan(runner, batch):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
-def test_accumulation_equals_one_pass(model, frozen, runner, batch):
+def test_accumulation_equals_one_pass(model, frozen, mixing_runner, batch):
     mixing = Mixing(0.8, 1.0)
-    whole = Runner(model, frozen, dataclasses.replace(SETTINGS, mixing=mixing))
     parts = Runner(model, frozen, dataclasses.replace(SETTINGS, mixing=mixing, accumulation=2))
     masked = batch | {'mask': np.array([1, 1, 0, 1], np.float32)}
-    (_, a), (_, b) = whole(masked), parts(masked)
+    (_, a), (_, b) = mixing_runner(masked), parts(masked)
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5)
     np.testing.assert_allclose(a['grad_norm'], b['grad_norm'], rtol=1e-4)
 
@@ -146,9 +155,8 @@ def test_the_average_follows_the_parameters(model, frozen, batch):
     assert state.eval_variables['params'] is state.ema
 
 
-def test_steps_are_repeatable_and_differ_in_their_draws(model, frozen, batch):
-    run = Runner(model, frozen, dataclasses.replace(SETTINGS, mixing=Mixing(0.8, 1.0)))
-    (a, first), (b, again) = run(batch, batch), run(batch, batch)
+def test_steps_are_repeatable_and_differ_in_their_draws(mixing_runner, batch):
+    (a, first), (b, again) = mixing_runner(batch, batch), mixing_runner(batch, batch)
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert float(first['loss']) == float(again['loss'])
 
@@ -171,7 +179,7 @@ def test_evaluation_averages_the_views(model, runner, frozen, batch):
     np.testing.assert_allclose(together.sum(-1), 1.0, rtol=1e-5)
 
 
-def test_fusion_mixes_logits(model, runner, frozen, batch):
+def test_fusion_mixes_logits(model, runner, frozen, features, batch):
     mesh = make_mesh(jax.devices()[:1])
     variables, views = runner.fresh.eval_variables, batch['video'][:, None]
     own, half, backbone = (
@@ -182,6 +190,5 @@ def test_fusion_mixes_logits(model, runner, frozen, batch):
     np.testing.assert_allclose(
         half - half.mean(1, keepdims=True), mean - mean.mean(1, keepdims=True), atol=1e-3
     )
-    features = model.features(frozen, model.normalize(batch['video']))
     expected = jax.nn.log_softmax(model.frozen_logits(frozen, features)[0])
     np.testing.assert_allclose(backbone, expected, atol=1e-3)

@@ -1,5 +1,8 @@
 """Maps of attention that leave a network through its families' `attention`."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +25,13 @@ OPTIONS = {
 
 @pytest.fixture(scope='module')
 def built():
-    """(model, frozen, variables)"""
+    """(model with its functions compiled, frozen, variables)"""
     model = dist.build(SPEC, **OPTIONS)
-    frozen = model.prepare(clip.init_params(jax.random.key(0), SPEC), ())
+    model = dataclasses.replace(
+        model, features=jax.jit(model.features), attention=jax.jit(model.attention)
+    )
+    init = lambda key: model.prepare(clip.init_params(key, SPEC), ())  # noqa: E731
+    frozen = jax.jit(init)(jax.random.key(0))
     features = jax.eval_shape(model.features, frozen, jnp.zeros((1, FRAMES, 32, 32, 3)))
     features = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), features)
     return model, frozen, jax.jit(model.net.init)(jax.random.key(1), features)
@@ -33,12 +40,12 @@ def built():
 def test_shares_of_each_clip_sum_to_at_most_one(built):
     model, frozen, variables = built
     video = jax.random.normal(jax.random.key(2), (3, FRAMES, 32, 32, 3))
-    maps = jax.jit(model.attention)(variables, frozen, video)
+    maps = model.attention(variables, frozen, video)
     assert maps.shape == (3, FRAMES // 2, GRID, GRID) and maps.dtype == jnp.float32
     assert maps.min() >= 0
     total = maps.sum((1, 2, 3))
     assert total.max() < 1 and total.min() > 0.8  # one class token beside 16 patches
-    alone = jax.jit(model.attention)(variables, frozen, video[1:2])
+    alone = model.attention(variables, frozen, video[1:2])
     np.testing.assert_allclose(alone[0], maps[1], atol=1e-6)
 
 
@@ -46,9 +53,10 @@ def test_weights_are_sown_only_where_asked_for(built):
     model, frozen, variables = built
     assert list(variables) == ['params']
     features = model.features(frozen, jnp.ones((1, FRAMES, 32, 32, 3)))
-    outputs, sown = model.net.apply(variables, features, mutable=['intermediates'])
+    sowing = functools.partial(model.net.apply, mutable=['intermediates'])
+    outputs, sown = jax.jit(sowing)(variables, features)
     np.testing.assert_array_equal(
-        model.net.apply(variables, features)['logits'][0], outputs['logits'][0]
+        jax.jit(model.net.apply)(variables, features)['logits'][0], outputs['logits'][0]
     )
     blocks = sown['intermediates']
     assert sorted(blocks) == ['adapooling_0', 'adapooling_1']

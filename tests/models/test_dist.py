@@ -20,7 +20,7 @@ OPTIONS = {
 
 @pytest.fixture(scope='module')
 def backbone():
-    return clip.init_params(jax.random.key(0), SPEC)
+    return jax.jit(clip.init_params, static_argnums=1)(jax.random.key(0), SPEC)
 
 
 def video(num_frames=4, clips=2):
@@ -48,6 +48,17 @@ def plain(backbone):
     return run(backbone)
 
 
+def loss_and_gradients(model, features, variables):
+    loss = lambda p: (model.net.apply(p, features)['logits'][0] ** 2).mean()  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))(variables)
+
+
+@pytest.fixture(scope='module')
+def plain_gradients(plain):
+    model, _, features, variables, _ = plain
+    return loss_and_gradients(model, features, variables)
+
+
 def test_outputs(plain):
     *_, outputs = plain
     assert outputs['embedding'].shape == (2, 24)
@@ -60,16 +71,11 @@ def test_outputs(plain):
 @pytest.mark.parametrize(
     'changed', [{'unroll': True}, {'remat': True}, {'unroll': True, 'remat': True}]
 )
-def test_scan_and_remat_change_nothing(plain, changed):
-    model, _, features, variables, _ = plain
+def test_scan_and_remat_change_nothing(plain, plain_gradients, changed):
+    _, _, features, variables, _ = plain
+    value, ours = plain_gradients
     other = dist.build(SPEC, **OPTIONS, **changed)
-
-    def loss(net):
-        return lambda p: (net.apply(p, features)['logits'][0] ** 2).mean()
-
-    (value, ours), (other_value, theirs) = (
-        jax.jit(jax.value_and_grad(loss(m.net)))(variables) for m in (model, other)
-    )
+    other_value, theirs = loss_and_gradients(other, features, variables)
     np.testing.assert_allclose(value, other_value, rtol=1e-5)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
@@ -106,10 +112,8 @@ def test_no_gradient_reaches_the_backbone(plain):
     assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
-def test_only_the_last_integration_map_has_no_gradient(plain):
-    model, _, features, variables, _ = plain
-    loss = lambda p: (model.net.apply(p, features)['logits'][0] ** 2).sum()  # noqa: E731
-    grads = jax.jit(jax.grad(loss))(variables)
+def test_only_the_last_integration_map_has_no_gradient(plain_gradients):
+    _, grads = plain_gradients
     silent = {
         jax.tree_util.keystr(path, simple=True, separator='/')
         for path, g in jax.tree_util.tree_leaves_with_path(grads['params'])
