@@ -44,6 +44,9 @@ def get_config() -> ConfigDict:
     # Folder written by `dist_jax convert`; 'random' for a random backbone (demo and tests).
     config.backbone.checkpoint = ''
 
+    config.task = ConfigDict()
+    config.task.name = 'classify'  # what is learned, a key of dist_jax.tasks.TASKS
+
     config.model = ConfigDict()
     config.model.family = 'dist'  # a key of dist_jax.models.FAMILIES
     config.model.dtype = 'bfloat16'  # compute: bfloat16 or float32; norms, softmax, loss: float32
@@ -61,9 +64,7 @@ def get_config() -> ConfigDict:
     )
     # '' for what the file is, and the data set's own; see input_pipeline.list_formats.
     config.data.list_format = ''
-    config.data.label_map = (
-        ''  # class names; two files, separated by a comma, for two label columns
-    )
+    config.data.label_map = ''  # class names; two files, separated by a comma, for two heads
     config.data.truncate_texts = False  # cut class names that are too long for the text tower
     # Text heads read ApplyEyeMakeup as Apply Eye Makeup and brush_hair as brush hair, in sets where
     # no class name has a space. Names in results stay as the list has them.
@@ -143,7 +144,7 @@ def get_config() -> ConfigDict:
     config.eval.num_clips = 3  # views along time
     config.eval.num_crops = 1  # views along a side, 1 or 3
     config.eval.crop_layout = 'ends'  # where 3 crops lie: ends, halves or quarters
-    config.eval.image_size = 0  # pixels; 0 for data.image_size, which most backbones need
+    config.eval.image_size = 0  # pixels; 0 for data.image_size, which EVL needs
     config.eval.resize = ()  # (short side,) or (height, width); () for the image size
     config.eval.fusion = 0.0  # weight of the frozen backbone's own logits
     # Report unreadable videos, however many; else one fails `dist_jax evaluate`, and more than
@@ -312,6 +313,19 @@ def flat(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, 
         group = isinstance(value, (ConfigDict, dict))
         found |= flat(value, f'{prefix}{name}.') if group else {f'{prefix}{name}': value}
     return found
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON values: tuples become lists."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [convert(item) for item in value]
+        return value
+
+    return convert(config.to_dict())
 
 
 def demo(config: ConfigDict) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dist_jax import contact_sheet, drawing
-from dist_jax.models.api import Tree, VideoModel
-from dist_jax.step import jit_on_clips
+from dist_jax.models.api import Model, Tree
+from dist_jax.step import clips_of_views, jit_on_rows
 
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
@@ -33,9 +33,11 @@ FRAMES_PER_SECOND = 4
 
 
 def make_attention_step(
-    model: VideoModel, mesh: Mesh, variables: Tree | None = None, frozen: Tree | None = None
-) -> Callable[[Tree, Tree, jax.Array], jax.Array]:
-    """The jitted maps: (variables, frozen, video (B, V, T, H, W, 3) uint8) -> (B, V, t, g, g).
+    model: Model, mesh: Mesh, variables: Tree | None = None, frozen: Tree | None = None
+) -> Callable[[Tree, Tree, Tree], jax.Array]:
+    """The jitted maps: (variables, frozen, batch) -> (B, V, t, g, g).
+
+    The batch has `video` (B, V, T, H, W, 3) uint8.
 
     Args:
       model: of a family and with options that have `attention`.
@@ -44,16 +46,17 @@ def make_attention_step(
       frozen: likewise.
     """
 
-    def step(variables: Tree, frozen: Tree, video: jax.Array) -> jax.Array:
-        pixels = model.normalize(video.reshape(-1, *video.shape[2:]))
-        maps = model.attention(variables, frozen, pixels)
+    def step(variables: Tree, frozen: Tree, batch: Tree) -> jax.Array:
+        video = batch['video']
+        inputs = model.inputs(frozen, {'video': clips_of_views(model, video)})
+        maps = model.attention(variables, inputs)
         return maps.reshape(*video.shape[:2], *maps.shape[1:])
 
-    return jit_on_clips(step, mesh, variables, frozen)
+    return jit_on_rows(step, mesh, variables, frozen)
 
 
 def seen_frames(num_frames: int, num_maps: int) -> np.ndarray:
-    """Which of the frames of a clip the maps belong to: int (t,), see `VideoModel.attention`."""
+    """Which of the frames of a clip the maps belong to: int (t,), see `Model.attention`."""
     return np.arange(num_maps) * num_frames // num_maps
 
 

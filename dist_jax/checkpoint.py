@@ -26,7 +26,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from configs.base import flat
 from dist_jax.models import digests
@@ -49,13 +48,14 @@ log = logging.getLogger('dist_jax')
 FORMAT_VERSION = 2  # since 2 with digests and a score of its own
 FOLDER = CHECKPOINTS
 SCORE = 'score'
-COLLECTIONS = 'extra'  # field of the state: what a network has beside parameters
+COLLECTIONS = 'collections'  # field of a state, beside its parameters
 BEST = 'best'  # in place of a step
 MOST_NAMED = 20  # arrays in a message
 
 # Fields that came after the first runs and decide what a run does, as it was before them.
 BEFORE_FIELDS = {
     'data.split_names': False,
+    'task.name': 'classify',
     'optimizer.name': 'adamw',
     'optimizer.schedule': 'cosine',
     'optimizer.eps': 1e-8,
@@ -105,7 +105,7 @@ class _BestScored(ocp.checkpoint_managers.preservation_policy.PreservationPolicy
 class Checkpoints:
     """The checkpoints of one run.
 
-    Keeps the newest `keep` and the one with the best validation top-1. Saves run in the background;
+    Keeps the newest `keep` and the one with the best validation score. Saves run in the background;
     call `wait` before the process ends.
     """
 
@@ -166,18 +166,19 @@ class Checkpoints:
             ),
         )
 
-    def add_score(self, step: int, figures: Mapping[str, float]) -> None:
+    def add_score(self, step: int, name: str, score: float) -> None:
         """Records the evaluation of a saved step.
 
         Args:
           step: is saved, or being saved.
-          figures: `top1`, in [0, 1], decides which step is the best.
+          name: of the figure that decides which step is the best.
+          score: its value; the higher, the better.
         """
         self.wait()
         if jax.process_index() == 0:
-            text = json.dumps(digests.seal(figures))
+            text = json.dumps(digests.seal({'select_by': name, name: score}))
             (self._folder / str(step) / SCORE).write_bytes(text.encode())
-        self._scores[step] = figures['top1']
+        self._scores[step] = score
 
     def has_score(self, step: int) -> bool:
         """Whether a step was evaluated."""
@@ -243,7 +244,7 @@ class Checkpoints:
         return None
 
     def best(self) -> tuple[int, float] | None:
-        """The step with the best validation top-1, and that."""
+        """The step with the best validation score, and that."""
         scores = read_scores(self._folder)
         step = _best(scores)
         return None if step is None else (step, scores[step])
@@ -312,7 +313,7 @@ def find_checkpoint(workdir: str | os.PathLike[str], step: int | str | None = No
 
     Args:
       workdir: of the run.
-      step: number of a step, as text too, or `BEST` for that with the best validation top-1.
+      step: number of a step, as text too, or `BEST` for that with the best validation score.
 
     Raises:
       ValueError: no run, or no such step.
@@ -335,7 +336,7 @@ def find_checkpoint(workdir: str | os.PathLike[str], step: int | str | None = No
 
 
 def read_scores(folder: epath.Path) -> dict[int, float]:
-    """Validation top-1, in [0, 1], of the steps in `WORKDIR/checkpoints` that have one."""
+    """Validation scores of the steps in `WORKDIR/checkpoints` that have one."""
     found = {int(path.name): _read_score(path) for path in _step_folders(folder)}
     return {step: score for step, score in found.items() if score is not None}
 
@@ -346,7 +347,7 @@ def _read_score(folder: epath.Path) -> float | None:
         if (folder / SCORE).exists():
             figures = json.loads((folder / SCORE).read_bytes())
             digests.check_seal(folder / SCORE, figures, required=True)
-            return float(figures['top1'])
+            return float(figures[figures.get('select_by', 'top1')])  # once it was always that
         if (folder / 'metrics' / 'metrics').exists():  # of format 1: -1 for none
             figures = json.loads((folder / 'metrics' / 'metrics').read_bytes())
             return float(figures['val_top1']) if figures['val_top1'] >= 0 else None
@@ -393,29 +394,31 @@ def _trained_name(folder: epath.Path) -> str:
     return 'ema' if averaged else 'params'
 
 
-def read_variables(folder: epath.Path, abstract: Tree, verify: bool = True) -> Tree:
+def read_variables(
+    folder: epath.Path, abstract: Tree, verify: bool = True, as_numpy: bool = False
+) -> Tree:
     """What evaluation applies: parameters (their average if there is one) and collections.
 
     Args:
       folder: of one step.
       abstract: {'params': ..., **collections} with shapes, dtypes and shardings.
       verify: compare what is read with its digests. With several processes all must call this.
+      as_numpy: read into host memory; then shapes and dtypes are enough.
 
     Raises:
       ValueError: other arrays than these, or damaged ones.
       ending.AgainError: it cannot be read now.
     """
-    return _read_variables(folder, abstract, verify)
-
-
-def _read_variables(
-    folder: epath.Path, abstract: Tree, verify: bool = True, as_numpy: bool = False
-) -> Tree:
     name = _trained_name(folder)
     collections = dict(abstract)
     wanted = {name: collections.pop('params')}
     if collections:
         wanted[COLLECTIONS] = collections
+    found = _read_part(folder, wanted, verify, as_numpy)
+    return {'params': found[name], **found.get(COLLECTIONS, {})}
+
+
+def _read_part(folder: epath.Path, wanted: Tree, verify: bool, as_numpy: bool) -> Tree:
     stored = read_metadata(folder).get(digests.DIGESTS)
     if stored is None:
         log.info('%s has no digests, so damage would not show: an earlier version wrote it', folder)
@@ -423,8 +426,7 @@ def _read_variables(
         names = digests.tree_paths(wanted)
         known = stored_leaves(folder / 'state', stored)
         check_same(folder, {name: known[name] for name in names if name in known}, names)
-    found = read_tree(folder / 'state', wanted, stored if verify else None, as_numpy=as_numpy)
-    return {'params': found[name], **found.get(COLLECTIONS, {})}
+    return read_tree(folder / 'state', wanted, stored if verify else None, as_numpy=as_numpy)
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
@@ -433,15 +435,15 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 
 def stored_variables(folder: epath.Path) -> Tree:
-    """What `read_variables` takes of one step: `jax.ShapeDtypeStruct` leaves; nothing is read."""
+    """What `read_variables` finds in a step, as `jax.ShapeDtypeStruct` leaves; nothing is read."""
     stored = read_metadata(folder).get(digests.DIGESTS)
     state = unflatten(stored_leaves(folder / 'state', stored))
     return {'params': state[_trained_name(folder)], **state.get(COLLECTIONS, {})}
 
 
 def read_host_variables(folder: epath.Path) -> Tree:
-    """All that evaluation of one step applies, in host memory: see `read_variables`."""
-    return _read_variables(folder, stored_variables(folder), as_numpy=True)
+    """What `read_variables` finds in a step, in host memory."""
+    return read_variables(folder, stored_variables(folder), as_numpy=True)
 
 
 def _check_same_state(
@@ -469,19 +471,6 @@ def _check_same_state(
         )
 
 
-def plain(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON values: tuples become lists."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: convert(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [convert(item) for item in value]
-        return value
-
-    return convert(config.to_dict())
-
-
 def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuses to continue a run under other settings.
 
@@ -505,11 +494,9 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     for name in ('class_names', 'train_list_sha256'):
         if saved[name] != current[name]:
             differences.append(f'  {name}: the data set is not the one the run was started with')
-    if saved['backbone']['params_sha256'] != current['backbone']['params_sha256']:
+    if backbone_sha256(saved) != backbone_sha256(current):
         differences.append(
-            f'  backbone.checkpoint: weights {saved["backbone"]["params_sha256"][:12]} of '
-            f'{saved["backbone"]["name"]}, now {current["backbone"]["params_sha256"][:12]} of '
-            f'{current["backbone"]["name"]}'
+            f'  backbone.checkpoint: {describe_backbone(saved)}, now {describe_backbone(current)}'
         )
     if differences:
         restored = ' '.join(
@@ -530,6 +517,19 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
             + '\n'.join(differences)
             + f'\n{way_out}'
         )
+
+
+def backbone_sha256(metadata: Mapping[str, Any]) -> str:
+    """Of the weights of the backbone that a run stands on; '' where it has none."""
+    return (metadata['backbone'] or {}).get('params_sha256', '')
+
+
+def describe_backbone(metadata: Mapping[str, Any]) -> str:
+    """The backbone of a run, in a message."""
+    backbone = metadata['backbone']
+    if not backbone:
+        return 'no backbone'
+    return f'weights {backbone["params_sha256"][:12]} of {backbone["name"]}'
 
 
 def _argument(value: Any) -> str:

@@ -257,7 +257,7 @@ def export(
         metadata = read_metadata(folder)
         model = metadata['config']['model']
         way = _way_back(source, model['family'])
-        if model['head'] != way.head:
+        if model.get('head', way.head) != way.head:
             raise ValueError(
                 f'{source}: trained with model.head={model["head"]}, but the names of '
                 f'{model["family"]} checkpoints have a place for head={way.head} only: the export '

@@ -31,7 +31,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from dist_jax import checkpoint, experiment, paths, pod, recipe, train
+from configs import base
+from dist_jax import experiment, paths, pod, recipe, train
 from dist_jax.models import converted
 from dist_jax.sharding import feed, make_mesh
 from input_pipeline.decode import DecodeError
@@ -218,7 +219,7 @@ def _look(request: Request, token: str) -> dict[str, Any]:
     }
     if config is not None:
         facts['config'] = hashlib.sha256(
-            json.dumps(checkpoint.plain(config), sort_keys=True).encode()
+            json.dumps(base.plain(config), sort_keys=True).encode()
         ).hexdigest()
         facts['backbone'] = _backbone(config)
         facts['training list'] = _list(config, 'train')
@@ -313,6 +314,8 @@ def _backbone(config: ConfigDict) -> dict[str, str]:
         return {'found': 'random, made in the workdir'}
     try:
         backbone = experiment.find_backbone(config, '')
+        if backbone is None:
+            return {'found': 'none'}
     except Exception as error:
         return {'problem': _reason(error)}
     return {'found': f'{backbone.name} {backbone.params_sha256[:12]}'}

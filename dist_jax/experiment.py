@@ -9,57 +9,27 @@ import dataclasses
 import inspect
 import logging
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from dist_jax.models import FAMILIES, clip, clip_params, converted, layers
-from dist_jax.models.api import Tree, VideoModel
+from dist_jax import recipe, step
+from dist_jax.init_from import Origin
+from dist_jax.models import BACKBONES, FAMILIES, Family, converted
+from dist_jax.models.api import Model, Tree
+from dist_jax.models.backbone import Backbone
+from dist_jax.models.frozen import ClassTexts
+from dist_jax.models.params import flatten
 from dist_jax.paths import RANDOM
-from dist_jax.recipe import ClassNames, eval_reader, train_reader
-from dist_jax.sharding import (
-    FSDP,
-    TENSOR,
-    check_batch_size,
-    check_repeats,
-    check_replicated_share,
-    on_mesh,
-    place,
-    replicated,
-    shardings,
-)
-from input_pipeline.class_names import as_words
-from input_pipeline.tokenizer import tokenize
+from dist_jax.sharding import check_batch_size, check_repeats
+from dist_jax.tasks.api import Labels, Task
 
 log = logging.getLogger('dist_jax')
 
 DTYPES = {'bfloat16': jnp.bfloat16, 'float32': jnp.float32}
-
-
-@dataclasses.dataclass(frozen=True)
-class Backbone:
-    """A frozen backbone that was found on disk.
-
-    Attributes:
-      spec: geometry, at the image size of the experiment.
-      path: of the converted checkpoint.
-      name: as it was converted.
-      params_sha256: of its weights.
-    """
-
-    spec: clip.ClipSpec
-    path: str
-    name: str
-    params_sha256: str
-
-    def summary(self) -> dict[str, str]:
-        """What a checkpoint says about its backbone."""
-        return {'name': self.name, 'path': self.path, 'params_sha256': self.params_sha256}
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
@@ -71,23 +41,27 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     base.check(config)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-    check_repeats(config.batch_size, mesh, train_reader(config).repeats)
-    eval_reader(config)  # checks its fields
+    check_repeats(config.batch_size, mesh, recipe.train_reader(config).repeats)
+    recipe.eval_reader(config)  # checks its fields
 
 
-def find_backbone(config: ConfigDict, workdir: str) -> Backbone:
+def find_backbone(config: ConfigDict, workdir: str) -> Backbone | None:
     """The converted backbone of the config; a random one is made on first use.
+
+    Returns:
+      It, at the image size of training; None for a family that stands on none.
 
     Raises:
       ValueError: none named, none found, or one of another geometry.
     """
     name, path = config.backbone.name, config.backbone.checkpoint
-    if config.eval.image_size not in (0, config.data.image_size):
-        raise ValueError(
-            f'eval.image_size={config.eval.image_size} is not data.image_size='
-            f'{config.data.image_size}, for which the position table of the backbone is made; set '
-            'eval.image_size=0'
-        )
+    if not _family(config).reads_backbone:
+        if name or path:
+            raise ValueError(
+                f'model.family={config.model.family!r} stands on no backbone; leave backbone.name='
+                f'{name!r} and backbone.checkpoint={path!r} empty'
+            )
+        return None
     if not path:
         raise ValueError(
             'backbone.checkpoint is empty; convert the CLIP weights first '
@@ -100,38 +74,87 @@ def find_backbone(config: ConfigDict, workdir: str) -> Backbone:
             write_random_backbone(path, name)
         if jax.process_count() > 1:
             jax.experimental.multihost_utils.sync_global_devices('random backbone')
-    metadata = converted.load_metadata(path)
-    spec = clip_params.spec_from_metadata(metadata)
-    expected = _spec(name)
+    found = _converted_backbone(str(path))
+    expected = named_backbone(name)
+    if found.kind is not expected.kind:
+        raise ValueError(f'{path} is {found.name}, another kind of backbone than {name}')
     unlike = {
-        field: (getattr(expected, field), getattr(spec, field))
-        for field in ('patch_size', 'width', 'depth', 'num_heads')
-        if getattr(expected, field) != getattr(spec, field)
+        field: (getattr(expected.spec, field), getattr(found.spec, field))
+        for field in found.kind.geometry
+        if getattr(expected.spec, field) != getattr(found.spec, field)
     }
     if unlike:
         raise ValueError(
             f'{path} is not a {name} (backbone.name): (expected, found) = {unlike}; '
             'name the geometry that was converted'
         )
-    spec = dataclasses.replace(spec, image_size=config.data.image_size)
-    return Backbone(spec, str(path), metadata['name'], metadata['params_sha256'])
+    return _sized(found, 'data.image_size', config.data.image_size)
 
 
-def _spec(name: str) -> clip.ClipSpec:
-    if name not in clip.SPECS:
-        raise ValueError(f'backbone.name={name!r} is not one of {", ".join(clip.SPECS)}')
-    return clip.SPECS[name]
+def _converted_backbone(path: str) -> Backbone:
+    """What a converted checkpoint holds, at the image size that it was converted at.
+
+    Raises:
+      ValueError: something else than a backbone.
+    """
+    metadata = converted.load_metadata(path)
+    family = metadata.get('family')
+    if family not in BACKBONES:
+        raise ValueError(
+            f'{path} is a checkpoint of family {family!r} where a converted backbone '
+            f'({", ".join(BACKBONES)}) is expected'
+        )
+    kind = BACKBONES[family]
+    try:
+        spec = kind.spec_class(**metadata['spec'])
+    except TypeError as error:
+        raise ValueError(
+            f'{path}: the spec of this converted {family} does not fit: {error}'
+        ) from None
+    return Backbone(kind, spec, path, metadata['name'], metadata['params_sha256'])
+
+
+def named_backbone(name: str) -> Backbone:
+    """The published size of this name, without weights.
+
+    Raises:
+      ValueError: no such size.
+    """
+    for kind in BACKBONES.values():
+        if name in kind.specs:
+            return Backbone(kind, kind.specs[name])
+    names = ', '.join(size for kind in BACKBONES.values() for size in kind.specs)
+    raise ValueError(f'backbone.name={name!r} is not one of {names}')
+
+
+def sized_backbone(config: ConfigDict) -> Backbone | None:
+    """The backbone that `find_backbone` would find, without weights: for checks and plans.
+
+    Raises:
+      ValueError: no such size, or one that the image size does not fit.
+    """
+    if not _family(config).reads_backbone:
+        return None
+    backbone = named_backbone(config.backbone.name)
+    return _sized(backbone, 'data.image_size', config.data.image_size)
+
+
+def _sized(backbone: Backbone, field: str, size: int) -> Backbone:
+    try:
+        return backbone.at(size)
+    except ValueError as error:
+        raise ValueError(f'{field}: {error}') from None
 
 
 def write_random_backbone(path: str, name: str, seed: int = 0) -> None:
     """A converted checkpoint with random weights, for the demo and for tests."""
-    spec = _spec(name)
+    backbone = named_backbone(name)
     log.info('writing a random %s backbone to %s: no pretrained weights are used', name, path)
-    params = jax.device_get(clip.init_params(jax.random.key(seed), spec))
+    params = jax.device_get(backbone.kind.init_params(jax.random.key(seed), backbone.spec))
     metadata = {
-        'family': 'clip',
+        'family': next(family for family, kind in BACKBONES.items() if kind is backbone.kind),
         'name': f'{name}-random',
-        'spec': dataclasses.asdict(spec),
+        'spec': dataclasses.asdict(backbone.spec),
         'sources': [],
         'source_sha256': '',
         'precision': 'float32',
@@ -140,118 +163,164 @@ def write_random_backbone(path: str, name: str, seed: int = 0) -> None:
     converted.save_converted(path, params, metadata)
 
 
-def make_model(config: ConfigDict, spec: clip.ClipSpec, num_classes: tuple[int, ...]) -> VideoModel:
-    """The configured family at the configured size.
+def _family(config: ConfigDict) -> Family:
+    name = config.model.family
+    if name not in FAMILIES:
+        raise ValueError(f'model.family={name!r} is not one of {", ".join(FAMILIES)}')
+    return FAMILIES[name]
+
+
+def origin(config: ConfigDict) -> Origin | None:
+    """Where the config says that variables start; None for fresh ones."""
+    if not config.init_from:
+        return None
+    return Origin(
+        config.init_from,
+        config.init_label_map,
+        config.init_missing,
+        recipe.dataset_info(config).class_key,
+        config.checkpoint.verify,
+    )
+
+
+def make_task(config: ConfigDict, labels: Labels) -> Task:
+    """The configured task, for these classes.
+
+    Raises:
+      ValueError: no such task, or one that cannot be learned from such a list.
+    """
+    options = config.task.to_dict()
+    del options['name']
+    return recipe.task_kind(config)(
+        labels,
+        label_smoothing=config.optimizer.label_smoothing,
+        fusion=config.eval.fusion,
+        **options,
+    )
+
+
+def make_model(config: ConfigDict, backbone: Backbone | None, labels: Labels) -> Model:
+    """The configured family on this backbone.
 
     Raises:
       ValueError: a field of config.model that does not fit.
     """
+    family = _family(config)
     options = config.model.to_dict()
-    family = options.pop('family')
-    if family not in FAMILIES:
-        raise ValueError(f'model.family={family!r} is not one of {", ".join(FAMILIES)}')
-    known = inspect.signature(FAMILIES[family]).parameters
-    foreign = [f'model.{name}' for name in options if name not in known]
+    name = options.pop('family')
+    known = inspect.signature(family.build).parameters
+    foreign = [f'model.{option}' for option in options if option not in known]
     if foreign:
         raise ValueError(
-            f'model.family={family!r} has no option {", ".join(foreign)}; a family is '
-            f'chosen by its file, --config=configs/{family}.py:VARIANT'
+            f'model.family={name!r} has no option {", ".join(foreign)}; a family is '
+            f'chosen by its file, --config=configs/{name}.py:VARIANT'
         )
     dtype = options.pop('dtype')
     if dtype not in DTYPES:
         raise ValueError(f'model.dtype={dtype!r} is not one of {", ".join(DTYPES)}')
-    return FAMILIES[family](
-        spec,
-        num_classes=num_classes,
+    return family.build(
+        *([backbone] if family.reads_backbone else []),
+        num_classes=tuple(map(len, labels)),
         num_frames=config.data.num_frames,
         dtype=DTYPES[dtype],
         **options,
     )
 
 
-def load_frozen(
-    backbone: Backbone,
-    model: VideoModel,
-    class_names: ClassNames,
-    mesh: Mesh,
-    truncate_texts: bool = False,
-    *,
-    split_names: bool = True,
-    verify: bool = True,
-) -> Tree:
-    """The frozen tree of the steps, with text features of these classes, on the devices.
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is trained and tested, before any weights or lists are read.
 
-    Every device gets its part of the weights from the file; no stack of layers is ever whole on a
-    host or a device.
+    Attributes:
+      task: what is learned.
+      model: the network at the size of training.
+      test_model: the same network at the size of evaluation, `model` itself where they are equal.
+      backbone: at the size of training; None where there is none.
+      texts: how class names are read, where they are.
+      train_shape: of one training clip, (T, H, W, 3).
+      test_shape: of one test view.
+    """
+
+    task: Task
+    model: Model
+    test_model: Model
+    backbone: Backbone | None
+    texts: ClassTexts
+    train_shape: tuple[int, ...]
+    test_shape: tuple[int, ...]
+
+    def abstract_variables(self, test: bool = False) -> Tree:
+        """{'params': ..., **collections} as shapes, at the size of training or of evaluation.
+
+        Raises:
+          ValueError: the network has not the outputs that the task reads.
+        """
+        model = self.test_model if test else self.model
+        shape = self.test_shape if test else self.train_shape
+        inputs = step.example_inputs(model, self.task, self.abstract_frozen(test), (1, *shape))
+        outputs, variables = jax.eval_shape(model.net.init_with_output, jax.random.key(0), inputs)
+        self.task.check(outputs)
+        return variables
+
+    def abstract_frozen(self, test: bool = False) -> Tree:
+        """Shapes of the frozen tree; {} where there is none."""
+        frozen = (self.test_model if test else self.model).frozen
+        return {} if frozen is None else frozen.abstract(tuple(map(len, self.task.labels)))
+
+    def load_frozen(self, mesh: Mesh, *, verify: bool) -> Tree:
+        """The frozen tree of training, on the devices; {} where there is none."""
+        return self._load(self.model, mesh, verify)
+
+    def load_test_frozen(self, mesh: Mesh, *, verify: bool, trained: Tree | None = None) -> Tree:
+        """That of evaluation; of the one of training, if it is there, it takes what it can."""
+        if trained is None:
+            return self._load(self.test_model, mesh, verify)
+        if self.test_model is self.model or not trained:
+            return trained
+        return self.test_model.frozen.resized(trained, mesh, verify=verify)
+
+    def _load(self, model: Model, mesh: Mesh, verify: bool) -> Tree:
+        return {} if model.frozen is None else model.frozen.load(mesh, self.texts, verify=verify)
+
+
+def assemble(config: ConfigDict, labels: Labels, backbone: Backbone | None) -> Experiment:
+    """Task and model of a config.
 
     Args:
-      backbone: where the weights are.
-      model: decides what is read, in which precision and what lies where.
-      class_names: of each label column.
-      mesh: the devices.
-      truncate_texts: cut class names that are too long for the text tower.
-      split_names: put spaces between the words of names that have none.
-      verify: compare the weights with the digests that were stored with them.
+      config: of the experiment.
+      labels: class names of each head.
+      backbone: from `find_backbone`, or a size alone.
 
     Raises:
-      ValueError: the head needs class texts and the data set has none, a text is too long, the
-        mesh would leave too much of the weights whole, or they are damaged.
+      ValueError: fields that do not fit each other.
     """
-    if jax.process_index() == 0:
-        log.info('loading the backbone %s', backbone.path)
-    stored = converted.stored_shapes(backbone.path)
-    abstract = place(
-        {name: stored[name] for name in model.reads if name in stored}, model.frozen_rules, mesh
+    data, size = config.data, config.eval.image_size or config.data.image_size
+    model = test_model = make_model(config, backbone, labels)
+    if size != data.image_size:
+        tested = backbone and _sized(backbone, 'eval.image_size', size)
+        test_model = make_model(config, tested, labels)
+    found = Experiment(
+        make_task(config, labels),
+        model,
+        test_model,
+        backbone,
+        ClassTexts(labels, data.split_names, data.truncate_texts),
+        (data.num_frames, data.image_size, data.image_size, 3),
+        (data.num_frames, size, size, 3),
     )
-    table = abstract['visual']['positional_embedding']
-    abstract['visual']['positional_embedding'] = jax.ShapeDtypeStruct(
-        table.shape, table.dtype, sharding=replicated(mesh)
-    )
-    params = converted.load_params(backbone.path, model.reads, abstract=abstract, verify=verify)
-    visual = params['visual']
-    visual['positional_embedding'] = layers.resize_positions(
-        np.asarray(visual['positional_embedding']), (backbone.spec.grid,) * 2
-    )
-    tokens: tuple[Any, ...] = ()
-    if 'text' in model.reads:
-        tokens = tuple(
-            np.asarray(
-                tokenize(_texts(column, split_names), backbone.spec.context_length, truncate_texts)
+    if test_model is not model:
+        _check_sizes(config, found)
+    return found
+
+
+def _check_sizes(config: ConfigDict, experiment: Experiment) -> None:
+    """Refuses a test size for which the trained parameters would have other shapes."""
+    trained, tested = (flatten(experiment.abstract_variables(test)) for test in (False, True))
+    for path, leaf in trained.items():
+        if leaf.shape != tested[path].shape:
+            raise ValueError(
+                f'eval.image_size={config.eval.image_size} is not data.image_size='
+                f'{config.data.image_size}, and model.family={config.model.family!r} is made for '
+                f'one size: {path.removeprefix("params/")} is {leaf.shape} there and '
+                f'{tested[path].shape} here; set eval.image_size=0'
             )
-            for column in class_names
-        )
-    placed = place_frozen(model, jax.eval_shape(model.prepare, params, tokens), mesh)
-    prepare = jax.jit(on_mesh(mesh, model.prepare), out_shardings=shardings(placed))
-    return prepare(params, tokens)
-
-
-def place_frozen(model: VideoModel, frozen: Tree, mesh: Mesh) -> Tree:
-    """A frozen tree, arrays or shapes, as placed `jax.ShapeDtypeStruct` leaves.
-
-    Raises:
-      ValueError: the mesh would leave too much of it whole.
-    """
-    placed = place(frozen, model.frozen_rules, mesh)
-    check_replicated_share(placed, mesh, 'frozen weights', (FSDP, TENSOR))
-    return placed
-
-
-def _texts(names: tuple[str, ...], split_names: bool) -> list[str]:
-    """Class names as prompts. Source: DiST uses the bare label text without double quotes."""
-    if all(name.isdigit() for name in names):
-        raise ValueError(
-            'model.head=text needs class names, but the list has numbers only; '
-            'pass --config.data.label_map=FILE with one name a line, or use model.head=linear'
-        )
-    return [name.replace('"', '') for name in (as_words(names) if split_names else names)]
-
-
-def abstract_frozen(
-    backbone: clip.ClipSpec, model: VideoModel, num_classes: tuple[int, ...]
-) -> Tree:
-    """Shapes of the frozen tree without any weights: for configuration checks and planning."""
-    params = clip.abstract_params(backbone)
-    tokens = tuple(
-        jax.ShapeDtypeStruct((count, backbone.context_length), np.int32) for count in num_classes
-    )
-    return jax.eval_shape(model.prepare, {name: params[name] for name in model.reads}, tokens)

@@ -7,6 +7,7 @@ class texts belong to the frozen tree and are always those of the list.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 from collections import defaultdict
@@ -15,12 +16,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, experiment, recipe
+from dist_jax import checkpoint
 from dist_jax.models import converted, heads
-from dist_jax.models.api import Tree
-from dist_jax.models.params import flatten
+from dist_jax.models.api import Model, Tree
+from dist_jax.models.backbone import Backbone
+from dist_jax.models.params import flatten, unflatten
+from dist_jax.sharding import replicated
+from dist_jax.tasks.api import Labels
 from input_pipeline.sources import read_label_map
 
 log = logging.getLogger('dist_jax')
@@ -29,127 +32,194 @@ MISSING = ('error', 'fresh')  # values of config.init_missing
 MOST_NAMED = 20  # classes in a message
 
 
-def load_trainable(config: ConfigDict, params: Tree, class_names: recipe.ClassNames) -> Tree:
-    """Trainable parameters of `config.init_from`.
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where variables start.
+
+    Attributes:
+      path: a run's folder or a converted checkpoint.
+      label_map: files of its class names, where it does not hold them; '' where it does.
+      missing: what becomes of classes that are not there, of MISSING.
+      class_key: names of classes with the same key are the same class.
+      verify: compare what is read with its digests.
+    """
+
+    path: str
+    label_map: str = ''
+    missing: str = 'error'
+    class_key: Callable[[str], str] = str
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.missing not in MISSING:
+            raise ValueError(f'init_missing={self.missing!r} is not one of {MISSING}')
+
+
+def load_variables(origin: Origin, model: Model, variables: Tree, labels: Labels) -> Tree:
+    """Parameters and collections to start from.
 
     Args:
-      config: of the experiment that starts.
-      params: leaves with the shapes, dtypes and shardings to read into; arrays, where
-        config.init_missing lets classes start with their values.
-      class_names: of each label column.
+      origin: where they are.
+      model: whose they are.
+      variables: {'params': ..., **collections}, leaves with the shapes, dtypes and shardings to
+        read into; arrays, where classes may start with their values.
+      labels: class names of each head.
 
     Raises:
       ValueError: nothing to read there, other shapes, or classes that are not there.
     """
-    path, verify = config.init_from, config.checkpoint.verify
-    if config.init_missing not in MISSING:
-        raise ValueError(f'init_missing={config.init_missing!r} is not one of {MISSING}')
+    path, verify = origin.path, origin.verify
     folder = checkpoint.find_checkpoint(path) if checkpoint.is_run(path) else None
-    stored = (
-        checkpoint.stored_variables(folder)['params'] if folder else converted.stored_shapes(path)
-    )
+    stored = checkpoint.stored_variables(folder) if folder else converted.stored_variables(path)
     wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables
     )
-    head = wanted.pop('head', None)
+    head = wanted['params'].pop('head', None)
     if head is None:
-        if stored.pop('head', None) is not None:
+        if stored['params'].pop('head', None) is not None:
             log.info('the classifier of %s is left out: model.head=text has none', path)
-        return _read_trainable(path, folder, stored, wanted, verify)
+        return _read_variables(path, folder, stored, wanted, model, verify)
 
-    places = _class_places(config, folder, heads.classes_of(stored), class_names)
+    places = _class_places(origin, folder, heads.classes_of(stored['params']), labels)
     missing = sum(int((place < 0).sum()) for place in places)
-    if missing and not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
+    if missing and not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables)):
         raise ValueError(f'{path} lacks {missing} classes, and nothing can be tested without them')
-    if 'head' in stored:
-        wanted['head'] = heads.with_classes(head, heads.classes_of(stored))
-    found = _read_trainable(path, folder, stored, wanted, verify)
-    if 'head' in stored:
-        found['head'] = heads.take_classes(found['head'], places, params['head'])
-    else:
-        found['head'] = params['head']
+    fresh = variables['params']['head']
+    if 'head' not in stored['params']:
+        found = _read_variables(path, folder, stored, wanted, model, verify)
+        found['params']['head'] = fresh
+        return found
+    wanted['params']['head'] = heads.with_classes(head, heads.classes_of(stored['params']))
+    found = _read_variables(path, folder, stored, wanted, model, verify)
+    found['params']['head'] = heads.take_classes(found['params']['head'], places, fresh)
     return found
 
 
-def compare_backbones(path: str, backbone: experiment.Backbone) -> None:
+def load_from_backbone(model: Model, params: Tree, verify: bool) -> Tree:
+    """Parameters of which the model takes some from its backbone.
+
+    Args:
+      model: its `from_backbone` says which.
+      params: fresh ones, arrays.
+      verify: compare what is read with its digests.
+
+    Raises:
+      ValueError: the backbone has not what the model takes, or in other shapes.
+    """
+    known = flatten(params)
+    wanted = {}
+    for ours, theirs in model.from_backbone.items():
+        for path in known:
+            if path == ours or path.startswith(f'{ours}/'):
+                wanted[theirs + path.removeprefix(ours)] = path
+    found = converted.load_params(
+        model.frozen.backbone.path,
+        list(wanted),
+        abstract=unflatten({theirs: known[path] for theirs, path in wanted.items()}),
+        verify=verify,
+    )
+    taken = {wanted[theirs]: leaf for theirs, leaf in flatten(found).items()}
+    return unflatten(known | taken)
+
+
+def compare_backbones(path: str, backbone: Backbone | None) -> None:
     """Warns if the run to start from was trained on another backbone."""
-    if not checkpoint.is_run(path):
+    if backbone is None or not checkpoint.is_run(path):
         return
-    theirs = checkpoint.read_metadata(checkpoint.find_checkpoint(path))['backbone']
-    if theirs['params_sha256'] != backbone.params_sha256:
+    theirs = checkpoint.read_metadata(checkpoint.find_checkpoint(path))
+    own = {'backbone': backbone.identity()}
+    if checkpoint.backbone_sha256(theirs) != backbone.params_sha256:
         log.warning(
-            'init_from: %s was trained on %s with weights %s, this run uses %s with weights %s; '
-            'its parameters belong to the features of the other. Pass the same backbone with '
+            'init_from: %s was trained on %s, this run uses %s; its parameters belong to the '
+            'features of the other. Pass the same backbone with '
             '--config.backbone.checkpoint=FOLDER, unless this is meant',
-            *(path, theirs['name'], theirs['params_sha256'][:12]),
-            *(backbone.name, backbone.params_sha256[:12]),
+            *(path, checkpoint.describe_backbone(theirs), checkpoint.describe_backbone(own)),
         )
 
 
-def _read_trainable(
-    path: str, folder: epath.Path | None, stored: Tree, wanted: Tree, verify: bool
+def _read_variables(
+    path: str,
+    folder: epath.Path | None,
+    stored: Tree,
+    wanted: Tree,
+    model: Model,
+    verify: bool,
 ) -> Tree:
+    known, asked = flatten(stored), flatten(wanted)
+    shape_of = {name: leaf.shape for name, leaf in asked.items()}
+    if model.fit is not None:  # read as they are, and then made to fit
+        unlike = [name for name in asked if name in known and known[name].shape != shape_of[name]]
+        for name in unlike:
+            leaf, mesh = asked[name], asked[name].sharding.mesh
+            asked[name] = jax.ShapeDtypeStruct(
+                known[name].shape, leaf.dtype, sharding=replicated(mesh)
+            )
+    converted.check_same(path, known, asked)
+    target = unflatten(asked)
     if folder is None:
-        parts = sorted(stored.keys() | wanted.keys())
-        return converted.load_params(path, parts, abstract=wanted, verify=verify)
-    converted.check_same(path, flatten(stored), flatten(wanted))
-    return checkpoint.read_variables(folder, {'params': wanted}, verify)['params']
+        found = converted.load_variables(path, target, verify=verify)
+    else:
+        found = checkpoint.read_variables(folder, target, verify)
+    if model.fit is None or not unlike:
+        return found
+    leaves = flatten(found)
+    for name in unlike:
+        fitted = model.fit(name.partition('/')[2], leaves[name], shape_of[name])
+        leaves[name] = jax.device_put(fitted, flatten(wanted)[name].sharding)
+    return unflatten(leaves)
 
 
 def _class_places(
-    config: ConfigDict,
+    origin: Origin,
     folder: epath.Path | None,
     num_stored: tuple[int, ...],
-    class_names: recipe.ClassNames,
+    labels: Labels,
 ) -> list[np.ndarray]:
-    """Where the classes of each label column are in the classifier of `config.init_from`.
+    """Where the classes of each head are in the classifier to start from.
 
     Args:
-      config: of the experiment that starts.
+      origin: where it is.
       folder: of a step, None for a converted checkpoint.
       num_stored: its classes; () if it has no classifier.
-      class_names: of each label column.
+      labels: of each head.
 
     Returns:
-      int (classes,) a column, -1 for classes that start fresh.
+      int (classes,) a head, -1 for classes that start fresh.
     """
-    path = config.init_from
+    path = origin.path
     if not num_stored:
         log.info('%s has no classifier', path)
-        origin: recipe.ClassNames = ((),) * len(class_names)
-    elif config.init_label_map:
-        origin = tuple(
-            read_label_map(name.strip()).names for name in config.init_label_map.split(',')
-        )
+        known: Labels = ((),) * len(labels)
+    elif origin.label_map:
+        known = tuple(read_label_map(name.strip()).names for name in origin.label_map.split(','))
     elif folder is not None:
         names = checkpoint.read_metadata(folder)['class_names']
-        origin = tuple(tuple(column) for column in names)
-    elif num_stored == tuple(map(len, class_names)):
+        known = tuple(map(tuple, names))
+    elif num_stored == tuple(map(len, labels)):
         log.info('%s does not name its classes: taken to be those of the list, in order', path)
-        origin = class_names
+        known = labels
     else:
         raise ValueError(
             f'{path} has {num_stored} classes and does not name them, the list has '
-            f'{tuple(map(len, class_names))}; pass its names with --config.init_label_map=FILE'
+            f'{tuple(map(len, labels))}; pass its names with --config.init_label_map=FILE'
         )
-    if num_stored and tuple(map(len, origin)) != num_stored:
+    if num_stored and tuple(map(len, known)) != num_stored:
         raise ValueError(
-            f'init_label_map names {tuple(map(len, origin))} classes, {path} has {num_stored}'
+            f'init_label_map names {tuple(map(len, known))} classes, {path} has {num_stored}'
         )
-    if len(origin) != len(class_names):
-        raise ValueError(f'{path} has {len(origin)} label columns, the list has {len(class_names)}')
-    key = recipe.dataset_info(config).class_key
+    if len(known) != len(labels):
+        raise ValueError(f'{path} has {len(known)} heads, the list has {len(labels)}')
     places = []
-    for column, (names, own) in enumerate(zip(class_names, origin)):
-        place = match_classes(own, names, key, path)
+    for head, (names, own) in enumerate(zip(labels, known)):
+        place = match_classes(own, names, origin.class_key, path)
         lacking = [name for name, k in zip(names, place) if k < 0]
-        if lacking and config.init_missing == 'error':
-            raise ValueError(_lacking_text(path, column, names, lacking, own))
+        if lacking and origin.missing == 'error':
+            raise ValueError(_lacking_text(path, head, names, lacking, own))
         moved = sum(k >= 0 and own[k] != name for name, k in zip(names, place))
         log.info(
-            'classifier of label column %d: %d of %d classes taken from %s by name (%d of them '
+            'classifier of head %d: %d of %d classes taken from %s by name (%d of them '
             'under another name), %d start fresh',
-            *(column, len(names) - len(lacking), len(names), path, moved, len(lacking)),
+            *(head, len(names) - len(lacking), len(names), path, moved, len(lacking)),
         )
         places.append(place)
     return places
@@ -192,11 +262,10 @@ def match_classes(
 
 
 def _lacking_text(
-    path: str, column: int, names: Sequence[str], lacking: Sequence[str], origin: Sequence[str]
+    path: str, head: int, names: Sequence[str], lacking: Sequence[str], origin: Sequence[str]
 ) -> str:
     lines = [
-        f'{path} has no weights for {len(lacking)} of the {len(names)} classes of label column '
-        f'{column}:'
+        f'{path} has no weights for {len(lacking)} of the {len(names)} classes of head {head}:'
     ]
     for name in lacking[:MOST_NAMED]:
         close = difflib.get_close_matches(name, origin, 1, 0.6)

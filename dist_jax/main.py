@@ -483,14 +483,14 @@ def _evaluate(argv: Sequence[str]) -> int:
             paths.check_run(arguments.workdir)
         root = paths.saved_root(arguments.workdir) if arguments.workdir else ''
         paths.check_inputs(_named_fields(config_arguments), ('val',), root)
-    from dist_jax import commands
+    from dist_jax import evaluate, trained
     from dist_jax.reports import console
 
     workdir, step = arguments.workdir, arguments.step
-    default = commands.saved_config(workdir, step) if workdir else None
+    default = trained.saved_config(workdir, step) if workdir else None
     config = read_config(config_arguments, default)
     _start_jax()
-    console.print_evaluation(*commands.run_evaluation(config, workdir, step, arguments.output))
+    console.print_evaluation(*evaluate.run(config, workdir, step, arguments.output))
     return 0
 
 
@@ -521,9 +521,9 @@ def _predict(argv: Sequence[str]) -> int:
         videos = paths.find_videos(arguments.videos)
     if arguments.labels and not os.path.exists(arguments.labels):
         raise UsageError(f'--labels: no file {arguments.labels}')
-    from dist_jax import commands, predict
+    from dist_jax import predict, trained
 
-    config = read_config(config_arguments, commands.saved_config(arguments.workdir, arguments.step))
+    config = read_config(config_arguments, trained.saved_config(arguments.workdir, arguments.step))
     _start_jax()
     return predict.run(
         config,

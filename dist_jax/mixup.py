@@ -7,6 +7,7 @@ cutmix is corrected to the area that was pasted; box rule of the original CutMix
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +37,17 @@ class Mixing:
 def mix(
     key: jax.Array,
     video: jax.Array,
-    targets: tuple[jax.Array, ...],
+    targets: Any,
     mask: jax.Array,
     mixing: Mixing,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, Any]:
     """Mixes each clip with its partner in the reversed batch.
 
     Args:
       key: random key of this step.
       video: (B, T, H, W, 3), uint8 or float. Mixing commutes with normalisation, and partners that
         are exchanged between devices are a quarter the size as uint8.
-      targets: distributions (B, num_classes), one entry a label column.
+      targets: tree of distributions (B, num_classes).
       mask: (B,) 1.0 where the clip is real. A clip whose partner is not real stays as it is.
       mixing: settings.
 
@@ -75,7 +76,7 @@ def mix(
     own, partner = (x.astype(jnp.float32) for x in (video, video[::-1]))
     video = own * (1 - pixel_share) + partner * pixel_share
     share = label_share[:, None]
-    return video, tuple(t * (1 - share) + t[::-1] * share for t in targets)
+    return video, jax.tree.map(lambda t: t * (1 - share) + t[::-1] * share, targets)
 
 
 def _beta(key: jax.Array, alpha: float) -> jax.Array:

@@ -17,10 +17,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from dist_jax import attention_map, commands, contact_sheet, drawing, metrics, recipe, step
+from dist_jax import attention_map, contact_sheet, drawing, metrics, recipe, step
 from dist_jax.json_file import write_json
 from dist_jax.progress import Bar
 from dist_jax.sharding import batch_parts, batched, make_mesh
+from dist_jax.tasks.classify import Classify
+from dist_jax.trained import Trained, load_trained
 from input_pipeline.decode import DecodeError
 from input_pipeline.escape import Console, file_name, styled, terminal
 from input_pipeline.label_maps import read_label_map
@@ -43,10 +45,10 @@ class Prediction:
 
     Attributes:
       path: the video.
-      top: the most probable classes of each label column; empty after an error.
-      scores: (num_classes,) probabilities of each label column; likewise.
+      top: the most probable classes of each head; empty after an error.
+      scores: (num_classes,) probabilities of each head; likewise.
       video: (V, T, H, W, 3) uint8 RGB, the views as the model got them; None likewise.
-      attention: (V, t, g, g) float32, see `VideoModel.attention`; None if it was not asked for, and
+      attention: (V, t, g, g) float32, see `Model.attention`; None if it was not asked for, and
         likewise.
       error: '' or why there is no prediction: the video cannot be read, or the model's scores are
         NaN or infinite.
@@ -72,7 +74,7 @@ class Prediction:
 
 
 def predict_videos(
-    trained: commands.Trained,
+    trained: Trained,
     config: ConfigDict,
     paths: Sequence[str | os.PathLike[str]],
     most: int = 5,
@@ -81,7 +83,7 @@ def predict_videos(
     """Predicts videos one after the other.
 
     Args:
-      trained: the model, see `commands.load_trained`.
+      trained: the model, see `load_trained`.
       config: of its run; `eval` holds the views and the fusion with the frozen backbone.
       paths: video files.
       most: classes in a ranking.
@@ -95,6 +97,11 @@ def predict_videos(
       ValueError: fusion is asked of a model without text features, or attention of one in which
         no query looks at patches.
     """
+    if not isinstance(trained.task, Classify):
+        raise ValueError(
+            f'task.name={config.task.name!r} has no classes to choose from; predict shows what '
+            'classifiers say'
+        )
     if attention and trained.model.attention is None:
         raise ValueError(
             f'model.family={config.model.family!r} with the options of this run has no query that '
@@ -104,7 +111,7 @@ def predict_videos(
     mesh = make_mesh(**config.mesh)
     reader = recipe.eval_reader(config)
     placed = (trained.variables, trained.frozen)
-    eval_step = step.make_eval_step(trained.model, mesh, config.eval.fusion, *placed)
+    eval_step = step.make_eval_step(trained.model, trained.task, mesh, *placed)
     attention_step = None
     if attention:
         attention_step = attention_map.make_attention_step(trained.model, mesh, *placed)
@@ -113,7 +120,7 @@ def predict_videos(
 
 
 def _predictions(
-    trained: commands.Trained,
+    trained: Trained,
     reader: Any,
     eval_step: Any,
     attention_step: Any,
@@ -130,15 +137,15 @@ def _predictions(
         # A batch has at least one row for each of its parts.
         batch = np.zeros((batch_parts(mesh), *video.shape), np.uint8)
         batch[0] = video
-        batch = jax.device_put(batch, batched(mesh))
-        columns = eval_step(trained.variables, trained.frozen, batch)
-        scores = tuple(np.asarray(column)[0] for column in columns)
+        batch = {'video': jax.device_put(batch, batched(mesh))}
+        found = eval_step(trained.variables, trained.frozen, batch)
+        scores = tuple(np.asarray(head)[0] for head in found['scores'])
         if not all(np.isfinite(column).all() for column in scores):
             yield Prediction(path, error=f'scores are not finite numbers. {metrics.CAUSE}')
             continue
         top = tuple(
             tuple((names[i], float(column[i])) for i in np.argsort(-column, kind='stable')[:most])
-            for names, column in zip(trained.class_names, scores)
+            for names, column in zip(trained.task.labels, scores)
         )
         maps = None
         if attention_step is not None:
@@ -178,7 +185,7 @@ def run(
     if jax.process_count() > 1:
         raise ValueError('predict runs in one process; start it on a single host')
     class_names = (read_label_map(labels).names,) if labels else None
-    trained = commands.load_trained(config, workdir, step_number, class_names)
+    trained = load_trained(config, workdir, step_number, class_names)
     predictions = predict_videos(trained, config, paths, attention=attention)
     # Pictures are written locally, also those of a run in a bucket.
     folder = Path(output or os.path.join('' if '://' in workdir else workdir, 'predictions'))
@@ -245,7 +252,7 @@ def print_predictions(rows: Sequence[dict[str, Any]]) -> None:
     table = Table()
     table.add_column('video', overflow='fold')
     for i in range(columns):
-        table.add_column('class' if columns == 1 else f'label column {i}', overflow='fold')
+        table.add_column('class' if columns == 1 else f'head {i}', overflow='fold')
         table.add_column('probability', justify='right', no_wrap=True)
     for row in rows:
         path = row['path']

@@ -18,8 +18,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dist_jax.models.api import Pixels
+from dist_jax.models.layers import Pixels
 from dist_jax.paths import RANDOM, under
+from dist_jax.tasks import TASKS
+from dist_jax.tasks.api import Labels, Task
+from dist_jax.views import Protocol
 from input_pipeline import pipeline, randaugment, transforms
 from input_pipeline.class_names import mirror_pairs
 from input_pipeline.datasets import DATASETS, DatasetInfo
@@ -29,9 +32,7 @@ from input_pipeline.video_list import LabelledSource
 log = logging.getLogger('dist_jax')
 
 MOST_NAMED = 10  # classes in a warning
-EVAL_AHEAD = 4  # batches of an evaluation that are made ahead
-
-ClassNames = tuple[tuple[str, ...], ...]
+EVAL_AHEAD = 4  # batches of an evaluation that are made ahead; they are large
 
 
 def dataset_info(config: ConfigDict) -> DatasetInfo:
@@ -111,13 +112,19 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def open_split(config: ConfigDict, split: str, needs_classes: bool = True) -> LabelledSource:
-    """The 'train' or 'val' list of the config.
+def task_kind(config: ConfigDict) -> type[Task]:
+    """What the config learns.
 
-    Args:
-      config: of the experiment.
-      split: 'train' or 'val'.
-      needs_classes: refuse lists of captions.
+    Raises:
+      ValueError: no such task.
+    """
+    if config.task.name not in TASKS:
+        raise ValueError(f'task.name={config.task.name!r} is not one of {", ".join(TASKS)}')
+    return TASKS[config.task.name]
+
+
+def open_split(config: ConfigDict, split: str) -> LabelledSource:
+    """The 'train' or 'val' list of the config.
 
     Raises:
       ValueError: a field is missing or a file is wrong; the message names it.
@@ -142,7 +149,7 @@ def open_split(config: ConfigDict, split: str, needs_classes: bool = True) -> La
         purpose=split,
         usual_format=info.list_format,
     )
-    if needs_classes and not source.class_names:
+    if task_kind(config).needs_classes and not source.class_names:
         raise ValueError(
             f'{path}: has captions and no classes: it is for text-video retrieval and cannot be '
             'used for classification'
@@ -150,17 +157,17 @@ def open_split(config: ConfigDict, split: str, needs_classes: bool = True) -> La
     return source
 
 
-def class_columns(source: LabelledSource) -> ClassNames:
-    """Class names of every label column."""
+def labels_of(source: LabelledSource) -> Labels:
+    """Class names of each head; () where there are none."""
     names = source.class_names
-    return names if names and isinstance(names[0], tuple) else (tuple(names),)
+    return names if not names or isinstance(names[0], tuple) else (tuple(names),)
 
 
 def warn_of_classes(source: LabelledSource, field: str) -> None:
     """Warns of a list with nothing to tell apart, and of classes that no video belongs to."""
     if jax.process_index() != 0:
         return
-    for names, column in zip(class_columns(source), source.labels.reshape(len(source), -1).T):
+    for names, column in zip(labels_of(source), source.labels.reshape(len(source), -1).T):
         if len(names) == 1:
             log.warning('%s has one class, %r: there is nothing to tell apart', field, names[0])
         empty = np.flatnonzero(np.bincount(column, minlength=len(names)) == 0)
@@ -184,7 +191,10 @@ def list_sha256(source: LabelledSource) -> str:
 
 
 def train_reader(
-    config: ConfigDict, pixels: Pixels = Pixels(), class_names: ClassNames = ()
+    config: ConfigDict,
+    pixels: Pixels = Pixels(),
+    labels: Labels = (),
+    annotate: pipeline.Annotate | None = None,
 ) -> pipeline.TrainReader:
     """The training recipe of the config: policy, crop, flip, colours, erasing; one draw for a clip.
 
@@ -194,8 +204,9 @@ def train_reader(
     Args:
       config: of the experiment.
       pixels: of the model, whose mean and deviation fill what is erased.
-      class_names: of each label column, which say what labels a mirrored clip swaps; () takes the
+      labels: class names of each head, which say what labels a mirrored clip swaps; () takes the
         recorded ones of the data set.
+      annotate: what else a clip brings, of the task.
 
     Raises:
       ValueError: naming the fields of config.data that do not fit.
@@ -209,7 +220,7 @@ def train_reader(
     steps, policy = CROPS[data.crop](data), _policy(data)
     steps = [*steps, *policy] if data.augment_after_crop else [*policy, *steps]
     if data.flip and info.flip is not None:
-        steps.append(_flip(info, class_names))
+        steps.append(_flip(info, labels))
     if data.colour_jitter:
         steps.append(transforms.ColourJitter(probability=data.colour_jitter))
     if data.grayscale:
@@ -232,14 +243,15 @@ def train_reader(
             interval=data.frame_interval,
             transforms=tuple(steps),
             repeats=data.repeats,
+            annotate=annotate,
         )
 
 
-def _flip(info: DatasetInfo, class_names: ClassNames) -> transforms.Flip:
+def _flip(info: DatasetInfo, class_names: Labels) -> transforms.Flip:
     """Mirroring, with the pairs of labels that these classes swap.
 
     Raises:
-      ValueError: sides are named by one of several label columns, which nothing swaps.
+      ValueError: sides are named by one of several heads, which nothing swaps.
     """
     recorded = info.flip.label_pairs
     if all(name.isdigit() for column in class_names for name in column):
@@ -253,7 +265,7 @@ def _flip(info: DatasetInfo, class_names: ClassNames) -> transforms.Flip:
     found = [mirror_pairs(column) for column in class_names]
     if len(found) > 1 and any(found):
         raise ValueError(
-            'data.flip: classes name left and right, and with several label columns nothing swaps '
+            'data.flip: classes name left and right, and with several heads nothing swaps '
             'them in mirrored clips; pass --config.data.flip=false'
         )
     pairs, names = found[0], class_names[0]
@@ -336,8 +348,10 @@ CROPS: dict[str, Callable[[ConfigDict], list[transforms.Transform]]] = {
 }
 
 
-def eval_reader(config: ConfigDict) -> pipeline.EvalReader:
-    """The test protocol of the config.
+def eval_reader(
+    config: ConfigDict, annotate: pipeline.Annotate | None = None
+) -> pipeline.EvalReader:
+    """The test protocol of the config; `annotate` as for `train_reader`.
 
     Raises:
       ValueError: naming the fields of config.data and config.eval that do not fit.
@@ -355,6 +369,7 @@ def eval_reader(config: ConfigDict) -> pipeline.EvalReader:
             rounding=data.crop_rounding,
             interpolation=data.resize_interpolation,
             layout=test.crop_layout,
+            annotate=annotate,
         )
 
 
@@ -366,6 +381,21 @@ def readers(config: ConfigDict) -> pipeline.Readers:
     )
 
 
-def eval_readers(config: ConfigDict) -> pipeline.Readers:
-    """Who reads the evaluation list. Its batches are large: few are made ahead."""
-    return dataclasses.replace(readers(config), buffer_size=EVAL_AHEAD)
+def test_protocol(
+    config: ConfigDict,
+    annotate: pipeline.Annotate | None = None,
+    max_bad_share: float = 0.0,
+) -> Protocol:
+    """How a list is tested: any number of unreadable videos with `eval.allow_bad_videos`.
+
+    Args:
+      config: of the experiment.
+      annotate: what else a clip brings, of the task.
+      max_bad_share: share of the list that may be unreadable otherwise.
+    """
+    return Protocol(
+        eval_reader(config, annotate),
+        config.eval.batch_size,
+        dataclasses.replace(readers(config), buffer_size=EVAL_AHEAD),
+        1.0 if config.eval.allow_bad_videos else max_bad_share,
+    )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.batches import HostPart
@@ -395,3 +396,47 @@ def to_host(tree: Tree) -> Tree:
         return np.asarray(leaf)
 
     return jax.tree.map(one, tree)
+
+
+def local_rows(tree: Tree) -> Tree:
+    """This host's rows, as numpy, of arrays that are split over devices on axis 0."""
+
+    def one(array: jax.Array) -> np.ndarray:
+        shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    return jax.tree.map(one, tree)
+
+
+def gather_rows(parts: Sequence[dict[str, Tree]]) -> dict[str, Tree]:
+    """Rows of all hosts together, in the order of their `index`; every host must call it.
+
+    Args:
+      parts: of this host, at least one; axis 0 of all leaves are rows, `index` (n,) among them.
+        Hosts may hold different numbers of rows.
+    """
+    rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    if jax.process_count() > 1:
+        lengths = multihost_utils.process_allgather(np.int32(len(rows['index'])))
+        longest = int(lengths.max())
+
+        def gather(own: np.ndarray) -> np.ndarray:
+            rest = np.zeros((longest - len(own), *own.shape[1:]), own.dtype)
+            hosts = multihost_utils.process_allgather(np.concatenate([own, rest]))
+            return np.concatenate([host[:count] for host, count in zip(hosts, lengths)])
+
+        rows = jax.tree.map(gather, rows)
+    order = np.argsort(rows['index'], kind='stable')
+    return jax.tree.map(lambda leaf: leaf[order], rows)
+
+
+def gather_values(values: list[Any]) -> list[Any]:
+    """JSON values of all hosts, one host's after the other's; every host must call it."""
+    if jax.process_count() == 1:
+        return values
+    text = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [value for row, n in zip(texts, lengths) for value in json.loads(row[:n].tobytes())]

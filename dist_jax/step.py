@@ -1,4 +1,4 @@
-"""One train step and one eval step for every model family. No family name appears here."""
+"""One train step and one eval step for every family and task. No name of one appears here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dist_jax import losses
 from dist_jax.mixup import Mixing, mix
-from dist_jax.models.api import Tree, VideoModel
+from dist_jax.models.api import Model, Tree
 from dist_jax.models.layers import exact_float32
 from dist_jax.optim import Schedule
 from dist_jax.sharding import (
@@ -29,6 +29,7 @@ from dist_jax.sharding import (
     shardings,
     split_batch,
 )
+from dist_jax.tasks.api import Task
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -40,21 +41,21 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: updates done, int32.
       params: trainable parameters, float32.
-      extra: other collections of the network (batch statistics); often empty.
+      collections: others of the network (batch statistics); often empty.
       opt_state: of the optimizer.
       ema: moving average of `params`, or None.
     """
 
     step: jax.Array
     params: Tree
-    extra: Tree
+    collections: Tree
     opt_state: optax.OptState
     ema: Tree | None
 
     @property
     def eval_variables(self) -> Tree:
         """What evaluation applies: averaged parameters where there are any."""
-        return {'params': self.params if self.ema is None else self.ema, **self.extra}
+        return {'params': self.params if self.ema is None else self.ema, **self.collections}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,30 +63,46 @@ class StepSettings:
     """The part of a recipe that lives in the compiled step.
 
     Attributes:
-      num_classes: of each label column.
-      label_smoothing: mass spread over all classes.
       mixing: mixup and cutmix.
       accumulation: parts the batch is processed in, one after the other.
       ema_decay: of the parameter average; 0 for none.
       seed: of the random numbers of mixing and dropout.
     """
 
-    num_classes: tuple[int, ...]
-    label_smoothing: float = 0.0
     mixing: Mixing = dataclasses.field(default_factory=Mixing)
     accumulation: int = 1
     ema_decay: float = 0.0
     seed: int = 0
 
 
-def example_features(model: VideoModel, frozen: Tree, video_shape: tuple[int, ...]) -> Tree:
+def example_batch(task: Task, video_shape: tuple[int, ...]) -> Batch:
+    """The shapes of a training batch with uint8 clips of this shape (B, T, H, W, 3)."""
+    size = video_shape[0]
+    return {
+        'video': jax.ShapeDtypeStruct(video_shape, jnp.uint8),
+        'mask': jax.ShapeDtypeStruct((size,), jnp.float32),
+        **{
+            name: jax.ShapeDtypeStruct((size, *row.shape), row.dtype)
+            for name, row in task.element_spec.items()
+        },
+    }
+
+
+def model_inputs(model: Model, task: Task, frozen: Tree, batch: Batch) -> Tree:
+    """What the network reads of a batch with clips (B, T, H, W, 3) as they are stored."""
+    seen = {name: batch[name] for name in task.input_keys}
+    return model.inputs(frozen, {'video': model.normalize(batch['video']), **seen})
+
+
+def example_inputs(model: Model, task: Task, frozen: Tree, video_shape: tuple[int, ...]) -> Tree:
     """Abstract inputs of the network for uint8 clips of this shape (B, T, H, W, 3)."""
-    video = jax.ShapeDtypeStruct(video_shape, jnp.uint8)
-    return jax.eval_shape(lambda f, v: model.features(f, model.normalize(v)), frozen, video)
+    batch = example_batch(task, video_shape)
+    return jax.eval_shape(lambda f, b: model_inputs(model, task, f, b), frozen, batch)
 
 
 def init_state(
-    model: VideoModel,
+    model: Model,
+    task: Task,
     frozen: Tree,
     video_shape: tuple[int, ...],
     seed: int,
@@ -96,27 +113,34 @@ def init_state(
 
     Args:
       model: the family's model.
+      task: what it learns.
       frozen: its frozen tree, arrays or shapes.
       video_shape: (B, T, H, W, 3) of any small batch.
       seed: of the initial parameters.
       make_optimizer: parameters -> optimizer.
       ema: whether the average is kept.
+
+    Raises:
+      ValueError: the network has not the outputs that the task reads.
     """
-    features = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example_features(model, frozen, video_shape)
+    inputs = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        example_inputs(model, task, frozen, video_shape),
     )
-    variables = dict(model.net.init(jax.random.key(seed), features))
+    outputs, variables = model.net.init_with_output(jax.random.key(seed), inputs)
+    task.check(outputs)
+    variables = dict(variables)
     params = variables.pop('params')
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        extra=variables,
+        collections=variables,
         opt_state=make_optimizer(params).init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
     )
 
 
-def place_variables(model: VideoModel, variables: Tree, mesh: Mesh) -> Tree:
+def place_variables(model: Model, variables: Tree, mesh: Mesh) -> Tree:
     """{'params': ..., **collections} as placed `jax.ShapeDtypeStruct` leaves.
 
     Raises:
@@ -128,7 +152,7 @@ def place_variables(model: VideoModel, variables: Tree, mesh: Mesh) -> Tree:
     return {'params': params, **place_whole(collections, mesh)}
 
 
-def place_state(model: VideoModel, state: TrainState, mesh: Mesh) -> TrainState:
+def place_state(model: Model, state: TrainState, mesh: Mesh) -> TrainState:
     """A state, arrays or shapes, as placed `jax.ShapeDtypeStruct` leaves.
 
     Moments and averages lie as the parameter that they belong to.
@@ -140,14 +164,15 @@ def place_state(model: VideoModel, state: TrainState, mesh: Mesh) -> TrainState:
     return TrainState(
         step=place_whole(state.step, mesh),
         params=params,
-        extra=place_whole(state.extra, mesh),
+        collections=place_whole(state.collections, mesh),
         opt_state=place_like(state.opt_state, params, mesh),
         ema=None if state.ema is None else place_like(state.ema, params, mesh),
     )
 
 
 def make_train_step(
-    model: VideoModel,
+    model: Model,
+    task: Task,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     settings: StepSettings,
@@ -160,26 +185,37 @@ def make_train_step(
     State and frozen tree have the shardings of the leaves of `state` and `frozen`, arrays or
     shapes; None: every device holds all. The state is donated. The frozen tree is an argument of
     its own: neither donated, nor differentiated, nor known to the optimizer. Batch: `video`
-    (B, T, H, W, 3) uint8, `label` (B,) or (B, columns) int32, `mask` (B,) float32. Metrics are
-    scalars: `loss`, `grad_norm`, `learning_rate`, `clips` (unmasked rows), and `finite`, whether
-    loss and gradients are.
+    (B, T, H, W, 3) uint8, `mask` (B,) float32, and the task's `element_spec` with B before each
+    shape. Metrics are scalars: `loss`, `grad_norm`, `learning_rate`, `clips` (unmasked rows), and
+    `finite`, whether loss and gradients are.
+
+    Raises:
+      ValueError: the task cannot be trained with these settings.
     """
+    if task.couples_rows and settings.accumulation > 1:
+        raise ValueError(
+            f'accumulation={settings.accumulation}: the loss of this task compares all rows of a '
+            'batch, and parts of it would be another loss; set accumulation=1'
+        )
+    if settings.mixing.enabled and not task.mixes:
+        raise ValueError(
+            f'mixing.probability={settings.mixing.probability}: this task has no targets that '
+            'could be mixed; set mixing.probability=0'
+        )
 
     def loss_fn(
-        params: Tree, extra: Tree, features: Tree, part: Tree, key: jax.Array, total: jax.Array
+        params: Tree, collections: Tree, inputs: Tree, part: Tree, key: jax.Array, total: jax.Array
     ) -> tuple[jax.Array, Tree]:
         outputs, updated = model.net.apply(
-            {'params': gather_params(params, model.sharding_rules), **extra},
-            features,
+            {'params': gather_params(params, model.sharding_rules), **collections},
+            inputs,
+            mask=part['mask'],
             train=True,
             rngs={'dropout': key},
-            mutable=list(extra),
+            mutable=list(collections),
         )
-        per_example = sum(
-            losses.soft_cross_entropy(logits, targets)
-            for logits, targets in zip(outputs['logits'], part['targets'])
-        )
-        return losses.masked_mean(per_example, part['mask'], total), updated
+        per_row = task.loss(outputs, part['targets'], part['mask'])
+        return losses.masked_mean(per_row, part['mask'], total), updated
 
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         mix_key, dropout_key = jax.random.split(
@@ -187,24 +223,21 @@ def make_train_step(
         )
         mask = batch['mask']
         total = mask.sum()
-        labels = batch['label'].reshape(mask.shape[0], -1)
-        targets = tuple(
-            losses.smooth_one_hot(labels[:, column], classes, settings.label_smoothing)
-            for column, classes in enumerate(settings.num_classes)
-        )
-        mixed, targets = mix(mix_key, batch['video'], targets, mask, settings.mixing)
+        mixed, targets = mix(mix_key, batch['video'], task.targets(batch), mask, settings.mixing)
         video, targets = split_batch((model.normalize(mixed), targets))
 
-        def part_gradients(extra: Tree, part: Tree, index: jax.Array) -> tuple[Any, Tree]:
-            features = model.features(frozen, part['video'])
+        def part_gradients(collections: Tree, part: Tree, index: jax.Array) -> tuple[Any, Tree]:
+            # The cut: what is frozen is outside of what is differentiated.
+            inputs = jax.lax.stop_gradient(model.inputs(frozen, part['inputs']))
             key = jax.random.fold_in(dropout_key, index)
             return jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, extra, features, part, key, total
+                state.params, collections, inputs, part, key, total
             )
 
-        whole = {'video': video, 'targets': targets, 'mask': mask}
-        (loss, extra), grads = _accumulate(
-            part_gradients, state.extra, whole, settings.accumulation, state.params
+        inputs = {'video': video} | {name: batch[name] for name in task.input_keys}
+        whole = {'inputs': inputs, 'targets': targets, 'mask': mask}
+        (loss, collections), grads = _accumulate(
+            part_gradients, state.collections, whole, settings.accumulation, state.params
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -220,7 +253,11 @@ def make_train_step(
             'finite': jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
         new_state = TrainState(
-            step=state.step + 1, params=params, extra=extra, opt_state=opt_state, ema=ema
+            step=state.step + 1,
+            params=params,
+            collections=collections,
+            opt_state=opt_state,
+            ema=ema,
         )
         return new_state, metrics
 
@@ -240,80 +277,73 @@ def _shardings(placed: Tree | None, mesh: Mesh) -> Tree:
 
 def _accumulate(
     gradients: Callable[[Tree, Tree, jax.Array], tuple[Any, Tree]],
-    extra: Tree,
+    collections: Tree,
     batch: Tree,
     parts: int,
     params: Tree,
 ) -> tuple[tuple[jax.Array, Tree], Tree]:
     """Sums loss and gradients over `parts` slices of the batch, with one slice in memory."""
     if parts == 1:
-        return gradients(extra, batch, jnp.int32(0))
+        return gradients(collections, batch, jnp.int32(0))
     # Slice i takes rows i, i + parts, ...: every device keeps working on rows that it holds.
     sliced = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )
 
     def body(carry: tuple[Any, Tree, Tree], part: tuple[Tree, jax.Array]) -> tuple[Any, None]:
-        loss, extra, total = carry
+        loss, collections, total = carry
         rows, index = part
-        (part_loss, extra), grads = gradients(extra, split_batch(rows), index)
-        return (loss + part_loss, extra, jax.tree.map(jnp.add, total, grads)), None
+        (part_loss, collections), grads = gradients(collections, split_batch(rows), index)
+        return (loss + part_loss, collections, jax.tree.map(jnp.add, total, grads)), None
 
-    start = (jnp.zeros(()), extra, jax.tree.map(jnp.zeros_like, params))
-    (loss, extra, grads), _ = jax.lax.scan(body, start, (sliced, jnp.arange(parts)))
-    return (loss, extra), grads
+    start = (jnp.zeros(()), collections, jax.tree.map(jnp.zeros_like, params))
+    (loss, collections, grads), _ = jax.lax.scan(body, start, (sliced, jnp.arange(parts)))
+    return (loss, collections), grads
 
 
 def make_eval_step(
-    model: VideoModel,
+    model: Model,
+    task: Task,
     mesh: Mesh,
-    fusion: float = 0.0,
     variables: Tree | None = None,
     frozen: Tree | None = None,
-) -> Callable[[Tree, Tree, jax.Array], tuple[jax.Array, ...]]:
-    """The jitted evaluation: (variables, frozen, video) -> class probabilities.
+) -> Callable[[Tree, Tree, Batch], dict[str, Tree]]:
+    """The jitted evaluation: (variables, frozen, batch) -> what the task predicts, (B, ...) leaves.
 
-    `video` is (B, V, T, H, W, 3) uint8; the softmax scores of the V views are averaged. Returns
-    float32 (B, num_classes), one entry a label column.
+    The batch has `video` (B, V, T, H, W, 3) uint8, V views of each, and the task's `input_keys`.
 
     Args:
       model: the family's model.
+      task: says what the outputs for the views of a video mean together.
       mesh: the devices.
-      fusion: weight of the frozen backbone's own logits (0.5 in the paper's zero-shot tests, 1 for
-        the backbone alone, 0 for the trained model alone).
       variables: leaves with the shardings of this argument; None: every device holds all.
       frozen: likewise.
-
-    Raises:
-      ValueError: fusion is asked of a model without text features.
     """
-    if fusion and model.frozen_logits is None:
-        raise ValueError(
-            f'eval.fusion={fusion} needs class texts: it works with model.head=text only'
-        )
 
-    def step(variables: Tree, frozen: Tree, video: jax.Array) -> tuple[jax.Array, ...]:
-        clips, views = video.shape[:2]
-        pixels = split_batch(model.normalize(video.reshape(-1, *video.shape[2:])))
+    def step(variables: Tree, frozen: Tree, batch: Batch) -> dict[str, Tree]:
+        views = batch['video'].shape[1]
+        clips = {name: jnp.repeat(batch[name], views, axis=0) for name in task.input_keys} | {
+            'video': clips_of_views(model, batch['video'])
+        }
         gathered = gather_params(variables['params'], model.sharding_rules)
-        features = model.features(frozen, pixels)
-        columns = model.net.apply({**variables, 'params': gathered}, features)['logits']
-        if fusion:
-            own = model.frozen_logits(frozen, features)
-            columns = tuple((1 - fusion) * a + fusion * b for a, b in zip(columns, own))
-        scores = (jax.nn.softmax(logits.astype(jnp.float32)) for logits in columns)
-        return tuple(s.reshape(clips, views, -1).mean(1) for s in scores)
+        outputs = model.net.apply({**variables, 'params': gathered}, model.inputs(frozen, clips))
+        return task.predict(outputs, views)
 
-    return jit_on_clips(step, mesh, variables, frozen)
+    return jit_on_rows(step, mesh, variables, frozen)
 
 
-def jit_on_clips(
-    function: Callable[[Tree, Tree, jax.Array], Tree],
+def clips_of_views(model: Model, video: jax.Array) -> jax.Array:
+    """(B, V, T, H, W, 3) uint8 -> (B * V, T, H, W, 3) as `Model.inputs` takes it."""
+    return split_batch(model.normalize(video.reshape(-1, *video.shape[2:])))
+
+
+def jit_on_rows(
+    function: Callable[[Tree, Tree, Tree], Tree],
     mesh: Mesh,
     variables: Tree | None = None,
     frozen: Tree | None = None,
-) -> Callable[[Tree, Tree, jax.Array], Tree]:
-    """Jits (variables, frozen, video) -> results, axis 0 of video and results being clips.
+) -> Callable[[Tree, Tree, Tree], Tree]:
+    """Jits (variables, frozen, batch) -> results, axis 0 of all leaves of both being rows.
 
     Args:
       function: of plain arrays.

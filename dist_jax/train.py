@@ -25,14 +25,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from configs import base
 from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, recipe, step
-from dist_jax.evaluate import BadVideosError, EvalResult, evaluate_config
+from dist_jax.evaluate import BadVideosError, Evaluation, evaluate
 from dist_jax.json_file import write_json
 from dist_jax.metric_writer import MetricWriter
 from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.mixup import Mixing
-from dist_jax.models import clip
-from dist_jax.models.api import Tree, VideoModel
+from dist_jax.models import converted
+from dist_jax.models.api import Model, Tree
 from dist_jax.models.params import tree_sha256
 from dist_jax.progress import Bar, duration
 from dist_jax.reports import page
@@ -44,7 +45,8 @@ from dist_jax.sharding import (
     to_global,
     to_host,
 )
-from dist_jax.tasks.api import Figures
+from dist_jax.tasks.api import Labels, Task
+from dist_jax.views import Views
 from dist_jax.workdir_lock import locked
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog
@@ -61,8 +63,6 @@ BATCHES_ON_DEVICE = STEPS_IN_FLIGHT + 1
 COUNTED_EVERY = 100
 SILENCE = 60.0  # seconds without a line of figures after which one says how far the run is
 LONG_WARMUP = 0.5  # share of a run beyond which its warm-up is worth a warning
-
-BATCH_KEYS = ('video', 'label', 'mask')  # what goes to the devices
 
 
 class NonFiniteError(FloatingPointError):
@@ -135,11 +135,9 @@ def log_schedule(config: ConfigDict, settings: optim.OptimizerSettings) -> None:
         )
 
 
-def step_settings(config: ConfigDict, num_classes: tuple[int, ...]) -> step.StepSettings:
+def step_settings(config: ConfigDict) -> step.StepSettings:
     """The part of the recipe that is compiled into the step."""
     return step.StepSettings(
-        num_classes=num_classes,
-        label_smoothing=config.optimizer.label_smoothing,
         mixing=Mixing(**config.mixing.to_dict()),
         accumulation=config.accumulation,
         ema_decay=config.optimizer.ema_decay,
@@ -148,14 +146,18 @@ def step_settings(config: ConfigDict, num_classes: tuple[int, ...]) -> step.Step
 
 
 def state_initialiser(
-    config: ConfigDict, model: VideoModel, settings: optim.OptimizerSettings
+    config: ConfigDict,
+    model: Model,
+    task: Task,
+    train_shape: tuple[int, ...],
+    settings: optim.OptimizerSettings,
 ) -> Any:
     """frozen tree -> fresh state."""
-    data = config.data
     return functools.partial(
         step.init_state,
         model,
-        video_shape=(1, data.num_frames, data.image_size, data.image_size, 3),
+        task,
+        video_shape=(1, *train_shape),
         seed=config.seed,
         make_optimizer=lambda p: optim.make_optimizer(p, model.param_groups, settings),
         ema=config.optimizer.ema_decay > 0,
@@ -205,44 +207,36 @@ def _train(
         recipe.resolve_paths(config)
     train_source = recipe.open_split(config, 'train')
     val_source = recipe.open_split(config, 'val') if config.data.val_list else None
-    class_names = recipe.class_columns(train_source)
-    if val_source is not None and recipe.class_columns(val_source) != class_names:
+    labels = recipe.labels_of(train_source)
+    if val_source is not None and recipe.labels_of(val_source) != labels:
         raise ValueError(
             f'{config.data.train_list} and {config.data.val_list} have different classes; '
             'name one file of class names for both in data.label_map'
         )
     recipe.warn_of_classes(train_source, 'data.train_list')
-    train_reader = recipe.train_reader(config, clip.PIXELS, class_names)
-    num_classes = tuple(map(len, class_names))
-    backbone = experiment.find_backbone(config, workdir)
-    model = experiment.make_model(config, backbone.spec, num_classes)
     verify = config.checkpoint.verify
-    frozen = experiment.load_frozen(
-        backbone,
-        model,
-        class_names,
-        mesh,
-        config.data.truncate_texts,
-        split_names=config.data.split_names,
-        verify=verify,
-    )
+    parts = experiment.assemble(config, labels, experiment.find_backbone(config, workdir))
+    task, model = parts.task, parts.model
+    train_reader = recipe.train_reader(config, model.pixels, labels, task.annotate)
+    frozen = parts.load_frozen(mesh, verify=verify)
 
     plan = make_plan(config, len(train_source))
     optimizer = optimizer_settings(config, plan)
     if jax.process_index() == 0:
         log_schedule(config, optimizer)
-    initialise = state_initialiser(config, model, optimizer)
+    initialise = state_initialiser(config, model, task, parts.train_shape, optimizer)
     abstract = step.place_state(model, jax.eval_shape(initialise, frozen), mesh)
     train_step = step.make_train_step(
         model,
+        task,
         optim.make_optimizer(abstract.params, model.param_groups, optimizer),
         optim.make_schedule(optimizer),
-        step_settings(config, num_classes),
+        step_settings(config),
         mesh,
         abstract,
         frozen,
     )
-    metadata = run_metadata(config, class_names, train_source, backbone)
+    metadata = run_metadata(config, parts, train_source)
 
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, verify)
     saved = checkpoints.latest_metadata()
@@ -255,15 +249,18 @@ def _train(
         log.info('continuing from step %d', int(state.step))
     else:
         state = jax.jit(initialise, out_shardings=shardings(abstract))(frozen)
-        if config.init_from:
-            init_from.compare_backbones(config.init_from, backbone)
-            state = start_from(state, config, class_names)
+        if origin := experiment.origin(config):
+            init_from.compare_backbones(origin.path, parts.backbone)
+            state = start_from(state, origin, model, labels)
+        elif model.from_backbone:
+            state = start_from_backbone(state, model, verify)
     start = int(state.step)
     before = restored[1].get('seconds', 0.0) if restored is not None else 0.0
 
     def seconds() -> float:
         return round(before + time.monotonic() - started, 2)
 
+    test_frozen = parts.load_test_frozen(mesh, verify=verify, trained=frozen)
     writer = MetricWriter(
         workdir, start, config.log.tensorboard, evaluated=checkpoints.has_score(start)
     )
@@ -276,10 +273,12 @@ def _train(
         train_source=train_source,
         train_reader=train_reader,
         val_source=val_source,
+        task=task,
         frozen=frozen,
+        test_frozen=test_frozen,
         train_step=train_step,
         eval_step=step.make_eval_step(
-            model, mesh, config.eval.fusion, abstract.eval_variables, frozen
+            parts.test_model, task, mesh, abstract.eval_variables, test_frozen
         ),
         checkpoints=checkpoints,
         metadata=metadata,
@@ -294,20 +293,22 @@ def _train(
     finally:
         checkpoints.close()
         writer.close()
-    best_step, best_top1 = checkpoints.best() or (None, None)
+    best_step, best_score = checkpoints.best() or (None, None)
+    figures = result.figures if result else None
     summary = {
         'step': int(state.step),
         'total_steps': plan.total_steps,
         'interrupted': interrupted,
-        'val_top1': result.top1 if result else None,
-        'val_top5': result.top5 if result else None,
-        'val_mean_class_accuracy': result.mean_class_accuracy if result else None,
+        **{
+            f'{VALIDATION}{name}': value
+            for name, value in (figures.scalars if figures else {task.select_by: None}).items()
+        },
         **({'val_error': run.val_error} if run.val_error else {}),
         'best_step': best_step,
-        'best_val_top1': best_top1,
+        f'best_{VALIDATION}{task.select_by}': best_score,
         'num_bad_videos': run.num_bad_videos,
-        'params_sha256': tree_sha256(to_host(state.params)),
-        'num_classes': list(num_classes),
+        'params_sha256': tree_sha256(to_host(_trained(state))),
+        'num_classes': list(map(len, labels)),
         'trainable_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
         'devices': mesh.size,
         'seconds': (_finished_seconds(workdir) if start == plan.total_steps else None) or seconds(),
@@ -315,28 +316,30 @@ def _train(
     }
     if jax.process_index() == 0 and not interrupted:
         write_json(epath.Path(workdir) / 'summary.json', summary)
-        page.write_report(workdir, summary, result.figures(class_names) if result else None)
+        page.write_report(workdir, summary, figures)
     return summary
 
 
+def _trained(state: step.TrainState) -> Tree:
+    """What a run has learned: parameters, and beside them what else the network keeps."""
+    return converted.stored_tree({'params': state.params, **state.collections})
+
+
 def run_metadata(
-    config: ConfigDict,
-    class_names: recipe.ClassNames,
-    source: LabelledSource,
-    backbone: experiment.Backbone,
+    config: ConfigDict, parts: experiment.Experiment, source: LabelledSource
 ) -> dict[str, Any]:
     """What a checkpoint says of itself, for those who use it without the training data."""
     reader = recipe.eval_reader(config)
     return {
         'format_version': checkpoint.FORMAT_VERSION,
-        'config': checkpoint.plain(config),
-        'class_names': [list(column) for column in class_names],
+        'config': base.plain(config),
+        'class_names': [list(names) for names in parts.task.labels],
         'train_list_sha256': recipe.list_sha256(source),
-        'backbone': backbone.summary() | {'spec': dataclasses.asdict(backbone.spec)},
+        'backbone': parts.backbone.identity() if parts.backbone else None,
         'preprocessing': {
             'pixels': 'uint8 RGB / 255, minus mean, over std',
-            'mean': list(clip.PIXELS.mean),
-            'std': list(clip.PIXELS.std),
+            'mean': list(parts.model.pixels.mean),
+            'std': list(parts.model.pixels.std),
         },
         'views': {
             key: value
@@ -347,12 +350,25 @@ def run_metadata(
 
 
 def start_from(
-    state: step.TrainState, config: ConfigDict, class_names: recipe.ClassNames
+    state: step.TrainState, origin: init_from.Origin, model: Model, labels: Labels
 ) -> step.TrainState:
-    """A fresh state with the parameters of `config.init_from`."""
-    params = init_from.load_trainable(config, state.params, class_names)
+    """A fresh state with the parameters and collections of another network."""
+    variables = {'params': state.params, **state.collections}
+    found = init_from.load_variables(origin, model, variables, labels)
+    return _with_variables(state, found)
+
+
+def start_from_backbone(state: step.TrainState, model: Model, verify: bool) -> step.TrainState:
+    """A fresh state with what the model takes from its backbone to train it."""
+    params = init_from.load_from_backbone(model, state.params, verify)
+    return _with_variables(state, {'params': params, **state.collections})
+
+
+def _with_variables(state: step.TrainState, variables: Tree) -> step.TrainState:
+    collections = dict(variables)
+    params = collections.pop('params')
     ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
-    return state.replace(params=params, ema=ema)
+    return state.replace(params=params, collections=collections, ema=ema)
 
 
 def _finished_seconds(workdir: str) -> float | None:
@@ -369,7 +385,7 @@ def _write_overview(
 ) -> None:
     if jax.process_index() != 0:
         return
-    write_json(epath.Path(workdir) / 'config.json', checkpoint.plain(config))
+    write_json(epath.Path(workdir) / 'config.json', base.plain(config))
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     frozen_size = sum(x.size for x in jax.tree.leaves(frozen))
     overview += f'\nfrozen, beside these: {frozen_size:,}\n'
@@ -412,7 +428,9 @@ class _Loop:
     train_source: LabelledSource
     train_reader: pipeline.TrainReader
     val_source: LabelledSource | None
+    task: Task
     frozen: Tree
+    test_frozen: Tree
     train_step: Any
     eval_step: Any
     checkpoints: checkpoint.Checkpoints
@@ -425,10 +443,11 @@ class _Loop:
     known_bad: set[str] = dataclasses.field(default_factory=set)  # validation videos named so far
     val_skipped: Skipped = dataclasses.field(default_factory=Skipped)
 
-    def __call__(self, state: step.TrainState) -> tuple[step.TrainState, EvalResult | None, bool]:
+    def __call__(self, state: step.TrainState) -> tuple[step.TrainState, Evaluation | None, bool]:
         """Runs to the end or to a stop signal: state, last evaluation, whether it was stopped."""
         config, plan = self.config, self.plan
         start = int(state.step)
+        keys = ('video', 'mask', *self.task.element_spec)  # what goes to the devices
         bad_videos = open_bad_videos(self.workdir, config, len(self.train_source))
         batches = pipeline.train_batches(
             self.train_source,
@@ -443,7 +462,7 @@ class _Loop:
         )
         pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]] = collections.deque()
         meter = _Meter(config.batch_size)
-        result: EvalResult | None = None
+        result: Evaluation | None = None
         stop = _StopSignal(self.checkpoints.wait)
         stopped = False
         try:
@@ -460,7 +479,7 @@ class _Loop:
                         batch = next(batches)
                     pod.note(doing='computing')
                     bad_videos.add(batch)
-                    device_batch = to_global({k: batch[k] for k in BATCH_KEYS}, self.mesh)
+                    device_batch = to_global({k: batch[k] for k in keys}, self.mesh)
                     if number == start:
                         bar.line('compiling the step')
                     # The call returns once the step is compiled, and does not wait for its result.
@@ -514,19 +533,19 @@ class _Loop:
 
     def _validate(
         self, state: step.TrainState, meter: _Meter, bar: Bar, stop: _StopSignal | None = None
-    ) -> EvalResult | None:
+    ) -> Evaluation | None:
         """Evaluates a saved step, and records and logs its score if it has one."""
         pod.note(doing='evaluating')
         done = int(state.step)
         with meter.pause():
             result = self._evaluate(state, stop)
         # The score comes last: without it all of this is done again.
-        figures = result.figures(self.metadata['class_names']) if result else None
-        self.writer.write_scalars(done, _eval_figures(figures))
+        self.writer.write_scalars(done, _eval_figures(result))
         self.writer.flush()
         if result is not None:
-            self.checkpoints.add_score(done, {'top1': result.top1})
-        bar.line(_eval_line(figures, result))
+            select_by = self.task.select_by
+            self.checkpoints.add_score(done, select_by, result.figures.scalars[select_by])
+        bar.line(_eval_line(result))
         return result
 
     def _settle(
@@ -555,7 +574,7 @@ class _Loop:
 
     def _evaluate(
         self, state: step.TrainState, stop: _StopSignal | None = None
-    ) -> EvalResult | None:
+    ) -> Evaluation | None:
         """Accuracy on the validation list; None, after an error in the log, if there is none.
 
         What is wrong with the evaluation does no harm to the state: the run goes on.
@@ -567,18 +586,19 @@ class _Loop:
             first = '' if self.evaluated else ', compiling the step'
             bar.line(f'{len(self.val_source)} videos{first}')
             try:
-                result = evaluate_config(
-                    config,
+                views = Views(
                     self.eval_step,
                     state.eval_variables,
-                    self.frozen,
+                    self.test_frozen,
                     self.val_source,
+                    recipe.test_protocol(config, self.task.annotate, config.data.max_bad_share),
                     self.mesh,
-                    bar,
-                    config.data.max_bad_share,
-                    self.val_skipped,
-                    stop.reached if stop is not None else None,
+                    input_keys=self.task.input_keys,
+                    skipped=self.val_skipped,
+                    on_batch=bar.update,
+                    should_stop=stop.reached if stop is not None else lambda: False,
                 )
+                result = evaluate(views, self.task)
             except (BadVideosError, NonFiniteScoresError) as error:  # the same on all hosts
                 self.val_error = str(error).splitlines()[0]
                 if jax.process_index() == 0:
@@ -588,7 +608,7 @@ class _Loop:
         self._name_bad(result)
         return result
 
-    def _name_bad(self, result: EvalResult) -> None:
+    def _name_bad(self, result: Evaluation) -> None:
         """Names the validation videos that could not be read, once each."""
         for path, reason in result.bad_videos:
             if path not in self.known_bad and jax.process_index() == 0:
@@ -691,16 +711,18 @@ def _line(scalars: dict[str, float], steps_left: int) -> str:
     )
 
 
-def _eval_figures(figures: Figures | None) -> dict[str, float]:
-    """What the log holds of an evaluation, failed if there are no figures."""
-    if figures is None:
+def _eval_figures(result: Evaluation | None) -> dict[str, float]:
+    """What the log holds of an evaluation, failed if there is no result."""
+    if result is None:
         return {f'{VALIDATION}failed': 1}
-    return {f'{VALIDATION}{name}': value for name, value in figures.scalars.items()}
+    return {f'{VALIDATION}{name}': value for name, value in result.figures.scalars.items()}
 
 
-def _eval_line(figures: Figures | None, result: EvalResult | None) -> str:
+def _eval_line(result: Evaluation | None) -> str:
     if result is None:
         return 'validation: failed, see above'
     bad = f', {len(result.bad_videos)} unreadable' if result.bad_videos else ''
-    count = f'{result.num_videos} videos{bad}, {result.seconds:.1f} s'
-    return f'validation: {figures.line}  ({count})'
+    return (
+        f'validation: {result.figures.line}  '
+        f'({result.num_videos} videos{bad}, {result.seconds:.1f} s)'
+    )

@@ -15,7 +15,7 @@ from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 
 from configs import frame_mean
-from dist_jax import checkpoint, commands, experiment, metric_writer, train
+from dist_jax import checkpoint, evaluate, experiment, metric_writer, train, trained
 from dist_jax.json_file import write_json
 from dist_jax.reports import page
 from dist_jax.step import TrainState
@@ -197,7 +197,7 @@ def gcs(bucket, monkeypatch):
 
 def state(step):
     params = {'a': jnp.arange(6.0) + step}
-    return TrainState(step=jnp.int32(step), params=params, extra={}, opt_state=(), ema=None)
+    return TrainState(step=jnp.int32(step), params=params, collections={}, opt_state=(), ema=None)
 
 
 def abstract_state():
@@ -212,7 +212,7 @@ def test_checkpoints_lie_in_the_bucket(gcs):
     for step in (1, 2, 3):
         checkpoints.save(state(step), {'format_version': 1, 'step': step})
         if step == 1:
-            checkpoints.add_score(step, {'top1': 0.5})
+            checkpoints.add_score(step, 'top1', 0.5)
     checkpoints.close()
     checkpoints = checkpoint.Checkpoints(gcs, keep=1)
     restored, metadata = checkpoints.restore_latest(abstract_state())
@@ -280,6 +280,6 @@ def test_a_run_lies_in_the_bucket_and_continues_there(gcs, clips, tmp_path):
         'summary.json',
         'tensorboard',
     }
-    figures, _ = commands.run_evaluation(commands.saved_config(gcs), gcs, None, '')
+    figures, _ = evaluate.run(trained.saved_config(gcs), gcs, None, '')
     assert figures['top1'] == summary['val_top1']
     assert any(name.endswith('evaluation.html') for name in names(gcs))

@@ -58,7 +58,7 @@ def test_evaluation_has_page_picture_and_a_row_for_every_class(tmp_path, sizes):
     assert len(rows) == sum(sizes)
     found = classified.found(sizes, num_videos=60)
     for row in rows:
-        head, label = int(row['label_column']), int(row['class'])
+        head, label = int(row['head']), int(row['class'])
         assert row['name'] == classified.names(sizes)[head][label] and row['name'] in text
         expected = found[head]
         assert int(row['videos']) == expected['per_class_count'][label]

@@ -7,7 +7,7 @@ import pytest
 
 from configs import base, dist, evl, frame_mean
 from dist_jax import checkpoint, experiment, optim, recipe, step, train
-from dist_jax.models import clip
+from dist_jax.plan import compiling
 from dist_jax.sharding import make_mesh
 from input_pipeline.datasets import DATASETS
 from input_pipeline.sources import open_source
@@ -65,14 +65,15 @@ def test_no_row_is_missing():
 
 
 def abstract_run(config):
-    """Model, frozen tree and state of a row as shapes, with its optimizer's settings."""
-    spec = clip.SPECS[config.backbone.name]
-    assert config.data.image_size == spec.image_size
-    model = experiment.make_model(config, spec, classes(config))
-    frozen = experiment.abstract_frozen(spec, model, classes(config))
+    """Parts, frozen tree and state of a row as shapes, with its optimizer's settings."""
+    assert config.data.image_size == experiment.named_backbone(config.backbone.name).spec.image_size
+    parts = compiling.assemble(config)
+    frozen = parts.abstract_frozen()
     settings = train.optimizer_settings(config, train.make_plan(config, 1000))
-    state = jax.eval_shape(train.state_initialiser(config, model, settings), frozen)
-    return model, frozen, state, settings
+    initialise = train.state_initialiser(
+        config, parts.model, parts.task, parts.train_shape, settings
+    )
+    return parts, frozen, jax.eval_shape(initialise, frozen), settings
 
 
 def classes(config):
@@ -105,31 +106,28 @@ PROGRAMS = {program(config): name for name, config in reversed(CONFIGS.items())}
 def test_steps_of_each_program_trace(name):
     """Rows that differ in data set and schedule alone are traced once."""
     config = CONFIGS[name]
-    model, frozen, state, settings = abstract_run(config)
+    parts, frozen, state, settings = abstract_run(config)
+    model, task = parts.model, parts.task
     train_step = step.make_train_step(
         model,
+        task,
         optim.make_optimizer(state.params, model.param_groups, settings),
         optim.make_schedule(settings),
-        train.step_settings(config, classes(config)),
+        train.step_settings(config),
         make_mesh(jax.devices()[:1]),
     )
-    data, clips = config.data, 2 * config.accumulation
-    labels = (clips, len(classes(config))) if len(classes(config)) > 1 else (clips,)
-    shape = (clips, data.num_frames, data.image_size, data.image_size, 3)
-    batch = {
-        'video': jax.ShapeDtypeStruct(shape, jnp.uint8),
-        'label': jax.ShapeDtypeStruct(labels, jnp.int32),
-        'mask': jax.ShapeDtypeStruct((clips,), jnp.float32),
-    }
+    clips = 2 * config.accumulation
+    batch = step.example_batch(task, (clips, *parts.train_shape))
     new_state, metrics = jax.eval_shape(train_step, state, frozen, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
     assert metrics['loss'].shape == ()
-    eval_step = step.make_eval_step(model, make_mesh(jax.devices()[:1]))
-    views = jax.ShapeDtypeStruct((clips, config.eval.num_clips, *shape[1:]), jnp.uint8)
-    scores = jax.eval_shape(eval_step, state.eval_variables, frozen, views)
-    assert [s.shape for s in scores] == [(clips, n) for n in classes(config)]
+    eval_step = step.make_eval_step(model, task, make_mesh(jax.devices()[:1]))
+    shape = (clips, config.eval.num_clips, *parts.test_shape)
+    views = {'video': jax.ShapeDtypeStruct(shape, jnp.uint8)}
+    found = jax.eval_shape(eval_step, state.eval_variables, frozen, views)
+    assert [s.shape for s in found['scores']] == [(clips, n) for n in classes(config)]
 
 
 def test_rows_follow_the_released_recipe():
@@ -206,11 +204,9 @@ def test_a_run_from_before_its_paths_were_resolved_continues(tmp_path, monkeypat
     config = dist.get_config('demo')
     config.init_from = 'runs/first'
     rest = {'class_names': [], 'train_list_sha256': '', 'backbone': {'params_sha256': ''}}
-    saved = recipe.with_full_origin(checkpoint.plain(config))
+    saved = recipe.with_full_origin(base.plain(config))
     recipe.resolve_paths(config)
-    checkpoint.check_same_run(
-        {'config': saved, **rest}, {'config': checkpoint.plain(config), **rest}
-    )
+    checkpoint.check_same_run({'config': saved, **rest}, {'config': base.plain(config), **rest})
 
 
 def test_a_name_of_two_files_is_refused(tmp_path, monkeypatch):

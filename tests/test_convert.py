@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dist_jax import checkpoint, convert, convert_arguments, main
+from configs import dist
+from dist_jax import checkpoint, convert, convert_arguments, experiment, main
 from dist_jax.models import clip, clip_params, converted, digests
+from dist_jax.models.backbone import Backbone
 from dist_jax.models.naming import Export, Naming, Plan
 from dist_jax.models.params import Row, flatten, tree_sha256
 from dist_jax.step import TrainState
@@ -28,6 +30,10 @@ GELU = GOLDEN / 'clip' / 'openclip_gelu' / 'open_clip_model.safetensors'
 
 def _main(*args) -> int:
     return main.main(['convert', *map(str, args)])
+
+
+def backbone_of(metadata) -> Backbone:
+    return Backbone(clip.KIND, clip.ClipSpec(**metadata['spec']))
 
 
 @pytest.fixture(scope='module')
@@ -68,8 +74,8 @@ def test_container_becomes_a_checkpoint_with_its_facts(
         assert len(metadata['sources']) == 3
     params = converted.load_params(dest)
     assert metadata['params_sha256'] == tree_sha256(params)
-    spec = clip_params.spec_from_metadata(metadata)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, clip.abstract_params(spec))
+    wanted = backbone_of(metadata).abstract_params()
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wanted)
     printed = capsys.readouterr().out
     for word in ('visual/blocks', 'total', activation, metadata['source_sha256'][:12], 'sha256'):
         assert word in printed
@@ -184,11 +190,11 @@ def test_dtype_and_sharding_are_those_asked_for(openai):
     kernel = params['visual']['conv1']['kernel']
     assert kernel.dtype == jnp.bfloat16 and kernel.sharding == sharding
     assert params['visual']['ln_pre']['scale'].dtype == jnp.float32
-    spec = clip_params.spec_from_metadata(converted.load_metadata(openai))
+    backbone = backbone_of(converted.load_metadata(openai))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float16, sharding=rows if x.ndim else sharding),
-        clip.abstract_params(spec),
+        backbone.abstract_params(),
     )
     params = converted.load_params(openai, ['visual'], abstract=abstract)
     assert params['visual']['proj']['kernel'].sharding == rows
@@ -196,11 +202,19 @@ def test_dtype_and_sharding_are_those_asked_for(openai):
 
 
 def test_other_geometry_is_refused_before_reading(openai):
-    abstract = clip.abstract_params(clip.SPECS['tiny'])
+    abstract = Backbone(clip.KIND, clip.SPECS['tiny']).abstract_params()
     with pytest.raises(ValueError) as caught:
         converted.load_params(openai, ['visual'], abstract=abstract)
     message = str(caught.value)
     assert 'visual/proj/kernel: stored (128, 64), the model needs (64, 64)' in message
+
+
+def with_metadata(openai, folder, **changes):
+    """A copy of a converted checkpoint that says something else of itself."""
+    shutil.copytree(openai, folder)
+    metadata = converted.load_metadata(openai) | changes
+    metadata.pop(digests.SEAL)
+    (folder / 'metadata' / 'metadata').write_text(json.dumps(digests.seal(metadata)))
 
 
 def test_paths_that_are_no_checkpoint(tmp_path, openai):
@@ -209,18 +223,25 @@ def test_paths_that_are_no_checkpoint(tmp_path, openai):
     with pytest.raises(ValueError, match='not a converted checkpoint'):
         converted.load_params(tmp_path)
     newer = tmp_path / 'newer'
-    shutil.copytree(openai, newer)
-    metadata = converted.load_metadata(openai) | {'format_version': 99}
-    metadata.pop(digests.SEAL)
-    (newer / 'metadata' / 'metadata').write_text(json.dumps(digests.seal(metadata)))
+    with_metadata(openai, newer, format_version=99)
     with pytest.raises(ValueError, match='format_version=99'):
         converted.load_metadata(newer)
 
 
-def test_spec_of_another_family_is_refused(openai):
-    metadata = converted.load_metadata(openai) | {'family': 'dist'}
-    with pytest.raises(ValueError, match='family'):
-        clip_params.spec_from_metadata(metadata)
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'family': 'dist'}, r"checkpoint of family 'dist' where a converted backbone \(clip\)"),
+        ({'spec': {'image_size': 32}}, 'the spec of this converted clip does not fit: .*missing'),
+        ({'spec': {'layers': 1}}, "the spec of this converted clip does not fit: .*'layers'"),
+    ],
+)
+def test_what_is_no_backbone_is_refused_as_one(openai, tmp_path, changes, message):
+    with_metadata(openai, tmp_path / 'other', **changes)
+    config = dist.get_config('demo')
+    config.backbone.checkpoint = str(tmp_path / 'other')
+    with pytest.raises(ValueError, match=message):
+        experiment.find_backbone(config, '')
 
 
 # DiST, there and back.

@@ -11,8 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dist_jax import checkpoint, ending, experiment, init_from, main
+from dist_jax import checkpoint, ending, init_from, main
 from dist_jax.models import clip, converted, digests
+from dist_jax.models.backbone import Backbone
 from dist_jax.step import TrainState
 from tools import flip_bits
 
@@ -24,7 +25,7 @@ def make_state(step):
     }
     moments = {'mu': jax.tree.map(jnp.zeros_like, params), 'seen': jnp.array([True, False])}
     return TrainState(
-        step=jnp.int32(step), params=params, extra={}, opt_state=(moments,), ema=params
+        step=jnp.int32(step), params=params, collections={}, opt_state=(moments,), ema=params
     )
 
 
@@ -47,7 +48,7 @@ def saved(tmp_path_factory):
     for step, top1 in ((1, 0.75), (2, 0.5), (3, None)):
         checkpoints.save(make_state(step), metadata(step))
         if top1 is not None:
-            checkpoints.add_score(step, {'top1': top1})
+            checkpoints.add_score(step, 'top1', top1)
     checkpoints.close()
     return workdir
 
@@ -191,7 +192,7 @@ def test_a_checkpoint_of_format_1_loads_and_its_metrics_cannot_stop_it(run, capl
     best = checkpoint.Checkpoints(run).best()
     assert best == ((3, 0.625) if '0.6' in content else None)
     with pytest.raises(ValueError, match='saved absent, now float32'):
-        restore(run, abstract_state(make_state(0).replace(extra={'new': jnp.zeros(3)})))
+        restore(run, abstract_state(make_state(0).replace(collections={'new': jnp.zeros(3)})))
 
 
 def failing(monkeypatch, times, error):
@@ -250,14 +251,16 @@ def test_a_restart_is_asked_for_by_the_exit_code(monkeypatch, capsys):
 def test_another_state_is_an_error_that_lists_it_and_moves_nothing(run):
     other = make_state(0)
     other = other.replace(
-        params={**other.params, 'kernel': jnp.zeros((8, 13))}, ema=None, extra={'n': jnp.int32(0)}
+        params={**other.params, 'kernel': jnp.zeros((8, 13))},
+        ema=None,
+        collections={'n': jnp.int32(0)},
     )
     with pytest.raises(ValueError) as error:
         restore(run, abstract_state(other))
     message = str(error.value)
     assert 'params/kernel: saved float32[8, 12], now float32[8, 13]' in message
     assert 'ema/half/scale: saved bfloat16[6], now absent' in message
-    assert 'extra/n: saved absent, now int32[]' in message
+    assert 'collections/n: saved absent, now int32[]' in message
     assert 'opt_state' not in message
     assert steps_of(run / 'checkpoints') == [1, 2, 3]
     assert not (run / 'checkpoints-broken').exists()
@@ -312,8 +315,8 @@ def test_starting_from_a_run_on_another_backbone_is_said(tmp_path, caplog):
     checkpoints.save(make_state(1), metadata(1) | {'backbone': of_run})
     checkpoints.close()
     for sha256 in ('a' * 64, 'b' * 64):
-        own = experiment.Backbone(clip.SPECS['tiny'], 'path', 'own', sha256)
+        own = Backbone(clip.KIND, clip.SPECS['tiny'], 'path', 'own', sha256)
         init_from.compare_backbones(str(tmp_path), own)
     (record,) = caplog.records
-    assert 'vit_b16 with weights aaaaaaaaaaaa' in record.getMessage()
-    assert 'own with weights bbbbbbbbbbbb' in record.getMessage()
+    assert 'weights aaaaaaaaaaaa of vit_b16' in record.getMessage()
+    assert 'weights bbbbbbbbbbbb of own' in record.getMessage()

@@ -17,21 +17,29 @@ import numpy as np
 import optax
 
 from configs import dist as dist_config
-from dist_jax import checkpoint, experiment, mixup, step, train
-from dist_jax.models import clip, converted, digests, dist, evl, frame_mean, heads
+from conv_family import build as build_conv
+from dist_jax import checkpoint, mixup, step, train
+from dist_jax.models import clip, converted, digests, dist, evl, frame_mean, frozen, heads
+from dist_jax.models.backbone import Backbone
 from dist_jax.sharding import (
     check_batch_size, make_mesh, place, replicated, shardings, to_global, to_host)
+from dist_jax.tasks.classify import Classify
 
 SPEC = clip.ClipSpec(16, 8, 64, 3, 8, 24, 16, 1, 1, vocab_size=20, context_length=6)
 SHAPE = (8, 4, 16, 16, 3)
+BACKBONE = Backbone(clip.KIND, SPEC)
+TASK = Classify((tuple('abcde'),), label_smoothing=0.1)
 folder = sys.argv[1]
 assert jax.device_count() == 8
 OPTIONS = {'num_classes': (5,), 'num_frames': 4, 'dtype': jnp.float32, 'head': 'linear'}
 MODELS = {
-    'dist': dist.build(SPEC, integration_dim=128, temporal_dim=8, ada_pooling_layers=1, **OPTIONS),
-    'evl': evl.build(SPEC, depth=2, qkv_dim=64, num_heads=8, cls_token_std=0.02, mlp_dropout=0.1,
-                     head_dropout=0.1, remat=True, **OPTIONS),
-    'frame_mean': frame_mean.build(SPEC, **OPTIONS),
+    'dist': dist.build(BACKBONE, integration_dim=128, temporal_dim=8, ada_pooling_layers=1,
+                       **OPTIONS),
+    'evl': evl.build(BACKBONE, depth=2, qkv_dim=64, num_heads=8, cls_token_std=0.02,
+                     mlp_dropout=0.1, head_dropout=0.1, remat=True, **OPTIONS),
+    'frame_mean': frame_mean.build(BACKBONE, **OPTIONS),
+    'conv': build_conv(num_classes=(5,), num_frames=4, dtype=jnp.float32, width=8,
+                       kernel_frames=3),
 }
 mixing = mixup.Mixing(mixup_alpha=0.8)
 # Momentum keeps the gradients themselves; Adam would hide their size.
@@ -50,9 +58,10 @@ def batch(number):
 class Family:
     def __init__(self, name):
         self.name, self.model = name, MODELS[name]
-        self.frozen = jax.device_get(jax.jit(self.model.prepare)({'visual': raw['visual']}, ()))
+        frozen = self.model.frozen
+        self.frozen = jax.device_get(jax.jit(frozen.prepare)(raw)) if frozen else {}
         self.init = lambda f: step.init_state(
-            self.model, f, SHAPE, 0, lambda p: optimizer, ema=True)
+            self.model, TASK, f, SHAPE, 0, lambda p: optimizer, ema=True)
         self.fresh = jax.device_get(jax.jit(self.init)(self.frozen))
 
 
@@ -61,12 +70,13 @@ class Devices:
         self.family, self.model = family, family.model
         self.mesh = make_mesh(jax.devices()[:np.prod(sizes)], *sizes)
         self.abstract = step.place_state(self.model, family.fresh, self.mesh)
-        self.placed = place(family.frozen, self.model.frozen_rules, self.mesh)
-        settings = step.StepSettings((5,), label_smoothing=0.1, mixing=mixing, ema_decay=0.5,
-                                     seed=3, accumulation=accumulation)
+        frozen = self.model.frozen
+        self.placed = frozen.place(family.frozen, self.mesh) if frozen else {}
+        settings = step.StepSettings(mixing=mixing, ema_decay=0.5, seed=3,
+                                     accumulation=accumulation)
         self.step = step.make_train_step(
-            self.model, optimizer, lambda n: jnp.float32(0.1), settings, self.mesh, self.abstract,
-            self.placed)
+            self.model, TASK, optimizer, lambda n: jnp.float32(0.1), settings, self.mesh,
+            self.abstract, self.placed)
         self.frozen = jax.device_put(family.frozen, shardings(self.placed))
 
     def run(self, state, number):
@@ -120,6 +130,7 @@ def check_step(found, expected):
     close(state.opt_state, state1.opt_state, 1e-5)  # every one of them
     close(state.params, state1.params, 1e-5)  # what starts at zero is gradient alone
     close(state.ema, state1.ema, 1e-5)
+    close(state.collections, state1.collections, 1e-5)  # of all real clips, on every device
 
 
 families = {name: Family(name) for name in MODELS}
@@ -130,7 +141,8 @@ for name, family in families.items():
     meshes[name, 'one'] = one
     if name == 'frame_mean':
         continue
-    for size in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)] + [(4, 2, 1)] * (name == 'evl'):
+    sizes = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)] + [(4, 2, 1)] * (name == 'evl')
+    for size in [(8, 1, 1), (2, 2, 2)] if name == 'conv' else sizes:
         devices = meshes[name, size] = Devices(family, *size)
         state, metrics = devices.run(family.fresh, 0)
         same_places(state, devices.abstract)
@@ -211,19 +223,18 @@ print('checkpoints: equal')
 
 # Weights are read, resized, cast and made features of on any mesh.
 names = (tuple('abcde'), tuple('fgh'))
-experiment.tokenize = lambda texts, *_: np.array([[1, ord(t) % 19, 19, 0, 0, 0] for t in texts])
+frozen.tokenize = lambda texts, *_: np.array([[1, ord(t) % 19, 19, 0, 0, 0] for t in texts])
 converted.CHUNK_BYTES = 4096  # several pieces an array
 converted.save_converted(
     f'{folder}/backbone', jax.device_get(raw), dict.fromkeys(converted.REQUIRED, ''))
-spec = clip.ClipSpec(**{**vars(SPEC), 'image_size': 24})
-text = dist.build(spec, integration_dim=128, temporal_dim=8, ada_pooling_layers=1,
+backbone = Backbone(clip.KIND, SPEC, f'{folder}/backbone').at(24)
+text = dist.build(backbone, integration_dim=128, temporal_dim=8, ada_pooling_layers=1,
                   **{**OPTIONS, 'num_classes': (5, 3), 'head': 'text', 'dtype': jnp.bfloat16})
-backbone = experiment.Backbone(spec, f'{folder}/backbone', '', '')
-found = [experiment.load_frozen(backbone, text, names, devices.mesh)
+found = [text.frozen.load(devices.mesh, frozen.ClassTexts(names))
          for devices in (one, eight, mixed)]
 assert found[0]['visual']['positional_embedding'].shape == (10, 64)
 for devices, tree in zip((eight, mixed), found[1:]):
-    same_places(tree, place(tree, text.frozen_rules, devices.mesh))
+    same_places(tree, place(tree, text.frozen.rules, devices.mesh))
     same(tree['visual'], found[0]['visual'])
     close(to_host(tree['text']), to_host(found[0]['text']), 1e-5)
 assert not found[2]['visual']['blocks']['mlp']['c_fc']['kernel'].is_fully_replicated
@@ -235,8 +246,9 @@ for devices in (one, mixed):
     variables = {'params': family.fresh.params}
     variables = jax.device_put(
         variables, shardings(step.place_variables(family.model, variables, devices.mesh)))
-    evaluate = step.make_eval_step(family.model, devices.mesh, 0.0, variables, devices.frozen)
-    scores.append(evaluate(variables, devices.frozen, to_global({'v': views}, devices.mesh)['v']))
+    evaluate = step.make_eval_step(family.model, TASK, devices.mesh, variables, devices.frozen)
+    found = evaluate(variables, devices.frozen, to_global({'video': views}, devices.mesh))
+    scores.append(found['scores'])
 close(to_host(scores[1]), to_host(scores[0]), 1e-5)
 print('scores: equal')
 
@@ -273,7 +285,7 @@ def test_eight_devices_in_any_mesh_equal_one(tmp_path):
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
         'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8',
-        'PYTHONPATH': str(Path(__file__).parents[1]),
+        'PYTHONPATH': os.pathsep.join(map(str, Path(__file__).parents[:2])),
     }
     found = subprocess.run(
         [sys.executable, '-c', SCRIPT, str(tmp_path)],

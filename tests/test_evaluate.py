@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from configs import dist as dist_config
-from dist_jax import checkpoint, commands, experiment, main, recipe, step, train
-from dist_jax import evaluate as evaluation
-from dist_jax.evaluate import BadVideosError, evaluate
+from dist_jax import checkpoint, evaluate, experiment, main, recipe, sharding, step, train, trained
+from dist_jax.evaluate import BadVideosError
 from dist_jax.metrics import NonFiniteScoresError
-from dist_jax.sharding import make_mesh, to_global
+from dist_jax.sharding import gather_rows, make_mesh, to_global
+from dist_jax.views import Protocol, Views
 from input_pipeline import pipeline
 from input_pipeline.sources import open_source
 
@@ -75,28 +76,34 @@ class Scorer:
     """A trained model with one compiled eval step."""
 
     config: object
-    trained: commands.Trained
+    trained: trained.Trained
     eval_step: object
 
-    def __call__(self, source, **options):
-        options = {'batch_size': 4, 'readers': pipeline.Readers(num_threads=1)} | options
-        return evaluate(
+    def views(self, source, batch_size=4, max_bad_share=0.0, **options):
+        reader, readers = recipe.eval_reader(self.config), pipeline.Readers(num_threads=1)
+        return Views(
             self.eval_step,
             self.trained.variables,
             self.trained.frozen,
             source,
-            recipe.eval_reader(self.config),
+            Protocol(reader, batch_size, readers, max_bad_share),
             make_mesh(jax.devices()[:1]),
             **options,
         )
 
+    def rows(self, source, **options):
+        return gather_rows(list(self.views(source, **options)))
+
+    def __call__(self, source, **options):
+        return evaluate.evaluate(self.views(source, **options), self.trained.task)
+
 
 @pytest.fixture(scope='module')
 def score(text_run):
-    config = commands.saved_config(str(text_run))
-    trained = commands.load_trained(config, str(text_run), None)
+    config = trained.saved_config(str(text_run))
+    found = trained.load_trained(config, str(text_run), None)
     mesh = make_mesh(jax.devices()[:1])
-    return Scorer(config, trained, step.make_eval_step(trained.model, mesh))
+    return Scorer(config, found, step.make_eval_step(found.model, found.task, mesh))
 
 
 def open_list(folder):
@@ -108,29 +115,38 @@ def scored(score, clips):
     return score(open_list(clips))
 
 
+@pytest.fixture(scope='module')
+def rows(score, clips):
+    return score.rows(open_list(clips))
+
+
 @pytest.mark.slow
-def test_a_partial_last_batch_counts_exactly(score, scored, clips):
+def test_a_partial_last_batch_counts_exactly(score, scored, rows, clips):
     alone = score(open_list(clips), batch_size=1)
     for result in (scored, alone):
         assert result.num_videos == NUM_VIDEOS and result.bad_videos == ()
-        np.testing.assert_array_equal(result.index, np.arange(NUM_VIDEOS))
-    np.testing.assert_allclose(scored.scores[0], alone.scores[0], atol=1e-6)
-    names = score.trained.class_names
-    assert scored.figures(names).scalars == alone.figures(names).scalars
-    assert np.ptp(scored.scores[0], axis=0).max() > 1e-3  # the model tells videos apart
+    rows_alone = score.rows(open_list(clips), batch_size=1)
+    for found in (rows, rows_alone):
+        np.testing.assert_array_equal(found['index'], np.arange(NUM_VIDEOS))
+    (scores,), (scores_alone,) = rows['scores'], rows_alone['scores']
+    np.testing.assert_allclose(scores, scores_alone, atol=1e-6)
+    figures = scored.figures.scalars
+    assert figures == alone.figures.scalars
+    assert np.ptp(scores, axis=0).max() > 1e-3  # the model tells videos apart
 
     labels = np.array([open_list(clips)[i].label for i in range(NUM_VIDEOS)])
-    ranks = np.argsort(-scored.scores[0], axis=1)
+    np.testing.assert_array_equal(rows['label'], labels)
+    ranks = np.argsort(-scores, axis=1)
     right = ranks[:, 0] == labels
-    assert scored.top1 == pytest.approx(right.mean())
-    assert scored.top5 == pytest.approx((ranks[:, :5] == labels[:, None]).any(1).mean())
+    assert figures['top1'] == pytest.approx(right.mean())
+    assert figures['top5'] == pytest.approx((ranks[:, :5] == labels[:, None]).any(1).mean())
     present = np.unique(labels)
     per_class = [right[labels == label].mean() for label in present]
-    assert scored.mean_class_accuracy == pytest.approx(np.mean(per_class))
+    assert figures['mean_class_accuracy'] == pytest.approx(np.mean(per_class))
 
 
 @pytest.mark.slow
-def test_the_views_of_a_video_stay_together(score, scored, clips):
+def test_the_views_of_a_video_stay_together(score, rows, clips):
     batch = next(
         pipeline.eval_batches(
             open_list(clips),
@@ -145,15 +161,15 @@ def test_the_views_of_a_video_stay_together(score, scored, clips):
     for view in range(VIEWS):
         # The same program, fed with one view several times.
         video = np.repeat(batch['video'][:, view : view + 1], VIEWS, axis=1)
-        placed = to_global({'video': video}, make_mesh(jax.devices()[:1]))['video']
-        (scores,) = score.eval_step(score.trained.variables, score.trained.frozen, placed)
-        each.append(np.asarray(scores))
-    np.testing.assert_allclose(np.mean(each, axis=0), scored.scores[0][:4], atol=1e-6)
-    np.testing.assert_allclose(scored.scores[0].sum(1), 1, atol=1e-5)
+        placed = to_global({'video': video}, make_mesh(jax.devices()[:1]))
+        found = score.eval_step(score.trained.variables, score.trained.frozen, placed)
+        each.append(np.asarray(found['scores'][0]))
+    np.testing.assert_allclose(np.mean(each, axis=0), rows['scores'][0][:4], atol=1e-6)
+    np.testing.assert_allclose(rows['scores'][0].sum(1), 1, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_bad_video_is_an_error_unless_allowed(score, scored, clips, tmp_path):
+def test_a_bad_video_is_an_error_unless_allowed(score, rows, clips, tmp_path):
     folder = shutil.copytree(clips, tmp_path / 'clips')
     bad = open_list(folder)[3].path
     with open(bad, 'wb') as file:
@@ -165,20 +181,20 @@ def test_a_bad_video_is_an_error_unless_allowed(score, scored, clips, tmp_path):
     assert 'eval.allow_bad_videos' in message
 
     progress = []
-    result = score(
-        open_list(folder), max_bad_share=0.1, on_batch=lambda *done: progress.append(done)
-    )
-    assert progress == [(1, 3), (2, 3), (3, 3)]
+    result = score(open_list(folder), max_bad_share=0.1, on_batch=progress.append)
+    assert progress == [1, 2, 3]
     ((path, reason),) = result.bad_videos
     assert path == str(bad) and reason
     others = [0, 1, 2, 4, 5, 6, 7, 8, 9]
-    figures = result.figures(score.trained.class_names)
+    figures = result.figures
     assert result.num_videos == 9 and figures.scalars['num_bad_videos'] == 1
     assert figures.sections[-1].rows == result.bad_videos
-    np.testing.assert_array_equal(result.index, others)
-    np.testing.assert_allclose(result.scores[0], scored.scores[0][others], atol=1e-6)
+    found = score.rows(open_list(folder))
+    np.testing.assert_array_equal(found['index'], others)
+    np.testing.assert_allclose(found['scores'][0], rows['scores'][0][others], atol=1e-6)
     labels = np.array([open_list(folder)[i].label for i in others])
-    assert result.top1 == pytest.approx((result.scores[0].argmax(1) == labels).mean())
+    right = found['scores'][0].argmax(1) == labels
+    assert figures.scalars['top1'] == pytest.approx(right.mean())
 
 
 @pytest.mark.slow
@@ -196,8 +212,8 @@ def test_scores_that_are_no_numbers_are_an_error_that_names_the_videos(score, cl
     source = open_list(clips)
 
     def spoiled(*arguments):
-        (scores,) = score.eval_step(*arguments)
-        return (scores.at[1, 3].set(jnp.nan),)
+        (scores,) = score.eval_step(*arguments)['scores']
+        return {'scores': (scores.at[1, 3].set(jnp.nan),)}
 
     with pytest.raises(NonFiniteScoresError) as error:
         dataclasses.replace(score, eval_step=spoiled)(source)
@@ -215,9 +231,9 @@ def test_a_damaged_backbone_has_no_accuracy(
     visual = score.trained.frozen['visual']
     visual = visual | {'conv1': jax.tree.map(lambda x: x.at[...].set(jnp.nan), visual['conv1'])}
     damaged = score.trained.frozen | {'visual': visual}
-    monkeypatch.setattr(
-        commands, 'load_trained', lambda *_: dataclasses.replace(score.trained, frozen=damaged)
-    )
+    task = dataclasses.replace(score.trained.task, fusion=fusion)
+    spoiled = dataclasses.replace(score.trained, frozen=damaged, task=task)
+    monkeypatch.setattr(evaluate, 'load_trained', lambda *_: spoiled)
     arguments = [f'--workdir={text_run}', f'--output={tmp_path}', f'--config.data.root={clips}']
     arguments += ['--config.data.val_list=val.txt', f'--config.eval.fusion={fusion}']
     assert evaluate_command(*arguments) == 1
@@ -240,9 +256,9 @@ def test_unreadable_videos_of_all_hosts_are_named(monkeypatch):
         return np.stack([np.pad(text, (0, longest - len(text))) for text in texts])
 
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    monkeypatch.setattr(evaluation.multihost_utils, 'process_allgather', process_allgather)
+    monkeypatch.setattr(sharding.multihost_utils, 'process_allgather', process_allgather)
     for values in found:
-        assert evaluation._gather_values(values) == found[0] + found[1]
+        assert sharding.gather_values(values) == found[0] + found[1]
 
 
 def evaluate_command(*arguments):
@@ -254,8 +270,8 @@ def test_the_command_needs_the_run_and_its_backbone_only(text_run, scored, clips
     data = [f'--config.data.root={clips}', '--config.data.val_list=val.txt']
     assert evaluate_command(f'--workdir={text_run}', *data) == 0
     found = json.loads((text_run / 'evaluation.json').read_text())
-    assert found['top1'] == pytest.approx(scored.top1)
-    assert found['top5'] == pytest.approx(scored.top5)
+    assert found['top1'] == pytest.approx(scored.figures.scalars['top1'])
+    assert found['top5'] == pytest.approx(scored.figures.scalars['top5'])
     assert (found['num_videos'], found['num_bad_videos']) == (NUM_VIDEOS, 0)
     assert (found['views'], found['step'], found['list']) == (VIEWS, 1, 'val.txt')
     (table,) = found['per_class']
@@ -293,6 +309,25 @@ def test_zero_shot_on_another_label_set_fused_with_the_backbone(text_run, clips,
 
 
 @pytest.mark.slow
+def test_another_test_size_is_as_if_it_were_the_size_of_training(text_run, rows, clips, tmp_path):
+    found = []
+    for field in ('eval.image_size', 'data.image_size'):
+        config = trained.saved_config(str(text_run))
+        config.update_from_flattened_dict({field: 64})
+        model = trained.load_trained(config, str(text_run), None)
+        eval_step = step.make_eval_step(model.model, model.task, make_mesh(jax.devices()[:1]))
+        found.append(Scorer(config, model, eval_step).rows(open_list(clips)))
+    jax.tree.map(np.testing.assert_array_equal, *(part['scores'] for part in found))
+    assert np.abs(found[0]['scores'][0] - rows['scores'][0]).max() > 1e-4
+    data = [f'--config.data.root={clips}', '--config.data.val_list=val.txt']
+    arguments = [f'--workdir={text_run}', f'--output={tmp_path}', *data]
+    assert evaluate_command(*arguments, '--config.eval.image_size=64') == 0
+    right = found[0]['scores'][0].argmax(1) == found[0]['label']
+    stored = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert stored['top1'] == pytest.approx(right.mean())
+
+
+@pytest.mark.slow
 def test_what_cannot_be_evaluated_is_said(text_run, make_run, clips, tmp_path, capsys):
     data = [f'--config.data.root={clips}', '--config.data.val_list=val.txt']
     before = sorted(text_run.iterdir())
@@ -308,6 +343,8 @@ def test_what_cannot_be_evaluated_is_said(text_run, make_run, clips, tmp_path, c
     message = refused(text_run, *data, '--step=7')
     assert 'no checkpoint of step 7' in message and '[1]' in message
     assert 'data.val_list' in refused(text_run)
+    message = refused(text_run, *data, '--config.eval.image_size=50')
+    assert 'eval.image_size' in message and '50 is not a multiple of patch_size=8' in message
     assert 'none.txt' in refused(text_run, data[0], '--config.data.val_list=none.txt')
 
     linear = make_run('linear')
@@ -326,7 +363,7 @@ def test_a_run_from_before_a_field_existed_gets_its_default(monkeypatch):
     del saved['mesh'], saved['data']['crop_rounding'], saved['data']['split_names']
     monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda workdir, step: workdir)
     monkeypatch.setattr(checkpoint, 'read_metadata', lambda folder: {'config': saved})
-    config = commands.saved_config('anywhere')
+    config = trained.saved_config('anywhere')
     assert (config.mesh.fsdp, config.data.crop_rounding) == (1, 'nearest')
     assert not config.data.split_names  # its text features are those of the names as they were
     assert (
@@ -338,14 +375,14 @@ def test_a_run_from_before_a_field_existed_gets_its_default(monkeypatch):
 
 def test_tuples_of_a_saved_run_can_be_set(monkeypatch):
     config = dist_config.get_config('b16_8+16f_ssv2')
-    saved = {'config': json.loads(json.dumps(checkpoint.plain(config)))}
+    saved = {'config': json.loads(json.dumps(base.plain(config)))}
     monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda workdir, step: workdir)
     monkeypatch.setattr(checkpoint, 'read_metadata', lambda folder: saved)
-    found = commands.saved_config('anywhere')
+    found = trained.saved_config('anywhere')
     assert found.to_dict() == config.to_dict()
     fields = ['eval.resize=(256,)', 'data.crop_area=(0.5, 1.0)', 'data.resize=(240, 320)']
     fields += ['model.selected_layers=(1, 2)']
     main.read_config([f'--config.{field}' for field in fields], found)
     assert found.eval.resize == (256,) and found.data.crop_area == (0.5, 1.0)
     assert found.data.resize == (240, 320) and found.model.selected_layers == (1, 2)
-    assert checkpoint.plain(found)['eval']['resize'] == [256]
+    assert base.plain(found)['eval']['resize'] == [256]

@@ -71,6 +71,16 @@ def test_views_are_averaged(run, capsys):
     assert figures['top1'] == pytest.approx(_summary(run)['val_top1'])
 
 
+def test_another_test_size_is_refused(run, arguments, tmp_path, capsys):
+    size = '--config.eval.image_size=64'
+    for command in (['evaluate', f'--workdir={run}'], ['train', f'--workdir={tmp_path}']):
+        assert main.main([*command, *(arguments if command[0] == 'train' else []), size]) == 2
+        message = capsys.readouterr().err
+        assert 'eval.image_size=64 is not data.image_size=' in message
+        assert 'layers/temporal/relative is (' in message and 'set eval.image_size=0' in message
+    assert not (tmp_path / 'checkpoints').exists()
+
+
 def test_a_video_is_predicted_with_the_place_where_the_query_looked(run, clips, tmp_path):
     video = clips / (clips / 'val.txt').read_text().split()[0]
     output = tmp_path / 'pictures'

@@ -13,8 +13,8 @@ import pytest
 from kinetics_tables import whole_tables, write_tables, youtube_id
 
 from configs import dist
-from dist_jax import checkpoint, commands, experiment, init_from, recipe, train
-from dist_jax.models import clip, converted, heads
+from dist_jax import checkpoint, evaluate, experiment, init_from, recipe, train
+from dist_jax.models import converted, heads
 from dist_jax.sharding import make_mesh
 from input_pipeline import class_names
 from input_pipeline.kinetics import SYNONYMS, merged_key
@@ -146,16 +146,12 @@ def begin(config, workdir, stop=False):
 
 def loaded(config):
     """What a run of this config would begin with: (its parameters, those it would have drawn)."""
-    names = recipe.class_columns(recipe.open_split(config, 'train'))
-    num_classes = tuple(map(len, names))
-    spec = clip.SPECS[config.backbone.name]
-    model = experiment.make_model(config, spec, num_classes)
-    initialise = train.state_initialiser(
-        config, model, train.optimizer_settings(config, train.make_plan(config, 8))
-    )
-    frozen = experiment.abstract_frozen(spec, model, num_classes)
-    drawn = noise(jax.eval_shape(initialise, frozen).params, seed=1)
-    return init_from.load_trainable(config, drawn, names), drawn
+    names = recipe.labels_of(recipe.open_split(config, 'train'))
+    parts = experiment.assemble(config, names, experiment.sized_backbone(config))
+    drawn = noise(parts.abstract_variables(), seed=1)
+    found = init_from.load_variables(experiment.origin(config), parts.model, drawn, names)
+    assert found.keys() == drawn.keys() == {'params'}
+    return found['params'], drawn['params']
 
 
 def stored(run):
@@ -241,8 +237,8 @@ def test_a_text_head_takes_the_classes_of_the_list(text_run, make_config, merged
     # Rows are those of the names of the list; nothing of the run is in them.
     config = make_config('kinetics710', 'text')
     backbone = experiment.find_backbone(config, '')
-    model = experiment.make_model(config, backbone.spec, (710,))
-    whole = experiment.load_frozen(backbone, model, (tuple(names),), make_mesh())['text'][0]
+    parts = experiment.assemble(config, (tuple(names),), backbone)
+    whole = parts.load_frozen(make_mesh(), verify=True)['text'][0]
     for name in ('class 000', 'gone 1'):
         np.testing.assert_allclose(
             texts[own.index(name)], whole[names.index(name)], atol=1e-5, err_msg=name
@@ -261,7 +257,7 @@ def test_classes_that_are_not_there(linear_run, make_config, merged, tmp_path, c
     with pytest.raises(ValueError) as error:
         loaded(config)
     message = str(error.value)
-    assert '2 of the 400 classes of label column 0:' in message
+    assert '2 of the 400 classes of head 0:' in message
     assert "'clasps 003' (it has 'class 003')" in message and "'a new class'\n" in message
     assert '--config.init_missing=fresh' in message
 
@@ -328,7 +324,7 @@ def test_a_converted_checkpoint_needs_its_names(linear_run, make_config, merged,
 def test_a_run_is_tested_on_one_of_the_sets(linear_run, make_config, merged, tmp_path):
     lists = {'data.val_list': str(merged / 'val_k400.txt')}
     config = make_config('kinetics400', init_from=linear_run, **lists)
-    figures, _ = commands.run_evaluation(config, '', None, str(tmp_path))
+    figures, _ = evaluate.run(config, '', None, str(tmp_path))
     names = names_of(merged / 'names_k400.txt')
     assert figures['num_videos'] == 4
     assert [row['name'] for row in figures['per_class'][0]] == names
@@ -337,7 +333,7 @@ def test_a_run_is_tested_on_one_of_the_sets(linear_run, make_config, merged, tmp
     lists |= {'data.label_map': str(label_map)}
     config = make_config('kinetics400', init_from=linear_run, init_missing='fresh', **lists)
     with pytest.raises(ValueError, match='lacks 1 classes, and nothing can be tested'):
-        commands.run_evaluation(config, '', None, str(tmp_path))
+        evaluate.run(config, '', None, str(tmp_path))
 
 
 def test_equal_names_come_before_equal_keys():
@@ -364,7 +360,7 @@ def test_every_synonym_finds_its_class_in_either_direction():
         assert sorted(init_from.match_classes(own, names, merged_key, '')) == list(range(15))
 
 
-def test_each_label_column_has_its_own_classes():
+def test_each_head_has_its_own_classes():
     def head(*sizes):
         return {
             f'column_{i}': {

@@ -266,17 +266,13 @@ def test_a_restored_state_goes_on_to_the_same_bits(name, tmp_path):
 def test_a_run_from_before_optimizers_had_names_continues():
     config = frame_mean.get_config('demo')
     rest = {'class_names': [], 'train_list_sha256': '', 'backbone': {'params_sha256': ''}}
-    saved = checkpoint.plain(config)
+    saved = base.plain(config)
     for field in ('name', 'schedule', 'eps', 'momentum', 'nesterov'):
         del saved['optimizer'][field]
-    checkpoint.check_same_run(
-        {'config': saved, **rest}, {'config': checkpoint.plain(config), **rest}
-    )
+    checkpoint.check_same_run({'config': saved, **rest}, {'config': base.plain(config), **rest})
     config.optimizer.name = 'sgd'
     with pytest.raises(ValueError, match=r"optimizer\.name: saved 'adamw', now 'sgd'"):
-        checkpoint.check_same_run(
-            {'config': saved, **rest}, {'config': checkpoint.plain(config), **rest}
-        )
+        checkpoint.check_same_run({'config': saved, **rest}, {'config': base.plain(config), **rest})
 
 
 def test_a_run_with_sgd_learns_and_continues(clips, tmp_path):

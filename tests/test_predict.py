@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from configs import dist as dist_config
-from dist_jax import commands, main, predict, recipe, step, train
-from dist_jax.evaluate import evaluate
-from dist_jax.sharding import make_mesh
+from dist_jax import main, predict, recipe, step, train, trained
+from dist_jax.sharding import gather_rows, make_mesh
+from dist_jax.views import Views
 from input_pipeline import motion_clips
-from input_pipeline.batches import Readers
 
 
 @pytest.fixture(scope='module')
@@ -40,28 +39,22 @@ def run(tmp_path_factory):
     train.train(config, workdir)
 
     mesh = make_mesh()
-    saved = commands.saved_config(workdir)
+    saved = trained.saved_config(workdir)
     with saved.unlocked():
         saved.data.val_list = 'val.txt'
     source = recipe.open_split(saved, 'val')
-    trained = commands.load_trained(saved, workdir, None)
-    result = evaluate(
-        step.make_eval_step(trained.model, mesh),
-        trained.variables,
-        trained.frozen,
-        source,
-        recipe.eval_reader(saved),
-        mesh,
-        batch_size=8,
-        readers=Readers(num_threads=1),
-    )
+    found = trained.load_trained(saved, workdir, None)
+    eval_step = step.make_eval_step(found.model, found.task, mesh)
+    protocol = recipe.test_protocol(saved)
+    views = Views(eval_step, found.variables, found.frozen, source, protocol, mesh)
+    (scores,) = gather_rows(list(views))['scores']
     videos = folder / 'videos'
     videos.mkdir()
     paths = []
     for i in range(len(source)):
         paths.append(str(shutil.copy(source[i].path, videos / f'clip {i}.mp4')))
     shutil.rmtree(data)
-    return workdir, paths, result.scores[0]
+    return workdir, paths, scores
 
 
 @pytest.fixture
@@ -77,15 +70,15 @@ def console(monkeypatch):
 
 def test_scores_equal_those_of_the_evaluation(run):
     workdir, paths, scores = run
-    config = commands.saved_config(workdir)
-    trained = commands.load_trained(config, workdir, None)
-    found = list(predict.predict_videos(trained, config, paths))
+    config = trained.saved_config(workdir)
+    model = trained.load_trained(config, workdir, None)
+    found = list(predict.predict_videos(model, config, paths))
     assert [prediction.path for prediction in found] == paths
     for prediction, expected in zip(found, scores):
         np.testing.assert_allclose(prediction.scores[0], expected, atol=1e-6)
         assert prediction.video.shape == (2, 4, 48, 48, 3)
         (ranking,) = prediction.top
-        assert ranking[0][0] == trained.class_names[0][int(expected.argmax())]
+        assert ranking[0][0] == model.task.labels[0][int(expected.argmax())]
         shares = [share for _, share in ranking]
         assert len(shares) == 5 and shares == sorted(shares, reverse=True)
     assert np.ptp(scores, axis=0).max() > 1e-4  # the videos are told apart at all
@@ -125,8 +118,10 @@ def test_scores_that_are_no_numbers_are_an_error_of_the_video(
 
         def eval_step(*arguments):
             calls.append(1)
-            scores = inner(*arguments)
-            return tuple(np.full_like(s, np.nan) if len(calls) == 1 else s for s in scores)
+            scores = inner(*arguments)['scores']
+            if len(calls) == 1:
+                scores = tuple(np.full_like(s, np.nan) for s in scores)
+            return {'scores': scores}
 
         return eval_step
 
@@ -165,19 +160,18 @@ def test_other_labels_can_be_asked_for(run, tmp_path, console):
 
 def test_attention_is_of_the_frames_that_the_model_got(run):
     workdir, paths, scores = run
-    config = commands.saved_config(workdir)
-    trained = commands.load_trained(config, workdir, None)
-    found = list(predict.predict_videos(trained, config, paths[:2], attention=True))
+    config = trained.saved_config(workdir)
+    own = trained.load_trained(config, workdir, None)
+    found = list(predict.predict_videos(own, config, paths[:2], attention=True))
     assert all(prediction.attention.shape == (2, 2, 6, 6) for prediction in found)
     for prediction, expected in zip(found, scores):
         np.testing.assert_allclose(prediction.scores[0], expected, atol=1e-6)
-        maps = trained.model.attention(
-            trained.variables, trained.frozen, trained.model.normalize(prediction.video)
-        )
+        video = own.model.normalize(prediction.video)
+        maps = own.model.attention(own.variables, own.model.inputs(own.frozen, {'video': video}))
         np.testing.assert_allclose(prediction.attention, maps, atol=1e-6)
         total = prediction.attention.sum((1, 2, 3))
         assert prediction.attention.min() >= 0 and 0.5 < total.min() <= total.max() <= 1
-    blind = dataclasses.replace(trained, model=dataclasses.replace(trained.model, attention=None))
+    blind = dataclasses.replace(own, model=dataclasses.replace(own.model, attention=None))
     with pytest.raises(ValueError, match='without --attention'):
         predict.predict_videos(blind, config, paths, attention=True)
 
@@ -223,7 +217,7 @@ def test_two_videos_of_one_name_in_one_folder_get_two_pictures():
     assert len(set(names)) == len(names)
 
 
-def test_sheet_takes_any_views_frames_and_label_columns(tmp_path):
+def test_sheet_takes_any_views_frames_and_heads(tmp_path):
     rng = np.random.default_rng(0)
     ranking = tuple((f'$label {i}$ ' + 'long ' * 30, 0.2) for i in range(5))
     for views, frames, columns in ((1, 1, 1), (3, 33, 2)):

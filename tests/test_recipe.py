@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from video_files import decode_everything, pictures, write_video
 
-from configs import base
+from configs import base, dist, evl, frame_mean
 from configs.inputs import INPUTS
 from dist_jax import checkpoint, experiment, recipe
 from dist_jax.models import clip
+from dist_jax.models.frozen import ClassTexts
 from input_pipeline.datasets import DATASETS
 from input_pipeline.pipeline import record_rng
 from input_pipeline.randaugment import AutoAugment, RandAugment, Warp
@@ -134,11 +135,30 @@ def test_wrong_test_views_are_named_before_anything_is_read(fields, message):
         recipe.eval_reader(found)
 
 
-def test_another_test_size_is_refused_with_a_backbone(tmp_path):
-    found = base.get_config()
-    found.eval.image_size = 256
-    with pytest.raises(ValueError, match=r'eval.image_size=256 is not data.image_size=224'):
-        experiment.find_backbone(found, str(tmp_path))
+@pytest.mark.parametrize('family', [dist, frame_mean])
+def test_another_test_size_changes_the_test_model_alone(family):
+    found = family.get_config('demo')
+    found.data.image_size, found.eval.image_size = 48, 64
+    parts = experiment.assemble(found, (('a', 'b'),), experiment.sized_backbone(found))
+    assert (parts.train_shape[1:], parts.test_shape[1:]) == ((48, 48, 3), (64, 64, 3))
+    assert parts.abstract_variables() == parts.abstract_variables(test=True)
+    for test, tokens in ((False, 1 + 6 * 6), (True, 1 + 8 * 8)):
+        frozen = parts.abstract_frozen(test)
+        assert frozen['visual']['positional_embedding'].shape[0] == tokens
+    found.eval.image_size = 48
+    parts = experiment.assemble(found, (('a', 'b'),), experiment.sized_backbone(found))
+    assert parts.test_model is parts.model
+
+
+def test_another_test_size_is_refused_where_parameters_have_the_size():
+    found = evl.get_config('demo')
+    found.data.image_size, found.eval.image_size = 48, 64
+    with pytest.raises(ValueError) as error:
+        experiment.assemble(found, (('a', 'b'),), experiment.sized_backbone(found))
+    message = str(error.value)
+    assert 'eval.image_size=64 is not data.image_size=48' in message
+    assert 'layers/temporal/relative is (1, 2, 121, 64) there' in message
+    assert 'set eval.image_size=0' in message
 
 
 def test_sampling_reaches_both_readers():
@@ -168,7 +188,7 @@ def test_rounding_reaches_every_crop_that_is_not_random():
 def test_a_run_is_not_continued_with_another_stream(change):
     def metadata(found):
         return {
-            'config': checkpoint.plain(found),
+            'config': base.plain(found),
             'class_names': [],
             'train_list_sha256': '',
             'backbone': {'params_sha256': ''},
@@ -254,29 +274,33 @@ def test_recipes_follow_their_papers():
     ],
 )
 def test_a_mirrored_clip_swaps_the_labels_that_its_class_names_say(name, names, pairs):
-    reader = recipe.train_reader(config(name=name), class_names=names)
+    reader = recipe.train_reader(config(name=name), labels=names)
     (flip,) = (step for step in reader.transforms if isinstance(step, Flip))
     assert flip.label_pairs == pairs
 
 
 def test_what_a_mirrored_clip_swaps_is_said(caplog):
     caplog.set_level('INFO', 'dist_jax')
-    recipe.train_reader(config(name='something_v2'), class_names=(('0', '1'),))
+    recipe.train_reader(config(name='something_v2'), labels=(('0', '1'),))
     assert 'numbers and no names: mirrored clips swap the labels ((86, 87)' in caplog.text
-    recipe.train_reader(config(name='something_v2'), class_names=(('push right', 'push left'),))
+    recipe.train_reader(config(name='something_v2'), labels=(('push right', 'push left'),))
     assert 'swap the labels of: push right / push left (0, 1)' in caplog.text
     assert 'not the pairs of the official label map' in caplog.text
     with pytest.raises(ValueError, match=r'data\.flip=false'):
-        recipe.train_reader(
-            config(name='custom'), class_names=(('a', 'b'), ('left hand', 'right hand'))
-        )
+        recipe.train_reader(config(name='custom'), labels=(('a', 'b'), ('left hand', 'right hand')))
 
 
 def test_prompts_of_a_text_head_are_words():
     names = ('ApplyEyeMakeup', 'YoYo')
-    assert experiment._texts(names, True) == ['Apply Eye Makeup', 'Yo Yo']
-    assert experiment._texts(names, False) == ['ApplyEyeMakeup', 'YoYo']
-    assert experiment._texts(('play "tag"', 'TaiChi'), True) == ['play tag', 'TaiChi']
+    quoted = ('play "tag"', 'TaiChi')
+
+    def tokens(*names, split_names=False):
+        (found,) = ClassTexts((names,), split_names).tokens(16)
+        return found.tolist()
+
+    assert tokens(*names, split_names=True) == tokens('Apply Eye Makeup', 'Yo Yo')
+    assert tokens(*names) != tokens('Apply Eye Makeup', 'Yo Yo')
+    assert tokens(*quoted, split_names=True) == tokens('play tag', 'TaiChi')
 
 
 def test_side4video_views_are_frames_and_crops_of_the_video(record):

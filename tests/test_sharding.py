@@ -13,10 +13,10 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from configs import dist, evl, frame_mean
-from dist_jax import experiment, sharding, step, train
-from dist_jax.models import clip, converted
+from dist_jax import sharding, step, train
+from dist_jax.models import converted
+from dist_jax.plan import compiling
 from dist_jax.sharding import ShardingRule, check_replicated_share, place
-from input_pipeline.datasets import DATASETS
 
 ROWS = [
     (file, name) for file in (dist, evl, frame_mean) for name in file.VARIANTS if name != 'demo'
@@ -30,14 +30,11 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 def shapes(file, name):
     """Model, state and frozen tree of a row, as shapes."""
     config = file.get_config(name)
-    classes = DATASETS[config.data.name].num_classes
-    num_classes = classes if isinstance(classes, tuple) else (classes,)
-    spec = clip.SPECS[config.backbone.name]
-    model = experiment.make_model(config, spec, num_classes)
-    frozen = experiment.abstract_frozen(spec, model, num_classes)
+    parts = compiling.assemble(config)
+    model, frozen = parts.model, parts.abstract_frozen()
     settings = train.optimizer_settings(config, train.make_plan(config, 1000))
-    initialise = train.state_initialiser(config, model, settings)
-    return model, jax.eval_shape(initialise, frozen), frozen, spec
+    initialise = train.state_initialiser(config, model, parts.task, parts.train_shape, settings)
+    return model, jax.eval_shape(initialise, frozen), frozen
 
 
 def specs(tree):
@@ -49,15 +46,16 @@ def specs(tree):
 
 @pytest.mark.parametrize(('file', 'name'), ROWS, ids=[f'{f.__name__}-{n}' for f, n in ROWS])
 def test_rules_split_nearly_all_of_every_row(file, name):
-    model, state, frozen, spec = shapes(file, name)
+    model, state, frozen = shapes(file, name)
     mesh = mesh_of(4, 16, 2)
     placed = step.place_state(model, state, mesh)
     check_replicated_share(placed.params, mesh, 'parameters', small_bytes=0)
-    frozen = experiment.place_frozen(model, frozen, mesh)
+    frozen = model.frozen.place(frozen, mesh)
     check_replicated_share(frozen, mesh, 'weights', ('fsdp', 'tensor'), small_bytes=0)
-    raw = {name: tree for name, tree in clip.abstract_params(spec).items() if name in model.reads}
+    raw = model.frozen.backbone.abstract_params()
+    raw = raw if model.frozen.texts else {'visual': raw['visual']}
     check_replicated_share(
-        place(raw, model.frozen_rules, mesh), mesh, 'weights', ('fsdp',), small_bytes=0
+        place(raw, model.frozen.rules, mesh), mesh, 'weights', ('fsdp',), small_bytes=0
     )
     # Moments lie as their parameters, and a layer of a stack is whole on one device.
     moments = [part for part in placed.opt_state if isinstance(part, optax.ScaleByAdamState)]
@@ -72,11 +70,11 @@ def test_rules_split_nearly_all_of_every_row(file, name):
 def test_every_rule_is_used():
     known, used = set(), set()
     for file, name in ((dist, 'b16_8+16f_k400'), (evl, 'b16_8f_k400'), (frame_mean, 'b16_8f_k400')):
-        model, state, frozen, spec = shapes(file, name)
+        model, state, frozen = shapes(file, name)
         for tree, rules in (
             (state.params, model.sharding_rules),
-            (frozen, model.frozen_rules),
-            (clip.abstract_params(spec), model.frozen_rules),
+            (frozen, model.frozen.rules),
+            (model.frozen.backbone.abstract_params(), model.frozen.rules),
         ):
             known.update(rules)
             for path in specs(place(tree, rules, mesh_of())):
@@ -132,9 +130,9 @@ def test_a_mesh_that_leaves_weights_whole_is_refused():
     check_replicated_share(placed, mesh, 'weights', most=0.5, small_bytes=0)
     check_replicated_share(placed, mesh, 'weights')  # too small to be worth it
     # Twelve heads do not split into eight parts.
-    model, _, frozen, _ = shapes(dist, 'b16_8+16f_k400')
+    model, _, frozen = shapes(dist, 'b16_8+16f_k400')
     with pytest.raises(ValueError, match=r'mesh.tensor=8 .*qkv/kernel \(12, 768, 3, 12, 64'):
-        experiment.place_frozen(model, frozen, mesh_of(1, 1, 8))
+        model.frozen.place(frozen, mesh_of(1, 1, 8))
 
 
 def test_optimizer_leaves_follow_the_parameter_they_end_in():

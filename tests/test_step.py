@@ -5,16 +5,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dist_jax import optim, step
 from dist_jax.mixup import Mixing
 from dist_jax.models import clip, dist
+from dist_jax.models.backbone import Backbone
 from dist_jax.sharding import make_mesh
+from dist_jax.tasks.classify import Classify
 
 SPEC = clip.ClipSpec(16, 8, 32, 2, 1, 24, 16, 1, 1, vocab_size=20, context_length=6)
 CLASSES = 5
-SETTINGS = step.StepSettings((CLASSES,), label_smoothing=0.1)
+TASK = Classify((tuple('abcde'),), label_smoothing=0.1)
+SETTINGS = step.StepSettings()
 OPTIMIZER = optim.OptimizerSettings(1e-3, 0.0, 0, 100)
 VIDEO = (4, 4, 16, 16, 3)
 
@@ -22,7 +26,7 @@ VIDEO = (4, 4, 16, 16, 3)
 @pytest.fixture(scope='module')
 def model():
     return dist.build(
-        SPEC,
+        Backbone(clip.KIND, SPEC),
         num_classes=(CLASSES,),
         num_frames=4,
         dtype=jnp.float32,
@@ -35,7 +39,7 @@ def model():
 @pytest.fixture(scope='module')
 def frozen(model):
     tokens = jax.random.randint(jax.random.key(3), (CLASSES, 6), 1, 20)
-    init = lambda key: model.prepare(clip.init_params(key, SPEC), (tokens,))  # noqa: E731
+    init = lambda key: model.frozen.prepare(clip.init_params(key, SPEC), (tokens,))  # noqa: E731
     return jax.jit(init)(jax.random.key(0))
 
 
@@ -55,10 +59,12 @@ class Runner:
     def __init__(self, model, frozen, settings=SETTINGS, optimizer=OPTIMIZER, ema=False):
         make = lambda p: optim.make_optimizer(p, model.param_groups, optimizer)  # noqa: E731
         self.frozen = frozen
-        self.fresh = jax.jit(lambda f: step.init_state(model, f, VIDEO, 0, make, ema))(frozen)
+        self.fresh = jax.jit(lambda f: step.init_state(model, TASK, f, VIDEO, 0, make, ema))(frozen)
         schedule = optim.make_schedule(optimizer)
         mesh = make_mesh(jax.devices()[:1])
-        self.step = step.make_train_step(model, make(self.fresh.params), schedule, settings, mesh)
+        self.step = step.make_train_step(
+            model, TASK, make(self.fresh.params), schedule, settings, mesh
+        )
 
     def __call__(self, *batches):
         state = jax.tree.map(jnp.copy, self.fresh)
@@ -80,7 +86,7 @@ def mixing_runner(model, frozen):
 @pytest.fixture(scope='module')
 def features(model, frozen, batch):
     """Of the batch."""
-    return jax.jit(lambda f, v: model.features(f, model.normalize(v)))(frozen, batch['video'])
+    return jax.jit(lambda f, b: step.model_inputs(model, TASK, f, b))(frozen, batch)
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -170,25 +176,51 @@ def test_a_loss_that_is_no_number_is_flagged(runner, batch):
 
 def test_evaluation_averages_the_views(model, runner, frozen, batch):
     mesh = make_mesh(jax.devices()[:1])
-    evaluate = step.make_eval_step(model, mesh)
+    evaluate = step.make_eval_step(model, TASK, mesh)
     variables = runner.fresh.eval_variables
     views = batch['video'].reshape(2, 2, *VIDEO[1:])
-    (together,) = evaluate(variables, frozen, views)
-    (apart,) = evaluate(variables, frozen, batch['video'][:, None])
+    (together,) = evaluate(variables, frozen, {'video': views})['scores']
+    (apart,) = evaluate(variables, frozen, {'video': batch['video'][:, None]})['scores']
     np.testing.assert_allclose(together, apart.reshape(2, 2, -1).mean(1), rtol=1e-4)
     np.testing.assert_allclose(together.sum(-1), 1.0, rtol=1e-5)
 
 
 def test_fusion_mixes_logits(model, runner, frozen, features, batch):
     mesh = make_mesh(jax.devices()[:1])
-    variables, views = runner.fresh.eval_variables, batch['video'][:, None]
+    variables, views = runner.fresh.eval_variables, {'video': batch['video'][:, None]}
+    tasks = (dataclasses.replace(TASK, fusion=fusion) for fusion in (0.0, 0.5, 1.0))
     own, half, backbone = (
-        np.log(step.make_eval_step(model, mesh, fusion)(variables, frozen, views)[0])
-        for fusion in (0.0, 0.5, 1.0)
+        np.log(step.make_eval_step(model, task, mesh)(variables, frozen, views)['scores'][0])
+        for task in tasks
     )
     mean = (own + backbone) / 2
     np.testing.assert_allclose(
         half - half.mean(1, keepdims=True), mean - mean.mean(1, keepdims=True), atol=1e-3
     )
-    expected = jax.nn.log_softmax(model.frozen_logits(frozen, features)[0])
+    outputs = jax.jit(model.net.apply)(variables, features)
+    expected = jax.nn.log_softmax(outputs['frozen_logits'][0])
     np.testing.assert_allclose(backbone, expected, atol=1e-3)
+
+
+def test_no_gradient_flows_into_what_is_frozen(model, runner, frozen, batch):
+    """The step cuts it, not the family: through the family alone there would be one."""
+    floats = jax.tree.map(jnp.asarray, frozen)
+
+    def loss_of_family(frozen):
+        inputs = step.model_inputs(model, TASK, frozen, batch)
+        return model.net.apply({'params': runner.fresh.params}, inputs)['logits'][0].sum()
+
+    def loss_of_step(frozen):
+        return runner.step(jax.tree.map(jnp.copy, runner.fresh), frozen, batch)[1]['loss']
+
+    through = jax.jit(jax.grad(loss_of_family))(floats)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(through['visual']))
+    cut = jax.jit(jax.grad(loss_of_step))(floats)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(cut['visual']))
+
+
+def test_a_task_that_a_network_cannot_do_is_refused(model, frozen):
+    task = Classify((tuple('abc'),))
+    init = lambda f: step.init_state(model, task, f, VIDEO, 0, lambda p: optax.sgd(1.0))  # noqa: E731
+    with pytest.raises(ValueError, match=r'logits of \(5,\) classes for \(3,\) class names'):
+        jax.eval_shape(init, frozen)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import dist
-from dist_jax import checkpoint, commands, experiment, main, train
+from configs import base, dist
+from dist_jax import checkpoint, evaluate, experiment, main, train, trained
 from dist_jax.metric_writer import read_metrics
 from dist_jax.models import digests
 from dist_jax.models.params import tree_sha256
@@ -192,7 +192,7 @@ def test_a_checkpoint_says_what_the_next_person_needs(straight, make_config, bac
     views = metadata['views']
     assert (views['num_frames'], views['image_size']) == (4, 48)
     assert (views['num_clips'], views['num_crops'], views['sampling']) == (1, 1, 'segment')
-    assert metadata['config'] == checkpoint.plain(
+    assert metadata['config'] == base.plain(
         make_config(**{'checkpoint.keep': 10, 'log.tensorboard': True})
     )
     # The frozen tree is not saved again.
@@ -309,10 +309,10 @@ def test_a_stop_takes_effect_between_two_batches_of_an_evaluation(make_config, s
     workdir, batches = tmp_path / 'run', []
 
     def make_eval_step(*_):
-        def eval_step(variables, frozen, video):
-            batches.append(len(video))
+        def eval_step(variables, frozen, batch):
+            batches.append(len(batch['video']))
             os.kill(os.getpid(), signal.SIGTERM)
-            return (jax.numpy.full((len(video), straight[1]['num_classes'][0]), 0.125),)
+            return {'scores': (jnp.full((batches[-1], straight[1]['num_classes'][0]), 0.125),)}
 
         return eval_step
 
@@ -327,6 +327,33 @@ def test_a_stop_takes_effect_between_two_batches_of_an_evaluation(make_config, s
         summary = train.train(make_config(), str(workdir))
     assert summary['params_sha256'] == straight[1]['params_sha256']
     assert losses(workdir) == losses(straight[0])
+
+
+@pytest.mark.slow
+def test_another_test_size_is_seen_by_evaluations_alone(stopped, straight, make_config, tmp_path):
+    make_eval_step, seen = train.step.make_eval_step, []
+
+    def recording(*arguments):
+        inner = make_eval_step(*arguments)
+
+        def eval_step(variables, frozen, batch):
+            found = inner(variables, frozen, batch)
+            seen.append((batch['video'].shape, np.asarray(found['scores'][0])))
+            return found
+
+        return eval_step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.step, 'make_eval_step', recording)
+        summary = train.train(make_config(**{'eval.image_size': 32}), str(stopped))
+        inside, seen = seen, []
+        evaluate.run(trained.saved_config(str(stopped)), str(stopped), None, str(tmp_path))
+    assert summary['params_sha256'] == straight[1]['params_sha256']
+    assert losses(stopped) == losses(straight[0])
+    assert len(inside) == len(seen) == 3
+    for (shape, scores), (_, expected) in zip(inside, seen):
+        assert shape == (4, 1, 4, 32, 32, 3)
+        np.testing.assert_array_equal(scores, expected)
 
 
 @pytest.mark.slow
@@ -411,7 +438,7 @@ def test_a_run_with_several_clips_of_a_video_continues_bit_for_bit(make_config, 
     assert steps_of(tmp_path / 'stopped') == [2]
 
     with_old_names(tmp_path / 'stopped')
-    assert commands.saved_config(str(tmp_path / 'stopped')).data.repeats == 2
+    assert trained.saved_config(str(tmp_path / 'stopped')).data.repeats == 2
     arguments = [f'--workdir={tmp_path}/stopped', '--config.data.val_list=val.txt']
     assert main.main(['evaluate', *arguments]) == 0
     with pytest.raises(ValueError, match=r'\(--config\.data\.repeats=2\)'):
@@ -532,11 +559,12 @@ def quick(monkeypatch):
     def make_eval_step(*_):
         calls = []
 
-        def eval_step(variables, frozen, video):
+        def eval_step(variables, frozen, batch):
             calls.append(1)
             evaluation = (len(calls) - 1) // 3  # of 10 videos, 4 a step
             value = scores.get(evaluation, 0.125)
-            return (jnp.full((len(video), 8), value).at[:, len(calls) % 8].add(0.1),)
+            found = jnp.full((len(batch['video']), 8), value)
+            return {'scores': (found.at[:, len(calls) % 8].add(0.1),)}
 
         return eval_step
 
@@ -670,7 +698,7 @@ def test_a_run_starts_from_another(straight, make_config, tmp_path, monkeypatch)
 def tiny_state(step):
     params = {'a': jnp.arange(6.0) + step, 'b': {'c': jnp.full((2, 3), float(step))}}
     return TrainState(
-        step=jnp.int32(step), params=params, extra={}, opt_state=(jnp.zeros(3),), ema=None
+        step=jnp.int32(step), params=params, collections={}, opt_state=(jnp.zeros(3),), ema=None
     )
 
 
@@ -758,7 +786,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, top1 in ((1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None)):
         checkpoints.save(tiny_state(step), {'format_version': 1})
         if top1 is not None:
-            checkpoints.add_score(step, {'top1': top1})
+            checkpoints.add_score(step, 'top1', top1)
     checkpoints.wait()
     assert checkpoints.best() == (2, 0.9)
     checkpoints.close()
@@ -779,10 +807,10 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
 
 def test_what_may_change_between_sessions():
     def metadata(**fields):
-        config = ConfigDict(checkpoint.plain(dist.get_config('demo')))
+        config = ConfigDict(base.plain(dist.get_config('demo')))
         config.update_from_flattened_dict(fields)
         return {
-            'config': checkpoint.plain(config),
+            'config': base.plain(config),
             'class_names': [['a']],
             'train_list_sha256': '0',
             'backbone': {'params_sha256': '1' * 64, 'name': 'tiny'},
@@ -845,6 +873,7 @@ def test_what_may_change_between_sessions():
         ({'batch_size': 10**8}, r'batch_size=100000000 must be at most 1048576'),
         ({'data.num_frames': 10**8}, r'data\.num_frames=100000000 must be at most 4096'),
         ({'data.image_size': 10**6}, r'data\.image_size=1000000 must be at most 4096'),
+        ({'data.image_size': 50}, r'data\.image_size: .*=50 is not a multiple of patch_size=8'),
         ({'data.num_threads': 10**5}, r'data\.num_threads=100000 must be at most 1024'),
         ({'model.alpha': 0}, r'model\.alpha=0 must be at least 1'),
         ({'model.temporal_dim': -1}, r'model\.temporal_dim=-1 must be at least 1'),

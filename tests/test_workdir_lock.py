@@ -17,7 +17,7 @@ def quick(monkeypatch):
     """Waits of this test are short."""
     for name in ('DEATH_SECONDS', 'SETTLE_SECONDS', 'POLL_SECONDS'):
         monkeypatch.setattr(workdir_lock, name, 0.02)
-    monkeypatch.setattr(workdir_lock, 'STALE_SECONDS', 0.3)
+    monkeypatch.setattr(workdir_lock, 'STALE_SECONDS', 1.0)
 
 
 def content(workdir):

@@ -24,11 +24,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from dist_jax import experiment, optim, step, train
+from dist_jax import optim, step, train
 from dist_jax.main import read_config
-from dist_jax.models import clip
+from dist_jax.plan import compiling
 from dist_jax.sharding import make_mesh, replicated, to_global
-from input_pipeline.datasets import DATASETS
 from input_pipeline.escape import Console
 
 
@@ -65,33 +64,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(config: ConfigDict, num_steps: int) -> dict[str, Any]:
     """Compiles and times the step of a config at its batch size."""
-    classes = DATASETS[config.data.name].num_classes
-    num_classes = classes if isinstance(classes, tuple) else (classes,)
-    spec, mesh = clip.SPECS[config.backbone.name], make_mesh()
-    model = experiment.make_model(config, spec, num_classes)
+    mesh, parts = make_mesh(), compiling.assemble(config)
+    model, task, backbone = parts.model, parts.task, parts.backbone
 
     def make_frozen(key: jax.Array) -> Any:
-        params = clip.init_params(key, spec)
-        tokens = tuple(jnp.ones((n, spec.context_length), jnp.int32) for n in num_classes)
-        return model.prepare({name: params[name] for name in model.reads}, tokens)
+        if backbone is None:
+            return {}
+        params = backbone.kind.init_params(key, backbone.spec)
+        lengths = [(len(names), backbone.spec.context_length) for names in task.labels]
+        return model.frozen.prepare(params, tuple(jnp.ones(shape, jnp.int32) for shape in lengths))
 
     frozen = jax.jit(make_frozen, out_shardings=replicated(mesh))(jax.random.key(0))
     settings = train.optimizer_settings(config, train.make_plan(config, 100_000))
-    initialise = train.state_initialiser(config, model, settings)
+    initialise = train.state_initialiser(config, model, task, parts.train_shape, settings)
     state = jax.jit(initialise, out_shardings=replicated(mesh))(frozen)
     train_step = step.make_train_step(
         model,
+        task,
         optim.make_optimizer(state.params, model.param_groups, settings),
         optim.make_schedule(settings),
-        train.step_settings(config, num_classes),
+        train.step_settings(config),
         mesh,
     )
-    data, clips = config.data, config.batch_size
-    rng = np.random.default_rng(0)
-    shape = (clips, data.num_frames, data.image_size, data.image_size, 3)
-    host_batch = {
-        'video': rng.integers(0, 256, shape, dtype=np.uint8),
-        'label': np.zeros((clips, len(num_classes)), np.int32),
+    clips = config.batch_size
+    shapes = step.example_batch(task, (clips, *parts.train_shape))
+    host_batch = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()} | {
+        'video': np.random.default_rng(0).integers(0, 256, shapes['video'].shape, dtype=np.uint8),
         'mask': np.ones(clips, np.float32),
     }
     batch = to_global(host_batch, mesh)

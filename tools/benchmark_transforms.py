@@ -132,6 +132,7 @@ def device_figures(topology: str, clips: int, num_frames: int) -> dict[str, floa
 
     from dist_jax.mixup import Mixing, mix
     from dist_jax.models import clip
+    from dist_jax.models.layers import patchify
     from dist_jax.plan import compiling, figures, hlo
     from dist_jax.sharding import replicated
 
@@ -166,7 +167,7 @@ def device_figures(topology: str, clips: int, num_frames: int) -> dict[str, floa
             for key, operation in zip(keys, operations):
                 video = operation(key, video)
             pixels = clip.PIXELS.normalize(video, jnp.bfloat16)
-            return clip.patchify(pixels.reshape(-1, SIZE, SIZE, 3), PATCH)
+            return patchify(pixels.reshape(-1, SIZE, SIZE, 3), PATCH)
 
         return run
 

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import jax
-
 from configs import dist as dist_config
-from dist_jax import experiment, step
-from dist_jax.models import clip
+from dist_jax.models.frozen import TOWER
 from dist_jax.models.params import count
+from dist_jax.plan import compiling
 from input_pipeline.datasets import DATASETS
 
 DEFAULT_OUT = Path(__file__).parent.parent / 'docs' / 'architecture.svg'
@@ -78,16 +76,11 @@ def collect(variant: str) -> Figures:
       ValueError: no such row, or one with several heads.
     """
     config = dist_config.get_config(variant)
-    spec = clip.SPECS[config.backbone.name]
     num_classes = DATASETS[config.data.name].num_classes
     if not isinstance(num_classes, int) or config.model.head != 'text':
         raise ValueError(f'{variant} has no single text head; draw a variant that has')
-    model = experiment.make_model(config, spec, (num_classes,))
-    frozen = experiment.abstract_frozen(spec, model, (num_classes,))
-    data = config.data
-    shape = (1, data.num_frames, data.image_size, data.image_size, 3)
-    features = step.example_features(model, frozen, shape)
-    params = jax.eval_shape(model.net.init, jax.random.key(0), features)['params']
+    parts = compiling.assemble(config)
+    data, spec = config.data, parts.backbone.spec
     return Figures(
         name='ViT-' + config.backbone.name.removeprefix('vit_')[0].upper() + f'/{spec.patch_size}',
         num_frames=data.num_frames,
@@ -103,8 +96,8 @@ def collect(variant: str) -> Figures:
         temporal_kernel=config.model.temporal_kernel,
         pooling=config.model.ada_pooling_layers,
         num_classes=num_classes,
-        trained=count(params),
-        frozen=count(clip.abstract_params(spec)['visual']),
+        trained=count(parts.abstract_variables()['params']),
+        frozen=count(parts.abstract_frozen()[TOWER]),
     )
 
 

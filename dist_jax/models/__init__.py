@@ -1,13 +1,37 @@
-"""Model families, the frozen backbones they read from, and the names that others give to both."""
+"""Model families, the kinds of backbone they may stand on, and the names others give to both."""
 
-from dist_jax.models import clip_params, dist, dist_params, evl, evl_params, frame_mean
+from __future__ import annotations
 
-# Family -> build(backbone spec, *, num_classes, num_frames, dtype, options) -> VideoModel.
-FAMILIES = {
-    'dist': dist.build,
-    'evl': evl.build,
-    'frame_mean': frame_mean.build,
+import dataclasses
+from collections.abc import Callable
+
+from dist_jax.models import clip, clip_params, dist, dist_params, evl, evl_params, frame_mean
+from dist_jax.models.api import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How a family is built.
+
+    Attributes:
+      build: (backbone, *, num_classes, num_frames, dtype, options) -> model; without `backbone`
+        where it reads none. Its keyword arguments are the fields of `config.model`.
+      reads_backbone: whether it stands on a backbone.
+    """
+
+    build: Callable[..., Model]
+    reads_backbone: bool = True
+
+
+# config.model.family -> family.
+FAMILIES: dict[str, Family] = {
+    'dist': Family(dist.build),
+    'evl': Family(evl.build),
+    'frame_mean': Family(frame_mean.build),
 }
+
+# `family` in the metadata of a converted backbone -> kind. Names of sizes are unique over all.
+BACKBONES = {'clip': clip.KIND}
 
 # Foreign checkpoints are recognised in this order; a DiST file also holds the tensors of a CLIP.
 NAMINGS = (

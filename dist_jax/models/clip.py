@@ -25,14 +25,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dist_jax.models import kernels, layers
-from dist_jax.models.api import Pixels
+from dist_jax.models.backbone import Kind, Taps
+from dist_jax.models.layers import Pixels
 from dist_jax.models.stack import scan_frozen
 from dist_jax.sharding import ShardingRule, gather_params
 
@@ -98,50 +98,6 @@ SPECS: dict[str, ClipSpec] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Taps:
-    """What a consumer reads from the image tower; the rest is not computed or not kept.
-
-    Attributes:
-      outputs: blocks whose output stream is returned.
-      attention: blocks whose queries and keys are returned (bias included, not scaled).
-      summary: applied to queries and keys (N, L, h, d) inside each of these blocks; its result is
-        returned in their place, so that they are not kept. None returns them.
-      stem: whether the stream after `ln_pre` is returned.
-      embedding: whether the projected class embedding is returned; it needs every block.
-    """
-
-    outputs: tuple[int, ...] = ()
-    attention: tuple[int, ...] = ()
-    summary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    stem: bool = False
-    embedding: bool = False
-
-    def blocks_needed(self, depth: int) -> int:
-        """How many blocks have to run."""
-        asked = (*self.outputs, *self.attention)
-        for block in asked:
-            if not 0 <= block < depth:
-                raise ValueError(
-                    f'tap of block {block}, but the backbone has blocks 0..{depth - 1}'
-                )
-        for name in ('outputs', 'attention'):
-            blocks = getattr(self, name)
-            if list(blocks) != sorted(set(blocks)):
-                raise ValueError(f'taps {name}={blocks} must be increasing, without repeats')
-        return depth if self.embedding else max(asked, default=-1) + 1
-
-
-def cast(params: Tree, dtype: Any) -> Tree:
-    """Matrices and tables in `dtype`; LayerNorm parameters and logit_scale stay float32."""
-    return {
-        name: cast(value, jnp.float32 if 'scale' in value else dtype)
-        if isinstance(value, dict)
-        else value.astype(jnp.float32 if name == 'logit_scale' else dtype)
-        for name, value in params.items()
-    }
-
-
 def _block(
     x: jax.Array,
     params: Tree,
@@ -193,20 +149,6 @@ def _linear(x: jax.Array, params: Tree) -> jax.Array:
 
 
 @jax.named_scope('patch_embedding')
-def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
-    """(..., H, W, 3) -> (..., H/p * W/p, p * p * 3): patches row-major, their pixels too.
-
-    A stride-p convolution is a matrix product over these.
-    """
-    *lead, height, width, channels = pixels.shape
-    p = patch_size
-    # A row of a patch is one axis: three channels apart would fill a register each on TPU.
-    rows = pixels.reshape(-1, height // p, p, width // p, p * channels)
-    patches = rows.transpose(0, 1, 3, 2, 4)
-    return patches.reshape(*lead, (height // p) * (width // p), p * p * channels)
-
-
-@jax.named_scope('patch_embedding')
 def _embed_patches(params: Tree, patches: jax.Array, spec: ClipSpec) -> jax.Array:
     """Patches (N, g*g, p*p*3) -> the stream (N, L, W) after `ln_pre`."""
     dtype = patches.dtype
@@ -230,8 +172,8 @@ def encode_image(
 
     Args:
       params: the `visual` subtree.
-      pixels: (N, H, W, 3), normalised (see `api.Pixels`), or (N, g*g, p*p*3), `patchify` of them;
-        their dtype is the compute dtype.
+      pixels: (N, H, W, 3), normalised (see `layers.Pixels`), or `layers.patchify` of them
+        (N, g*g, p*p*3); their dtype is the compute dtype.
       spec: geometry; H = W = spec.image_size.
       taps: what to return.
       unroll: see `stack`.
@@ -251,7 +193,7 @@ def encode_image(
                 f'frames of {pixels.shape[1]}x{pixels.shape[2]} pixels for a backbone of '
                 f'image_size={spec.image_size}; set data.image_size or resize the position table'
             )
-        patches = patchify(pixels, spec.patch_size)
+        patches = layers.patchify(pixels, spec.patch_size)
     params = _gather_unstacked(params)
     x = _embed_patches(params, patches, spec)
     found: dict[str, list[jax.Array]] = {}
@@ -345,17 +287,6 @@ def _gather_unstacked(params: Tree) -> Tree:
     return params | gather_params(unstacked, SHARDING_RULES)
 
 
-def l2_normalize(x: jax.Array) -> jax.Array:
-    """Rows of unit length, in float32."""
-    x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def abstract_params(spec: ClipSpec) -> Tree:
-    """The tree as float32 `jax.ShapeDtypeStruct` leaves."""
-    return jax.eval_shape(lambda: init_params(jax.random.key(0), spec))
-
-
 def init_params(key: jax.Array, spec: ClipSpec, logit_scale: float = math.log(100.0)) -> Tree:
     """A random tower of this geometry, for tests, the demo and shape checks.
 
@@ -434,4 +365,18 @@ SHARDING_RULES = (
     ShardingRule(r'proj(ection)?/kernel$', ('fsdp', None)),
     ShardingRule(r'(bias|scale|embedding)$'),
     ShardingRule(r'^text/\d+$'),  # features of class names
+)
+
+
+KIND = Kind(
+    specs=SPECS,
+    spec_class=ClipSpec,
+    geometry=('patch_size', 'width', 'depth', 'num_heads'),
+    pixels=PIXELS,
+    sharding_rules=SHARDING_RULES,
+    init_params=init_params,
+    tables=('visual/positional_embedding',),
+    resize=lambda table, spec: layers.resize_positions(table, (spec.grid,) * 2),
+    encode_image=encode_image,
+    encode_text=encode_text,
 )

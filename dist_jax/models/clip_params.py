@@ -14,7 +14,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dist_jax.models.clip import SPECS, ClipSpec, abstract_params
+from dist_jax.models.backbone import Backbone
+from dist_jax.models.clip import KIND, SPECS, ClipSpec
 from dist_jax.models.foreign import shown
 from dist_jax.models.naming import Naming, Options, Plan
 from dist_jax.models.params import ALL, Row, hidden_ratio, numbered, tensor_shape
@@ -471,22 +472,6 @@ def _whole(width: int, head_width: int, what: str) -> int:
     return width // head_width
 
 
-def spec_from_metadata(metadata: Mapping[str, Any]) -> ClipSpec:
-    """Spec of a converted checkpoint of family 'clip'.
-
-    Raises:
-      ValueError: another family, or fields that this `ClipSpec` does not have.
-    """
-    if metadata.get('family') != 'clip':
-        raise ValueError(
-            f'a checkpoint of family {metadata.get("family")!r} where a converted CLIP is expected'
-        )
-    try:
-        return ClipSpec(**metadata['spec'])
-    except TypeError as error:
-        raise ValueError(f'the spec of this converted CLIP does not fit: {error}') from None
-
-
 def spec_name(spec: ClipSpec, specs: Mapping[str, ClipSpec]) -> str:
     """Name of the published size that this geometry is, or 'clip' with its numbers.
 
@@ -530,7 +515,7 @@ def _plan(spec: ClipSpec, rows: list[Row], source: SourceFiles, ignore: tuple[st
         spec=dataclasses.asdict(spec),
         tensors=source.tensors,
         rows=rows,
-        abstract=abstract_params(spec),
+        abstract=Backbone(KIND, spec).abstract_params(),
         ignore=ignore,
     )
 

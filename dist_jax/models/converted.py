@@ -196,6 +196,27 @@ def stored_shapes(path: PathLike) -> Tree:
     return unflatten(stored_leaves(absolute_path(path) / 'params', stored))
 
 
+def stored_variables(path: PathLike) -> Tree:
+    """`variables` of a converted network as `jax.ShapeDtypeStruct` leaves."""
+    return variables(stored_shapes(path), load_metadata(path))
+
+
+def load_variables(path: PathLike, abstract: Tree, *, verify: bool = True) -> Tree:
+    """Reads `variables` of a converted network.
+
+    Args:
+      path: a converted checkpoint.
+      abstract: {'params': ..., **collections} with shapes, dtypes and shardings.
+      verify: see `load_params`.
+
+    Raises:
+      ValueError: as of `load_params`.
+    """
+    tree = stored_tree(abstract)
+    found = load_params(path, list(tree), abstract=tree, verify=verify)
+    return variables(found, load_metadata(path))
+
+
 def stored_leaves(folder: epath.Path, stored: Digests | None) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and dtype} of a tree that orbax saved, without reading any arrays.
 

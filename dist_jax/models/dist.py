@@ -19,16 +19,18 @@ the last one apart, because its integration-to-temporal map feeds nothing.
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dist_jax.models import clip, heads
-from dist_jax.models.api import ParamGroup, Tree, VideoModel
+from dist_jax.models import heads
+from dist_jax.models.api import Model, ParamGroup, Tree
+from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import (
     Dtype,
     LayerNorm,
@@ -37,6 +39,7 @@ from dist_jax.models.layers import (
     QueryAttention,
     einsum,
     einsum_to_float32,
+    patchify,
     precision_of,
     quick_gelu,
     trunc_normal,
@@ -49,7 +52,7 @@ ADA_POOLING_MLP_RATIO = 4
 
 
 def build(
-    backbone: clip.ClipSpec,
+    backbone: Backbone,
     *,
     num_classes: tuple[int, ...],
     num_frames: int,
@@ -67,12 +70,12 @@ def build(
     ada_pooling_layers: int = 4,
     remat: bool = False,
     unroll: bool = False,
-) -> VideoModel:
-    """DiST on a frozen CLIP.
+) -> Model:
+    """DiST on a frozen backbone.
 
     Args:
-      backbone: geometry of the frozen CLIP.
-      num_classes: classes of each label column.
+      backbone: the frozen one.
+      num_classes: classes of each head.
       num_frames: T, frames of a clip; the backbone sees every alpha-th.
       head: 'text' (cosine with class names) or 'linear'.
       dtype: compute dtype of both networks; norms, softmax, pooled output and loss are float32.
@@ -104,16 +107,17 @@ def build(
     for name, size in (('temporal_patch', temporal_patch), ('temporal_kernel', temporal_kernel)):
         if size % 2 == 0:
             raise ValueError(f'model.{name}={size} must be odd')
-    selected = tuple(selected_layers) or tuple(range(backbone.depth))
-    # The embedding serves `frozen_logits` only: where that is not asked, nothing computes it.
-    taps = clip.Taps(outputs=selected, embedding=head == 'text')
-    taps.blocks_needed(backbone.depth)
+    spec = backbone.spec
+    selected = tuple(selected_layers) or tuple(range(spec.depth))
+    # The embedding serves zero-shot logits only: where they are not asked, nothing computes it.
+    taps = Taps(outputs=selected, embedding=head == 'text')
+    taps.blocks_needed(spec.depth)
 
     net = DistNet(
         num_layers=len(selected),
         num_frames=num_frames,
         alpha=alpha,
-        patch_size=backbone.patch_size,
+        patch_size=spec.patch_size,
         integration_dim=integration_dim,
         temporal_dim=temporal_dim,
         temporal_patch=temporal_patch,
@@ -122,62 +126,41 @@ def build(
         ffn_hidden=int(integration_dim * integration_mlp_ratio),
         temporal_ffn_hidden=int(integration_dim * integration_temporal_mlp_ratio),
         ada_pooling_layers=ada_pooling_layers,
-        embed_dim=backbone.embed_dim,
+        embed_dim=spec.embed_dim,
         head=heads.Head(head, tuple(num_classes)),
         dtype=dtype,
         remat=remat,
         unroll=unroll,
     )
 
-    def prepare(params: Tree, class_tokens: tuple[jax.Array, ...]) -> Tree:
-        frozen = {'visual': clip.cast(params['visual'], dtype)}
-        if head == 'text':
-            frozen['text'] = heads.text_features(params['text'], class_tokens, backbone)
-            frozen['logit_scale'] = params['logit_scale']
-        return frozen
-
     def frozen_view(patches: jax.Array) -> jax.Array:
         """What the backbone sees of (B, T, g*g, p*p*3): every alpha-th frame, (B*t, ...)."""
         return patches[:, ::alpha].reshape(-1, *patches.shape[2:])
 
-    def features(frozen: Tree, video: jax.Array) -> Tree:
+    def features(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
         # Both networks begin with the same patches. The barrier has them kept for the backward pass
         # as they are: the compiler would keep rows of 48 values padded to 128, and patchify again.
         patches = jax.lax.optimization_barrier(
-            clip.patchify(video.astype(dtype), backbone.patch_size)
+            patchify(batch['video'].astype(dtype), spec.patch_size)
         )
-        found = clip.encode_image(
-            frozen['visual'], frozen_view(patches), backbone, taps, unroll=unroll
-        )
+        found = backbone.encode_image(frozen['visual'], frozen_view(patches), taps, unroll=unroll)
         inputs = {'taps': found['outputs'], 'patches': patches}
         if head == 'text':
-            inputs |= {
-                'text': frozen['text'],
-                'logit_scale': frozen['logit_scale'],
-                'embedding': found['embedding'],
-            }
-        return jax.lax.stop_gradient(inputs)
+            texts = {name: frozen[name] for name in ('text', 'logit_scale')}
+            inputs |= texts | {'embedding': found['embedding']}
+        return inputs
 
-    def frozen_logits(frozen: Tree, inputs: Tree) -> tuple[jax.Array, ...]:
-        frames = inputs['embedding'].reshape(len(inputs['patches']), -1, backbone.embed_dim)
-        columns = heads.cosine_logits(frames, frozen['text'], frozen['logit_scale'])
-        return tuple(column.mean(1) for column in columns)
-
-    def attention(variables: Tree, frozen: Tree, video: jax.Array) -> jax.Array:
-        inputs = features(frozen, video)
+    def attention(variables: Tree, inputs: Tree) -> jax.Array:
         _, sown = net.apply(variables, inputs, mutable=['intermediates'])
         return pooling_attention(sown['intermediates'][f'adapooling_{ada_pooling_layers - 1}'])
 
-    return VideoModel(
+    return Model(
         net=net,
-        prepare=prepare,
-        features=features,
-        normalize=functools.partial(clip.PIXELS.normalize, dtype=dtype),
-        reads=('visual', 'text', 'logit_scale') if head == 'text' else ('visual',),
+        dtype=dtype,
+        pixels=backbone.kind.pixels,
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,
-        frozen_rules=clip.SHARDING_RULES,
-        frozen_logits=frozen_logits if head == 'text' else None,
+        frozen=Frozen(backbone, dtype, features, texts=head == 'text'),
         attention=attention if ada_pooling_layers else None,
     )
 
@@ -318,7 +301,7 @@ def _space_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
 class Stem(nn.Module):
     """Patch embedding over several frames: kernel (k, p, p), stride (1, p, p), time padding k // 2.
 
-    Patches (B, T, g*g, p*p*3), see `clip.patchify`, -> (B, T, g, g, S). Parameters `kernel`
+    Patches (B, T, g*g, p*p*3), see `layers.patchify`, -> (B, T, g, g, S). Parameters `kernel`
     (k, p, p, 3, S) and `bias`.
     """
 
@@ -585,21 +568,27 @@ class DistNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Tree, *, train: bool = False, intermediates: bool = False
+        self,
+        features: Tree,
+        *,
+        mask: jax.Array | None = None,
+        train: bool = False,
+        intermediates: bool = False,
     ) -> dict[str, Any]:
         """Runs both branches and the head.
 
         Args:
           features: `taps` (K, B*t, L, W), `patches` (B, T, g*g, p*p*3) of the normalised video, and
-            for a text head `text` and `logit_scale`.
-          train: accepted for the common interface; DiST has no dropout.
+            for a text head `text`, `logit_scale` and the frozen `embedding` (B*t, E).
+          mask, train: accepted for the common interface; DiST has no statistics and no dropout.
           intermediates: also return the tensors of every layer, stacked on axis 0.
 
         Returns:
           `logits`, tuple of float32 (B, num_classes); `embedding` float32 (B, E), not normalised;
-          with `intermediates` also `stem`, `temporal`, `integration` and `pooling`.
+          with a text head `frozen_logits`, those of the backbone alone, mean over its frames; with
+          `intermediates` also `stem`, `temporal`, `integration` and `pooling`.
         """
-        del train
+        del mask, train
         taps, patches = features['taps'], features['patches']
         b, num_frames = patches.shape[:2]
         if num_frames != self.num_frames:
@@ -659,6 +648,10 @@ class DistNet(nn.Module):
         proj_init = nn.initializers.normal(width**-0.5)
         v = Linear(self.embed_dim, use_bias=False, kernel_init=proj_init, name='proj')(v)
         outputs: dict[str, Any] = {'embedding': v, 'logits': self.head(v, features)}
+        if 'text' in features:
+            frames = features['embedding'].reshape(b, -1, self.embed_dim)
+            heads_of_frames = heads.cosine_logits(frames, features['text'], features['logit_scale'])
+            outputs['frozen_logits'] = tuple(logits.mean(1) for logits in heads_of_frames)
         if intermediates:
             outputs |= {
                 'stem': stem,

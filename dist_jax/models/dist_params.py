@@ -12,11 +12,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dist_jax.models import clip, dist
+from dist_jax.models.backbone import Backbone
 from dist_jax.models.clip_params import (
     OPENAI_IGNORE,
     fused_attention_rows,
@@ -24,8 +24,8 @@ from dist_jax.models.clip_params import (
     norm_rows,
     openai_rows,
 )
-from dist_jax.models.naming import Export, Naming, Options, Plan
-from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, tensor_shape, with_precision
+from dist_jax.models.naming import Export, Naming, Options, Plan, abstract_network
+from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, tensor_shape
 from dist_jax.models.source_files import SourceFiles
 
 RELEASE_PREFIX = 'backbone.base_encoder.'
@@ -252,7 +252,7 @@ def run_hparams(model: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[s
 def abstract_params(hparams: Mapping[str, Any]) -> Tree:
     """The trainable tree of a text-head DiST as float32 `jax.ShapeDtypeStruct` leaves."""
     width, patch = hparams['width'], hparams['patch_size']
-    backbone = clip.ClipSpec(
+    spec = clip.ClipSpec(
         image_size=patch,
         patch_size=patch,
         width=width,
@@ -263,19 +263,10 @@ def abstract_params(hparams: Mapping[str, Any]) -> Tree:
         text_depth=1,
         text_num_heads=1,
     )
-    options = build_options(hparams)
-    net = dist.build(backbone, num_classes=(1,), dtype=jnp.float32, **options).net
-    frames = hparams['num_frames']
-    features = {
-        'taps': jax.ShapeDtypeStruct(
-            (hparams['num_layers'], frames // hparams['alpha'], 2, width), jnp.float32
-        ),
-        'patches': jax.ShapeDtypeStruct((1, frames, 1, patch * patch * 3), jnp.float32),
-        'text': (jax.ShapeDtypeStruct((1, hparams['embed_dim']), jnp.float32),),
-        'logit_scale': jax.ShapeDtypeStruct((), jnp.float32),
-    }
-    variables = jax.eval_shape(net.init, jax.random.key(0), features)
-    return with_precision(variables['params'], jnp.float32)
+    model = dist.build(
+        Backbone(clip.KIND, spec), num_classes=(1,), dtype=jnp.float32, **build_options(hparams)
+    )
+    return abstract_network(model, (1, hparams['num_frames'], patch, patch, 3), (1,))
 
 
 def _plan(source: SourceFiles, options: Options) -> Plan:

@@ -21,7 +21,7 @@ the release keeps float32.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -29,8 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models import clip, heads
-from dist_jax.models.api import ParamGroup, Tree, VideoModel
+from dist_jax.models import heads
+from dist_jax.models.api import Model, ParamGroup, Tree
+from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import (
     Dtype,
     Initializer,
@@ -64,7 +66,7 @@ xavier_uniform = nn.initializers.xavier_uniform()
 
 
 def build(
-    backbone: clip.ClipSpec,
+    backbone: Backbone,
     *,
     num_classes: tuple[int, ...],
     num_frames: int,
@@ -82,12 +84,12 @@ def build(
     cls_token_std: float = 0.0,
     remat: bool = False,
     unroll: bool = False,
-) -> VideoModel:
-    """EVL on a frozen CLIP.
+) -> Model:
+    """EVL on a frozen backbone.
 
     Args:
-      backbone: geometry of the frozen CLIP.
-      num_classes: classes of each label column.
+      backbone: the frozen one.
+      num_classes: classes of each head.
       num_frames: T, frames of a clip; the backbone sees all.
       head: 'linear' only; EVL has no text tower.
       dtype: compute dtype of both networks; norms, softmax, sums, query and loss are float32.
@@ -110,9 +112,10 @@ def build(
     """
     if head != 'linear':
         raise ValueError(f'model.head={head!r}: EVL has a linear head only')
-    if not 1 <= depth <= backbone.depth:
+    spec = backbone.spec
+    if not 1 <= depth <= spec.depth:
         raise ValueError(
-            f'model.depth={depth}: the backbone has {backbone.depth} blocks to read, and a decoder '
+            f'model.depth={depth}: the backbone has {spec.depth} blocks to read, and a decoder '
             'layer reads one'
         )
     if num_heads < 1 or qkv_dim % num_heads:
@@ -122,12 +125,12 @@ def build(
     for name, rate in (('mlp_dropout', mlp_dropout), ('head_dropout', head_dropout)):
         if not 0 <= rate < 1:
             raise ValueError(f'model.{name}={rate} must be at least 0 and below 1')
-    blocks = tuple(range(backbone.depth - depth, backbone.depth))
+    blocks = tuple(range(spec.depth - depth, spec.depth))
 
     def neighbours(queries: jax.Array, keys: jax.Array) -> jax.Array:
         return neighbour_attention(queries, keys, num_frames).astype(dtype)
 
-    taps = clip.Taps(
+    taps = Taps(
         outputs=blocks,
         attention=blocks if temporal_cross_attention else (),
         summary=neighbours,
@@ -135,10 +138,10 @@ def build(
     net = EvlNet(
         depth=depth,
         num_frames=num_frames,
-        grid=(backbone.grid, backbone.grid),
+        grid=(spec.grid, spec.grid),
         qkv_dim=qkv_dim,
         num_heads=num_heads,
-        mlp_hidden=round(mlp_ratio * backbone.width),
+        mlp_hidden=round(mlp_ratio * spec.width),
         mlp_dropout=mlp_dropout,
         head_dropout=head_dropout,
         temporal_conv=temporal_conv,
@@ -148,36 +151,35 @@ def build(
         head=heads.Head(
             head,
             tuple(num_classes),
-            kernel_init=_uniform(backbone.width),
-            bias_init=_uniform(backbone.width),
+            kernel_init=_uniform(spec.width),
+            bias_init=_uniform(spec.width),
         ),
         dtype=dtype,
         remat=remat,
         unroll=unroll,
     )
 
-    def features(frozen: Tree, video: jax.Array) -> Tree:
+    def features(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
+        video = batch['video']
         frames = video.reshape(-1, *video.shape[2:]).astype(dtype)
-        found = clip.encode_image(frozen['visual'], frames, backbone, taps, unroll=unroll)
+        found = backbone.encode_image(frozen['visual'], frames, taps, unroll=unroll)
         stream = found['outputs']
         found['outputs'] = stream.reshape(depth, video.shape[0], -1, *stream.shape[2:])
-        return jax.lax.stop_gradient(found)
+        return found
 
-    def attention(variables: Tree, frozen: Tree, video: jax.Array) -> jax.Array:
-        _, seen = net.apply(variables, features(frozen, video), mutable=['intermediates'])
+    def attention(variables: Tree, inputs: Tree) -> jax.Array:
+        _, seen = net.apply(variables, inputs, mutable=['intermediates'])
         weights = seen['intermediates']['layers']['attn']['weights'][0]  # (D, B, h, T*L)
-        shares = weights.mean((0, 2)).reshape(video.shape[0], num_frames, backbone.num_tokens)
-        return shares[..., 1:].reshape(*shares.shape[:2], backbone.grid, backbone.grid)
+        shares = weights.mean((0, 2)).reshape(weights.shape[1], num_frames, spec.num_tokens)
+        return shares[..., 1:].reshape(*shares.shape[:2], spec.grid, spec.grid)
 
-    return VideoModel(
+    return Model(
         net=net,
-        prepare=lambda params, _: {'visual': clip.cast(params['visual'], dtype)},
-        features=features,
-        normalize=functools.partial(clip.PIXELS.normalize, dtype=dtype),
-        reads=('visual',),
+        dtype=dtype,
+        pixels=backbone.kind.pixels,
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,
-        frozen_rules=clip.SHARDING_RULES,
+        frozen=Frozen(backbone, dtype, features),
         attention=attention,
     )
 
@@ -430,13 +432,19 @@ class EvlNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Tree, *, train: bool = False, intermediates: bool = False
+        self,
+        features: Tree,
+        *,
+        mask: jax.Array | None = None,
+        train: bool = False,
+        intermediates: bool = False,
     ) -> dict[str, Any]:
         """Runs the decoder and the head.
 
         Args:
           features: `outputs` (D, B, T, L, C), and with cross-attention `attention`
             (D, B, T, 2, N, N), see `neighbour_attention`.
+          mask: accepted for the common interface; EVL has no statistics.
           train: dropout on; needs the rng 'dropout'.
           intermediates: also return the query after every layer.
 
@@ -444,6 +452,7 @@ class EvlNet(nn.Module):
           `logits`, tuple of float32 (B, num_classes); `embedding` float32 (B, C), after the head's
           norm; with `intermediates` also `queries` (D, B, C).
         """
+        del mask
         batch, num_frames, _, width = features['outputs'].shape[1:]
         if num_frames != self.num_frames:
             raise ValueError(

@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dist_jax.models import clip, evl
+from dist_jax.models.backbone import Backbone
 from dist_jax.models.clip_params import linear_rows, norm_rows
-from dist_jax.models.naming import Export, Naming, Options, Plan
-from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, tensor_shape, with_precision
+from dist_jax.models.naming import Export, Naming, Options, Plan, abstract_network
+from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, tensor_shape
 from dist_jax.models.source_files import SourceFiles
 
 RELEASE_PREFIX = 'module.'
@@ -135,23 +135,15 @@ def abstract_params(hparams: Mapping[str, Any]) -> Tree:
     """The trainable tree as float32 `jax.ShapeDtypeStruct` leaves."""
     grid, width, depth = hparams['grid'] or 1, hparams['width'], hparams['depth']
     frames = hparams['num_frames'] or 1
-    backbone = clip.ClipSpec(grid, 1, width, depth, 1, 1, 1, 1, 1)
-    net = evl.build(
-        backbone,
+    model = evl.build(
+        Backbone(clip.KIND, clip.ClipSpec(grid, 1, width, depth, 1, 1, 1, 1, 1)),
         num_classes=(hparams['num_classes'],),
         num_frames=frames,
         num_heads=1,  # shapes do not depend on it
         dtype=jnp.float32,
         **build_options(hparams),
-    ).net
-    features = {
-        'outputs': jax.ShapeDtypeStruct(
-            (depth, 1, frames, backbone.num_tokens, width), jnp.float32
-        ),
-        'attention': jax.ShapeDtypeStruct((depth, 1, frames, 2, grid**2, grid**2), jnp.float32),
-    }
-    variables = jax.eval_shape(net.init, jax.random.key(0), features)
-    return with_precision(variables['params'], jnp.float32)
+    )
+    return abstract_network(model, (1, frames, grid, grid, 3), (hparams['num_classes'],))
 
 
 def _plan(source: SourceFiles, options: Options) -> Plan:

@@ -5,15 +5,17 @@ Differs: no paper; it measures how much of a data set single frames give away.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dist_jax.models import clip, heads
-from dist_jax.models.api import ParamGroup, Tree, VideoModel
+from dist_jax.models import heads
+from dist_jax.models.api import Model, ParamGroup, Tree
+from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.frozen import Frozen
 from dist_jax.sharding import ShardingRule
 
 PARAM_GROUPS = (
@@ -28,19 +30,19 @@ SHARDING_RULES = (
 
 
 def build(
-    backbone: clip.ClipSpec,
+    backbone: Backbone,
     *,
     num_classes: tuple[int, ...],
     num_frames: int,
     head: str = 'linear',
     dtype: Any = jnp.bfloat16,
     unroll: bool = False,
-) -> VideoModel:
+) -> Model:
     """A linear head on the mean of the frozen embeddings of all frames.
 
     Args:
-      backbone: geometry of the frozen CLIP.
-      num_classes: classes of each label column.
+      backbone: the frozen one.
+      num_classes: classes of each head.
       num_frames: any.
       head: 'linear' only; the backbone alone, with class texts, is `eval.fusion=1` of another
         family.
@@ -54,22 +56,19 @@ def build(
     if head != 'linear':
         raise ValueError(f'model.head={head!r}: frame_mean has a linear head only')
 
-    def features(frozen: Tree, video: jax.Array) -> Tree:
+    def features(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
+        video = batch['video']
         frames = video.reshape(-1, *video.shape[2:]).astype(dtype)
-        taps = clip.Taps(embedding=True)
-        found = clip.encode_image(frozen['visual'], frames, backbone, taps, unroll=unroll)
-        embedding = found['embedding'].reshape(*video.shape[:2], -1).mean(1)
-        return jax.lax.stop_gradient({'embedding': embedding})
+        found = backbone.encode_image(frozen['visual'], frames, Taps(embedding=True), unroll=unroll)
+        return {'embedding': found['embedding'].reshape(*video.shape[:2], -1).mean(1)}
 
-    return VideoModel(
+    return Model(
         net=FrameMean(heads.Head(head, tuple(num_classes))),
-        prepare=lambda params, _: {'visual': clip.cast(params['visual'], dtype)},
-        features=features,
-        normalize=functools.partial(clip.PIXELS.normalize, dtype=dtype),
-        reads=('visual',),
+        dtype=dtype,
+        pixels=backbone.kind.pixels,
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,
-        frozen_rules=clip.SHARDING_RULES,
+        frozen=Frozen(backbone, dtype, features),
     )
 
 
@@ -79,8 +78,10 @@ class FrameMean(nn.Module):
     head: heads.Head
 
     @nn.compact
-    def __call__(self, features: Tree, *, train: bool = False) -> dict[str, Any]:
+    def __call__(
+        self, features: Tree, *, mask: jax.Array | None = None, train: bool = False
+    ) -> dict[str, Any]:
         """`embedding` (B, E) -> `logits`, tuple of (B, num_classes), and the embedding."""
-        del train
+        del mask, train
         embedding = features['embedding']
         return {'embedding': embedding, 'logits': self.head(embedding, features)}

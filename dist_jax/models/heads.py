@@ -1,7 +1,8 @@
 """From a clip embedding to logits: cosine with class texts, or linear classifiers.
 
-A data set may have several label columns (verb and noun); every head is a tuple with one entry a
-column.
+A data set may ask several things of a clip (verb and noun), each with classes and a head of its
+own; logits are tuples with one entry a head. In trees of parameters they are called `column_0` and
+so on: initial values and stored checkpoints hang on these names.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models import clip
 from dist_jax.models.api import Tree
-from dist_jax.models.layers import Initializer, LinearHead, exact_float32, trunc_normal
+from dist_jax.models.layers import Initializer, LinearHead, l2_normalize, trunc_normal
 
 HEADS = ('text', 'linear')
 
@@ -24,12 +24,11 @@ class Head(nn.Module):
     """Logits of a clip embedding.
 
     With kind 'text' there are no parameters: logits are cosine similarities with the frozen text
-    features of the class names, times exp(logit_scale). With kind 'linear', one classifier a label
-    column.
+    features of the class names, times exp(logit_scale). With kind 'linear', one classifier a head.
 
     Attributes:
       kind: 'text' or 'linear'.
-      num_classes: classes of each label column.
+      num_classes: classes of each head.
       kernel_init, bias_init: of the classifiers.
     """
 
@@ -58,32 +57,13 @@ def check_kind(kind: str) -> None:
 def cosine_logits(
     embedding: jax.Array, text: tuple[jax.Array, ...], logit_scale: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """(..., E) embeddings -> float32 (..., num_classes) a label column; `text` is L2-normalised."""
-    unit = clip.l2_normalize(embedding)
+    """(..., E) embeddings -> float32 (..., num_classes) a head; `text` is L2-normalised."""
+    unit = l2_normalize(embedding)
     return tuple(jnp.exp(logit_scale) * unit @ column.T for column in text)
 
 
-def text_features(
-    params: Tree, class_tokens: tuple[jax.Array, ...], spec: clip.ClipSpec, batch_size: int = 128
-) -> tuple[jax.Array, ...]:
-    """Frozen features of class names, float32 (num_classes, E) a column, of unit length.
-
-    Source: the DiST release encodes the bare label text. Run once before training, in blocks of
-    `batch_size` rows so that a long label list needs little memory.
-    """
-    encode = jax.jit(
-        exact_float32(lambda rows: clip.l2_normalize(clip.encode_text(params, rows, spec)))
-    )
-    return tuple(
-        jnp.concatenate(
-            [encode(tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
-        )
-        for tokens in class_tokens
-    )
-
-
 def classes_of(params: Tree) -> tuple[int, ...]:
-    """Classes of each label column in the parameters of a network; () for a text head."""
+    """Classes of each head in the parameters of a network; () for a text head."""
     return tuple(
         params['head'][f'column_{i}']['classifier']['bias'].shape[-1]
         for i in range(len(params.get('head', ())))
@@ -108,7 +88,7 @@ def take_classes(head: Tree, places: Sequence[np.ndarray], fresh: Tree) -> Tree:
 
     Args:
       head: of the classes that there are: kernels (E, source classes), biases (source classes,).
-      places: for each label column the source class of each class, int (classes,); -1: none.
+      places: for each head the source class of each class, int (classes,); -1: none.
       fresh: the head to take the other classes from. It says where the result lies; without a -1,
         shapes with shardings are enough.
     """

@@ -6,6 +6,7 @@ Both compute normalisation and softmax in float32 whatever the activation dtype 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,22 @@ Initializer = Callable[..., jax.Array]
 
 # `trunc_normal_` of the releases cuts at -2 and 2, a hundred standard deviations: nothing is cut.
 trunc_normal = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How a model wants its pixels: RGB in [0, 1], minus the mean, over the standard deviation."""
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @jax.named_scope('normalize')
+    def normalize(self, video: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """RGB (..., H, W, 3), 0 to 255, uint8 or float -> standardised pixels in `dtype`."""
+        std = np.asarray(self.std, np.float32)
+        scale = 1.0 / (255.0 * std)
+        shift = np.asarray(self.mean, np.float32) / std
+        return (video.astype(jnp.float32) * scale - shift).astype(dtype)
 
 
 def exact_float32(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,6 +143,26 @@ def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None =
 def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
     """The product of `attend`: weights (N, h, Q, L), value (N, L, h, d) -> (N, Q, h, d)."""
     return einsum('nhql,nlhd->nqhd', weights.astype(value.dtype), value)
+
+
+@jax.named_scope('patch_embedding')
+def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
+    """(..., H, W, 3) -> (..., H/p * W/p, p * p * 3): patches row-major, their pixels too.
+
+    A stride-p convolution is a matrix product over these.
+    """
+    *lead, height, width, channels = pixels.shape
+    p = patch_size
+    # A row of a patch is one axis: three channels apart would fill a register each on TPU.
+    rows = pixels.reshape(-1, height // p, p, width // p, p * channels)
+    patches = rows.transpose(0, 1, 3, 2, 4)
+    return patches.reshape(*lead, (height // p) * (width // p), p * p * channels)
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Rows of unit length, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

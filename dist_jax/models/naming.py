@@ -10,9 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models.params import Row, Tree
+from dist_jax.models.api import Model
+from dist_jax.models.params import Row, Tree, with_precision
 from dist_jax.models.source_files import SourceFiles
 
 
@@ -88,3 +91,22 @@ class Naming:
     matches: Callable[[SourceFiles], bool]
     plan: Callable[[SourceFiles, Options], Plan]
     export: Export | None = None
+
+
+def abstract_network(
+    model: Model, video_shape: tuple[int, ...], num_classes: tuple[int, ...]
+) -> Tree:
+    """The trainable parameters of a model on a backbone, as float32 `jax.ShapeDtypeStruct` leaves.
+
+    Args:
+      model: of any family.
+      video_shape: (B, T, H, W, 3) of any small batch.
+      num_classes: of each head.
+    """
+    inputs = jax.eval_shape(
+        lambda frozen, video: model.inputs(frozen, {'video': video}),
+        model.frozen.abstract(num_classes),
+        jax.ShapeDtypeStruct(video_shape, model.dtype),
+    )
+    variables = jax.eval_shape(model.net.init, jax.random.key(0), inputs)
+    return with_precision(variables['params'], jnp.float32)

@@ -13,9 +13,9 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint
+from configs import base
 from dist_jax.json_file import write_json
-from dist_jax.plan import cache, compiling, figures, flops, search, tables
+from dist_jax.plan import cache, compiling, figures, search, tables
 from dist_jax.plan.topology import Topology, devices, versions
 from dist_jax.sharding import batch_parts, make_mesh
 
@@ -125,15 +125,14 @@ class Planner:
         found = self.context() | {
             'label': request.label,
             'gradients': request.gradients,
-            'config': checkpoint.plain(config),
+            'config': base.plain(config),
             'step': 'train',
         }
         mesh = make_mesh(self._devices, **config.mesh)
         found['mesh'] = dict(mesh.shape)
         one = compiling.train_step(config, mesh, request.gradients)
-        counted = self._count(one, config)
-        found |= self._figures(f'{request.label}, train step', one, counted.total)
-        found['model_flops_parts'] = dataclasses.asdict(counted)
+        found |= self._figures(f'{request.label}, train step', one)
+        found['model_flops_parts'] = dataclasses.asdict(one.model_flops)
         found['eval'] = self._evaluation(request, mesh, found) if options.evaluate else None
         found['search'] = self._search(request, mesh, found) if options.search_batch else None
         return found
@@ -143,11 +142,8 @@ class Planner:
             one = compiling.eval_step(request.config, mesh)
         except ValueError as error:  # the train step is a plan all the same
             return {'error': str(error)}
-        counted = self._count(one, request.config)
-        found = self._figures(
-            f'{request.label}, eval step', one, counted.features + counted.forward
-        )
-        found['model_flops_parts'] = dataclasses.asdict(counted)
+        found = self._figures(f'{request.label}, eval step', one)
+        found['model_flops_parts'] = dataclasses.asdict(one.model_flops)
         # While a run evaluates, what only training needs stays where it is, the last batch too.
         memory = trained['hbm_bytes_per_chip']
         state = ('trainable', 'optimizer', 'average', 'other_state', 'batch')
@@ -170,7 +166,7 @@ class Planner:
                 config = copy.deepcopy(request.config)
                 config.batch_size = size * parts
                 one = compiling.train_step(config, mesh, request.gradients)
-                figure = self._figures(f'{request.label}, {config.batch_size} clips', one, 0.0)
+                figure = self._figures(f'{request.label}, {config.batch_size} clips', one)
                 known[size] = (figure['fits'], figure['hbm_bytes_needed'])
             return search.Trial(size, *known[size])
 
@@ -192,14 +188,8 @@ class Planner:
             ],
         }
 
-    def _count(self, one: compiling.Step, config: ConfigDict) -> flops.ModelFlops:
-        data = config.data
-        clip_shape = (data.num_frames, data.image_size, data.image_size, 3)
-        return flops.count_model(one.model, one.arguments['frozen'], clip_shape)
-
-    def _figures(self, what: str, one: compiling.Step, flops_per_clip: float) -> dict[str, Any]:
-        compiled = self._compile(what, one)
-        return figures.step_figures(one, compiled, self.topology, flops_per_clip)
+    def _figures(self, what: str, one: compiling.Step) -> dict[str, Any]:
+        return figures.step_figures(one, self._compile(what, one), self.topology)
 
     def _compile(self, what: str, one: compiling.Step) -> compiling.Compiled:
         lowered = one.function.lower(*one.arguments.values())

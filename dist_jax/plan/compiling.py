@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from dist_jax import evaluate, experiment, optim, recipe, step, train
-from dist_jax.models import clip
-from dist_jax.models.api import Tree, VideoModel
+from dist_jax import experiment, optim, recipe, step, train, views
+from dist_jax.models.api import Model, Tree
+from dist_jax.plan import flops
 from dist_jax.plan.gradients import with_gradients
 from dist_jax.sharding import batched, check_batch_size, replicated
 
@@ -36,14 +36,16 @@ class Step:
       function: jitted.
       arguments: trees of `jax.ShapeDtypeStruct` with shardings, by name, in order.
       clips: clips that one call works on, over all devices.
-      model: the family's model; None for the calibration.
+      model_flops: of one clip; None for the calibration.
+      flops_per_clip: those of them that this step does.
       batches: that are on the devices together: this call's, and those sent ahead.
     """
 
     function: Callable[..., Any]
     arguments: dict[str, Tree]
     clips: int
-    model: VideoModel | None
+    model_flops: flops.ModelFlops | None = None
+    flops_per_clip: float = 0.0
     batches: int = 1
 
 
@@ -60,27 +62,27 @@ def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Ste
     """
     base.check(config)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
-    model, frozen, state, num_classes = _model(config, mesh, gradients)
+    parts = assemble(config)
+    model, frozen = with_gradients(parts.model, parts.abstract_frozen(), gradients)
     settings = _optimizer_settings(config)
+    initialise = train.state_initialiser(config, model, parts.task, parts.train_shape, settings)
+    state = step.place_state(model, jax.eval_shape(initialise, frozen), mesh)
+    frozen = _place_frozen(model, frozen, mesh)
     function = step.make_train_step(
         model,
+        parts.task,
         optim.make_optimizer(state.params, model.param_groups, settings),
         optim.make_schedule(settings),
-        train.step_settings(config, num_classes),
+        train.step_settings(config),
         mesh,
         state,
         frozen,
     )
-    data, clips = config.data, config.batch_size
-    labels = (clips, len(num_classes)) if len(num_classes) > 1 else (clips,)
-    video = (clips, data.num_frames, data.image_size, data.image_size, 3)
-    batch = {
-        'video': jax.ShapeDtypeStruct(video, jnp.uint8),
-        'label': jax.ShapeDtypeStruct(labels, jnp.int32),
-        'mask': jax.ShapeDtypeStruct((clips,), jnp.float32),
-    }
+    clips = config.batch_size
+    batch = step.example_batch(parts.task, (clips, *parts.train_shape))
     arguments = {'state': state, 'frozen': frozen, 'batch': _split(batch, mesh)}
-    return Step(function, arguments, clips, model, train.BATCHES_ON_DEVICE)
+    counted = flops.count_model(model, parts.task, frozen, parts.train_shape)
+    return Step(function, arguments, clips, counted, counted.total, train.BATCHES_ON_DEVICE)
 
 
 def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
@@ -90,17 +92,18 @@ def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
       ValueError: a field that does not fit, or a batch that the mesh does not divide.
     """
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
-    model, frozen, state, _ = _model(config, mesh, 'frozen')
+    parts, videos = assemble(config), config.eval.batch_size
+    model, task = parts.test_model, parts.task
+    frozen = _place_frozen(model, parts.abstract_frozen(test=True), mesh)
+    variables = step.place_variables(model, parts.abstract_variables(), mesh)
     reader = recipe.eval_reader(config)
-    shape = (config.eval.batch_size, *reader.shape)
-    arguments = {
-        'variables': state.eval_variables,
-        'frozen': frozen,
-        'video': _split(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh),
-    }
-    function = step.make_eval_step(model, mesh, config.eval.fusion, state.eval_variables, frozen)
-    clips = config.eval.batch_size * reader.num_views
-    return Step(function, arguments, clips, model, evaluate.BATCHES_ON_DEVICE)
+    batch = step.example_batch(task, (videos, *reader.shape))
+    batch = {name: batch[name] for name in ('video', *task.input_keys)}
+    arguments = {'variables': variables, 'frozen': frozen, 'batch': _split(batch, mesh)}
+    function = step.make_eval_step(model, task, mesh, variables, frozen)
+    counted = flops.count_model(model, task, frozen, parts.test_shape)
+    clips, each = videos * reader.num_views, counted.features + counted.forward
+    return Step(function, arguments, clips, counted, each, views.BATCHES_ON_DEVICE)
 
 
 def calibration_step(devices: list[Any]) -> Step:
@@ -108,7 +111,7 @@ def calibration_step(devices: list[Any]) -> Step:
     place = replicated(Mesh(np.asarray(devices[:1]), ('data',)))
     shape = (CALIBRATION_SIZE, CALIBRATION_SIZE)
     one = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
-    return Step(jax.jit(jnp.matmul), {'a': one, 'b': one}, 1, None)
+    return Step(jax.jit(jnp.matmul), {'a': one, 'b': one}, 1)
 
 
 def _split(tree: Tree, mesh: Mesh) -> Tree:
@@ -121,23 +124,16 @@ def _optimizer_settings(config: ConfigDict) -> optim.OptimizerSettings:
     return train.optimizer_settings(config, train.make_plan(config, ASSUMED_VIDEOS))
 
 
-def _model(
-    config: ConfigDict, mesh: Mesh, gradients: str
-) -> tuple[VideoModel, Tree, step.TrainState, tuple[int, ...]]:
-    """Model, frozen tree, state (both as shapes with shardings), classes of each label column."""
+def assemble(config: ConfigDict) -> experiment.Experiment:
+    """The parts of a config whose lists nobody has: classes have numbers for names."""
     classes = recipe.dataset_info(config).num_classes or ASSUMED_CLASSES
-    num_classes = classes if isinstance(classes, tuple) else (classes,)
-    if config.backbone.name not in clip.SPECS:
-        raise ValueError(
-            f'backbone.name={config.backbone.name!r} is not one of {", ".join(clip.SPECS)}'
-        )
-    spec = dataclasses.replace(clip.SPECS[config.backbone.name], image_size=config.data.image_size)
-    model = experiment.make_model(config, spec, num_classes)
-    frozen = experiment.abstract_frozen(spec, model, num_classes)
-    model, frozen = with_gradients(model, frozen, gradients)
-    initialise = train.state_initialiser(config, model, _optimizer_settings(config))
-    state = step.place_state(model, jax.eval_shape(initialise, frozen), mesh)
-    return model, experiment.place_frozen(model, frozen, mesh), state, num_classes
+    sizes = classes if isinstance(classes, tuple) else (classes,)
+    labels = tuple(tuple(map(str, range(size))) for size in sizes)
+    return experiment.assemble(config, labels, experiment.sized_backbone(config))
+
+
+def _place_frozen(model: Model, frozen: Tree, mesh: Mesh) -> Tree:
+    return frozen if model.frozen is None else model.frozen.place(frozen, mesh)
 
 
 @dataclasses.dataclass(frozen=True)

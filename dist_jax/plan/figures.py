@@ -23,7 +23,6 @@ KINDS = (
     ('state', 'other_state'),
     ('frozen', 'frozen'),
     ('batch', 'batch'),
-    ('video', 'batch'),
 )
 FIRST = ('frozen', 'trainable', 'optimizer', 'batch', 'temporaries')
 TOP = 15  # operations and collectives that are listed
@@ -34,16 +33,13 @@ def kind_of(argument: str) -> str:
     return next((kind for prefix, kind in KINDS if argument.startswith(prefix)), 'other')
 
 
-def step_figures(
-    one: Step, compiled: Compiled, topology: Topology, flops_per_clip: float
-) -> dict[str, Any]:
+def step_figures(one: Step, compiled: Compiled, topology: Topology) -> dict[str, Any]:
     """The figures of one step; `dist_jax plan --help` says what is estimated how.
 
     Args:
       one: the step.
       compiled: the compiler's answer.
       topology: what it was compiled for.
-      flops_per_clip: of the model, without recomputation.
 
     Returns:
       What goes into JSON: bytes, seconds, cycles and FLOPs of one chip and one step, if nothing
@@ -56,8 +52,8 @@ def step_figures(
         'clips_per_chip': per_chip,
         'fits': compiled.fits,
         'hbm_bytes_limit': limit,
-        'model_flops': flops_per_clip * per_chip,
-        'model_flops_per_clip': flops_per_clip,
+        'model_flops': one.flops_per_clip * per_chip,
+        'model_flops_per_clip': one.flops_per_clip,
         'compile_seconds': round(compiled.seconds, 2),
     }
     if not compiled.text:

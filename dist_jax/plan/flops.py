@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from dist_jax.models.api import Tree, VideoModel
+from dist_jax.models.api import Model, Tree
+from dist_jax.step import example_batch, model_inputs
+from dist_jax.tasks.api import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,30 +164,35 @@ class ModelFlops:
         return self.features + self.forward + self.backward
 
 
-def count_model(model: VideoModel, frozen: Tree, clip_shape: tuple[int, ...]) -> ModelFlops:
+def count_model(model: Model, task: Task, frozen: Tree, clip_shape: tuple[int, ...]) -> ModelFlops:
     """Counts a model on one clip.
 
     Args:
       model: of any family.
+      task: what it learns.
       frozen: its frozen tree, arrays or shapes.
       clip_shape: (T, H, W, 3).
     """
-    video = jax.ShapeDtypeStruct((1, *clip_shape), jnp.uint8)
-    inputs = jax.eval_shape(lambda f, v: model.features(f, model.normalize(v)), frozen, video)
+
+    def look(frozen: Tree, batch: Tree) -> Tree:
+        return model_inputs(model, task, frozen, batch)
+
+    def net(params: Tree, collections: Tree, inputs: Tree, batch: Tree, key: jax.Array) -> Tree:
+        outputs, _ = model.net.apply(
+            {'params': params, **collections},
+            inputs,
+            mask=batch['mask'],
+            train=True,
+            rngs={'dropout': key},
+            mutable=list(collections),
+        )
+        return task.loss(outputs, task.targets(batch), batch['mask'])
+
+    batch = example_batch(task, (1, *clip_shape))
+    inputs = jax.eval_shape(look, frozen, batch)
     variables = dict(jax.eval_shape(model.net.init, jax.random.key(0), inputs))
     params = variables.pop('params')
     key = jax.eval_shape(jax.random.key, 0)
-
-    def net(params: Tree, extra: Tree, inputs: Tree, key: jax.Array) -> Tree:
-        outputs, _ = model.net.apply(
-            {'params': params, **extra},
-            inputs,
-            train=True,
-            rngs={'dropout': key},
-            mutable=list(extra),
-        )
-        return outputs['logits']
-
-    features = count(lambda f, v: model.features(f, model.normalize(v)), frozen, video)
-    trained = count(net, params, variables, inputs, key, wrt=(0,))
+    features = count(look, frozen, batch)
+    trained = count(net, params, variables, inputs, batch, key, wrt=(0,))
     return ModelFlops(features.forward, trained.forward, trained.backward)

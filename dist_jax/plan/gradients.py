@@ -18,19 +18,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
-from dist_jax.models.api import ParamGroup, Tree, VideoModel
+from dist_jax.models.api import Model, ParamGroup, Tree
+from dist_jax.models.frozen import TOWER
 from dist_jax.sharding import ShardingRule
 
 MODES = ('frozen', 'through_backbone', 'full')
-TOWER = 'visual'  # subtree of the frozen tree that is the image backbone
 BACKBONE = 'backbone'  # parameter that is trained in its place
 OFFSET = 'pixel_offset'  # parameter below the backbone
 NET = 'net'  # name that the family's network gets inside the whole
 
 
-def with_gradients(model: VideoModel, frozen: Tree, mode: str) -> tuple[VideoModel, Tree]:
+def with_gradients(model: Model, frozen: Tree, mode: str) -> tuple[Model, Tree]:
     """A model whose gradients flow as `mode` says, and its frozen tree.
 
     Args:
@@ -45,30 +44,31 @@ def with_gradients(model: VideoModel, frozen: Tree, mode: str) -> tuple[VideoMod
         raise ValueError(f'--gradients={mode!r} is not one of {", ".join(MODES)}')
     if mode == 'frozen':
         return model, frozen
-    if TOWER not in frozen:
+    if model.frozen is None:
         raise ValueError(f'--gradients={mode}: this family has no frozen image tower')
     rest = {name: part for name, part in frozen.items() if name != TOWER}
     trained = mode == 'full'
     net = _Whole(
         net=model.net,
-        features=without_stop_gradient(model.features),
+        features=model.frozen.apply,
         tower=_Shapes.of(frozen[TOWER]) if trained else None,
     )
     whole = dataclasses.replace(
         model,
         net=net,
-        features=lambda kept, video: jax.lax.stop_gradient({'frozen': kept, 'video': video}),
+        frozen=dataclasses.replace(
+            model.frozen, apply=lambda kept, batch: {'frozen': kept, 'batch': batch}
+        ),
         # Who is decayed changes neither memory nor time.
         param_groups=(ParamGroup(''),),
         sharding_rules=(
             *(
                 dataclasses.replace(rule, pattern=rf'^{BACKBONE}/.*(?:{rule.pattern})')
-                for rule in model.frozen_rules
+                for rule in model.frozen.rules
             ),
             ShardingRule(f'^{OFFSET}$'),
             *model.sharding_rules,
         ),
-        frozen_logits=None,
     )
     return whole, rest if trained else frozen
 
@@ -103,45 +103,17 @@ class _Whole(nn.Module):
     """Backbone and network as one differentiated module."""
 
     net: nn.Module
-    features: Callable[[Tree, jax.Array], Tree]
+    features: Callable[[Tree, Tree], Tree]
     tower: _Shapes | None
 
     @nn.compact
-    def __call__(self, inputs: Tree, *, train: bool = False) -> Any:
-        frozen, video = inputs['frozen'], inputs['video']
+    def __call__(self, inputs: Tree, *, mask: jax.Array | None = None, train: bool = False) -> Any:
+        frozen, video = inputs['frozen'], inputs['batch']['video']
         if self.tower is None:
             offset = self.param(OFFSET, nn.initializers.zeros, video.shape[-1:])
             video = video + offset.astype(video.dtype)
         else:
             tower = self.param(BACKBONE, lambda _: self.tower.master())
             frozen = {**frozen, TOWER: self.tower.cast(tower)}
-        return self.net(self.features(frozen, video), train=train)
-
-
-def without_stop_gradient(function: Callable[..., Tree]) -> Callable[..., Tree]:
-    """The same function with gradients flowing where it cuts them off."""
-
-    def run(*arguments: Tree) -> Tree:
-        closed, out = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        opened = core.ClosedJaxpr(_opened(closed.jaxpr), closed.consts)
-        flat = core.jaxpr_as_fun(opened)(*jax.tree.leaves(arguments))
-        return jax.tree.unflatten(jax.tree.structure(out), flat)
-
-    return run
-
-
-def _opened(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """Names the operand of every `stop_gradient` where its result was named."""
-    same: dict[Any, Any] = {}
-
-    def before(atoms: list[Any]) -> list[Any]:
-        return [a if isinstance(a, core.Literal) else same.get(a, a) for a in atoms]
-
-    equations = []
-    for equation in jaxpr.eqns:
-        inputs = before(equation.invars)
-        if equation.primitive.name == 'stop_gradient':
-            same.update(zip(equation.outvars, inputs))
-        else:
-            equations.append(equation.replace(invars=inputs))
-    return jaxpr.replace(eqns=equations, outvars=before(jaxpr.outvars))
+        features = self.features(frozen, {**inputs['batch'], 'video': video})
+        return self.net(features, mask=mask, train=train)

@@ -1,1 +1,7 @@
 """What a run may learn."""
+
+from dist_jax.tasks.classify import Classify
+
+# config.task.name -> (class names of each head, label_smoothing=, fusion=, other fields of
+# config.task) -> task.
+TASKS = {'classify': Classify}

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
-import numpy as np
+
+from input_pipeline.pipeline import Annotate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,16 +105,23 @@ class Task(Protocol):
     """What a run learns.
 
     Attributes:
+      needs_classes: whether a list of captions alone is no list for it.
       labels: class names of each head; () where there are no classes.
-      element_spec: what one row of a batch has beside `video` and `mask`: name -> shape and dtype.
+      annotate: makes the task's own keys of a batch from a record, in a reader; None for none.
+      element_spec: what goes to the devices beside `video` and `mask`: name -> shape and dtype of
+        one row. `label` is there without being made.
+      input_keys: names of those that the network reads, too; in evaluation as well.
       couples_rows: the loss of a row reads other rows, so that a batch cannot be cut into parts.
       mixes: whether targets are distributions, which mixup and cutmix may average.
       select_by: the scalar of an evaluation by which the best checkpoint is chosen; the higher, the
         better.
     """
 
+    needs_classes: bool
     labels: Labels
+    annotate: Annotate | None
     element_spec: Mapping[str, jax.ShapeDtypeStruct]
+    input_keys: tuple[str, ...]
     couples_rows: bool
     mixes: bool
     select_by: str
@@ -132,8 +140,3 @@ class Task(Protocol):
 
     def evaluator(self, name: Callable[[int], str]) -> Evaluator:
         """A fresh judge; `name` says what a message calls the record of an index."""
-
-
-def rows_of(rows: Mapping[str, Tree], kept: np.ndarray) -> dict[str, Tree]:
-    """The rows that are kept, of every leaf."""
-    return jax.tree.map(lambda x: x[kept], dict(rows))

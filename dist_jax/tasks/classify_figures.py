@@ -137,9 +137,7 @@ def _class_rows(head: Head) -> list[tuple[str, ...]]:
 def _per_class_csv(heads: Sequence[Head]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator='\n')
-    writer.writerow(
-        ('label_column', 'class', 'name', 'videos', 'top1', 'most_taken_for', 'videos_so')
-    )
+    writer.writerow(('head', 'class', 'name', 'videos', 'top1', 'most_taken_for', 'videos_so'))
     for i, (names, found) in enumerate(heads):
         for k, name in enumerate(names):
             top1 = float(found['per_class_accuracy'][k])

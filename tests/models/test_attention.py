@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from dist_jax.models import clip, dist, frame_mean, layers
+from dist_jax.models.backbone import Backbone
 
 SPEC = clip.ClipSpec(32, 8, 32, 2, 1, 24, 16, 1, 1, vocab_size=20, context_length=6)
+BACKBONE = Backbone(clip.KIND, SPEC)
 FRAMES, GRID = 8, 4
 OPTIONS = {
     'num_classes': (3,),
@@ -25,34 +27,41 @@ OPTIONS = {
 
 @pytest.fixture(scope='module')
 def built():
-    """(model with its functions compiled, frozen, variables)"""
-    model = dist.build(SPEC, **OPTIONS)
-    model = dataclasses.replace(
-        model, features=jax.jit(model.features), attention=jax.jit(model.attention)
-    )
-    init = lambda key: model.prepare(clip.init_params(key, SPEC), ())  # noqa: E731
+    """(model, frozen, variables)"""
+    model = dist.build(BACKBONE, **OPTIONS)
+    model = dataclasses.replace(model, attention=jax.jit(model.attention))
+    init = lambda key: model.frozen.prepare(clip.init_params(key, SPEC))  # noqa: E731
     frozen = jax.jit(init)(jax.random.key(0))
-    features = jax.eval_shape(model.features, frozen, jnp.zeros((1, FRAMES, 32, 32, 3)))
+    features = jax.eval_shape(model.inputs, frozen, {'video': jnp.zeros((1, FRAMES, 32, 32, 3))})
     features = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), features)
     return model, frozen, jax.jit(model.net.init)(jax.random.key(1), features)
+
+
+def attention(model):
+    """(variables, frozen, video) -> maps."""
+    return lambda variables, *read: model.attention(variables, inputs(model, *read))
+
+
+def inputs(model, frozen, video):
+    return model.inputs(frozen, {'video': video})
 
 
 def test_shares_of_each_clip_sum_to_at_most_one(built):
     model, frozen, variables = built
     video = jax.random.normal(jax.random.key(2), (3, FRAMES, 32, 32, 3))
-    maps = model.attention(variables, frozen, video)
+    maps = attention(model)(variables, frozen, video)
     assert maps.shape == (3, FRAMES // 2, GRID, GRID) and maps.dtype == jnp.float32
     assert maps.min() >= 0
     total = maps.sum((1, 2, 3))
     assert total.max() < 1 and total.min() > 0.8  # one class token beside 16 patches
-    alone = model.attention(variables, frozen, video[1:2])
+    alone = attention(model)(variables, frozen, video[1:2])
     np.testing.assert_allclose(alone[0], maps[1], atol=1e-6)
 
 
 def test_weights_are_sown_only_where_asked_for(built):
     model, frozen, variables = built
     assert list(variables) == ['params']
-    features = model.features(frozen, jnp.ones((1, FRAMES, 32, 32, 3)))
+    features = model.inputs(frozen, {'video': jnp.ones((1, FRAMES, 32, 32, 3))})
     sowing = functools.partial(model.net.apply, mutable=['intermediates'])
     outputs, sown = jax.jit(sowing)(variables, features)
     np.testing.assert_array_equal(
@@ -99,7 +108,7 @@ def test_the_patch_that_differs_stands_out_in_its_place(built, frame, row, colum
 
     def look(frame_factor, clip_factor):
         changed = sharpened(still(variables), frame_factor, clip_factor)
-        return np.asarray(model.attention(changed, {'visual': visual}, video)[0])
+        return np.asarray(attention(model)(changed, {'visual': visual}, video)[0])
 
     place = frame // 2, row, column
     # A query may be drawn to what differs or turn away; one of two opposite queries is drawn.
@@ -117,13 +126,13 @@ def test_frames_that_the_backbone_does_not_see_are_no_part_of_the_maps(built):
     model, frozen, variables = built
     video = jax.random.normal(jax.random.key(4), (1, FRAMES, 32, 32, 3))
     changed = video.at[:, 1::2].set(0)
-    maps, others = (model.attention(still(variables), frozen, each) for each in (video, changed))
+    maps, others = (attention(model)(still(variables), frozen, each) for each in (video, changed))
     np.testing.assert_allclose(maps, others, rtol=1e-6)
 
 
 def test_no_map_without_a_query():
-    assert dist.build(SPEC, **OPTIONS | {'ada_pooling_layers': 0}).attention is None
-    assert frame_mean.build(SPEC, num_classes=(3,), num_frames=4).attention is None
+    assert dist.build(BACKBONE, **OPTIONS | {'ada_pooling_layers': 0}).attention is None
+    assert frame_mean.build(BACKBONE, num_classes=(3,), num_frames=4).attention is None
 
 
 def test_attention_is_weights_times_values():

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from dist_jax.models import clip
+from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import resize_positions
 
 SPEC = clip.ClipSpec(32, 8, 32, 5, 2, 16, 24, 2, 2, vocab_size=50, context_length=8)
@@ -27,7 +29,7 @@ def pixels():
 @pytest.fixture(scope='module')
 def everything(params, pixels):
     blocks = tuple(range(SPEC.depth))
-    taps = clip.Taps(outputs=blocks, attention=blocks, stem=True, embedding=True)
+    taps = Taps(outputs=blocks, attention=blocks, stem=True, embedding=True)
     return encode(params, pixels, SPEC, taps)
 
 
@@ -51,11 +53,11 @@ def test_shapes_of_all_taps(everything):
 @pytest.mark.parametrize(
     'taps',
     [
-        clip.Taps(outputs=(4,)),
-        clip.Taps(outputs=(0, 2, 3), attention=(1, 3)),
-        clip.Taps(attention=(0,), stem=True),
-        clip.Taps(embedding=True),
-        clip.Taps(stem=True),
+        Taps(outputs=(4,)),
+        Taps(outputs=(0, 2, 3), attention=(1, 3)),
+        Taps(attention=(0,), stem=True),
+        Taps(embedding=True),
+        Taps(stem=True),
     ],
 )
 def test_any_taps_equal_the_slices_of_all(params, pixels, everything, taps, unroll):
@@ -77,15 +79,15 @@ def test_blocks_after_the_last_tap_do_not_run(params, pixels):
         run = jax.jit(lambda p, x: clip.encode_image(p, x, SPEC, taps, unroll=True))
         return run.lower(params['visual'], pixels).compile().cost_analysis()['flops']
 
-    assert flops(clip.Taps(outputs=(0,))) < 0.35 * flops(clip.Taps(outputs=(4,)))
+    assert flops(Taps(outputs=(0,))) < 0.35 * flops(Taps(outputs=(4,)))
 
 
 @pytest.mark.parametrize(
     ('taps', 'message'),
     [
-        (clip.Taps(outputs=(5,)), 'blocks 0..4'),
-        (clip.Taps(attention=(-1,)), 'blocks 0..4'),
-        (clip.Taps(outputs=(2, 1)), 'increasing'),
+        (Taps(outputs=(5,)), 'blocks 0..4'),
+        (Taps(attention=(-1,)), 'blocks 0..4'),
+        (Taps(outputs=(2, 1)), 'increasing'),
     ],
 )
 def test_wrong_taps_are_named(params, pixels, taps, message):
@@ -95,18 +97,17 @@ def test_wrong_taps_are_named(params, pixels, taps, message):
 
 def test_wrong_image_size_is_named(params):
     with pytest.raises(ValueError, match='image_size=32'):
-        clip.encode_image(
-            params['visual'], jnp.zeros((1, 48, 48, 3)), SPEC, clip.Taps(embedding=True)
-        )
+        clip.encode_image(params['visual'], jnp.zeros((1, 48, 48, 3)), SPEC, Taps(embedding=True))
 
 
 def test_bfloat16_keeps_norms_in_float32(params, pixels, everything):
-    cast = clip.cast(params, jnp.bfloat16)
+    reader = Frozen(Backbone(clip.KIND, SPEC), jnp.bfloat16, lambda *_: None, texts=True)
+    cast = reader.prepare(params, (jnp.ones((2, 8), jnp.int32),))
     assert cast['visual']['ln_pre']['bias'].dtype == jnp.float32
     assert cast['visual']['blocks']['ln_1']['scale'].dtype == jnp.float32
     assert cast['visual']['blocks']['attn']['qkv']['bias'].dtype == jnp.bfloat16
-    assert cast['logit_scale'].dtype == jnp.float32
-    taps = clip.Taps(outputs=(4,), embedding=True)
+    assert cast['logit_scale'].dtype == cast['text'][0].dtype == jnp.float32
+    taps = Taps(outputs=(4,), embedding=True)
     found = encode(cast, pixels.astype(jnp.bfloat16), SPEC, taps)
     assert found['outputs'].dtype == jnp.bfloat16 and found['embedding'].dtype == jnp.float32
     scale = np.abs(everything['embedding']).max()
@@ -121,7 +122,7 @@ def test_normalize_is_clips_standardisation():
 
 def test_gelu_and_quick_gelu_differ(params, pixels, everything):
     exact = dataclasses.replace(SPEC, activation='gelu')
-    taps = clip.Taps(embedding=True)
+    taps = Taps(embedding=True)
     found = encode(params, pixels, exact, taps)['embedding']
     assert np.abs(found - everything['embedding']).max() > 1e-3
 
@@ -165,11 +166,12 @@ def test_positions_of_no_square_are_refused():
 
 
 def test_published_sizes():
-    def count(name):
-        return sum(x.size for x in jax.tree.leaves(clip.abstract_params(clip.SPECS[name])))
+    def count(spec):
+        params = Backbone(clip.KIND, spec).abstract_params()
+        return sum(x.size for x in jax.tree.leaves(params))
 
     # Image and text tower of the released models.
-    assert {name: count(name) for name in clip.SPECS if name != 'tiny'} == {
+    assert {name: count(spec) for name, spec in clip.SPECS.items() if name != 'tiny'} == {
         'vit_b32': 151_277_313,
         'vit_b16': 149_620_737,
         'vit_l14': 427_616_513,

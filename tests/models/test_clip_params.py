@@ -12,11 +12,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dist_jax.models import clip, clip_params, source_files
+from dist_jax.models.backbone import Backbone
 from dist_jax.models.params import ConversionError, export_tree, flatten, import_tree
 from dist_jax.models.source_files import open_source
 from tools.fuzzing.torch_files import save_state_dict
 
 GOLDEN = Path(__file__).parent.parent / 'golden' / 'clip'
+
+
+def abstract_params(spec):
+    return Backbone(clip.KIND, spec).abstract_params()
 
 
 def _opened(kind):
@@ -41,7 +46,7 @@ def _gelu_safetensors():
 @pytest.mark.parametrize('kind', ['hf', 'openai', 'openclip_gelu', 'openclip_pt'])
 def test_recorded_container_converts_there_and_back(kind):
     tensors, spec, rows, ignore = _opened(kind)
-    tree = import_tree(tensors, rows, clip.abstract_params(spec), ignore)
+    tree = import_tree(tensors, rows, abstract_params(spec), ignore)
     back = export_tree(tree, rows)
     for name in tensors.keys() - set(ignore):
         np.testing.assert_array_equal(back[name], tensors[name].astype(np.float32))
@@ -64,7 +69,7 @@ def test_tables_cover_every_published_size(name, rows_of):
     full = clip.SPECS[name]
     # Fewer blocks and words: the same rows, without hundreds of megabytes.
     spec = dataclasses.replace(full, depth=2, text_depth=2, vocab_size=7)
-    abstract = clip.abstract_params(spec)
+    abstract = abstract_params(spec)
     tree = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
     assert sum(x.size for x in export_tree(tree, rows_of(spec)).values()) == sum(
         leaf.size for leaf in flatten(abstract).values()
@@ -77,7 +82,7 @@ def test_tables_cover_every_published_size(name, rows_of):
 def test_hugging_face_and_openai_names_mean_the_same():
     """One set of weights under both names gives one tree."""
     tensors, spec, rows, ignore = _opened('hf')
-    tree = import_tree(tensors, rows, clip.abstract_params(spec), ignore)
+    tree = import_tree(tensors, rows, abstract_params(spec), ignore)
     openai = export_tree(tree, clip_params.openai_rows(spec))
     assert openai['visual.transformer.resblocks.1.attn.in_proj_weight'].shape == (384, 128)
     np.testing.assert_array_equal(
@@ -87,9 +92,7 @@ def test_hugging_face_and_openai_names_mean_the_same():
     again = clip_params.openai_spec(openai, activation='quick_gelu')
     assert again == spec
     for a, b in zip(
-        jax.tree.leaves(
-            import_tree(openai, clip_params.openai_rows(spec), clip.abstract_params(spec))
-        ),
+        jax.tree.leaves(import_tree(openai, clip_params.openai_rows(spec), abstract_params(spec))),
         jax.tree.leaves(tree),
     ):
         np.testing.assert_array_equal(a, b)
@@ -107,7 +110,7 @@ def test_custom_text_models_keep_their_text_under_a_prefix():
     spec = clip_params.openclip_spec(moved, None, activation='gelu')
     assert spec == plain
     rows = clip_params.openai_rows(spec, 'text.')
-    import_tree(moved, rows, clip.abstract_params(spec), clip_params.OPENAI_IGNORE)
+    import_tree(moved, rows, abstract_params(spec), clip_params.OPENAI_IGNORE)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,7 @@ def test_a_missing_and_an_extra_tensor_are_named():
     tensors = dict(tensors) | {'visual.something': np.zeros(3, np.float32)}
     del tensors['visual.transformer.resblocks.0.ln_2.bias'], tensors['logit_scale']
     with pytest.raises(ConversionError) as caught:
-        import_tree(tensors, rows, clip.abstract_params(spec), ignore)
+        import_tree(tensors, rows, abstract_params(spec), ignore)
     assert caught.value.unused == ['visual.something (3,)']
     assert sorted(caught.value.unfilled) == [
         'logit_scale () (from logit_scale)',

@@ -179,6 +179,8 @@ import sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from dist_jax.models import clip, kernels
+from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.params import with_precision
 from dist_jax.plan import topology
 topology.prepare_environment()
 from dist_jax.sharding import make_mesh, on_mesh
@@ -186,14 +188,12 @@ from dist_jax.sharding import make_mesh, on_mesh
 def names(text):
     return [n for n in ('frame_attention', 'residual_attention', 'residual_mlp') if n in text]
 
-def compile(mesh, spec, taps=clip.Taps(outputs=(0,)), gradient=False):
+def compile(mesh, spec, taps=Taps(outputs=(0,)), gradient=False):
     place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     # Four frames a core: the next ones arrive while two are worked on, and take room.
     shape = (16, spec.image_size, spec.image_size, 3)
     pixels = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place(('data', 'fsdp')))
-    params = jax.eval_shape(
-        lambda: clip.cast(clip.init_params(jax.random.key(0), spec)['visual'], jnp.bfloat16)
-    )
+    params = with_precision(Backbone(clip.KIND, spec).abstract_params()['visual'], jnp.bfloat16)
     whole = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place())
     params = jax.tree.map(whole, params)
     def loss(params, pixels):
@@ -207,7 +207,7 @@ def compile(mesh, spec, taps=clip.Taps(outputs=(0,)), gradient=False):
     return names(program.as_text())
 
 small = dataclasses.replace(clip.SPECS['vit_b16'], depth=1, vocab_size=8, text_depth=1)
-tapped = clip.Taps(attention=(0,), outputs=(0,))
+tapped = Taps(attention=(0,), outputs=(0,))
 devices = topology.devices(topology.parse_topology('v5e:2x2'))
 print('v5e', compile(make_mesh(devices, fsdp=2), small))
 devices = topology.devices(topology.parse_topology('v4:2x2x1'))

@@ -59,7 +59,6 @@ def test_operations_without_a_name_are_named_by_their_kind():
         ("frozen['visual']['a']", 'frozen'),
         ("batch['video']", 'batch'),
         ("variables['params']['a']", 'trainable'),
-        ('video', 'batch'),
         ('x', 'other'),
     ],
 )
@@ -143,8 +142,8 @@ def test_a_program_that_fits_alone_may_not_fit_beside_the_batches_ahead():
     memory['temporaries'] = limit - 2 * batch  # one batch more would be too much
     compiled = compiling.Compiled(text, memory, limit_bytes=limit)
     for batches, fits in ((1, True), (2, True), (3, False)):
-        one = compiling.Step(None, {}, 8, None, batches)
-        found = figures.step_figures(one, compiled, parse_topology('v4:2x2x1'), 0.0)
+        one = compiling.Step(None, {}, 8, batches=batches)
+        found = figures.step_figures(one, compiled, parse_topology('v4:2x2x1'))
         assert found['fits'] is fits
         assert found['hbm_bytes_needed'] == limit + (batches - 2) * batch
         assert found['hbm_bytes_per_chip']['batches_ahead'] == (batches - 1) * batch

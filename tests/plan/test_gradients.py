@@ -1,13 +1,16 @@
 """Training the backbone, for plans: gradients flow where they are said to, sizes grow."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import dist, frame_mean
-from dist_jax import experiment
 from dist_jax.models import clip
+from dist_jax.models.backbone import Backbone
+from dist_jax.models.params import count
 from dist_jax.plan import compiling, gradients
 from dist_jax.sharding import make_mesh
 
@@ -16,11 +19,11 @@ SPEC = clip.SPECS['tiny']
 
 @pytest.fixture(scope='module')
 def baseline():
-    """(model, frozen tree, clips) of the frame-only baseline."""
-    model = experiment.make_model(frame_mean.get_config('demo'), SPEC, (8,))
+    """(model, frozen tree, batch) of the frame-only baseline."""
+    model = compiling.assemble(frame_mean.get_config('demo')).model
     params = clip.init_params(jax.random.key(0), SPEC)
     video = jax.random.randint(jax.random.key(1), (1, 2, 48, 48, 3), 0, 255, jnp.uint8)
-    return model, model.prepare({'visual': params['visual']}, ()), model.normalize(video)
+    return model, model.frozen.prepare(params), {'video': model.normalize(video)}
 
 
 def test_nothing_changes_without_being_asked(baseline):
@@ -30,12 +33,12 @@ def test_nothing_changes_without_being_asked(baseline):
 
 @pytest.mark.parametrize('mode', ['through_backbone', 'full'])
 def test_the_same_outputs_with_gradients_through_the_backbone(baseline, mode):
-    model, frozen, video = baseline
-    inputs = model.features(frozen, video)
+    model, frozen, batch = baseline
+    inputs = model.inputs(frozen, batch)
     head = model.net.init(jax.random.key(2), inputs)['params']
     expected = model.net.apply({'params': head}, inputs)['logits'][0]
     whole, kept = gradients.with_gradients(model, frozen, mode)
-    params = jax.eval_shape(whole.net.init, jax.random.key(3), whole.features(kept, video))
+    params = jax.eval_shape(whole.net.init, jax.random.key(3), whole.inputs(kept, batch))
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params['params'])
     params = {**params, gradients.NET: head}
     if mode == 'full':
@@ -45,10 +48,10 @@ def test_the_same_outputs_with_gradients_through_the_backbone(baseline, mode):
     @jax.jit
     @jax.grad
     def gradient(params):
-        outputs = whole.net.apply({'params': params}, whole.features(kept, video), train=True)
+        outputs = whole.net.apply({'params': params}, whole.inputs(kept, batch), train=True)
         return (outputs['logits'][0] ** 2).sum()
 
-    outputs = whole.net.apply({'params': params}, whole.features(kept, video))
+    outputs = whole.net.apply({'params': params}, whole.inputs(kept, batch))
     np.testing.assert_allclose(outputs['logits'][0], expected, rtol=1e-5, atol=1e-5)
     grads = gradient(params)
     assert np.any(grads[gradients.NET]['head']['column_0']['classifier']['kernel'])
@@ -66,7 +69,7 @@ def test_what_is_trained_is_what_the_optimizer_holds():
         moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
         assert moments >= 2 * sizes[mode]
         assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {'float32'}
-    tower = sum(leaf.size for leaf in jax.tree.leaves(clip.abstract_params(SPEC)['visual']))
+    tower = count(Backbone(clip.KIND, SPEC).abstract_params()['visual'])
     assert sizes['through_backbone'] == sizes['frozen'] + 3
     assert sizes['full'] == sizes['frozen'] + tower
 
@@ -76,4 +79,4 @@ def test_another_way_of_training_is_an_error(baseline):
     with pytest.raises(ValueError, match='through_backbone, full'):
         gradients.with_gradients(model, frozen, 'half')
     with pytest.raises(ValueError, match='no frozen image tower'):
-        gradients.with_gradients(model, {}, 'full')
+        gradients.with_gradients(dataclasses.replace(model, frozen=None), {}, 'full')

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dist_jax import convert
-from dist_jax.models import clip, clip_params, converted
+from dist_jax.models import clip, converted
+from dist_jax.models.backbone import Taps
+from dist_jax.models.layers import l2_normalize
 from dist_jax.models.naming import Options
 from tools.parity.golden import Golden
 
@@ -54,20 +56,20 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
         dest = Path(temporary) / 'converted'
         metadata = convert.convert(container, dest, kind=kind, options=Options(**flags))
         params = converted.load_params(dest)
-    spec = clip_params.spec_from_metadata(metadata)
+    spec = clip.ClipSpec(**metadata['spec'])
     for field, value in metadata['spec'].items():
         recorded = config.get(_CONFIG_NAMES.get(field, field), value)
         if recorded != value:
             raise ValueError(f'{container}: {field} converts to {value}, recorded is {recorded}')
 
-    taps = clip.Taps(outputs=tuple(range(spec.depth)), stem=True, embedding=True)
+    taps = Taps(outputs=tuple(range(spec.depth)), stem=True, embedding=True)
 
     @jax.jit
     def forward(params: dict, pixels: jax.Array, tokens: jax.Array) -> dict[str, jax.Array]:
         image = clip.encode_image(params['visual'], pixels, spec, taps)
         text = clip.encode_text(params['text'], tokens, spec)
         logits = jnp.exp(params['logit_scale']) * (
-            clip.l2_normalize(image['embedding']) @ clip.l2_normalize(text).T
+            l2_normalize(image['embedding']) @ l2_normalize(text).T
         )
         streams = [image['stem'], *image['outputs']]
         return {

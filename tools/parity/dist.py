@@ -11,6 +11,8 @@ from einops import rearrange
 
 from dist_jax import losses
 from dist_jax.models import clip, clip_params, dist, dist_params
+from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.layers import l2_normalize
 from dist_jax.models.params import Tree, export_tree, import_tree
 from tools.parity.golden import Golden
 
@@ -36,17 +38,18 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
     rows = dist_params.dist_rows(hparams)
     params = import_tree(tensors, rows, dist_params.abstract_params(hparams))
 
-    backbone = golden.section('backbone')
+    weights = golden.section('backbone')
     spec = clip_params.openai_spec(
-        backbone,
+        weights,
         activation=config.get('activation', 'quick_gelu'),
         num_heads=config.get('num_heads'),
         text_num_heads=config.get('text_heads'),
     )
+    backbone = Backbone(clip.KIND, spec)
     frozen_tree = import_tree(
-        backbone,
+        weights,
         clip_params.openai_rows(spec),
-        clip.abstract_params(spec),
+        backbone.abstract_params(),
         clip_params.OPENAI_IGNORE,
     )
     selected = tuple(config.get('selected_layers', range(spec.depth)))
@@ -54,25 +57,25 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
     labels = jnp.asarray(golden.tensors['inputs/labels']).astype(jnp.int32)
     video = jnp.asarray(rearrange(golden.tensors['inputs/video'], 'b t c h w -> b t h w c'))
     model = dist.build(
-        spec,
+        backbone,
         num_classes=(len(tokens),),
         dtype=jnp.float32,
         selected_layers=selected,
         **dist_params.build_options(hparams),
     )
-    frozen = model.prepare(jax.tree.map(jnp.asarray, frozen_tree), (tokens,))
+    frozen = model.frozen.prepare(jax.tree.map(jnp.asarray, frozen_tree), (tokens,))
     targets = losses.smooth_one_hot(labels, len(tokens), config.get('label_smoothing', 0.0))
 
     def loss_of(params: Tree, frozen: Tree, video: jax.Array) -> tuple[jax.Array, Tree]:
         outputs = model.net.apply(
-            {'params': params}, model.features(frozen, video), intermediates=True
+            {'params': params}, model.inputs(frozen, {'video': video}), intermediates=True
         )
         return losses.soft_cross_entropy(outputs['logits'][0], targets).mean(), outputs
 
     @jax.jit
     def all_of(params: Tree, frozen: Tree, video: jax.Array) -> tuple[Any, ...]:
         frames = rearrange(video[:, :: hparams['alpha']], 'b t h w c -> (b t) h w c')
-        taps = clip.Taps(outputs=tuple(range(spec.depth)))
+        taps = Taps(outputs=tuple(range(spec.depth)))
         streams = clip.encode_image(frozen['visual'], frames, spec, taps)['outputs']
         value, grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, video)
         return streams, value, grads
@@ -81,7 +84,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
     ours = {
         'outputs/temporal_stem': rearrange(outputs['stem'], 'b t h w c -> b c t h w'),
         'outputs/text_features': clip.encode_text(frozen_tree['text'], tokens, spec),
-        'outputs/video_embedding_normalized': np.asarray(clip.l2_normalize(outputs['embedding'])),
+        'outputs/video_embedding_normalized': np.asarray(l2_normalize(outputs['embedding'])),
         'outputs/logits': outputs['logits'][0],
         'outputs/loss': loss,
     }

@@ -11,7 +11,8 @@ from einops import rearrange
 
 from dist_jax import losses
 from dist_jax.models import clip, clip_params, evl, evl_params
-from dist_jax.models.api import VideoModel
+from dist_jax.models.api import Model
+from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.params import Tree, export_tree, import_tree
 from tools.parity.golden import Golden
 
@@ -61,19 +62,20 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
         activation=config['activation'],
         mlp_ratio=config['backbone_mlp_factor'],
     )
+    backbone = Backbone(clip.KIND, spec)
     # The image tower alone was recorded.
     frozen = import_tree(
         {f'visual.{name}': value for name, value in golden.section('backbone').items()},
         [row for row in clip_params.openai_rows(spec) if row.target_path.startswith('visual/')],
-        {'visual': clip.abstract_params(spec)['visual']},
+        {'visual': backbone.abstract_params()['visual']},
     )
     labels = jnp.asarray(golden.tensors['inputs/labels']).astype(jnp.int32)
     video = jnp.asarray(rearrange(golden.tensors['inputs/video'], 'b c t h w -> b t h w c'))
     options = evl_params.build_options(hparams) | {'num_heads': config['decoder_num_heads']}
 
-    def build(dropout: float) -> VideoModel:
+    def build(dropout: float) -> Model:
         return evl.build(
-            spec,
+            backbone,
             num_classes=(hparams['num_classes'],),
             num_frames=config['num_frames'],
             dtype=jnp.float32,
@@ -83,7 +85,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
         )
 
     model, trained = build(config['mlp_dropout_eval_model']), build(config['dropout_for_grads'])
-    frozen = model.prepare(jax.tree.map(jnp.asarray, frozen), ())
+    frozen = model.frozen.prepare(jax.tree.map(jnp.asarray, frozen))
     targets = losses.smooth_one_hot(labels, hparams['num_classes'], 0.0)
 
     def loss_of(params: Tree, features: Tree) -> tuple[jax.Array, jax.Array]:
@@ -94,10 +96,10 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
     @jax.jit
     def all_of(params: Tree, frozen: Tree, video: jax.Array) -> tuple[Any, ...]:
         blocks = tuple(range(spec.depth - hparams['depth'], spec.depth))
-        taps = clip.Taps(outputs=blocks, attention=blocks)
+        taps = Taps(outputs=blocks, attention=blocks)
         frames = rearrange(video, 'b t h w c -> (b t) h w c')
         tapped = clip.encode_image(frozen['visual'], frames, spec, taps)
-        features = model.features(frozen, video)
+        features = model.inputs(frozen, {'video': video})
         outputs = model.net.apply({'params': params}, features, intermediates=True)
         return tapped, outputs, jax.value_and_grad(loss_of, has_aux=True)(params, features)
 

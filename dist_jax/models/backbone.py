@@ -1,0 +1,149 @@
+"""What families read from a frozen backbone, whatever kind it is.
+
+A kind (`clip`) says of its networks how they are described, made, resized and run. A `Backbone` is
+one of them at one size, and families see nothing else of it: its `spec`, `encode_image`, `pixels`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+
+from dist_jax.models.layers import Pixels
+from dist_jax.sharding import ShardingRule, Tree
+
+
+class Spec(Protocol):
+    """Geometry of a backbone: a frozen dataclass of JSON values, with at least these."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    embed_dim: int
+    context_length: int
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one frame, the class token included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What a consumer reads from the image tower; the rest is not computed or not kept.
+
+    Attributes:
+      outputs: blocks whose output stream is returned.
+      attention: blocks whose queries and keys are returned (bias included, not scaled).
+      summary: applied to queries and keys (N, L, h, d) inside each of these blocks; its result is
+        returned in their place, so that they are not kept. None returns them.
+      stem: whether the stream before the first block is returned.
+      embedding: whether the projected class embedding is returned; it needs every block.
+    """
+
+    outputs: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    summary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    stem: bool = False
+    embedding: bool = False
+
+    def blocks_needed(self, depth: int) -> int:
+        """How many blocks have to run."""
+        asked = (*self.outputs, *self.attention)
+        for block in asked:
+            if not 0 <= block < depth:
+                raise ValueError(
+                    f'tap of block {block}, but the backbone has blocks 0..{depth - 1}'
+                )
+        for name in ('outputs', 'attention'):
+            blocks = getattr(self, name)
+            if list(blocks) != sorted(set(blocks)):
+                raise ValueError(f'taps {name}={blocks} must be increasing, without repeats')
+        return depth if self.embedding else max(asked, default=-1) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of backbone.
+
+    Its trees have the image tower under `visual` and, where there is one, the text tower under
+    `text` with the logarithm of its scale as `logit_scale`.
+
+    Attributes:
+      specs: published sizes, by name.
+      spec_class: of `specs`; made of the `spec` that a converted checkpoint holds.
+      geometry: fields of the spec that a name stands for, whatever the image size is.
+      pixels: how the image tower wants its pixels.
+      sharding_rules: of its trees, whole or one layer, and of class text features.
+      init_params: (random key, spec) -> tree in float32.
+      tables: leaves of the tree whose shape depends on the image size.
+      resize: (a table, as stored, spec) -> the table at the spec's image size.
+      encode_image: (`visual`, pixels (N, H, W, 3) or patches (N, g*g, p*p*3), spec, taps, unroll=)
+        -> what the taps ask for, see `clip.encode_image`.
+      encode_text: (`text`, tokens (n, S) int32, spec) -> float32 (n, E); None without a text tower.
+    """
+
+    specs: Mapping[str, Spec]
+    spec_class: Callable[..., Spec]
+    geometry: tuple[str, ...]
+    pixels: Pixels
+    sharding_rules: tuple[ShardingRule, ...]
+    init_params: Callable[[jax.Array, Any], Tree]
+    tables: tuple[str, ...]
+    resize: Callable[[Any, Any], Any]
+    encode_image: Callable[..., dict[str, jax.Array]]
+    encode_text: Callable[..., jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A backbone at one size.
+
+    Attributes:
+      kind: what it is.
+      spec: geometry, at the image size of the experiment.
+      path: of the converted checkpoint; '' where there are shapes alone.
+      name: as it was converted; likewise.
+      params_sha256: of its weights; likewise.
+    """
+
+    kind: Kind
+    spec: Any
+    path: str = ''
+    name: str = ''
+    params_sha256: str = ''
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the backbone that it was trained on."""
+        return {
+            'name': self.name,
+            'path': self.path,
+            'params_sha256': self.params_sha256,
+            'spec': dataclasses.asdict(self.spec),
+        }
+
+    def at(self, image_size: int) -> Backbone:
+        """The same for another image size.
+
+        Raises:
+          ValueError: its patches do not divide that.
+        """
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, image_size=image_size))
+
+    def abstract_params(self) -> Tree:
+        """The converted tree at this image size, as float32 `jax.ShapeDtypeStruct` leaves."""
+        return jax.eval_shape(lambda: self.kind.init_params(jax.random.key(0), self.spec))
+
+    def encode_image(
+        self, params: Tree, pixels: jax.Array, taps: Taps, *, unroll: bool = False
+    ) -> dict[str, jax.Array]:
+        """Runs the image tower; see `Kind.encode_image`."""
+        return self.kind.encode_image(params, pixels, self.spec, taps, unroll=unroll)

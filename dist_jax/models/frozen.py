@@ -1,0 +1,245 @@
+"""The frozen part of a model: from a converted backbone to the tree that the steps read.
+
+visual          the image tower, matrices in the compute dtype, norms in float32
+text            with a text head: for each head float32 (num_classes, E), of unit length
+logit_scale     likewise, a logarithm
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dist_jax.models import converted
+from dist_jax.models.backbone import Backbone
+from dist_jax.models.layers import exact_float32, l2_normalize
+from dist_jax.models.params import flatten, unflatten, with_precision
+from dist_jax.sharding import (
+    FSDP,
+    TENSOR,
+    ShardingRule,
+    Tree,
+    check_replicated_share,
+    on_mesh,
+    place,
+    replicated,
+    shardings,
+)
+from input_pipeline.class_names import as_words
+from input_pipeline.tokenizer import tokenize
+
+log = logging.getLogger('dist_jax')
+
+TOWER = 'visual'
+TEXT = ('text', 'logit_scale')
+ROWS = 128  # class texts that are encoded at once, so that a long label list needs little memory
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTexts:
+    """Class names as a text tower reads them.
+
+    Attributes:
+      names: of the classes of each head.
+      split_names: put spaces between the words of names that have none.
+      truncate: cut those that are too long for the text tower.
+    """
+
+    names: tuple[tuple[str, ...], ...] = ()
+    split_names: bool = True
+    truncate: bool = False
+
+    def tokens(self, context_length: int) -> tuple[np.ndarray, ...]:
+        """(num_classes, context_length) int32 of each head.
+
+        Source: DiST uses the bare label text without double quotes.
+
+        Raises:
+          ValueError: there are no names, or a text is too long.
+        """
+        return tuple(
+            np.asarray(tokenize(self._texts(names), context_length, self.truncate))
+            for names in self.names
+        )
+
+    def _texts(self, names: tuple[str, ...]) -> list[str]:
+        if all(name.isdigit() for name in names):
+            raise ValueError(
+                'model.head=text needs class names, but the list has numbers only; '
+                'pass --config.data.label_map=FILE with one name a line, or use model.head=linear'
+            )
+        return [name.replace('"', '') for name in (as_words(names) if self.split_names else names)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What a model reads and never changes.
+
+    Attributes:
+      backbone: whose image tower it is.
+      dtype: compute dtype; what is loaded has it from the start.
+      apply: (tree, batch) -> inputs of the network. The batch has `video` (B, T, H, W, 3),
+        standardised, in the compute dtype, and what else the task lets the network see. Nobody
+        stops gradients here: the step does.
+      texts: also hold features of the class names.
+    """
+
+    backbone: Backbone
+    dtype: Any
+    apply: Callable[[Tree, Mapping[str, Any]], Tree]
+    texts: bool = False
+
+    @property
+    def rules(self) -> tuple[ShardingRule, ...]:
+        """Where the tree lies on a mesh."""
+        return self.backbone.kind.sharding_rules
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that say which weights these are; `params_sha256` is equal for equal ones."""
+        return self.backbone.identity()
+
+    def abstract(self, num_classes: Sequence[int]) -> Tree:
+        """Shapes of the tree, without any weights.
+
+        Args:
+          num_classes: of each head.
+        """
+        whole = self.backbone.abstract_params()
+        tree = with_precision({TOWER: whole[TOWER]}, self.dtype)
+        if self.texts:
+            size = self.backbone.spec.embed_dim
+            rows = tuple(jax.ShapeDtypeStruct((n, size), jnp.float32) for n in num_classes)
+            tree |= {'text': rows, 'logit_scale': jax.ShapeDtypeStruct((), jnp.float32)}
+        return tree
+
+    def place(self, tree: Tree, mesh: Mesh) -> Tree:
+        """A tree, arrays or shapes, as placed `jax.ShapeDtypeStruct` leaves.
+
+        Raises:
+          ValueError: the mesh would leave too much of it whole.
+        """
+        placed = place(tree, self.rules, mesh)
+        check_replicated_share(placed, mesh, 'frozen weights', (FSDP, TENSOR))
+        return placed
+
+    def prepare(self, params: Tree, class_tokens: tuple[jax.Array, ...] = ()) -> Tree:
+        """The tree of weights that are in memory, at the image size of the backbone.
+
+        Args:
+          params: as converted; the subtrees that are read are enough.
+          class_tokens: (num_classes, S) int32 of each head, where texts are read.
+        """
+        tower = {TOWER: params[TOWER]}
+        tree = jax.tree.map(
+            lambda leaf, like: leaf.astype(like.dtype), tower, with_precision(tower, self.dtype)
+        )
+        return tree | self._texts(params, class_tokens) if self.texts else tree
+
+    def _texts(self, params: Tree, class_tokens: tuple[jax.Array, ...]) -> Tree:
+        return {
+            'text': text_features(params['text'], class_tokens, self.backbone),
+            'logit_scale': params['logit_scale'].astype(jnp.float32),
+        }
+
+    def load(self, mesh: Mesh, texts: ClassTexts, *, verify: bool = True) -> Tree:
+        """Reads the tree, every device its part from the file, in the compute dtype.
+
+        Neither a stack of layers nor a second copy of the weights is ever whole on a host or a
+        device.
+
+        Args:
+          mesh: the devices.
+          texts: names of the classes, where they are read.
+          verify: compare the weights with the digests that were stored with them.
+
+        Raises:
+          ValueError: a class has no text or too long a one, the mesh would leave too much of the
+            weights whole, or they are damaged.
+        """
+        if jax.process_index() == 0:
+            log.info('loading the backbone %s', self.backbone.path)
+        tokens = texts.tokens(self.backbone.spec.context_length) if self.texts else ()
+        placed = self.place(self.abstract([len(rows) for rows in tokens]), mesh)
+        tables = self._tables(placed, mesh, verify)
+        wanted = flatten({TOWER: placed[TOWER]})
+        rest = [path for path in wanted if path not in tables]
+        stored = converted.load_params(
+            self.backbone.path,
+            rest,
+            abstract=unflatten({path: wanted[path] for path in rest}),
+            verify=verify,
+        )
+        tree = unflatten(flatten(stored) | tables)
+        return tree | self._text_features(placed, tokens, mesh, verify) if self.texts else tree
+
+    def resized(self, tree: Tree, mesh: Mesh, *, verify: bool = True) -> Tree:
+        """A tree of the same weights at another image size, as this one; its tables are read anew.
+
+        Args:
+          tree: loaded, of the same backbone; all but its tables are shared.
+          mesh: the devices.
+          verify: see `load`.
+        """
+        tables = self._tables(self.place(self.abstract(()), mesh), mesh, verify)
+        return tree | unflatten(flatten({TOWER: tree[TOWER]}) | tables)
+
+    def _tables(self, placed: Tree, mesh: Mesh, verify: bool) -> dict[str, jax.Array]:
+        """What depends on the image size, from what is stored for another one."""
+        paths = self.backbone.kind.tables
+        stored, wanted = converted.stored_shapes(self.backbone.path), flatten(placed)
+        stored = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
+            for path, leaf in flatten(stored).items()
+            if path in paths
+        }
+        found = flatten(
+            converted.load_params(
+                self.backbone.path, paths, abstract=unflatten(stored), verify=verify
+            )
+        )
+        tables = {}
+        for path, table in found.items():
+            leaf = wanted[path]
+            resized = self.backbone.kind.resize(np.asarray(table), self.backbone.spec)
+            resized = resized.astype(leaf.dtype)
+            tables[path] = jax.make_array_from_callback(
+                leaf.shape, leaf.sharding, resized.__getitem__
+            )
+        return tables
+
+    def _text_features(
+        self, placed: Tree, tokens: tuple[np.ndarray, ...], mesh: Mesh, verify: bool
+    ) -> Tree:
+        """Features of class texts and their scale. The text tower is gone when they are there."""
+        stored = converted.stored_shapes(self.backbone.path)
+        abstract = place({name: stored[name] for name in TEXT}, self.rules, mesh)
+        params = converted.load_params(self.backbone.path, TEXT, abstract=abstract, verify=verify)
+        where = shardings({name: placed[name] for name in TEXT})
+        return jax.jit(on_mesh(mesh, self._texts), out_shardings=where)(params, tokens)
+
+
+def text_features(
+    params: Tree, class_tokens: tuple[jax.Array, ...], backbone: Backbone
+) -> tuple[jax.Array, ...]:
+    """Features of class names by the text tower, float32 (num_classes, E) a head, of unit length.
+
+    Args:
+      params: the `text` subtree.
+      class_tokens: (num_classes, S) int32 a head.
+      backbone: which text tower it is.
+    """
+    spec = backbone.spec
+    encode = jax.jit(
+        exact_float32(lambda rows: l2_normalize(backbone.kind.encode_text(params, rows, spec)))
+    )
+    return tuple(
+        jnp.concatenate([encode(rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)])
+        for rows in class_tokens
+    )

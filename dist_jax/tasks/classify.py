@@ -1,0 +1,108 @@
+"""Classification: cross entropy with smoothed labels, softmax scores averaged over views, top-k.
+
+A data set may have several heads (verb and noun): a label for each, a loss that is the sum of
+theirs, and scores for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dist_jax import losses, metrics
+from dist_jax.sharding import gather_rows
+from dist_jax.tasks.api import Figures, Labels, Tree
+from dist_jax.tasks.classify_figures import classification_figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Classify:
+    """Tells classes apart.
+
+    Attributes:
+      labels: class names of each head.
+      label_smoothing: mass spread over all classes.
+      fusion: weight in evaluation of the frozen backbone's own logits (0.5 in the paper's zero-shot
+        tests, 1 for the backbone alone, 0 for the trained model alone).
+    """
+
+    labels: Labels
+    label_smoothing: float = 0.0
+    fusion: float = 0.0
+
+    needs_classes = True
+    annotate = None
+    input_keys = ()
+    couples_rows = False
+    mixes = True
+    select_by = 'top1'
+
+    @property
+    def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """`label`: class index, one for each head where there are several."""
+        heads = len(self.labels)
+        return {'label': jax.ShapeDtypeStruct((heads,) if heads > 1 else (), jnp.int32)}
+
+    def check(self, outputs: Tree) -> None:
+        """Raises ValueError if there are no logits of these classes, or none to fuse with."""
+        sizes = tuple(logits.shape[-1] for logits in outputs['logits'])
+        if sizes != tuple(map(len, self.labels)):
+            raise ValueError(
+                f'logits of {sizes} classes for {tuple(map(len, self.labels))} class names'
+            )
+        if self.fusion and 'frozen_logits' not in outputs:
+            raise ValueError(
+                f'eval.fusion={self.fusion} needs class texts: it works with model.head=text only'
+            )
+
+    def targets(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        """Distributions (B, num_classes) of each head."""
+        labels = batch['label'].reshape(len(batch['label']), -1)
+        return tuple(
+            losses.smooth_one_hot(labels[:, head], len(names), self.label_smoothing)
+            for head, names in enumerate(self.labels)
+        )
+
+    def loss(self, outputs: Tree, targets: Tree, mask: jax.Array) -> jax.Array:
+        """Cross entropy, summed over heads: float32 (B,)."""
+        del mask
+        pairs = zip(outputs['logits'], targets)
+        return sum(losses.soft_cross_entropy(logits, wanted) for logits, wanted in pairs)
+
+    def predict(self, outputs: Tree, num_views: int) -> dict[str, Tree]:
+        """`scores`: for each head float32 (B, num_classes), softmax averaged over views."""
+        logits = outputs['logits']
+        if self.fusion:
+            pairs = zip(logits, outputs['frozen_logits'])
+            logits = tuple((1 - self.fusion) * a + self.fusion * b for a, b in pairs)
+        scores = (jax.nn.softmax(head.astype(jnp.float32)) for head in logits)
+        return {'scores': tuple(s.reshape(-1, num_views, s.shape[-1]).mean(1) for s in scores)}
+
+    def evaluator(self, name: Callable[[int], str]) -> ClassifyEvaluator:
+        """A fresh judge."""
+        return ClassifyEvaluator(self.labels, name)
+
+
+class ClassifyEvaluator:
+    """Accuracies of a list; see `Figures`."""
+
+    def __init__(self, labels: Labels, name: Callable[[int], str]):
+        self._labels = labels
+        self._name = name
+        self._rows: list[dict[str, Tree]] = []
+
+    def add(self, rows: Mapping[str, Tree]) -> None:
+        """Takes `index`, `label` and `scores` of some videos."""
+        self._rows.append({key: rows[key] for key in ('index', 'label', 'scores')})
+
+    def result(self) -> Figures:
+        """Accuracies of all that were added on all hosts."""
+        rows = gather_rows(self._rows)
+        scores, labels = rows['scores'], rows['label'].reshape(len(rows['index']), -1)
+        metrics.check_finite(scores, lambda row: self._name(int(rows['index'][row])))
+        heads = [metrics.classification(s, labels[:, i]) for i, s in enumerate(scores)]
+        joint = metrics.joint_top1(scores, labels) if len(heads) > 1 else None
+        return classification_figures(heads, joint, self._labels)

@@ -1,0 +1,142 @@
+"""Runs a step over all views of the videos of a list, every video once, on all hosts.
+
+Evaluations, and whoever else wants something of every video, get rows from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dist_jax import ending
+from dist_jax.models.api import Tree
+from dist_jax.sharding import feed, gather_values, local_rows, to_global
+from input_pipeline import pipeline
+from input_pipeline.video_list import LabelledSource
+from input_pipeline.workers import Skipped
+
+# One is computed while the next is sent.
+BATCHES_ON_DEVICE = 2
+
+ViewStep = Callable[[Tree, Tree, dict[str, jax.Array]], dict[str, Tree]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a list is tested.
+
+    Attributes:
+      reader: makes the views of a video.
+      batch_size: videos a step over all hosts.
+      readers: who reads on this host.
+      max_bad_share: share of the list that may be unreadable, 0 to 1.
+    """
+
+    reader: pipeline.EvalReader
+    batch_size: int
+    readers: pipeline.Readers = pipeline.Readers()
+    max_bad_share: float = 0.0
+
+
+class Views:
+    """Iterate once for the rows of this host; then ask for what was `unreadable`.
+
+    Attributes:
+      source: the list.
+      protocol: how it is tested.
+    """
+
+    def __init__(
+        self,
+        step: ViewStep,
+        variables: Tree,
+        frozen: Tree,
+        source: LabelledSource,
+        protocol: Protocol,
+        mesh: Mesh,
+        *,
+        input_keys: tuple[str, ...] = (),
+        skipped: Skipped | None = None,
+        on_batch: Callable[[int], None] = lambda done: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        """Opens the readers.
+
+        Args:
+          step: (variables, frozen, batch) -> dict of (B, ...) trees; see `step.make_eval_step`.
+          variables: trainable parameters and collections.
+          frozen: frozen tree.
+          source: the videos.
+          protocol: how they are tested.
+          mesh: devices.
+          input_keys: what the step reads of a batch beside `video`.
+          skipped: videos that are not read; those over which reader processes end are added.
+          on_batch: called with the number of batches done.
+          should_stop: asked before each batch; must say the same on all hosts.
+        """
+        self.source, self.protocol = source, protocol
+        self._run = (step, variables, frozen)
+        self._mesh = mesh
+        self._keys = ('video', *input_keys)
+        self._part = feed(mesh)
+        self._on_batch = on_batch
+        self._should_stop = should_stop
+        self._bad: list[tuple[int, str, str]] = []
+        self._batches = pipeline.eval_batches(
+            source,
+            protocol.reader,
+            batch_size=protocol.batch_size,
+            host=self._part,
+            readers=protocol.readers,
+            skipped=skipped,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Tree]]:
+        """Rows of one batch after the other: what the step gives, and what the batch has.
+
+        Without padding, without unreadable videos, and without those that another host has, too.
+
+        Raises:
+          ending.StoppedError: `should_stop` said so.
+        """
+        step, variables, frozen = self._run
+        running: tuple[dict[str, np.ndarray], dict[str, Tree]] | None = None
+        done = 0
+        # One step is on the devices while the next batch goes there.
+        with contextlib.closing(self._batches):
+            for batch in self._batches:
+                if self._should_stop():
+                    raise ending.StoppedError('the evaluation was stopped')
+                inputs = {key: batch[key] for key in self._keys}
+                del batch['video']
+                found = step(variables, frozen, to_global(inputs, self._mesh))
+                if running is not None:
+                    yield self._rows(*running)
+                    done += 1
+                    self._on_batch(done)
+                running = batch, found
+            yield self._rows(*running)
+            self._on_batch(done + 1)
+
+    def _rows(self, batch: dict[str, Any], found: dict[str, Tree]) -> dict[str, Tree]:
+        self._bad.extend(
+            (int(number), str(path), str(error))
+            for number, path, error in zip(batch['index'], batch['path'], batch['error'])
+            if error and self._part.first
+        )
+        # What several hosts read is counted once.
+        kept = (batch['mask'] > 0) & self._part.first
+        return jax.tree.map(lambda leaf: leaf[kept], batch | local_rows(found))
+
+    def unreadable(self) -> tuple[tuple[str, str], ...]:
+        """(path, reason) of the videos of all hosts, in the order of the list.
+
+        Every host must call it, after the last batch.
+        """
+        return tuple((path, reason) for _, path, reason in sorted(gather_values(self._bad)))
