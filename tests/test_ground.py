@@ -1,0 +1,333 @@
+"""What every family and task may rely on, shown by one without a backbone and one with own keys."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import conv_family
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from dist_jax import checkpoint, convert, evaluate, experiment, predict, step, train, trained
+from dist_jax.models import FAMILIES, Family, converted, heads
+from dist_jax.models.api import Model, ParamGroup
+from dist_jax.models.backbone import Taps
+from dist_jax.models.frozen import Frozen
+from dist_jax.models.params import flatten
+from dist_jax.plan import compiling
+from dist_jax.sharding import ShardingRule, make_mesh
+from dist_jax.tasks import TASKS
+from dist_jax.tasks.classify import Classify
+
+TIMEOUT_SECONDS = 240
+
+
+@pytest.fixture(scope='module', autouse=True)
+def registered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, 'conv', conv_family.FAMILIES_ROW)
+        patch.setitem(TASKS, 'spread', conv_family.Spread)
+        patch.setitem(convert.KINDS, 'conv', conv_family.NAMING)
+        yield
+
+
+@pytest.fixture(scope='module')
+def make_config(clips):
+    def make(task='classify', **fields):
+        config = conv_family.get_config(task).unlock()
+        config.data.update(
+            root=str(clips), train_list='train.txt', val_list='val.txt', label_map='labels.txt'
+        )
+        config.update_from_flattened_dict(fields)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope='module')
+def run(make_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('conv')
+    return workdir, train.train(make_config(), str(workdir))
+
+
+def read(workdir):
+    folder = checkpoint.find_checkpoint(workdir)
+    return flatten(checkpoint.read_host_variables(folder))
+
+
+def test_a_family_without_a_backbone_trains_and_keeps_its_statistics(run):
+    workdir, summary = run
+    assert 0 <= summary['val_top1'] <= 1
+    found = read(workdir)
+    assert np.abs(found['batch_stats/bn/mean']).max() > 1e-3
+    metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir))
+    assert metadata['backbone'] is None
+    assert metadata['preprocessing']['mean'] == [0.4, 0.5, 0.6]
+
+
+def test_evaluation_uses_the_statistics(run, tmp_path):
+    workdir, summary = run
+    config = trained.saved_config(str(workdir))
+    figures, _ = evaluate.run(config, str(workdir), None, str(tmp_path))
+    assert figures['top1'] == summary['val_top1']
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['num_videos'] == 10
+
+
+def test_single_videos_are_predicted(run, clips):
+    workdir, _ = run
+    config = trained.saved_config(str(workdir))
+    found = trained.load_trained(config, str(workdir), None)
+    video = next(clips.rglob('*.mp4'))
+    (one,) = predict.predict_videos(found, config, [video])
+    assert not one.error and np.isclose(sum(one.scores[0]), 1, atol=1e-5)
+
+
+def test_statistics_are_exported_converted_and_started_from(run, make_config, tmp_path):
+    workdir, _ = run
+    file, folder = tmp_path / 'conv.safetensors', tmp_path / 'conv'
+    tensors = convert.export(workdir, file)
+    found = read(workdir)
+    np.testing.assert_array_equal(tensors['bn.running_var'], found['batch_stats/bn/var'])
+    metadata = convert.convert(file, folder)
+    assert metadata['collections'] == ['batch_stats']
+    for origin in (workdir, folder):
+        fresh = train.train(
+            make_config(init_from=str(origin), **{'optimizer.peak_lr': 0.0, 'num_steps': 1}),
+            str(tmp_path / f'from_{origin.name}'),
+        )
+        params = {
+            k: v for k, v in read(tmp_path / f'from_{origin.name}').items() if 'bn/m' not in k
+        }
+        assert fresh['step'] == 1
+        for name, leaf in params.items():
+            if name.startswith('params/'):
+                np.testing.assert_array_equal(leaf, found[name], err_msg=name)
+    # One step with momentum 0.5 moves statistics half of the way: they did not start from zero.
+    before, after = (
+        found['batch_stats/bn/mean'],
+        read(tmp_path / 'from_conv')['batch_stats/bn/mean'],
+    )
+    assert np.abs(after - before / 2).max() < np.abs(after).max() * 0.75
+    evaluated, _ = evaluate.run(
+        make_config(init_from=str(folder)), '', None, str(tmp_path / 'evaluated')
+    )
+    own, _ = evaluate.run(trained.saved_config(str(workdir)), str(workdir), None, str(tmp_path))
+    assert evaluated['top1'] == own['top1']
+
+
+def test_another_size_of_the_family_starts_from_a_run(run, make_config, tmp_path):
+    workdir, _ = run
+    fields = {'model.kernel_frames': 5, 'optimizer.peak_lr': 0.0, 'num_steps': 1}
+    train.train(make_config(init_from=str(workdir), **fields), str(tmp_path))
+    kernel, before = (read(w)['params/conv/kernel'] for w in (tmp_path, workdir))
+    np.testing.assert_array_equal(kernel[1:4], before)
+    assert not kernel[[0, 4]].any()
+
+
+def test_a_test_size_of_its_own(run, make_config, tmp_path):
+    workdir, _ = run
+    config = trained.saved_config(str(workdir)).unlock()
+    config.eval.update(image_size=32, resize=(32,))
+    figures, _ = evaluate.run(config, str(workdir), None, str(tmp_path))
+    assert figures['num_videos'] == 10
+
+
+class Borrowing(nn.Module):
+    """Trains the projection of the backbone, on its frozen class tokens."""
+
+    embed_dim: int
+    head: heads.Head
+
+    @nn.compact
+    def __call__(self, inputs, *, mask=None, train=False):
+        x = nn.Dense(self.embed_dim, use_bias=False, name='proj')(inputs['cls'])
+        return {'embedding': x, 'logits': self.head(x, {})}
+
+
+def build_borrowing(backbone, *, num_classes, num_frames, dtype):
+    last = Taps(outputs=(backbone.spec.depth - 1,))
+
+    def read(frozen, batch):
+        found = backbone.encode_image(frozen['visual'], batch['video'][:, 0], last)
+        return {'cls': found['outputs'][0, :, 0]}
+
+    return Model(
+        net=Borrowing(backbone.spec.embed_dim, heads.Head('linear', num_classes)),
+        dtype=dtype,
+        pixels=backbone.kind.pixels,
+        param_groups=(ParamGroup(''),),
+        sharding_rules=(ShardingRule(''),),
+        frozen=Frozen(backbone, dtype, read),
+        from_backbone={'proj': 'visual/proj'},
+    )
+
+
+def test_parameters_start_as_parts_of_the_backbone(make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, 'borrowing', Family(build_borrowing))
+    fields = {'optimizer.peak_lr': 0.0, 'num_steps': 1, 'data.image_size': 48}
+    config = make_config(**fields, **{'backbone.name': 'tiny', 'backbone.checkpoint': 'random'})
+    config.model = ConfigDict({'family': 'borrowing', 'dtype': 'float32'})
+    train.train(config, str(tmp_path))
+    taken = converted.load_params(tmp_path / 'backbone', ['visual/proj'], as_numpy=True)
+    np.testing.assert_array_equal(
+        read(tmp_path)['params/proj/kernel'], taken['visual']['proj']['kernel']
+    )
+
+
+def test_a_backbone_that_nobody_reads_is_refused(make_config):
+    config = make_config(**{'backbone.name': 'tiny'})
+    with pytest.raises(ValueError, match="family='conv' stands on no backbone"):
+        experiment.find_backbone(config, '')
+
+
+def command(*arguments, devices=1):
+    """The command with the family in it, in a process that sees so many devices."""
+    flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+    root = Path(__file__).parents[1]
+    environment = os.environ | {'PYTHONPATH': str(root), 'XLA_FLAGS': flags}
+    program = [sys.executable, str(root / 'tests' / 'conv_family.py'), *arguments]
+    return subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 8])
+def test_a_killed_run_ends_as_one_that_never_stopped(clips, tmp_path, devices):
+    def start(name):
+        fields = {
+            'data.root': clips,
+            'data.train_list': 'train.txt',
+            'data.label_map': 'labels.txt',
+            'num_steps': 12,
+            'mesh.fsdp': min(devices, 2),
+        }
+        arguments = [f'--config.{field}={value}' for field, value in fields.items()]
+        config = f'--config={conv_family.__file__}'
+        return command('train', config, f'--workdir={tmp_path / name}', *arguments, devices=devices)
+
+    straight, killed = start('straight'), start('killed')
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (tmp_path / 'killed' / 'checkpoints' / '4' / 'metadata').exists():
+        assert killed.poll() is None and time.monotonic() < deadline, killed.stderr.read()
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / 'killed' / 'summary.json').exists()
+    continued = start('killed')
+    for process in (straight, continued):
+        _, said = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert process.returncode == 0, said
+    assert 'continuing from step' in said
+    a, b = (tmp_path / name / 'summary.json' for name in ('straight', 'killed'))
+    a, b = json.loads(a.read_text()), json.loads(b.read_text())
+    assert a['params_sha256'] == b['params_sha256'] and a['devices'] == devices
+    one, other = read(tmp_path / 'straight'), read(tmp_path / 'killed')
+    for name in one:  # the statistics, too
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec('libtpu') is None, reason='the TPU compiler is an extra')
+def test_it_is_planned_for_eight_chips(tmp_path):
+    plan = tmp_path / 'plan.json'
+    arguments = ['plan', '--topology=v5e:2x4', '--no_eval', '--cache=', f'--json={plan}']
+    process = command(*arguments, f'--config={conv_family.__file__}')
+    _, said = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 0, said
+    found = json.loads(plan.read_text())
+    assert found['fits'] and found['chips'] == 8
+    memory = found['hbm_bytes_per_chip']
+    assert memory['other_state'] > 0 and memory['frozen'] == 0
+    assert found['model_flops_parts']['features'] == 0
+    assert found['model_flops_parts']['backward'] > 0
+
+
+def test_its_steps_are_planned_for_one_device():
+    config, mesh = conv_family.get_config(), make_mesh(jax.devices()[:1])
+    for plan in (compiling.train_step, compiling.eval_step):
+        one = plan(config, mesh)
+        assert one.arguments['frozen'] == {} and one.flops_per_clip > 0
+        one.function.lower(*one.arguments.values())
+
+
+class Steps:
+    """Steps of the family on a mesh of so many devices."""
+
+    def __init__(self, accumulation=1):
+        labels = (tuple('abc'),)
+        self.model = conv_family.build(
+            num_classes=(3,), num_frames=2, dtype=jnp.float32, width=4, kernel_frames=3
+        )
+        self.task, optimizer = Classify(labels), optax.sgd(0.1)
+        mesh = make_mesh(jax.devices()[:1])
+        shape = (4, 2, 8, 8, 3)
+        self.fresh = step.init_state(self.model, self.task, {}, shape, 0, lambda p: optimizer)
+        self.step = step.make_train_step(
+            self.model,
+            self.task,
+            optimizer,
+            lambda n: jnp.float32(0.1),
+            step.StepSettings(accumulation=accumulation),
+            mesh,
+        )
+
+    def __call__(self, batch):
+        return self.step(jax.tree.map(jnp.copy, self.fresh), {}, batch)[0]
+
+
+def batch_of(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        'video': rng.integers(0, 256, (4, 2, 8, 8, 3), dtype=np.uint8),
+        'label': np.array([0, 1, 2, 0], np.int32),
+        'mask': np.array([1, 1, 0, 1], np.float32),
+    }
+
+
+def test_statistics_ignore_masked_clips():
+    steps, batch = Steps(), batch_of()
+    garbage = {**batch, 'video': batch['video'].copy()}
+    garbage['video'][2] = 255 - garbage['video'][2]
+    a, b = steps(batch), steps(garbage)
+    jax.tree.map(np.testing.assert_array_equal, a.collections, b.collections)
+    real = {name: value[[0, 1, 3]] for name, value in batch.items()}
+    inputs = {'video': steps.model.normalize(jnp.asarray(real['video']))}
+    variables = {'params': steps.fresh.params, **steps.fresh.collections}
+    _, expected = steps.model.net.apply(variables, inputs, train=True, mutable=['batch_stats'])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
+        a.collections['batch_stats'],
+        expected['batch_stats'],
+    )
+
+
+def test_a_task_with_its_own_keys_trains_and_is_judged(make_config, tmp_path):
+    config = make_config('spread', **{'mixing.probability': 0.0, 'optimizer.peak_lr': 0.01})
+    summary = train.train(config, str(tmp_path / 'run'))
+    assert summary['val_nearness'] < 0 and summary['best_val_nearness'] >= summary['val_nearness']
+    config = trained.saved_config(str(tmp_path / 'run'))
+    figures, _ = evaluate.run(config, str(tmp_path / 'run'), 'best', str(tmp_path))
+    assert figures['order'] == list(range(10))
+    assert figures['nearness'] == pytest.approx(summary['best_val_nearness'], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'accumulation': 2}, 'accumulation=2: the loss of this task compares all rows'),
+        ({'mixing.probability': 0.5}, 'mixing.probability=0.5: this task has no targets'),
+    ],
+)
+def test_what_would_be_another_loss_is_refused(make_config, tmp_path, fields, message):
+    config = make_config('spread', **{'mixing.probability': 0.0, **fields})
+    with pytest.raises(ValueError, match=message):
+        train.train(config, str(tmp_path))
