@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
-import os
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +14,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from dist_jax import recipe, step
+from dist_jax import backbones, recipe, step
 from dist_jax.init_from import Origin
-from dist_jax.models import BACKBONES, FAMILIES, Family, converted
+from dist_jax.models import FAMILIES, Family
 from dist_jax.models.api import Model, Tree
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.frozen import ClassTexts
 from dist_jax.models.params import flatten
-from dist_jax.paths import RANDOM
 from dist_jax.sharding import check_batch_size, check_repeats
 from dist_jax.tasks.api import Labels, Task
-
-log = logging.getLogger('dist_jax')
 
 DTYPES = {'bfloat16': jnp.bfloat16, 'float32': jnp.float32}
 
@@ -55,76 +50,14 @@ def find_backbone(config: ConfigDict, workdir: str) -> Backbone | None:
       ValueError: none named, none found, or one of another geometry.
     """
     name, path = config.backbone.name, config.backbone.checkpoint
-    if not _family(config).reads_backbone:
-        if name or path:
-            raise ValueError(
-                f'model.family={config.model.family!r} stands on no backbone; leave backbone.name='
-                f'{name!r} and backbone.checkpoint={path!r} empty'
-            )
-        return None
-    if not path:
+    if _family(config).reads_backbone:
+        return backbones.find(name, path, config.data.image_size, workdir)
+    if name or path:
         raise ValueError(
-            'backbone.checkpoint is empty; convert the CLIP weights first '
-            '(`dist_jax convert ViT-B-16.pt clip_b16`) '
-            'and pass --config.backbone.checkpoint=clip_b16'
+            f'model.family={config.model.family!r} stands on no backbone; leave backbone.name='
+            f'{name!r} and backbone.checkpoint={path!r} empty'
         )
-    if path == RANDOM:
-        path = os.path.join(workdir, 'backbone')
-        if not converted.absolute_path(path).exists() and jax.process_index() == 0:
-            write_random_backbone(path, name)
-        if jax.process_count() > 1:
-            jax.experimental.multihost_utils.sync_global_devices('random backbone')
-    found = _converted_backbone(str(path))
-    expected = named_backbone(name)
-    if found.kind is not expected.kind:
-        raise ValueError(f'{path} is {found.name}, another kind of backbone than {name}')
-    unlike = {
-        field: (getattr(expected.spec, field), getattr(found.spec, field))
-        for field in found.kind.geometry
-        if getattr(expected.spec, field) != getattr(found.spec, field)
-    }
-    if unlike:
-        raise ValueError(
-            f'{path} is not a {name} (backbone.name): (expected, found) = {unlike}; '
-            'name the geometry that was converted'
-        )
-    return _sized(found, 'data.image_size', config.data.image_size)
-
-
-def _converted_backbone(path: str) -> Backbone:
-    """What a converted checkpoint holds, at the image size that it was converted at.
-
-    Raises:
-      ValueError: something else than a backbone.
-    """
-    metadata = converted.load_metadata(path)
-    family = metadata.get('family')
-    if family not in BACKBONES:
-        raise ValueError(
-            f'{path} is a checkpoint of family {family!r} where a converted backbone '
-            f'({", ".join(BACKBONES)}) is expected'
-        )
-    kind = BACKBONES[family]
-    try:
-        spec = kind.spec_class(**metadata['spec'])
-    except TypeError as error:
-        raise ValueError(
-            f'{path}: the spec of this converted {family} does not fit: {error}'
-        ) from None
-    return Backbone(kind, spec, path, metadata['name'], metadata['params_sha256'])
-
-
-def named_backbone(name: str) -> Backbone:
-    """The published size of this name, without weights.
-
-    Raises:
-      ValueError: no such size.
-    """
-    for kind in BACKBONES.values():
-        if name in kind.specs:
-            return Backbone(kind, kind.specs[name])
-    names = ', '.join(size for kind in BACKBONES.values() for size in kind.specs)
-    raise ValueError(f'backbone.name={name!r} is not one of {names}')
+    return None
 
 
 def sized_backbone(config: ConfigDict) -> Backbone | None:
@@ -135,32 +68,8 @@ def sized_backbone(config: ConfigDict) -> Backbone | None:
     """
     if not _family(config).reads_backbone:
         return None
-    backbone = named_backbone(config.backbone.name)
-    return _sized(backbone, 'data.image_size', config.data.image_size)
-
-
-def _sized(backbone: Backbone, field: str, size: int) -> Backbone:
-    try:
-        return backbone.at(size)
-    except ValueError as error:
-        raise ValueError(f'{field}: {error}') from None
-
-
-def write_random_backbone(path: str, name: str, seed: int = 0) -> None:
-    """A converted checkpoint with random weights, for the demo and for tests."""
-    backbone = named_backbone(name)
-    log.info('writing a random %s backbone to %s: no pretrained weights are used', name, path)
-    params = jax.device_get(backbone.kind.init_params(jax.random.key(seed), backbone.spec))
-    metadata = {
-        'family': next(family for family, kind in BACKBONES.items() if kind is backbone.kind),
-        'name': f'{name}-random',
-        'spec': dataclasses.asdict(backbone.spec),
-        'sources': [],
-        'source_sha256': '',
-        'precision': 'float32',
-        'ignored': [],
-    }
-    converted.save_converted(path, params, metadata)
+    backbone = backbones.named(config.backbone.name)
+    return backbones.sized(backbone, 'data.image_size', config.data.image_size)
 
 
 def _family(config: ConfigDict) -> Family:
@@ -297,7 +206,7 @@ def assemble(config: ConfigDict, labels: Labels, backbone: Backbone | None) -> E
     data, size = config.data, config.eval.image_size or config.data.image_size
     model = test_model = make_model(config, backbone, labels)
     if size != data.image_size:
-        tested = backbone and _sized(backbone, 'eval.image_size', size)
+        tested = backbone and backbones.sized(backbone, 'eval.image_size', size)
         test_model = make_model(config, tested, labels)
     found = Experiment(
         make_task(config, labels),

@@ -15,7 +15,7 @@ from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 
 from configs import frame_mean
-from dist_jax import checkpoint, evaluate, experiment, metric_writer, train, trained
+from dist_jax import backbones, checkpoint, evaluate, metric_writer, train, trained
 from dist_jax.json_file import write_json
 from dist_jax.reports import page
 from dist_jax.step import TrainState
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_in_the_bucket_is_set_aside(gcs, caplog):
 def test_a_run_lies_in_the_bucket_and_continues_there(gcs, clips, tmp_path):
     config = frame_mean.get_config('demo')
     config.backbone.checkpoint = str(tmp_path / 'backbone')
-    experiment.write_random_backbone(config.backbone.checkpoint, 'tiny')
+    backbones.write_random(config.backbone.checkpoint, 'tiny')
     config.data.update(
         root=str(clips),
         train_list='train.txt',

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base, dist, evl, frame_mean
-from dist_jax import checkpoint, experiment, optim, recipe, step, train
+from dist_jax import backbones, checkpoint, optim, recipe, step, train
 from dist_jax.plan import compiling
 from dist_jax.sharding import make_mesh
 from input_pipeline.datasets import DATASETS
@@ -66,7 +66,7 @@ def test_no_row_is_missing():
 
 def abstract_run(config):
     """Parts, frozen tree and state of a row as shapes, with its optimizer's settings."""
-    assert config.data.image_size == experiment.named_backbone(config.backbone.name).spec.image_size
+    assert config.data.image_size == backbones.named(config.backbone.name).spec.image_size
     parts = compiling.assemble(config)
     frozen = parts.abstract_frozen()
     settings = train.optimizer_settings(config, train.make_plan(config, 1000))

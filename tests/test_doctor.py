@@ -7,14 +7,14 @@ import jax
 import pytest
 
 from configs import dist
-from dist_jax import doctor, experiment, main
+from dist_jax import backbones, doctor, main
 
 
 @pytest.fixture
 def config(clips, tmp_path):
     config = dist.get_config('demo')
     config.backbone.checkpoint = str(tmp_path / 'backbone')
-    experiment.write_random_backbone(config.backbone.checkpoint, 'tiny')
+    backbones.write_random(config.backbone.checkpoint, 'tiny')
     config.data.update(
         root=str(clips), train_list='train.txt', val_list='val.txt', label_map='labels.txt'
     )

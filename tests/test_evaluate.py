@@ -11,7 +11,7 @@ import pytest
 
 from configs import base
 from configs import dist as dist_config
-from dist_jax import checkpoint, evaluate, experiment, main, recipe, sharding, step, train, trained
+from dist_jax import backbones, checkpoint, evaluate, main, recipe, sharding, step, train, trained
 from dist_jax.evaluate import BadVideosError
 from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.sharding import gather_rows, make_mesh, to_global
@@ -337,7 +337,7 @@ def test_what_cannot_be_evaluated_is_said(text_run, make_run, clips, tmp_path, c
         return capsys.readouterr().err
 
     other = str(tmp_path / 'other')
-    experiment.write_random_backbone(other, 'tiny', seed=1)
+    backbones.write_random(other, 'tiny', seed=1)
     message = refused(text_run, *data, f'--config.backbone.checkpoint={other}')
     assert other in message and 'tiny-random' in message and '--config.backbone' in message
     message = refused(text_run, *data, '--step=7')

@@ -13,7 +13,7 @@ import pytest
 from kinetics_tables import whole_tables, write_tables, youtube_id
 
 from configs import dist
-from dist_jax import checkpoint, evaluate, experiment, init_from, recipe, train
+from dist_jax import backbones, checkpoint, evaluate, experiment, init_from, recipe, train
 from dist_jax.models import converted, heads
 from dist_jax.sharding import make_mesh
 from input_pipeline import class_names
@@ -57,7 +57,7 @@ def merged(clips, tmp_path_factory):
 @pytest.fixture(scope='module')
 def backbone(tmp_path_factory):
     path = str(tmp_path_factory.mktemp('backbone') / 'tiny')
-    experiment.write_random_backbone(path, 'tiny')
+    backbones.write_random(path, 'tiny')
     return path
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_jax import experiment, pod
+from dist_jax import backbones, pod
 from dist_jax.metric_writer import read_metrics
 
 TIMEOUT_SECONDS = 240
@@ -65,7 +65,7 @@ class Run:
 def make_run(clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp('kill')
     backbone = str(folder / 'backbone')
-    experiment.write_random_backbone(backbone, 'tiny')
+    backbones.write_random(backbone, 'tiny')
     overrides = {
         'backbone.checkpoint': backbone,
         'data.root': clips,

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from dist_jax import checkpoint, experiment, pod
+from dist_jax import backbones, checkpoint, pod
 from dist_jax.metric_writer import read_metrics
 from dist_jax.models.params import flatten
 from dist_jax.plan import topology
@@ -332,7 +332,7 @@ def members(environment, tmp_path):
 
 def test_hosts_that_do_not_agree_are_told_before_anything_is_compiled(environment, clips, tmp_path):
     backbone = str(tmp_path / 'backbone')
-    experiment.write_random_backbone(backbone, 'tiny')
+    backbones.write_random(backbone, 'tiny')
     command = [sys.executable, '-m', 'dist_jax.main', 'train', '--config=configs/dist.py:demo']
     command += [f'--config.backbone.checkpoint={backbone}', f'--config.data.root={clips}']
     command += ['--config.data.train_list=train.txt', '--config.data.label_map=labels.txt']
@@ -498,7 +498,7 @@ class Run:
 def make_run(clips, environment, tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
     backbone = str(folder / 'backbone')
-    experiment.write_random_backbone(backbone, 'tiny')
+    backbones.write_random(backbone, 'tiny')
 
     # 10 videos, 4 a step; one is broken and one may be. Of two hosts, the second reads it.
     lines = (clips / 'val.txt').read_text().splitlines()

@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, dist
-from dist_jax import checkpoint, evaluate, experiment, main, train, trained
+from dist_jax import backbones, checkpoint, evaluate, experiment, main, train, trained
 from dist_jax.metric_writer import read_metrics
 from dist_jax.models import digests
 from dist_jax.models.params import tree_sha256
@@ -32,7 +32,7 @@ SAVE_EVERY = 2
 @pytest.fixture(scope='module')
 def backbone(tmp_path_factory):
     path = str(tmp_path_factory.mktemp('backbone') / 'tiny')
-    experiment.write_random_backbone(path, 'tiny')
+    backbones.write_random(path, 'tiny')
     return path
 
 
@@ -385,7 +385,7 @@ def test_other_settings_are_refused_by_name(stopped, make_config, tmp_path):
     assert '(--config.batch_size=4 --config.optimizer.peak_lr=' in str(error.value)
 
     other = str(tmp_path / 'other')
-    experiment.write_random_backbone(other, 'tiny', seed=1)
+    backbones.write_random(other, 'tiny', seed=1)
     with pytest.raises(ValueError) as error:
         train.train(make_config(**{'backbone.checkpoint': other}), str(stopped))
     assert named(error) == ['backbone.checkpoint'] and 'tiny-random' in str(error.value)

@@ -1,0 +1,127 @@
+"""Backbones on disk: found, checked against what was asked for, or made at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+
+import jax
+from jax.experimental import multihost_utils
+
+from dist_jax.models import BACKBONES, converted
+from dist_jax.models.backbone import Backbone
+from dist_jax.paths import RANDOM
+
+log = logging.getLogger('dist_jax')
+
+
+def find(name: str, path: str, image_size: int, workdir: str) -> Backbone:
+    """A converted backbone; a random one is made on first use.
+
+    Args:
+      name: of its geometry (`backbone.name`).
+      path: of the converted checkpoint (`backbone.checkpoint`), or RANDOM.
+      image_size: that it is to see, in pixels.
+      workdir: where a random one lies.
+
+    Raises:
+      ValueError: none named, none found, or one of another geometry.
+    """
+    if not path:
+        raise ValueError(
+            'backbone.checkpoint is empty; convert the CLIP weights first '
+            '(`dist_jax convert ViT-B-16.pt clip_b16`) '
+            'and pass --config.backbone.checkpoint=clip_b16'
+        )
+    if path == RANDOM:
+        path = os.path.join(workdir, 'backbone')
+        if not converted.absolute_path(path).exists() and jax.process_index() == 0:
+            write_random(path, name)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices('random backbone')
+    found = _converted(str(path))
+    expected = named(name)
+    if found.kind is not expected.kind:
+        raise ValueError(f'{path} is {found.name}, another kind of backbone than {name}')
+    unlike = {
+        field: (getattr(expected.spec, field), getattr(found.spec, field))
+        for field in found.kind.geometry
+        if getattr(expected.spec, field) != getattr(found.spec, field)
+    }
+    if unlike:
+        raise ValueError(
+            f'{path} is not a {name} (backbone.name): (expected, found) = {unlike}; '
+            'name the geometry that was converted'
+        )
+    return sized(found, 'data.image_size', image_size)
+
+
+def _converted(path: str) -> Backbone:
+    """What a converted checkpoint holds, at the image size that it was converted at.
+
+    Raises:
+      ValueError: something else than a backbone.
+    """
+    metadata = converted.load_metadata(path)
+    family = metadata.get('family')
+    if family not in BACKBONES:
+        raise ValueError(
+            f'{path} is a checkpoint of family {family!r} where a converted backbone '
+            f'({", ".join(BACKBONES)}) is expected'
+        )
+    kind = BACKBONES[family]
+    try:
+        spec = kind.spec_class(**metadata['spec'])
+    except TypeError as error:
+        raise ValueError(
+            f'{path}: the spec of this converted {family} does not fit: {error}'
+        ) from None
+    return Backbone(kind, spec, path, metadata['name'], metadata['params_sha256'])
+
+
+def named(name: str) -> Backbone:
+    """The published size of this name, without weights.
+
+    Raises:
+      ValueError: no such size.
+    """
+    for kind in BACKBONES.values():
+        if name in kind.specs:
+            return Backbone(kind, kind.specs[name])
+    names = ', '.join(size for kind in BACKBONES.values() for size in kind.specs)
+    raise ValueError(f'backbone.name={name!r} is not one of {names}')
+
+
+def sized(backbone: Backbone, field: str, size: int) -> Backbone:
+    """A backbone at another image size.
+
+    Args:
+      backbone: of any size.
+      field: of the config, that asks for it.
+      size: in pixels.
+
+    Raises:
+      ValueError: its patches do not divide that; the message names the field.
+    """
+    try:
+        return backbone.at(size)
+    except ValueError as error:
+        raise ValueError(f'{field}: {error}') from None
+
+
+def write_random(path: str, name: str, seed: int = 0) -> None:
+    """A converted checkpoint with random weights, for the demo and for tests."""
+    backbone = named(name)
+    log.info('writing a random %s backbone to %s: no pretrained weights are used', name, path)
+    params = jax.device_get(backbone.kind.init_params(jax.random.key(seed), backbone.spec))
+    metadata = {
+        'family': next(family for family, kind in BACKBONES.items() if kind is backbone.kind),
+        'name': f'{name}-random',
+        'spec': dataclasses.asdict(backbone.spec),
+        'sources': [],
+        'source_sha256': '',
+        'precision': 'float32',
+        'ignored': [],
+    }
+    converted.save_converted(path, params, metadata)
