@@ -536,11 +536,11 @@ def _readers(rows: list[dict[str, Any]], config: ConfigDict) -> Check | None:
         train_bytes, eval_bytes = _batch_bytes(config)
     except ValueError:
         return None  # the line of the batch says it
-    readers, test_readers = recipe.readers(config), recipe.eval_readers(config)
+    readers = recipe.readers(config)
     processes = readers.num_processes
     # Readers of the training list keep their batches while an evaluation has its own.
     extra = LENT if processes else readers.num_threads
-    fixed = train_bytes * extra + eval_bytes * (test_readers.buffer_size + extra)
+    fixed = train_bytes * extra + eval_bytes * (recipe.EVAL_AHEAD + extra)
     total = train_bytes * max(readers.buffer_size, 1) + fixed
     fewest = min(rows, key=lambda row: row['cpus'])
     who = f'{processes} processes' if processes else f'{readers.num_threads} threads'
