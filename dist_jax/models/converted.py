@@ -319,6 +319,8 @@ def read_tree(
       DamagedError: it is not what was written, or nothing that can be decoded.
       ending.AgainError: it cannot be read now.
     """
+    if not item:  # orbax has no word for nothing
+        return {}
     if stored is None:
         return _read_whole(folder, item, as_numpy)
     changed = {
