@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -95,25 +95,30 @@ def load_variables(origin: Origin, model: Model, variables: Tree, labels: Labels
     return found
 
 
-def load_from_backbone(model: Model, params: Tree, verify: bool) -> Tree:
-    """Parameters of which the model takes some from its backbone.
+def load_from_backbone(
+    from_backbone: Mapping[str, str], backbone: Backbone, params: Tree, verify: bool
+) -> Tree:
+    """Parameters of which some are taken from a backbone.
 
     Args:
-      model: its `from_backbone` says which.
+      from_backbone: which, see `Model.from_backbone`.
+      backbone: converted.
       params: fresh ones, arrays.
       verify: compare what is read with its digests.
 
     Raises:
-      ValueError: the backbone has not what the model takes, or in other shapes.
+      ValueError: there are no such parameters, or the backbone has not what they start as, or in
+        other shapes.
     """
     known = flatten(params)
     wanted = {}
-    for ours, theirs in model.from_backbone.items():
-        for path in known:
-            if path == ours or path.startswith(f'{ours}/'):
-                wanted[theirs + path.removeprefix(ours)] = path
+    for ours, theirs in from_backbone.items():
+        inside = [path for path in known if path == ours or path.startswith(f'{ours}/')]
+        if not inside:
+            raise ValueError(f'from_backbone: the network has no parameters under {ours!r}')
+        wanted |= {theirs + path.removeprefix(ours): path for path in inside}
     found = converted.load_params(
-        model.frozen.backbone.path,
+        backbone.path,
         list(wanted),
         abstract=unflatten({theirs: known[path] for theirs, path in wanted.items()}),
         verify=verify,

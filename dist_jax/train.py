@@ -34,6 +34,7 @@ from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.mixup import Mixing
 from dist_jax.models import converted
 from dist_jax.models.api import Model, Tree
+from dist_jax.models.backbone import Backbone
 from dist_jax.models.params import tree_sha256
 from dist_jax.progress import Bar, duration
 from dist_jax.reports import page
@@ -253,7 +254,7 @@ def _train(
             init_from.compare_backbones(origin.path, parts.backbone)
             state = start_from(state, origin, model, labels)
         elif model.from_backbone:
-            state = start_from_backbone(state, model, verify)
+            state = start_from_backbone(state, model, parts.backbone, verify)
     start = int(state.step)
     before = restored[1].get('seconds', 0.0) if restored is not None else 0.0
 
@@ -358,9 +359,12 @@ def start_from(
     return _with_variables(state, found)
 
 
-def start_from_backbone(state: step.TrainState, model: Model, verify: bool) -> step.TrainState:
+def start_from_backbone(
+    state: step.TrainState, model: Model, backbone: Backbone, verify: bool
+) -> step.TrainState:
     """A fresh state with what the model takes from its backbone to train it."""
-    params = init_from.load_from_backbone(model, state.params, verify)
+    taken = model.from_backbone
+    params = init_from.load_from_backbone(taken, backbone, state.params, verify)
     return _with_variables(state, {'params': params, **state.collections})
 
 

@@ -1,5 +1,6 @@
 """What every family and task may rely on, shown by one without a backbone and one with own keys."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,11 +19,21 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, convert, evaluate, experiment, predict, step, train, trained
+from dist_jax import (
+    checkpoint,
+    convert,
+    evaluate,
+    experiment,
+    init_from,
+    predict,
+    step,
+    train,
+    trained,
+)
 from dist_jax.models import FAMILIES, Family, converted, heads
 from dist_jax.models.api import Model, ParamGroup
 from dist_jax.models.backbone import Taps
-from dist_jax.models.frozen import Frozen
+from dist_jax.models.frozen import ClassTexts, Frozen
 from dist_jax.models.params import flatten
 from dist_jax.plan import compiling
 from dist_jax.sharding import ShardingRule, make_mesh
@@ -182,6 +193,22 @@ def test_parameters_start_as_parts_of_the_backbone(make_config, tmp_path, monkey
     np.testing.assert_array_equal(
         read(tmp_path)['params/proj/kernel'], taken['visual']['proj']['kernel']
     )
+
+
+def test_parameters_that_are_not_there_start_as_nothing():
+    params = {'proj': {'kernel': jnp.zeros((64, 64))}}
+    with pytest.raises(ValueError, match="no parameters under 'projection'"):
+        init_from.load_from_backbone({'projection': 'visual/proj'}, None, params, True)
+
+
+def test_a_backbone_may_have_no_tables_of_positions(tmp_path):
+    experiment.write_random_backbone(str(tmp_path / 'tiny'), 'tiny')
+    found = experiment.named_backbone('tiny')
+    kind = dataclasses.replace(found.kind, tables=())
+    backbone = dataclasses.replace(found, kind=kind, path=str(tmp_path / 'tiny'))
+    frozen, mesh = Frozen(backbone, jnp.bfloat16, None), make_mesh(jax.devices()[:1])
+    tree = frozen.load(mesh, ClassTexts())
+    assert flatten(tree).keys() == flatten(frozen.abstract(())).keys()
 
 
 def test_a_backbone_that_nobody_reads_is_refused(make_config):
