@@ -166,6 +166,20 @@ def get_config() -> ConfigDict:
     return config
 
 
+# Fields that came after the first runs and decide what a run does, as it was before them.
+BEFORE_FIELDS = {
+    'data.split_names': False,
+    'task.name': 'classify',
+    'optimizer.name': 'adamw',
+    'optimizer.schedule': 'cosine',
+    'optimizer.eps': 1e-8,
+    'optimizer.momentum': 0.9,
+    'optimizer.nesterov': False,
+}
+
+# Fields that had another name when runs were saved: the name then -> the name now.
+RENAMED_FIELDS = {'data.num_samples': 'data.repeats'}
+
 # (lowest, highest) of numbers that nothing else checks; None for no bound.
 BOUNDS: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(

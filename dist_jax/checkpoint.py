@@ -27,7 +27,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from configs.base import flat
+from configs import base
 from dist_jax.models import digests
 from dist_jax.models.api import Tree
 from dist_jax.models.converted import (
@@ -51,20 +51,6 @@ SCORE = 'score'
 COLLECTIONS = 'collections'  # field of a state, beside its parameters
 BEST = 'best'  # in place of a step
 MOST_NAMED = 20  # arrays in a message
-
-# Fields that came after the first runs and decide what a run does, as it was before them.
-BEFORE_FIELDS = {
-    'data.split_names': False,
-    'task.name': 'classify',
-    'optimizer.name': 'adamw',
-    'optimizer.schedule': 'cosine',
-    'optimizer.eps': 1e-8,
-    'optimizer.momentum': 0.9,
-    'optimizer.nesterov': False,
-}
-
-# Fields that had another name when runs were saved: the name then -> the name now.
-RENAMED_FIELDS = {'data.num_samples': 'data.repeats'}
 
 # Fields that may change when a run is resumed: where things lie (contents are compared by hash)
 # and what leaves the parameters alone (another mesh rounds sums differently, no more).
@@ -383,7 +369,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
         )
     if 'config' in metadata:
         fields = flatten_dict(metadata['config'], keep_empty_nodes=True, sep='.')
-        fields = {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+        fields = {base.RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
         metadata['config'] = unflatten_dict(fields, sep='.')
     return metadata
 
@@ -481,7 +467,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
       ValueError: listing every field that differs.
     """
-    before, now = BEFORE_FIELDS | flat(saved['config']), flat(current['config'])
+    before, now = base.BEFORE_FIELDS | base.flat(saved['config']), base.flat(current['config'])
     changed = [
         name
         for name in sorted(before.keys() | now.keys())

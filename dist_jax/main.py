@@ -359,6 +359,8 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
 
 def _closest(name: str, fields: Collection[str]) -> list[str]:
     """At most three fields that somebody who wrote `name` may have meant, the likeliest first."""
+    if name in base.RENAMED_FIELDS:
+        return [base.RENAMED_FIELDS[name]]
     group, _, last = name.rpartition('.')
     elsewhere = [field for field in fields if field.rpartition('.')[2] == last]
     if elsewhere:

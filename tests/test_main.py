@@ -106,6 +106,10 @@ def test_no_command_is_wrong_usage(capsys):
             ["no field 'batchsize'; did you mean --config.batch_size?"],
         ),
         (
+            ['train', '--workdir=w', DIST, '--config.data.num_samples=2'],
+            ["no field 'data.num_samples'; did you mean --config.data.repeats?"],
+        ),
+        (
             ['train', '--workdir=w', DIST, '--config.optimizer.lr'],
             ["no field 'optimizer.lr'", '--config.optimizer.peak_lr'],
         ),

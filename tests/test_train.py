@@ -422,7 +422,7 @@ def with_old_names(workdir):
     for file in workdir.glob('checkpoints/*/metadata/metadata'):
         metadata = json.loads(file.read_text())
         del metadata[digests.SEAL]
-        for before, now in checkpoint.RENAMED_FIELDS.items():
+        for before, now in base.RENAMED_FIELDS.items():
             (group, old), (_, new) = before.split('.'), now.split('.')
             metadata['config'][group][old] = metadata['config'][group].pop(new)
         file.write_text(json.dumps(digests.seal(metadata)))
