@@ -105,6 +105,14 @@ def test_classes_and_chance_are_written_as_a_person_would(tmp_path, capsys):
     assert '97, 300' in out and '12.50 %' in out and '[' not in out
 
 
+def test_a_sheet_with_room_left_shows_no_empty_frame():
+    rows = [{'step': 1, 'loss': 1.0, 'learning_rate': 0.1, 'grad_norm': 1.0, 'clips_per_second': 9}]
+    panels = curves.panels(rows)
+    assert len(panels) == 4
+    axes = curves.sheet(panels, rows).axes
+    assert [axis.axison for axis in axes] == [True] * 4 + [False] * 2
+
+
 def test_run_without_validation_has_no_validation_panel(tmp_path):
     _write_metrics(tmp_path, steps=3, validation=False)
     page.write_report(tmp_path, SUMMARY, None)

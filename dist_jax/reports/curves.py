@@ -196,10 +196,10 @@ def sheet(shown: Sequence[Panel], rows: Rows) -> Figure:
     across = min(3, len(shown))
     down = -(-len(shown) // across)
     figure = Figure(figsize=(4.6 * across, 2.9 * down), layout='constrained')
-    axes = figure.subplots(down, across, squeeze=False).flat
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
     for axis, panel in zip(axes, shown):
         _draw_panel(axis, panel, rows)
-    for axis in list(axes)[len(shown) :]:
+    for axis in axes[len(shown) :]:
         axis.set_axis_off()
     return figure
 
