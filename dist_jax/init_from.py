@@ -77,7 +77,7 @@ def load_variables(origin: Origin, model: Model, variables: Tree, labels: Labels
     head = wanted['params'].pop('head', None)
     if head is None:
         if stored['params'].pop('head', None) is not None:
-            log.info('the classifier of %s is left out: model.head=text has none', path)
+            log.info('the classifier of %s is left out: this model has none', path)
         return _read_variables(path, folder, stored, wanted, model, verify)
 
     places = _class_places(origin, folder, heads.classes_of(stored['params']), labels)

@@ -336,6 +336,11 @@ def test_a_run_is_tested_on_one_of_the_sets(linear_run, make_config, merged, tmp
         evaluate.run(config, '', None, str(tmp_path))
 
 
+def test_a_module_of_the_name_of_the_classifier_is_refused():
+    with pytest.raises(ValueError, match='params/head holds kernel, bias where a classifier'):
+        heads.classes_of({'head': {'kernel': jnp.zeros((4, 3)), 'bias': jnp.zeros(3)}})
+
+
 def test_equal_names_come_before_equal_keys():
     def match(origin, names, key=merged_key):
         return init_from.match_classes(origin, names, key, 'RUN').tolist()

@@ -63,11 +63,18 @@ def cosine_logits(
 
 
 def classes_of(params: Tree) -> tuple[int, ...]:
-    """Classes of each head in the parameters of a network; () for a text head."""
-    return tuple(
-        params['head'][f'column_{i}']['classifier']['bias'].shape[-1]
-        for i in range(len(params.get('head', ())))
-    )
+    """Classes of each head in the parameters of a network; () for a text head.
+
+    Raises:
+      ValueError: `head` is something else.
+    """
+    head = params.get('head', {})
+    if not all(name.startswith('column_') for name in head):
+        raise ValueError(
+            f'params/head holds {", ".join(head)} where a classifier (models.heads.Head) has '
+            'column_0: nothing says which class is which; name that module of the network otherwise'
+        )
+    return tuple(head[f'column_{i}']['classifier']['bias'].shape[-1] for i in range(len(head)))
 
 
 def with_classes(head: Tree, num_classes: Sequence[int]) -> Tree:
