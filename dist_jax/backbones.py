@@ -30,9 +30,9 @@ def find(name: str, path: str, image_size: int, workdir: str) -> Backbone:
     """
     if not path:
         raise ValueError(
-            'backbone.checkpoint is empty; convert the CLIP weights first '
-            '(`dist_jax convert ViT-B-16.pt clip_b16`) '
-            'and pass --config.backbone.checkpoint=clip_b16'
+            f'backbone.checkpoint is empty; convert the weights of {name} first '
+            '(as CLIP with `dist_jax convert ViT-B-16.pt clip_b16`) '
+            'and pass --config.backbone.checkpoint=FOLDER'
         )
     if path == RANDOM:
         path = os.path.join(workdir, 'backbone')

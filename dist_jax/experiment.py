@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,13 +101,29 @@ def make_task(config: ConfigDict, labels: Labels) -> Task:
       ValueError: no such task, or one that cannot be learned from such a list.
     """
     options = config.task.to_dict()
-    del options['name']
-    return recipe.task_kind(config)(
-        labels,
-        label_smoothing=config.optimizer.label_smoothing,
-        fusion=config.eval.fusion,
-        **options,
+    chosen = f'task.name={options.pop("name")!r}'
+    options |= {'label_smoothing': config.optimizer.label_smoothing, 'fusion': config.eval.fusion}
+    return _call(
+        chosen, 'its fields are set in the config file', recipe.task_kind(config), labels, **options
     )
+
+
+def _call(chosen: str, way_out: str, build: Callable[..., Any], *parts: Any, **options: Any) -> Any:
+    """Calls what a field chose with the other fields of its group.
+
+    Raises:
+      ValueError: it does not take one of them, or needs another.
+    """
+    group, signature = chosen.partition('.')[0], inspect.signature(build)
+    known = signature.parameters
+    foreign = [f'{group}.{name}' for name in options if name not in known]
+    if foreign and not any(each.kind is each.VAR_KEYWORD for each in known.values()):
+        raise ValueError(f'{chosen} has no option {", ".join(foreign)}; {way_out}')
+    try:
+        signature.bind(*parts, **options)
+    except TypeError as error:
+        raise ValueError(f'{chosen}: config.{group}: {error}; {way_out}') from None
+    return build(*parts, **options)
 
 
 def make_model(config: ConfigDict, backbone: Backbone | None, labels: Labels) -> Model:
@@ -117,17 +135,13 @@ def make_model(config: ConfigDict, backbone: Backbone | None, labels: Labels) ->
     family = _family(config)
     options = config.model.to_dict()
     name = options.pop('family')
-    known = inspect.signature(family.build).parameters
-    foreign = [f'model.{option}' for option in options if option not in known]
-    if foreign:
-        raise ValueError(
-            f'model.family={name!r} has no option {", ".join(foreign)}; a family is '
-            f'chosen by its file, --config=configs/{name}.py:VARIANT'
-        )
     dtype = options.pop('dtype')
     if dtype not in DTYPES:
         raise ValueError(f'model.dtype={dtype!r} is not one of {", ".join(DTYPES)}')
-    return family.build(
+    return _call(
+        f'model.family={name!r}',
+        f'a family is chosen by its file, --config=configs/{name}.py:VARIANT',
+        family.build,
         *([backbone] if family.reads_backbone else []),
         num_classes=tuple(map(len, labels)),
         num_frames=config.data.num_frames,
@@ -197,23 +211,24 @@ def assemble(config: ConfigDict, labels: Labels, backbone: Backbone | None) -> E
 
     Args:
       config: of the experiment.
-      labels: class names of each head.
+      labels: class names of the list; the heads of the model have those of the task.
       backbone: from `find_backbone`, or a size alone.
 
     Raises:
       ValueError: fields that do not fit each other.
     """
     data, size = config.data, config.eval.image_size or config.data.image_size
-    model = test_model = make_model(config, backbone, labels)
+    task = make_task(config, labels)
+    model = test_model = make_model(config, backbone, task.labels)
     if size != data.image_size:
         tested = backbone and backbones.sized(backbone, 'eval.image_size', size)
-        test_model = make_model(config, tested, labels)
+        test_model = make_model(config, tested, task.labels)
     found = Experiment(
-        make_task(config, labels),
+        task,
         model,
         test_model,
         backbone,
-        ClassTexts(labels, data.split_names, data.truncate_texts),
+        ClassTexts(task.labels, data.split_names, data.truncate_texts),
         (data.num_frames, data.image_size, data.image_size, 3),
         (data.num_frames, size, size, 3),
     )

@@ -99,8 +99,8 @@ def predict_videos(
     """
     if not isinstance(trained.task, Classify):
         raise ValueError(
-            f'task.name={config.task.name!r} has no classes to choose from; predict shows what '
-            'classifiers say'
+            f'predict shows what classifiers say, and task.name={config.task.name!r} is not '
+            'classify; `dist_jax evaluate` judges such runs'
         )
     if attention and trained.model.attention is None:
         raise ValueError(

@@ -209,12 +209,14 @@ def _train(
     train_source = recipe.open_split(config, 'train')
     val_source = recipe.open_split(config, 'val') if config.data.val_list else None
     labels = recipe.labels_of(train_source)
-    if val_source is not None and recipe.labels_of(val_source) != labels:
+    needs_classes = recipe.task_kind(config).needs_classes
+    if needs_classes and val_source is not None and recipe.labels_of(val_source) != labels:
         raise ValueError(
             f'{config.data.train_list} and {config.data.val_list} have different classes; '
             'name one file of class names for both in data.label_map'
         )
-    recipe.warn_of_classes(train_source, 'data.train_list')
+    if needs_classes:
+        recipe.warn_of_classes(train_source, 'data.train_list')
     verify = config.checkpoint.verify
     parts = experiment.assemble(config, labels, experiment.find_backbone(config, workdir))
     task, model = parts.task, parts.model
@@ -252,7 +254,7 @@ def _train(
         state = jax.jit(initialise, out_shardings=shardings(abstract))(frozen)
         if origin := experiment.origin(config):
             init_from.compare_backbones(origin.path, parts.backbone)
-            state = start_from(state, origin, model, labels)
+            state = start_from(state, origin, model, task.labels)
         elif model.from_backbone:
             state = start_from_backbone(state, model, parts.backbone, verify)
     start = int(state.step)
@@ -309,7 +311,7 @@ def _train(
         f'best_{VALIDATION}{task.select_by}': best_score,
         'num_bad_videos': run.num_bad_videos,
         'params_sha256': tree_sha256(to_host(_trained(state))),
-        'num_classes': list(map(len, labels)),
+        **({'num_classes': list(map(len, task.labels))} if task.labels else {}),
         'trainable_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
         'devices': mesh.size,
         'seconds': (_finished_seconds(workdir) if start == plan.total_steps else None) or seconds(),

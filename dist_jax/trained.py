@@ -88,12 +88,6 @@ def load_trained(
             'no trained model: pass --workdir=RUN, or --config.init_from=CONVERTED together with '
             'a list to evaluate'
         )
-    labels = trained_labels if labels is None else labels
-    if labels != trained_labels and config.model.get('head') != 'text':
-        raise ValueError(
-            'the label set is not the one of the run, and only model.head=text can take another; '
-            'pass the label map of the run'
-        )
     backbone = experiment.find_backbone(config, workdir)
     if metadata is not None and backbone is not None:
         own = {'backbone': backbone.identity()}
@@ -103,14 +97,20 @@ def load_trained(
                 f'on {checkpoint.describe_backbone(metadata)}; pass the right one with '
                 '--config.backbone.checkpoint=FOLDER'
             )
-    parts = experiment.assemble(config, labels, backbone)
+    parts = experiment.assemble(config, trained_labels if labels is None else labels, backbone)
+    reads_texts = parts.model.frozen is not None and parts.model.frozen.texts
+    if metadata is not None and parts.task.labels != trained_labels and not reads_texts:
+        raise ValueError(
+            'the label set is not the one of the run, and only model.head=text can take another; '
+            'pass the label map of the run'
+        )
     verify = config.checkpoint.verify
     frozen = parts.load_test_frozen(mesh, verify=verify)
     variables = step.place_variables(parts.test_model, parts.abstract_variables(), mesh)
     if folder is None:
         init_from.compare_backbones(config.init_from, backbone)
         origin = experiment.origin(config)
-        found = init_from.load_variables(origin, parts.test_model, variables, labels)
+        found = init_from.load_variables(origin, parts.test_model, variables, parts.task.labels)
         return Trained(parts.task, parts.test_model, frozen, found, -1)
     found = checkpoint.read_variables(folder, variables, verify)
     return Trained(parts.task, parts.test_model, frozen, found, int(folder.name))

@@ -99,14 +99,10 @@ class Reading:
         return {'hint': np.float32(hint), 'place': np.int32(len(record.video_id))}
 
 
-@dataclasses.dataclass(frozen=True)
 class Spread:
     """Embeddings of a batch should lie apart, and at `place`: a loss that couples rows."""
 
-    labels: tuple[tuple[str, ...], ...]
-    label_smoothing: float = 0.0
-    fusion: float = 0.0
-
+    labels = ()
     needs_classes = False
     annotate = Reading()
     element_spec: ClassVar = {
@@ -117,7 +113,9 @@ class Spread:
     couples_rows = True
     mixes = False
     select_by = 'nearness'
-    headline = ('nearness',)
+
+    def __init__(self, labels, label_smoothing, fusion):
+        """Of a list's classes nothing is read."""
 
     def check(self, outputs):
         assert outputs['embedding'].ndim == 2

@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import conv_family
 import flax.linen as nn
@@ -345,16 +346,59 @@ def test_a_task_with_its_own_keys_trains_and_is_judged(make_config, tmp_path):
     figures, _ = evaluate.run(config, str(tmp_path / 'run'), 'best', str(tmp_path))
     assert figures['order'] == list(range(10))
     assert figures['nearness'] == pytest.approx(summary['best_val_nearness'], rel=1e-6)
+    assert 'num_classes' not in summary and not any(
+        'head' in name for name in read(tmp_path / 'run')
+    )
+    config.unlock().data.label_map = str(tmp_path / 'others.txt')  # classes that nobody reads
+    Path(config.data.label_map).write_text('\n'.join('abcdefgh'))
+    again, _ = evaluate.run(config, str(tmp_path / 'run'), 'best', str(tmp_path))
+    assert again['nearness'] == figures['nearness']
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved:
+    """Which half of the classes a clip is of, in the place of its class."""
+
+    spec: ClassVar = {'label': ((), np.int32)}
+
+    def __call__(self, record, label, rng):
+        return {'label': np.int32(label // 4)}
+
+
+class Halves(Classify):
+    annotate = Halved()
+
+    def __init__(self, labels, *, colour='red', **options):
+        super().__init__((('first', 'second'),), **options)
+
+
+def test_the_network_has_the_heads_of_the_task(make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, 'halves', Halves)
+    summary = train.train(make_config('halves'), str(tmp_path))
+    assert summary['num_classes'] == [2]
+    assert read(tmp_path)['params/head/column_0/classifier/bias'].shape == (2,)
+    config = trained.saved_config(str(tmp_path))
+    figures, _ = evaluate.run(config, str(tmp_path), None, str(tmp_path))
+    assert figures['top1'] == summary['val_top1']
+    started = make_config('halves', init_from=str(tmp_path), num_steps=1)
+    assert train.train(started, str(tmp_path / 'started'))['step'] == 1
+
+
+class Needy(Classify):
+    def __init__(self, labels, *, threshold, label_smoothing, fusion):
+        super().__init__(labels)
 
 
 @pytest.mark.parametrize(
-    ('fields', 'message'),
+    ('task', 'fields', 'message'),
     [
-        ({'accumulation': 2}, 'accumulation=2: the loss of this task compares all rows'),
-        ({'mixing.probability': 0.5}, 'mixing.probability=0.5: this task has no targets'),
+        ('needy', {}, r"task.name='needy'.*missing.*threshold"),
+        ('classify', {'threshold': 1}, r"task.name='classify' has no option task.threshold"),
     ],
 )
-def test_what_would_be_another_loss_is_refused(make_config, tmp_path, fields, message):
-    config = make_config('spread', **{'mixing.probability': 0.0, **fields})
+def test_fields_that_are_not_those_of_the_task(make_config, monkeypatch, task, fields, message):
+    monkeypatch.setitem(TASKS, 'needy', Needy)
+    config = make_config(task)
+    config.task.update(fields)
     with pytest.raises(ValueError, match=message):
-        train.train(config, str(tmp_path))
+        experiment.assemble(config, (('a', 'b'),), None)

@@ -43,7 +43,8 @@ def print_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -
     ]
     steps = [(os.path.join(workdir, name), text) for name, text in found]
     steps.append((f'dist_jax evaluate --workdir={workdir}', 'the test protocol, other lists'))
-    steps.append((f'dist_jax predict --workdir={workdir} VIDEO', 'single videos'))
+    if 'num_classes' in summary:
+        steps.append((f'dist_jax predict --workdir={workdir} VIDEO', 'single videos'))
     _print_steps(console, steps)
 
 

@@ -102,11 +102,13 @@ class Evaluator(Protocol):
 
 
 class Task(Protocol):
-    """What a run learns.
+    """What a run learns; made of the class names of a list.
 
     Attributes:
-      needs_classes: whether a list of captions alone is no list for it.
-      labels: class names of each head; () where there are no classes.
+      needs_classes: whether it reads those: a list of captions alone is no list for it, and all its
+        lists have the same.
+      labels: class names of each head of the network, those of the list or its own; () where there
+        are no classes.
       annotate: makes the task's own keys of a batch from a record, in a reader; None for none.
       element_spec: what goes to the devices beside `video` and `mask`: name -> shape and dtype of
         one row. `label` is there without being made.
