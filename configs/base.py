@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1  # heads and hidden channels in this many parts
 
     config.backbone = ConfigDict()
-    config.backbone.name = 'vit_b16'  # geometry, a key of dist_jax.models.clip.SPECS
+    config.backbone.name = 'vit_b16'  # a size of one of dist_jax.models.BACKBONES; '' for none
     # Folder written by `dist_jax convert`; 'random' for a random backbone (demo and tests).
     config.backbone.checkpoint = ''
 

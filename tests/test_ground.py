@@ -20,6 +20,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from configs import dist, evl, frame_mean
 from dist_jax import (
     checkpoint,
     convert,
@@ -31,10 +32,11 @@ from dist_jax import (
     train,
     trained,
 )
-from dist_jax.models import FAMILIES, Family, converted, heads
+from dist_jax.models import BACKBONES, FAMILIES, Family, converted, heads
 from dist_jax.models.api import Model, ParamGroup
-from dist_jax.models.backbone import Taps
+from dist_jax.models.backbone import Kind, Taps
 from dist_jax.models.frozen import ClassTexts, Frozen
+from dist_jax.models.layers import Pixels, patchify
 from dist_jax.models.params import flatten
 from dist_jax.plan import compiling
 from dist_jax.sharding import ShardingRule, make_mesh
@@ -402,3 +404,96 @@ def test_fields_that_are_not_those_of_the_task(make_config, monkeypatch, task, f
     config.task.update(fields)
     with pytest.raises(ValueError, match=message):
         experiment.assemble(config, (('a', 'b'),), None)
+
+
+def cells(params, pixels, spec, taps, *, unroll=False):
+    """A product of patches, and their mean in the place of a class token: nothing attends."""
+    if pixels.ndim == 4:
+        pixels = patchify(pixels, spec.patch_size)
+    x = pixels @ params['stem']['kernel'].astype(pixels.dtype)
+    x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
+    found = {'outputs': x[None]} if taps.outputs else {}
+    return found | ({'embedding': x[:, 0].astype(jnp.float32)} if taps.embedding else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class CellSpec:
+    image_size: int = 48
+    patch_size: int = 8
+    width: int = 16
+    depth: int = 1
+    embed_dim: int = 16
+
+    @property
+    def grid(self):
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self):
+        return 1 + self.grid**2
+
+
+CELLS = Kind(
+    specs={'cells': CellSpec()},
+    spec_class=CellSpec,
+    geometry=('patch_size', 'width'),
+    pixels=Pixels(),
+    sharding_rules=(ShardingRule(''),),
+    init_params=lambda key, spec: {
+        'visual': {'stem': {'kernel': jax.random.normal(key, (3 * spec.patch_size**2, spec.width))}}
+    },
+    tables=(),
+    resize=lambda table, spec: table,
+    encode_image=cells,
+)
+
+
+@pytest.fixture
+def on_cells(make_config, monkeypatch):
+    monkeypatch.setitem(BACKBONES, 'cells', CELLS)
+
+    def make(family, **options):
+        config = make_config(**{'backbone.name': 'cells', 'backbone.checkpoint': 'random'})
+        config.update(num_steps=1, num_epochs=1.0)
+        config.data.image_size = 48
+        config.model = family.get_config('demo').model
+        config.model.update(options)
+        return config
+
+    return make
+
+
+@pytest.mark.parametrize('family', [frame_mean, dist])
+def test_a_kind_of_backbone_without_tables_and_text(on_cells, tmp_path, family):
+    config = on_cells(family, head='linear')
+    summary = train.train(config, str(tmp_path))
+    config = trained.saved_config(str(tmp_path)).unlock()
+    figures, _ = evaluate.run(config, str(tmp_path), None, str(tmp_path))
+    assert figures['top1'] == summary['val_top1']
+
+
+@pytest.mark.parametrize(
+    ('family', 'options', 'message'),
+    [
+        (dist, {'head': 'text'}, 'need a text tower, and this kind of backbone has none'),
+        (evl, {}, 'reads attention of its backbone, and this kind has none'),
+    ],
+)
+def test_what_a_kind_of_backbone_does_not_have(on_cells, family, options, message):
+    config = on_cells(family, **options)
+    with pytest.raises(ValueError, match=message):
+        backbone = experiment.sized_backbone(config)
+        experiment.assemble(config, (('a', 'b'),), backbone).abstract_variables()
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'accumulation': 2}, 'accumulation=2: the loss of this task compares all rows'),
+        ({'mixing.probability': 0.5}, 'mixing.probability=0.5: this task has no targets'),
+    ],
+)
+def test_what_would_be_another_loss_is_refused(make_config, tmp_path, fields, message):
+    config = make_config('spread', **{'mixing.probability': 0.0, **fields})
+    with pytest.raises(ValueError, match=message):
+        train.train(config, str(tmp_path))

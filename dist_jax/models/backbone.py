@@ -17,15 +17,16 @@ from dist_jax.sharding import ShardingRule, Tree
 
 
 class Spec(Protocol):
-    """Geometry of a backbone: a frozen dataclass of JSON values, with at least these."""
+    """Geometry of a backbone: a frozen dataclass of JSON values, with at least these.
+
+    A kind with a text tower also has `context_length`, the tokens that it reads.
+    """
 
     image_size: int
     patch_size: int
     width: int
     depth: int
-    num_heads: int
     embed_dim: int
-    context_length: int
 
     @property
     def grid(self) -> int:
@@ -54,6 +55,17 @@ class Taps:
     summary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     stem: bool = False
     embedding: bool = False
+
+    def names(self) -> tuple[str, ...]:
+        """Of what `Kind.encode_image` returns for these."""
+        attention = ('queries', 'keys') if self.summary is None else ('attention',)
+        asked = {
+            'stem': self.stem,
+            'outputs': self.outputs,
+            **dict.fromkeys(attention, self.attention),
+            'embedding': self.embedding,
+        }
+        return tuple(name for name, wanted in asked.items() if wanted)
 
     def blocks_needed(self, depth: int) -> int:
         """How many blocks have to run."""
@@ -84,10 +96,11 @@ class Kind:
       pixels: how the image tower wants its pixels.
       sharding_rules: of its trees, whole or one layer, and of class text features.
       init_params: (random key, spec) -> tree in float32.
-      tables: leaves of the tree whose shape depends on the image size.
+      tables: leaves of the tree whose shape depends on the image size; () for none.
       resize: (a table, as stored, spec) -> the table at the spec's image size.
-      encode_image: (`visual`, pixels (N, H, W, 3) or patches (N, g*g, p*p*3), spec, taps, unroll=)
-        -> what the taps ask for, see `clip.encode_image`.
+      encode_image: (`visual`, pixels (N, H, W, 3) or `layers.patchify` of them (N, g*g, p*p*3),
+        spec, taps, unroll=) -> what the taps ask for, as `clip.encode_image` returns it. What this
+        kind does not have (queries and keys of convolutions) is left out.
       encode_text: (`text`, tokens (n, S) int32, spec) -> float32 (n, E); None without a text tower.
     """
 
@@ -145,5 +158,17 @@ class Backbone:
     def encode_image(
         self, params: Tree, pixels: jax.Array, taps: Taps, *, unroll: bool = False
     ) -> dict[str, jax.Array]:
-        """Runs the image tower; see `Kind.encode_image`."""
-        return self.kind.encode_image(params, pixels, self.spec, taps, unroll=unroll)
+        """Runs the image tower; see `Kind.encode_image`.
+
+        Raises:
+          ValueError: a tap asks for what this kind does not have.
+        """
+        found = self.kind.encode_image(params, pixels, self.spec, taps, unroll=unroll)
+        lacking = [name for name in taps.names() if name not in found]
+        if lacking:
+            raise ValueError(
+                f'the model reads {" and ".join(lacking)} of its backbone, and this kind has none; '
+                'take a backbone.name of another kind, or set the fields of config.model so that '
+                'it does not read them'
+            )
+        return found

@@ -96,6 +96,13 @@ class Frozen:
     apply: Callable[[Tree, Mapping[str, Any]], Tree]
     texts: bool = False
 
+    def __post_init__(self) -> None:
+        if self.texts and self.backbone.kind.encode_text is None:
+            raise ValueError(
+                'class texts (model.head=text) need a text tower, and this kind of backbone has '
+                'none; take another head (model.head=linear)'
+            )
+
     @property
     def rules(self) -> tuple[ShardingRule, ...]:
         """Where the tree lies on a mesh."""
@@ -193,6 +200,8 @@ class Frozen:
     def _tables(self, placed: Tree, mesh: Mesh, verify: bool) -> dict[str, jax.Array]:
         """What depends on the image size, from what is stored for another one."""
         paths = self.backbone.kind.tables
+        if not paths:
+            return {}
         stored, wanted = converted.stored_shapes(self.backbone.path), flatten(placed)
         stored = {
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
