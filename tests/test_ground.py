@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from configs import dist, evl, frame_mean
 from dist_jax import (
+    backbones,
     checkpoint,
     convert,
     evaluate,
@@ -205,8 +206,8 @@ def test_parameters_that_are_not_there_start_as_nothing():
 
 
 def test_a_backbone_may_have_no_tables_of_positions(tmp_path):
-    experiment.write_random_backbone(str(tmp_path / 'tiny'), 'tiny')
-    found = experiment.named_backbone('tiny')
+    backbones.write_random(str(tmp_path / 'tiny'), 'tiny')
+    found = backbones.named('tiny')
     kind = dataclasses.replace(found.kind, tables=())
     backbone = dataclasses.replace(found, kind=kind, path=str(tmp_path / 'tiny'))
     frozen, mesh = Frozen(backbone, jnp.bfloat16, None), make_mesh(jax.devices()[:1])
