@@ -151,26 +151,25 @@ def _read_variables(
     verify: bool,
 ) -> Tree:
     known, asked = flatten(stored), flatten(wanted)
-    shape_of = {name: leaf.shape for name, leaf in asked.items()}
-    if model.fit is not None:  # read as they are, and then made to fit
-        unlike = [name for name in asked if name in known and known[name].shape != shape_of[name]]
-        for name in unlike:
-            leaf, mesh = asked[name], asked[name].sharding.mesh
-            asked[name] = jax.ShapeDtypeStruct(
-                known[name].shape, leaf.dtype, sharding=replicated(mesh)
-            )
+    unlike: dict[str, jax.ShapeDtypeStruct] = {}  # read as it is stored, and then made to fit
+    if model.fit is not None:
+        for name, leaf in asked.items():
+            if name in known and known[name].shape != leaf.shape:
+                unlike[name] = leaf
+    for name, leaf in unlike.items():
+        whole = replicated(leaf.sharding.mesh)
+        asked[name] = jax.ShapeDtypeStruct(known[name].shape, leaf.dtype, sharding=whole)
     converted.check_same(path, known, asked)
     target = unflatten(asked)
     if folder is None:
         found = converted.load_variables(path, target, verify=verify)
     else:
         found = checkpoint.read_variables(folder, target, verify)
-    if model.fit is None or not unlike:
-        return found
     leaves = flatten(found)
-    for name in unlike:
-        fitted = model.fit(name.partition('/')[2], leaves[name], shape_of[name])
-        leaves[name] = jax.device_put(fitted, flatten(wanted)[name].sharding)
+    for name, leaf in unlike.items():
+        own = name.partition('/')[2]  # without its collection
+        fit = jax.jit(model.fit, static_argnums=(0, 2), out_shardings=leaf.sharding)
+        leaves[name] = fit(own, leaves[name], leaf.shape)
     return unflatten(leaves)
 
 
