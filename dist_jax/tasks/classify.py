@@ -48,7 +48,7 @@ class Classify:
 
     def check(self, outputs: Tree) -> None:
         """Raises ValueError if there are no logits of these classes, or none to fuse with."""
-        sizes = tuple(logits.shape[-1] for logits in outputs['logits'])
+        sizes = tuple(logits.shape[-1] for logits in outputs.get('logits', ()))
         if sizes != tuple(map(len, self.labels)):
             raise ValueError(
                 f'logits of {sizes} classes for {tuple(map(len, self.labels))} class names'
