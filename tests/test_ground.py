@@ -498,3 +498,24 @@ def test_what_would_be_another_loss_is_refused(make_config, tmp_path, fields, me
     config = make_config('spread', **{'mixing.probability': 0.0, **fields})
     with pytest.raises(ValueError, match=message):
         train.train(config, str(tmp_path))
+
+
+def test_a_list_of_captions_has_no_classes(make_config, clips, tmp_path):
+    for split in ('train', 'val'):
+        names = [line.split()[0] for line in (clips / f'{split}.txt').read_text().splitlines()]
+        rows = [json.dumps({'path': name, 'captions': ['one', 'two']}) for name in names]
+        (tmp_path / f'{split}.jsonl').write_text('\n'.join(rows))
+    lists = {f'data.{split}_list': str(tmp_path / f'{split}.jsonl') for split in ('train', 'val')}
+    fields = {'mixing.probability': 0.0, 'num_steps': 2, 'data.name': 'custom', **lists}
+    summary = train.train(make_config('spread', **fields), str(tmp_path / 'run'))
+    assert summary['num_classes'] == [] and summary['val_nearness'] < 0
+    config = trained.saved_config(str(tmp_path / 'run'))
+    figures, _ = evaluate.run(config, str(tmp_path / 'run'), None, str(tmp_path))
+    assert figures['nearness'] == summary['val_nearness']
+    one = compiling.train_step(config, make_mesh(jax.devices()[:1]))
+    assert 'head' not in one.arguments['state'].params
+
+
+def test_a_network_without_logits_cannot_classify():
+    with pytest.raises(ValueError, match=r'logits of \(\) classes for \(2,\) class names'):
+        Classify((('a', 'b'),)).check({'embedding': jnp.zeros((1, 4))})

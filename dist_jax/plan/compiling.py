@@ -125,10 +125,12 @@ def _optimizer_settings(config: ConfigDict) -> optim.OptimizerSettings:
 
 
 def assemble(config: ConfigDict) -> experiment.Experiment:
-    """The parts of a config whose lists nobody has: classes have numbers for names."""
+    """The parts of a config whose lists nobody has: classes, if any, have numbers for names."""
     classes = recipe.dataset_info(config).num_classes or ASSUMED_CLASSES
     sizes = classes if isinstance(classes, tuple) else (classes,)
     labels = tuple(tuple(map(str, range(size))) for size in sizes)
+    if not recipe.task_kind(config).needs_classes:
+        labels = ()
     return experiment.assemble(config, labels, experiment.sized_backbone(config))
 
 
