@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.num_epochs = 36.0  # passes over the training list
     config.num_steps = 0  # optimizer steps; above 0 it takes the place of num_epochs
     # Paths of this file are made absolute where a run starts, but for names found from data.root.
-    # Trainable parameters to start from: a run's folder or a converted checkpoint; '' for none.
+    # Parameters and statistics to start from: a run or a converted checkpoint; '' for none.
     config.init_from = ''
     # Its class names, where it does not hold them (converted checkpoints); as data.label_map.
     config.init_label_map = ''
@@ -144,7 +144,7 @@ def get_config() -> ConfigDict:
     config.eval.num_clips = 3  # views along time
     config.eval.num_crops = 1  # views along a side, 1 or 3
     config.eval.crop_layout = 'ends'  # where 3 crops lie: ends, halves or quarters
-    config.eval.image_size = 0  # pixels; 0 for data.image_size, which EVL needs
+    config.eval.image_size = 0  # pixels; 0 for data.image_size, which some families need
     config.eval.resize = ()  # (short side,) or (height, width); () for the image size
     config.eval.fusion = 0.0  # weight of the frozen backbone's own logits
     # Report unreadable videos, however many; else one fails `dist_jax evaluate`, and more than

@@ -140,12 +140,12 @@ def _predictions(
         batch = {'video': jax.device_put(batch, batched(mesh))}
         found = eval_step(trained.variables, trained.frozen, batch)
         scores = tuple(np.asarray(head)[0] for head in found['scores'])
-        if not all(np.isfinite(column).all() for column in scores):
+        if not all(np.isfinite(head).all() for head in scores):
             yield Prediction(path, error=f'scores are not finite numbers. {metrics.CAUSE}')
             continue
         top = tuple(
-            tuple((names[i], float(column[i])) for i in np.argsort(-column, kind='stable')[:most])
-            for names, column in zip(trained.task.labels, scores)
+            tuple((names[i], float(head[i])) for i in np.argsort(-head, kind='stable')[:most])
+            for names, head in zip(trained.task.labels, scores)
         )
         maps = None
         if attention_step is not None:

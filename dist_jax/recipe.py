@@ -167,10 +167,10 @@ def warn_of_classes(source: LabelledSource, field: str) -> None:
     """Warns of a list with nothing to tell apart, and of classes that no video belongs to."""
     if jax.process_index() != 0:
         return
-    for names, column in zip(labels_of(source), source.labels.reshape(len(source), -1).T):
+    for names, own in zip(labels_of(source), source.labels.reshape(len(source), -1).T):
         if len(names) == 1:
             log.warning('%s has one class, %r: there is nothing to tell apart', field, names[0])
-        empty = np.flatnonzero(np.bincount(column, minlength=len(names)) == 0)
+        empty = np.flatnonzero(np.bincount(own, minlength=len(names)) == 0)
         if len(empty):
             named = ', '.join(repr(names[k]) for k in empty[:MOST_NAMED])
             log.warning(
@@ -254,7 +254,7 @@ def _flip(info: DatasetInfo, class_names: Labels) -> transforms.Flip:
       ValueError: sides are named by one of several heads, which nothing swaps.
     """
     recorded = info.flip.label_pairs
-    if all(name.isdigit() for column in class_names for name in column):
+    if all(name.isdigit() for head in class_names for name in head):
         if class_names and recorded:
             log.info(
                 'the classes have numbers and no names: mirrored clips swap the labels %s of the '
@@ -262,7 +262,7 @@ def _flip(info: DatasetInfo, class_names: Labels) -> transforms.Flip:
                 recorded,
             )
         return info.flip
-    found = [mirror_pairs(column) for column in class_names]
+    found = [mirror_pairs(head) for head in class_names]
     if len(found) > 1 and any(found):
         raise ValueError(
             'data.flip: classes name left and right, and with several heads nothing swaps '

@@ -59,7 +59,7 @@ def cosine_logits(
 ) -> tuple[jax.Array, ...]:
     """(..., E) embeddings -> float32 (..., num_classes) a head; `text` is L2-normalised."""
     unit = l2_normalize(embedding)
-    return tuple(jnp.exp(logit_scale) * unit @ column.T for column in text)
+    return tuple(jnp.exp(logit_scale) * unit @ classes.T for classes in text)
 
 
 def classes_of(params: Tree) -> tuple[int, ...]:

@@ -81,7 +81,7 @@ def print_evaluation(stored: Mapping[str, Any], figures: Figures) -> None:
 def _rich_table(table: Table) -> rich.table.Table:
     """A table whose first column are names, and whose others are figures."""
     found = rich.table.Table(title=table.title, title_justify='left', title_style='')
-    for i, name in enumerate(table.head):
+    for i, name in enumerate(table.columns):
         found.add_column(name, justify='right' if i else 'left')
     for row in table.rows:
         found.add_row(*row)

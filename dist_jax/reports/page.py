@@ -193,7 +193,7 @@ def _section(part: Table | Picture) -> str:
     heading = f'<h2>{escape.html(part.title)}</h2>'
     if isinstance(part, Picture):
         return f'{heading}<div class="{part.style}">{_picture(part.draw, part.text)}</div>'
-    content = _table(part.head, part.rows, part.bars)
+    content = _table(part.columns, part.rows, part.bars)
     return _details(part.title, content) if part.folded else heading + content
 
 

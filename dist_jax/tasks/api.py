@@ -27,14 +27,14 @@ class Table:
 
     Attributes:
       title: above it.
-      head: names of the columns.
+      columns: their names.
       rows: texts.
       bars: column whose percentages a page draws as bars, too; None for none.
       folded: a page shows the title alone until it is asked for the rest.
     """
 
     title: str
-    head: Sequence[str]
+    columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     bars: int | None = None
     folded: bool = False
