@@ -504,7 +504,7 @@ def _workdir(rows: list[dict[str, Any]], shared: list[list[int]], workdir: str) 
 def _batches(rows: list[dict[str, Any]], config: ConfigDict) -> Check:
     videos = rows[0]['training list'].get('videos')
     try:
-        experiment.check_batches(config, make_mesh(**config.mesh))
+        experiment.check(config, make_mesh(**config.mesh))
         if videos:
             train.make_plan(config, videos)
     except ValueError as error:

@@ -29,8 +29,8 @@ from dist_jax.tasks.api import Labels, Task
 DTYPES = {'bfloat16': jnp.bfloat16, 'float32': jnp.float32}
 
 
-def check_batches(config: ConfigDict, mesh: Mesh) -> None:
-    """Checks the fields of a config, its training recipe, test protocol, and batches on the mesh.
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Checks what a config says without lists and weights: fields, readers, batches on the mesh.
 
     Raises:
       ValueError: naming the fields that do not fit.

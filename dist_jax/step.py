@@ -235,9 +235,9 @@ def make_train_step(
             )
 
         inputs = {'video': video} | {name: batch[name] for name in task.input_keys}
-        whole = {'inputs': inputs, 'targets': targets, 'mask': mask}
+        parts = {'inputs': inputs, 'targets': targets, 'mask': mask}
         (loss, collections), grads = _accumulate(
-            part_gradients, state.collections, whole, settings.accumulation, state.params
+            part_gradients, state.collections, parts, settings.accumulation, state.params
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

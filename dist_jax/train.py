@@ -179,8 +179,9 @@ def train(
       also: figures from elsewhere that belong into the summary and the report.
 
     Returns:
-      The summary: step, val_top1, val_top5, params_sha256, seconds and more; with `interrupted`
-      true after SIGTERM or Ctrl-C, and with `val_error` if the last evaluation gave no accuracy.
+      The summary: step, figures of the last evaluation after `val_`, params_sha256, seconds and
+      more; with `interrupted` true after SIGTERM or Ctrl-C, and with `val_error` if the last
+      evaluation gave no figures.
       `seconds` is the time in this function, of all starts together; what a killed start did after
       its newest checkpoint is done and counted again.
 
@@ -194,7 +195,7 @@ def train(
     started = time.monotonic()
     config = ConfigDict(config)
     mesh = make_mesh(**config.mesh)
-    experiment.check_batches(config, mesh)  # before anything is written
+    experiment.check(config, mesh)  # before anything is written
     with locked(workdir):
         return _train(config, workdir, mesh, started, also)
 

@@ -53,7 +53,7 @@ def test_rules_split_nearly_all_of_every_row(file, name):
     frozen = model.frozen.place(frozen, mesh)
     check_replicated_share(frozen, mesh, 'weights', ('fsdp', 'tensor'), small_bytes=0)
     raw = model.frozen.backbone.abstract_params()
-    raw = raw if model.frozen.texts else {'visual': raw['visual']}
+    raw = raw if model.frozen.reads_classes else {'visual': raw['visual']}
     check_replicated_share(
         place(raw, model.frozen.rules, mesh), mesh, 'weights', ('fsdp',), small_bytes=0
     )

@@ -160,7 +160,7 @@ def build(
         pixels=backbone.kind.pixels,
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,
-        frozen=Frozen(backbone, dtype, features, texts=head == 'text'),
+        frozen=Frozen(backbone, dtype, features, reads_classes=head == 'text'),
         attention=attention if ada_pooling_layers else None,
     )
 

@@ -88,13 +88,13 @@ class Frozen:
       apply: (tree, batch) -> inputs of the network. The batch has `video` (B, T, H, W, 3),
         standardised, in the compute dtype, and what else the task lets the network see. Nobody
         stops gradients here: the step does.
-      texts: also hold features of the class names.
+      reads_classes: also holds features of the class names, by the text tower.
     """
 
     backbone: Backbone
     dtype: Any
     apply: Callable[[Tree, Mapping[str, Any]], Tree]
-    texts: bool = False
+    reads_classes: bool = False
 
     def __post_init__(self) -> None:
         if self.texts and self.backbone.kind.encode_text is None:
@@ -120,7 +120,7 @@ class Frozen:
         """
         whole = self.backbone.abstract_params()
         tree = with_precision({TOWER: whole[TOWER]}, self.dtype)
-        if self.texts:
+        if self.reads_classes:
             size = self.backbone.spec.embed_dim
             rows = tuple(jax.ShapeDtypeStruct((n, size), jnp.float32) for n in num_classes)
             tree |= {'text': rows, 'logit_scale': jax.ShapeDtypeStruct((), jnp.float32)}
@@ -147,7 +147,7 @@ class Frozen:
         tree = jax.tree.map(
             lambda leaf, like: leaf.astype(like.dtype), tower, with_precision(tower, self.dtype)
         )
-        return tree | self._texts(params, class_tokens) if self.texts else tree
+        return tree | self._texts(params, class_tokens) if self.reads_classes else tree
 
     def _texts(self, params: Tree, class_tokens: tuple[jax.Array, ...]) -> Tree:
         return {
@@ -172,7 +172,7 @@ class Frozen:
         """
         if jax.process_index() == 0:
             log.info('loading the backbone %s', self.backbone.path)
-        tokens = texts.tokens(self.backbone.spec.context_length) if self.texts else ()
+        tokens = texts.tokens(self.backbone.spec.context_length) if self.reads_classes else ()
         placed = self.place(self.abstract([len(rows) for rows in tokens]), mesh)
         tables = self._tables(placed, mesh, verify)
         wanted = flatten({TOWER: placed[TOWER]})
@@ -184,7 +184,9 @@ class Frozen:
             verify=verify,
         )
         tree = unflatten(flatten(stored) | tables)
-        return tree | self._text_features(placed, tokens, mesh, verify) if self.texts else tree
+        return (
+            tree | self._text_features(placed, tokens, mesh, verify) if self.reads_classes else tree
+        )
 
     def resized(self, tree: Tree, mesh: Mesh, *, verify: bool = True) -> Tree:
         """A tree of the same weights at another image size, as this one; its tables are read anew.

@@ -101,7 +101,7 @@ def test_wrong_image_size_is_named(params):
 
 
 def test_bfloat16_keeps_norms_in_float32(params, pixels, everything):
-    reader = Frozen(Backbone(clip.KIND, SPEC), jnp.bfloat16, lambda *_: None, texts=True)
+    reader = Frozen(Backbone(clip.KIND, SPEC), jnp.bfloat16, lambda *_: None, reads_classes=True)
     cast = reader.prepare(params, (jnp.ones((2, 8), jnp.int32),))
     assert cast['visual']['ln_pre']['bias'].dtype == jnp.float32
     assert cast['visual']['blocks']['ln_1']['scale'].dtype == jnp.float32
