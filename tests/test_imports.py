@@ -43,6 +43,25 @@ def test_no_package_imports_one_above_it(package):
     assert not wrong, wrong
 
 
+# Where families, tasks and pages are -> what they do not know.
+APART = {
+    'models': ('tasks', 'reports', 'plan', 'recipe', 'experiment', 'step', 'train', 'checkpoint'),
+    'tasks': ('models', 'reports', 'plan', 'recipe', 'experiment', 'step', 'train', 'checkpoint'),
+    'reports': ('models', 'plan', 'recipe', 'experiment', 'step', 'train', 'checkpoint'),
+}
+
+
+@pytest.mark.parametrize('folder', APART)
+def test_families_tasks_and_pages_know_only_their_contracts(folder):
+    wrong = [
+        f'{path.relative_to(ROOT)}:{line} imports {module}'
+        for path in sorted((ROOT / 'dist_jax' / folder).rglob('*.py'))
+        for line, module in imported(path)
+        if module.startswith('dist_jax.') and module.split('.')[1] in APART[folder]
+    ]
+    assert not wrong, wrong
+
+
 def test_the_inside_of_jax_is_imported_in_one_place():
     found = {
         str(path.relative_to(ROOT))
