@@ -196,32 +196,20 @@ def encode_image(
         patches = layers.patchify(pixels, spec.patch_size)
     params = _gather_unstacked(params)
     x = _embed_patches(params, patches, spec)
-    found: dict[str, list[jax.Array]] = {}
-    result = {'stem': x} if taps.stem else {}
+    stem = {'stem': x} if taps.stem else {}
+
+    def block(x: jax.Array, one: Tree, wanted: tuple[bool, bool]) -> tuple[jax.Array, Tree]:
+        output, attention = wanted
+        x, tapped = _block(x, one, spec.activation, tapped=attention)
+        if attention and taps.summary:
+            tapped = {'attention': taps.summary(tapped['queries'], tapped['keys'])}
+        return x, tapped | ({'outputs': x} if output else {})
+
     wanted = [
         (i in taps.outputs, i in taps.attention) for i in range(taps.blocks_needed(spec.depth))
     ]
-    start = 0
-    # Neighbouring blocks that are tapped alike run in one loop.
-    for (output, attention), run in itertools.groupby(wanted):
-        stop = start + len(list(run))
-
-        def block(
-            x: jax.Array, one: Tree, output: bool = output, attention: bool = attention
-        ) -> tuple[jax.Array, Tree]:
-            x, tapped = _block(x, one, spec.activation, tapped=attention)
-            if attention and taps.summary:
-                tapped = {'attention': taps.summary(tapped['queries'], tapped['keys'])}
-            return x, tapped | ({'outputs': x} if output else {})
-
-        x, tapped = scan_frozen(
-            block, x, params['blocks'], start, stop, unroll=unroll, rules=SHARDING_RULES
-        )
-        for name, value in tapped.items():
-            found.setdefault(name, []).append(value)
-        start = stop
-    for name, parts in found.items():
-        result[name] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    x, tapped = scan_frozen(block, x, params['blocks'], wanted, unroll=unroll, rules=SHARDING_RULES)
+    result = stem | tapped
     if taps.embedding:
         result['embedding'] = project_image(params, x[:, 0])
     return result
@@ -263,15 +251,14 @@ def encode_text(
     x = params['token_embedding'][tokens] + params['positional_embedding'][:length]
     causal = jnp.tril(jnp.ones((length, length), bool))
 
-    def block(x: jax.Array, one: Tree) -> tuple[jax.Array, Tree]:
+    def block(x: jax.Array, one: Tree, _: None) -> tuple[jax.Array, Tree]:
         return _block(x, one, spec.activation, causal)[0], {}
 
     x, _ = scan_frozen(
         block,
         x.astype(dtype),
         params['blocks'],
-        0,
-        spec.text_depth,
+        [None] * spec.text_depth,
         unroll=unroll,
         rules=SHARDING_RULES,
     )

@@ -7,7 +7,7 @@ out (twice as fast a step on CPU, longer compilation). Parameters and results ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,44 +17,85 @@ from dist_jax.sharding import ShardingRule, gather_params, split_batch
 
 Tree = Any
 
+LONGEST_PATTERN = 4  # layers of which one is tapped, that run in one pass of a loop
+
 
 def scan_frozen(
-    block: Callable[[jax.Array, Tree], tuple[jax.Array, Tree]],
+    block: Callable[[jax.Array, Tree, Any], tuple[jax.Array, dict[str, Tree]]],
     x: jax.Array,
     stacked: Tree,
-    start: int,
-    stop: int,
+    wanted: Sequence[Any],
     *,
     unroll: bool,
     rules: tuple[ShardingRule, ...] = (),
-) -> tuple[jax.Array, Tree]:
-    """Runs layers start..stop-1 of a stacked plain tree over the stream `x`.
+) -> tuple[jax.Array, dict[str, Tree]]:
+    """Runs the first layers of a stacked plain tree over the stream `x`.
 
     The stack is indexed in place, so a partial range neither copies nor gathers the other layers.
-    On a mesh, the weights of one layer are gathered over `fsdp` inside the loop.
+    On a mesh, the weights of one layer are gathered over `fsdp` inside the loop. Layers of which
+    the same is wanted run in one loop, and so do those of which every second or third is tapped.
 
     Args:
-      block: (x, parameters of one layer) -> (x, taps); taps may be an empty tree.
+      block: (x, parameters of one layer, what is wanted of it) -> (x, taps by name, maybe none).
       x: the stream; axis 0 is split over devices.
       stacked: parameters with the layer on axis 0.
-      start: first layer.
-      stop: one past the last layer.
+      wanted: what is wanted of each layer that runs; any values that can be compared.
       unroll: write the layers out instead of looping.
       rules: where the parameters of one layer lie.
 
     Returns:
-      The stream after the last layer, and the taps stacked on axis 0.
+      The stream after the last of these layers; by name the taps of all layers that gave them,
+      stacked on axis 0.
     """
+    found: dict[str, list[Tree]] = {}
+    start = 0
+    while start < len(wanted):
+        period, times = _pattern(wanted[start:])
 
-    def step(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, Tree]:
-        one = jax.tree.map(
-            lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stacked
-        )
-        x, taps = block(split_batch(x), gather_params(one, rules))
-        return split_batch(x), taps
+        def step(
+            x: jax.Array, layer: jax.Array, pattern: Sequence[Any] = wanted[start : start + period]
+        ) -> tuple[jax.Array, list[dict[str, Tree]]]:
+            taps = []
+            for i, wish in enumerate(pattern):
+                index = layer + i if i else layer
+                one = jax.tree.map(
+                    lambda p, k=index: jax.lax.dynamic_index_in_dim(p, k, keepdims=False), stacked
+                )
+                x, tapped = block(split_batch(x), gather_params(one, rules), wish)
+                x = split_batch(x)
+                taps.append(tapped)
+            return x, taps
 
-    layers = jax.numpy.arange(start, stop)
-    return jax.lax.scan(step, x, layers, unroll=stop - start if unroll else 1)
+        stop = start + period * times
+        layers = jax.numpy.arange(start, stop)[::period]
+        x, taps = jax.lax.scan(step, x, layers, unroll=times if unroll else 1)
+        for name in dict.fromkeys(name for tapped in taps for name in tapped):
+            parts = [tapped[name] for tapped in taps if name in tapped]
+            found.setdefault(name, []).append(_interleaved(parts))
+        start = stop
+    return x, {
+        name: parts[0] if len(parts) == 1 else jax.numpy.concatenate(parts)
+        for name, parts in found.items()
+    }
+
+
+def _pattern(wanted: Sequence[Any]) -> tuple[int, int]:
+    """The start of a sequence as a repeated pattern: its length, and how often it is there."""
+    best = 1, 1
+    for period in range(1, LONGEST_PATTERN + 1):
+        times = 1
+        while wanted[times * period : (times + 1) * period] == wanted[:period]:
+            times += 1
+        if times > 1 and times * period > best[0] * best[1]:
+            best = period, times
+    return best
+
+
+def _interleaved(parts: Sequence[jax.Array]) -> jax.Array:
+    """Taps of the places in a pattern, each (times, ...), in the order of the layers."""
+    if len(parts) == 1:
+        return parts[0]
+    return jax.numpy.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def scan_trainable(

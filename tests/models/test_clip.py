@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dist_jax.models import clip
+from dist_jax.models import clip, stack
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import resize_positions
@@ -55,6 +55,7 @@ def test_shapes_of_all_taps(everything):
     [
         Taps(outputs=(4,)),
         Taps(outputs=(0, 2, 3), attention=(1, 3)),
+        Taps(outputs=(1, 3), attention=(1, 3), embedding=True),
         Taps(attention=(0,), stem=True),
         Taps(embedding=True),
         Taps(stem=True),
@@ -72,6 +73,27 @@ def test_any_taps_equal_the_slices_of_all(params, pixels, everything, taps, unro
     assert found.keys() == {name for name, value in expected.items() if value is not None}
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ('tapped', 'loops'),
+    [('tt.tt.', 1), ('.t.t.t.t', 1), ('tt.tt.tt', 2), ('....tttt', 2), ('t...tttt', 3)],
+)
+def test_layers_with_repeated_taps_run_in_one_loop(tapped, loops):
+    def run(x, layers):
+        def block(x, one, wish):
+            x = x + one
+            return x, {'sum': x} if wish == 't' else {}
+
+        return stack.scan_frozen(block, x, layers, list(tapped), unroll=False)
+
+    layers = jnp.arange(1.0, 9.0)
+    x, found = run(jnp.zeros(1), layers[: len(tapped)])
+    sums = np.cumsum(np.asarray(layers))[: len(tapped)]
+    wanted = [value for value, wish in zip(sums, tapped) if wish == 't']
+    np.testing.assert_array_equal(found['sum'][:, 0], wanted)
+    assert x[0] == sums[-1]
+    assert str(jax.make_jaxpr(run)(jnp.zeros(1), layers)).count(' scan[') == loops
 
 
 def test_blocks_after_the_last_tap_do_not_run(params, pixels):
