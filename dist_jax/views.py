@@ -18,6 +18,7 @@ from dist_jax import ending
 from dist_jax.models.api import Tree
 from dist_jax.sharding import feed, gather_values, local_rows, to_global
 from input_pipeline import pipeline
+from input_pipeline.batches import RECORD_FIELDS
 from input_pipeline.video_list import LabelledSource
 from input_pipeline.workers import Skipped
 
@@ -98,7 +99,8 @@ class Views:
         )
 
     def __iter__(self) -> Iterator[dict[str, Tree]]:
-        """Rows of one batch after the other: what the step gives, and what the batch has.
+        """Rows of one batch after the other: `index`, the label and keys of the task, and what the
+        step gives; arrays of numbers, which can be gathered.
 
         Without padding, without unreadable videos, and without those that another host has, too.
 
@@ -132,7 +134,9 @@ class Views:
         )
         # What several hosts read is counted once.
         kept = (batch['mask'] > 0) & self._part.first
-        return jax.tree.map(lambda leaf: leaf[kept], batch | local_rows(found))
+        own = {key: rows for key, rows in batch.items() if key not in RECORD_FIELDS}
+        rows = {'index': batch['index']} | own | local_rows(found)
+        return jax.tree.map(lambda leaf: leaf[kept], rows)
 
     def unreadable(self) -> tuple[tuple[str, str], ...]:
         """(path, reason) of the videos of all hosts, in the order of the list.

@@ -125,6 +125,7 @@ def test_a_partial_last_batch_counts_exactly(score, scored, rows, clips):
     alone = score(open_list(clips), batch_size=1)
     for result in (scored, alone):
         assert result.num_videos == NUM_VIDEOS and result.bad_videos == ()
+    assert rows.keys() == {'index', 'label', 'scores'}  # no texts: hosts gather arrays
     rows_alone = score.rows(open_list(clips), batch_size=1)
     for found in (rows, rows_alone):
         np.testing.assert_array_equal(found['index'], np.arange(NUM_VIDEOS))

@@ -89,8 +89,8 @@ class Evaluator(Protocol):
     def add(self, rows: Mapping[str, Tree]) -> None:
         """Takes rows of this host, axis 0 of every leaf, without padding and unreadable videos.
 
-        They are `index` (the number of the record), what `Task.element_spec` names, and what
-        `Task.predict` returns.
+        They are `index` (the number of the record), `label` and the keys of `Task.annotate`, and
+        what `Task.predict` returns.
         """
 
     def result(self) -> Figures:
@@ -135,7 +135,11 @@ class Task(Protocol):
         """What the outputs of a batch should be; axis 0 of every leaf are its rows."""
 
     def loss(self, outputs: Tree, targets: Tree, mask: jax.Array) -> jax.Array:
-        """Loss of each row, float32 (B,), of outputs of the network and targets; mask (B,)."""
+        """Loss of each row, float32 (B,), of outputs of the network and targets; mask (B,).
+
+        Rows with mask 0 are zeros, of the clip and of every key but `label`. What comes out of them
+        is multiplied by 0: it must be finite, and so must its gradient.
+        """
 
     def predict(self, outputs: Tree, num_views: int) -> dict[str, Tree]:
         """Answers (B, ...) from outputs of B * num_views clips, the views of a video together."""
