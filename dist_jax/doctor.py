@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -525,9 +526,9 @@ def _batch_bytes(config: ConfigDict) -> tuple[int, int]:
     """Bytes of the clips of a host: (those of a training batch, of an evaluation batch)."""
     data, test = config.data, config.eval
     parts = feed(make_mesh(**config.mesh)).count
-    clip = data.num_frames * data.image_size**2 * 3
-    views = test.num_clips * test.num_crops if data.val_list else 0
-    return config.batch_size * clip // parts, test.batch_size * views * clip // parts
+    clip = math.prod(recipe.train_reader(config).shape)
+    views = math.prod(recipe.eval_reader(config).shape) if data.val_list else 0
+    return config.batch_size * clip // parts, test.batch_size * views // parts
 
 
 def _readers(rows: list[dict[str, Any]], config: ConfigDict) -> Check | None:

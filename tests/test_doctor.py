@@ -127,6 +127,8 @@ def test_batches_that_do_not_fit_into_memory_are_found(hosts, config):
     config.eval.update(batch_size=8, num_clips=4, num_crops=3)  # 96 clips, 4 made ahead
     assert '2 threads a host' in doctor._readers(hosts, config).found
     assert 'batches of 28.1 GiB' in doctor._readers(hosts, config).found
+    config.eval.image_size = 448  # four times as many pixels
+    assert 'batches of 43.6 GiB' in doctor._readers(hosts, config).found
 
 
 def test_one_broken_video_is_a_warning(config, clips, tmp_path):
