@@ -115,7 +115,7 @@ def run(
             trained.variables,
             trained.frozen,
             source,
-            recipe.test_protocol(config, trained.task.annotate),
+            recipe.eval_protocol(config, trained.task.annotate),
             mesh,
             input_keys=trained.task.input_keys,
             on_batch=bar.update,

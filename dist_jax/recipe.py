@@ -22,7 +22,7 @@ from dist_jax.models.layers import Pixels
 from dist_jax.paths import RANDOM, under
 from dist_jax.tasks import TASKS
 from dist_jax.tasks.api import Labels, Task
-from dist_jax.views import Protocol
+from dist_jax.views import EvalProtocol
 from input_pipeline import pipeline, randaugment, transforms
 from input_pipeline.class_names import mirror_pairs
 from input_pipeline.datasets import DATASETS, DatasetInfo
@@ -381,11 +381,11 @@ def readers(config: ConfigDict) -> pipeline.Readers:
     )
 
 
-def test_protocol(
+def eval_protocol(
     config: ConfigDict,
     annotate: pipeline.Annotate | None = None,
     max_bad_share: float = 0.0,
-) -> Protocol:
+) -> EvalProtocol:
     """How a list is tested: any number of unreadable videos with `eval.allow_bad_videos`.
 
     Args:
@@ -393,7 +393,7 @@ def test_protocol(
       annotate: what else a clip brings, of the task.
       max_bad_share: share of the list that may be unreadable otherwise.
     """
-    return Protocol(
+    return EvalProtocol(
         eval_reader(config, annotate),
         config.eval.batch_size,
         dataclasses.replace(readers(config), buffer_size=EVAL_AHEAD),

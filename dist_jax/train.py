@@ -598,7 +598,7 @@ class _Loop:
                     state.eval_variables,
                     self.test_frozen,
                     self.val_source,
-                    recipe.test_protocol(config, self.task.annotate, config.data.max_bad_share),
+                    recipe.eval_protocol(config, self.task.annotate, config.data.max_bad_share),
                     self.mesh,
                     input_keys=self.task.input_keys,
                     skipped=self.val_skipped,

@@ -98,8 +98,8 @@ def load_trained(
                 '--config.backbone.checkpoint=FOLDER'
             )
     parts = experiment.assemble(config, trained_labels if labels is None else labels, backbone)
-    reads_texts = parts.model.frozen is not None and parts.model.frozen.texts
-    if metadata is not None and parts.task.labels != trained_labels and not reads_texts:
+    reads_classes = parts.model.frozen is not None and parts.model.frozen.reads_classes
+    if metadata is not None and parts.task.labels != trained_labels and not reads_classes:
         raise ValueError(
             'the label set is not the one of the run, and only model.head=text can take another; '
             'pass the label map of the run'

@@ -29,7 +29,7 @@ ViewStep = Callable[[Tree, Tree, dict[str, jax.Array]], dict[str, Tree]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
+class EvalProtocol:
     """How a list is tested.
 
     Attributes:
@@ -59,7 +59,7 @@ class Views:
         variables: Tree,
         frozen: Tree,
         source: LabelledSource,
-        protocol: Protocol,
+        protocol: EvalProtocol,
         mesh: Mesh,
         *,
         input_keys: tuple[str, ...] = (),

@@ -15,7 +15,7 @@ from dist_jax import backbones, checkpoint, evaluate, main, recipe, sharding, st
 from dist_jax.evaluate import BadVideosError
 from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.sharding import gather_rows, make_mesh, to_global
-from dist_jax.views import Protocol, Views
+from dist_jax.views import EvalProtocol, Views
 from input_pipeline import pipeline
 from input_pipeline.sources import open_source
 
@@ -86,7 +86,7 @@ class Scorer:
             self.trained.variables,
             self.trained.frozen,
             source,
-            Protocol(reader, batch_size, readers, max_bad_share),
+            EvalProtocol(reader, batch_size, readers, max_bad_share),
             make_mesh(jax.devices()[:1]),
             **options,
         )

@@ -45,7 +45,7 @@ def run(tmp_path_factory):
     source = recipe.open_split(saved, 'val')
     found = trained.load_trained(saved, workdir, None)
     eval_step = step.make_eval_step(found.model, found.task, mesh)
-    protocol = recipe.test_protocol(saved)
+    protocol = recipe.eval_protocol(saved)
     views = Views(eval_step, found.variables, found.frozen, source, protocol, mesh)
     (scores,) = gather_rows(list(views))['scores']
     videos = folder / 'videos'

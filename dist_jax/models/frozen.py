@@ -97,7 +97,7 @@ class Frozen:
     reads_classes: bool = False
 
     def __post_init__(self) -> None:
-        if self.texts and self.backbone.kind.encode_text is None:
+        if self.reads_classes and self.backbone.kind.encode_text is None:
             raise ValueError(
                 'class texts (model.head=text) need a text tower, and this kind of backbone has '
                 'none; take another head (model.head=linear)'
@@ -158,8 +158,9 @@ class Frozen:
     def load(self, mesh: Mesh, texts: ClassTexts, *, verify: bool = True) -> Tree:
         """Reads the tree, every device its part from the file, in the compute dtype.
 
-        Neither a stack of layers nor a second copy of the weights is ever whole on a host or a
-        device.
+        No second copy of the weights is ever on a host or a device. What is stored in another dtype
+        is cast in groups of at most `converted.CAST_BYTES`, or of one larger stack: the stacks of a
+        backbone of billions of parameters are better converted with `--precision bfloat16`.
 
         Args:
           mesh: the devices.
