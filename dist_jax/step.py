@@ -206,14 +206,17 @@ def make_train_step(
     def loss_fn(
         params: Tree, collections: Tree, inputs: Tree, part: Tree, key: jax.Array, total: jax.Array
     ) -> tuple[jax.Array, Tree]:
+        # Without a real clip there is nothing to gather: a mean over none would not be a number.
+        real = part['mask'].any()
         outputs, updated = model.net.apply(
             {'params': gather_params(params, model.sharding_rules), **collections},
             inputs,
-            mask=part['mask'],
+            mask=jnp.where(real, part['mask'], 1.0),
             train=True,
             rngs={'dropout': key},
             mutable=list(collections),
         )
+        updated = jax.tree.map(lambda new, old: jnp.where(real, new, old), updated, collections)
         per_row = task.loss(outputs, part['targets'], part['mask'])
         return losses.masked_mean(per_row, part['mask'], total), updated
 

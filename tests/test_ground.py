@@ -341,6 +341,23 @@ def test_statistics_ignore_masked_clips():
     )
 
 
+def test_parts_without_a_real_clip_change_nothing():
+    batch = batch_of()
+    batch['mask'] = np.array([0, 1, 0, 1], np.float32)
+    parts = Steps(accumulation=2)(batch)  # rows 0 and 2, rows 1 and 3
+    real = {name: np.concatenate([value[1::2]] * 2) for name, value in batch.items()}
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
+        (parts.params, parts.collections),
+        (lambda state: (state.params, state.collections))(Steps()(real)),
+    )
+    batch['mask'][:] = 0
+    steps = Steps()
+    after = steps(batch)
+    jax.tree.map(np.testing.assert_array_equal, after.collections, steps.fresh.collections)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
 def test_a_task_with_its_own_keys_trains_and_is_judged(make_config, tmp_path):
     config = make_config('spread', **{'mixing.probability': 0.0, 'optimizer.peak_lr': 0.01})
     summary = train.train(config, str(tmp_path / 'run'))
