@@ -311,9 +311,9 @@ def _shared_workdir(workdir: str, token: str, count: int) -> list[int]:
 
 
 def _backbone(config: ConfigDict) -> dict[str, str]:
-    if config.backbone.checkpoint == paths.RANDOM:
-        return {'found': 'random, made in the workdir'}
     try:
+        if config.backbone.checkpoint == paths.RANDOM and experiment.sized_backbone(config):
+            return {'found': 'random, made in the workdir'}
         backbone = experiment.find_backbone(config, '')
         if backbone is None:
             return {'found': 'none'}

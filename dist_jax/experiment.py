@@ -36,6 +36,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
       ValueError: naming the fields that do not fit.
     """
     base.check(config)
+    recipe.task_kind(config)  # checks its name
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
     check_repeats(config.batch_size, mesh, recipe.train_reader(config).repeats)

@@ -335,6 +335,11 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
                 f'--config.{name} is a group; set a field of it: '
                 + ', '.join(f'--config.{field}' for field in members)
             )
+        if name in base.RENAMED_FIELDS:
+            raise UsageError(
+                f'--config.{name} is now called --config.{base.RENAMED_FIELDS[name]}; runs that '
+                'were started under the old name go on under the new one'
+            )
         close = _closest(name, fields)
         hint = f'; did you mean {" or ".join(f"--config.{field}" for field in close)}?'
         raise UsageError(
@@ -359,8 +364,6 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
 
 def _closest(name: str, fields: Collection[str]) -> list[str]:
     """At most three fields that somebody who wrote `name` may have meant, the likeliest first."""
-    if name in base.RENAMED_FIELDS:
-        return [base.RENAMED_FIELDS[name]]
     group, _, last = name.rpartition('.')
     elsewhere = [field for field in fields if field.rpartition('.')[2] == last]
     if elsewhere:

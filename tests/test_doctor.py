@@ -80,6 +80,20 @@ def test_a_backbone_of_another_geometry_fails_as_in_training(config):
     assert check.state == doctor.FAILED and 'is not a vit_b16 (backbone.name)' in check.found
 
 
+@pytest.mark.parametrize(
+    ('fields', 'name', 'message'),
+    [
+        ({'backbone.name': 'vit_b17'}, 'backbone', "backbone.name='vit_b17' is not one of"),
+        ({'data.image_size': 50}, 'backbone', 'data.image_size: image_size=50 is not a multiple'),
+        ({'task.name': 'clasify'}, 'batch', "task.name='clasify' is not one of"),
+    ],
+)
+def test_what_training_would_refuse_is_found_without_weights(config, fields, name, message):
+    config.update_from_flattened_dict({'backbone.checkpoint': 'random'} | fields)
+    check = by_name(doctor.run(doctor.Request(config)), name)
+    assert check.state == doctor.FAILED and message in check.found
+
+
 def test_a_batch_that_is_larger_than_the_list_is_not_ok(config):
     config.batch_size = 256
     check = by_name(doctor.run(doctor.Request(config)), 'batch')

@@ -25,6 +25,7 @@ from dist_jax import (
     backbones,
     checkpoint,
     convert,
+    doctor,
     evaluate,
     experiment,
     init_from,
@@ -536,3 +537,13 @@ def test_a_list_of_captions_has_no_classes(make_config, clips, tmp_path):
 def test_a_network_without_logits_cannot_classify():
     with pytest.raises(ValueError, match=r'logits of \(\) classes for \(2,\) class names'):
         Classify((('a', 'b'),)).check({'embedding': jnp.zeros((1, 4))})
+
+
+def test_the_doctor_finds_no_backbone_and_refuses_one(make_config):
+    def backbone(config):
+        (found,) = [c for c in doctor.run(doctor.Request(config)) if c.name == 'backbone']
+        return found
+
+    assert backbone(make_config()).found == 'none'
+    refused = backbone(make_config(**{'backbone.checkpoint': 'random'}))
+    assert refused.state == doctor.FAILED and 'stands on no backbone' in refused.found

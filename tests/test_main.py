@@ -106,16 +106,16 @@ def test_no_command_is_wrong_usage(capsys):
             ["no field 'batchsize'; did you mean --config.batch_size?"],
         ),
         (
-            ['train', '--workdir=w', DIST, '--config.data.num_samples=2'],
-            ["no field 'data.num_samples'; did you mean --config.data.repeats?"],
-        ),
-        (
             ['train', '--workdir=w', DIST, '--config.optimizer.lr'],
             ["no field 'optimizer.lr'", '--config.optimizer.peak_lr'],
         ),
         (
             ['train', '--workdir=w', DIST, '--config.num_frames=8'],
             ['did you mean --config.data.num_frames?'],
+        ),
+        (
+            ['train', '--workdir=w', DIST, '--config.data.num_samples=2'],
+            ['--config.data.num_samples is now called --config.data.repeats'],
         ),
         (
             ['train', '--workdir=w', DIST, '--config.batch_size=abc'],
