@@ -16,9 +16,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, dist
-from dist_jax import backbones, checkpoint, evaluate, experiment, main, train, trained
+from dist_jax import backbones, checkpoint, evaluate, main, train, trained
 from dist_jax.metric_writer import read_metrics
-from dist_jax.models import digests
+from dist_jax.models import converted, digests
 from dist_jax.models.params import tree_sha256
 from dist_jax.step import TrainState
 from input_pipeline import pipeline
@@ -183,7 +183,7 @@ def test_a_checkpoint_says_what_the_next_person_needs(straight, make_config, bac
     folder = checkpoint.find_checkpoint(workdir)
     metadata = checkpoint.read_metadata(folder)
     assert metadata['class_names'] == [list(CLASS_NAMES)]
-    frozen = experiment.converted.load_metadata(backbone)
+    frozen = converted.load_metadata(backbone)
     assert metadata['backbone']['name'] == 'tiny-random'
     assert metadata['backbone']['params_sha256'] == frozen['params_sha256']
     assert metadata['backbone']['spec']['patch_size'] == 8
