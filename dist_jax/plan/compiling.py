@@ -199,7 +199,8 @@ _ALLOCATION = re.compile(
 
 def out_of_memory(message: str) -> Compiled | None:
     """What the compiler's message says of a program that is too large; None for other errors."""
-    if 'CompileTimeHbmOom' not in message and 'memory space hbm' not in message:
+    signs = ('CompileTimeHbmOom', 'memory space hbm', 'out of memory on HBM')
+    if not any(sign in message for sign in signs):
         return None
     needed = limit = None
     for pattern in _OUT_OF_MEMORY:
