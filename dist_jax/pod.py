@@ -350,6 +350,7 @@ class Member:
         self.client = client
         self._coordinator = coordinator
         self._every = min(max(lost_after / 6, POLL_SECONDS), 10.0)
+        self._sending = threading.Lock()
         self._state: dict[str, Any] = {'doing': 'starting', 'step': -1}
         self._changed = time.monotonic()
         self._heartbeats = self._exchanges = 0
@@ -545,15 +546,16 @@ class Member:
                 )
 
     def _send_heartbeat(self) -> None:
-        self._heartbeats += 1
-        state = self._state | {
-            'heartbeat': self._heartbeats,
-            'host': socket.gethostname(),
-            'since': round(time.monotonic() - self._changed, 1),
-        }
-        self.client.key_value_set(
-            f'{KEY}/heartbeat/{self.process_id}', json.dumps(state), allow_overwrite=True
-        )
+        with self._sending:  # what the thread saw before the end must not come after it
+            self._heartbeats += 1
+            state = self._state | {
+                'heartbeat': self._heartbeats,
+                'host': socket.gethostname(),
+                'since': round(time.monotonic() - self._changed, 1),
+            }
+            self.client.key_value_set(
+                f'{KEY}/heartbeat/{self.process_id}', json.dumps(state), allow_overwrite=True
+            )
 
     def _tell(self, verdict: dict[str, Any]) -> None:
         """The first to tell is believed."""

@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -350,6 +352,31 @@ def test_hosts_that_do_not_agree_are_told_before_anything_is_compiled(environmen
 
 def ready(group):
     return lambda: all('ready' in log.read_text() for log in group.logs)
+
+
+def test_no_heartbeat_from_before_the_end_comes_after_it():
+    """One that was on its way when the process was done would tell of a silent process."""
+    stored, waiting, free = [], threading.Event(), threading.Event()
+
+    def key_value_set(key, value, allow_overwrite):
+        if not waiting.is_set():
+            waiting.set()
+            free.wait(10)
+        stored.append(json.loads(value))
+
+    client = types.SimpleNamespace(key_value_set=key_value_set)
+    member = pod.Member(client, 1, 2, 6.0, 'host:1')
+    early = threading.Thread(target=member._send_heartbeat)
+    early.start()
+    waiting.wait(10)
+    member.note(done=True)
+    late = threading.Thread(target=member._send_heartbeat)
+    late.start()
+    late.join(0.2)
+    free.set()
+    early.join(10)
+    late.join(10)
+    assert [row.get('done', False) for row in stored] == [False, True]
 
 
 def test_a_process_that_hangs_is_named_and_the_other_ends(members):
