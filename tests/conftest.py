@@ -20,6 +20,14 @@ import pytest
 from input_pipeline import motion_clips
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker goes through files one after the other, so that modules set up once."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
     """Names that are not UTF-8 stand in logs, and what pytest's processes send each other is."""

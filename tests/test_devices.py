@@ -74,9 +74,11 @@ class Devices:
         self.placed = frozen.place(family.frozen, self.mesh) if frozen else {}
         settings = step.StepSettings(mixing=mixing, ema_decay=0.5, seed=3,
                                      accumulation=accumulation)
-        self.step = step.make_train_step(
+        train_step = step.make_train_step(
             self.model, TASK, optimizer, lambda n: jnp.float32(0.1), settings, self.mesh,
             self.abstract, self.placed)
+        self.step = train_step.lower(
+            self.abstract, self.placed, to_global(batch(0), self.mesh)).compile()
         self.frozen = jax.device_put(family.frozen, shardings(self.placed))
 
     def run(self, state, number):
@@ -142,7 +144,7 @@ for name, family in families.items():
     if name == 'frame_mean':
         continue
     sizes = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)] + [(4, 2, 1)] * (name == 'evl')
-    for size in [(8, 1, 1), (2, 2, 2)] if name == 'conv' else sizes:
+    for size in [(8, 1, 1), (2, 2, 2)] if name == 'conv' else sizes[name == 'evl':]:
         devices = meshes[name, size] = Devices(family, *size)
         state, metrics = devices.run(family.fresh, 0)
         same_places(state, devices.abstract)
@@ -159,8 +161,7 @@ family = families['dist']
 split = meshes['dist', (1, 8, 1)]
 kernel = split.frozen['visual']['blocks']['mlp']['c_fc']['kernel']
 assert kernel.addressable_data(0).size * 8 == kernel.size == 3 * 64 * 256
-program = split.step.lower(split.abstract, split.placed, to_global(batch(0), split.mesh)).compile()
-gathers = [line for line in program.as_text().splitlines() if ' all-gather(' in line]
+gathers = [line for line in split.step.as_text().splitlines() if ' all-gather(' in line]
 inside = [line for line in gathers if 'image_tower/while/body' in line]
 stack = r'f32\[3,(64,256|256,64|64,3,8,8|8,8,64)\]'
 assert len(inside) >= 4 and not [line for line in gathers if re.search(stack, line)], gathers

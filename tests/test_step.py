@@ -80,7 +80,9 @@ def runner(model, frozen):
 
 @pytest.fixture(scope='module')
 def mixing_runner(model, frozen):
-    return Runner(model, frozen, dataclasses.replace(SETTINGS, mixing=Mixing(0.8, 1.0)))
+    """It keeps an average, too."""
+    settings = dataclasses.replace(SETTINGS, mixing=Mixing(0.8, 1.0), ema_decay=0.9)
+    return Runner(model, frozen, settings, ema=True)
 
 
 @pytest.fixture(scope='module')
@@ -153,8 +155,8 @@ def test_accumulation_equals_one_pass(model, frozen, mixing_runner, batch):
     np.testing.assert_allclose(a['grad_norm'], b['grad_norm'], rtol=1e-4)
 
 
-def test_the_average_follows_the_parameters(model, frozen, batch):
-    run = Runner(model, frozen, dataclasses.replace(SETTINGS, ema_decay=0.9), ema=True)
+def test_the_average_follows_the_parameters(mixing_runner, batch):
+    run = mixing_runner
     state, _ = run(batch)
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, run.fresh.params, state.params)
     assert_trees_close(state.ema, expected, rtol=1e-4, atol=1e-7)

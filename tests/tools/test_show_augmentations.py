@@ -27,10 +27,10 @@ def test_a_sheet_has_all_clips_and_views(tmp_path, capsys):
 
 
 def test_a_sheet_of_many_rows_is_wider_than_high(tmp_path):
-    frames = [np.full((8, 8, 3), 99, np.uint8)] * 8
+    frames = [np.full((8, 8, 3), 99, np.uint8)] * 2
     for count, columns in ((3, 1), (33, 3)):
         path = tmp_path / f'{count}.png'
-        show_augmentations.draw_sheet([('row', frames, list(range(8)))] * count, path)
+        show_augmentations.draw_sheet([('row', frames, [0, 1])] * count, path)
         height, width = cv2.imread(str(path)).shape[:2]
         assert width == 800 * columns and height < width
 
