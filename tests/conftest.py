@@ -28,6 +28,14 @@ def pytest_xdist_make_scheduler(config, log):
     return WorkStealingScheduling(config, log)
 
 
+# They wait for processes of their own, while another worker computes.
+FIRST = ('test_processes.py', 'test_kill.py', 'test_workdir_lock.py', 'test_ending.py')
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
     """Names that are not UTF-8 stand in logs, and what pytest's processes send each other is."""
