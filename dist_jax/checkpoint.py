@@ -480,9 +480,10 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     for name in ('class_names', 'train_list_sha256'):
         if saved[name] != current[name]:
             differences.append(f'  {name}: the data set is not the one the run was started with')
-    if backbone_sha256(saved) != backbone_sha256(current):
+    theirs, own = saved['backbone'], current['backbone']
+    if backbone_sha256(theirs) != backbone_sha256(own):
         differences.append(
-            f'  backbone.checkpoint: {describe_backbone(saved)}, now {describe_backbone(current)}'
+            f'  backbone.checkpoint: {describe_backbone(theirs)}, now {describe_backbone(own)}'
         )
     if differences:
         restored = ' '.join(
@@ -505,17 +506,16 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def backbone_sha256(metadata: Mapping[str, Any]) -> str:
-    """Of the weights of the backbone that a run stands on; '' where it has none."""
-    return (metadata['backbone'] or {}).get('params_sha256', '')
+def backbone_sha256(identity: Mapping[str, Any] | None) -> str:
+    """Of the weights of a backbone, see `Backbone.identity`; '' where there is none."""
+    return (identity or {}).get('params_sha256', '')
 
 
-def describe_backbone(metadata: Mapping[str, Any]) -> str:
-    """The backbone of a run, in a message."""
-    backbone = metadata['backbone']
-    if not backbone:
+def describe_backbone(identity: Mapping[str, Any] | None) -> str:
+    """A backbone, see `Backbone.identity`, in a message."""
+    if not identity:
         return 'no backbone'
-    return f'weights {backbone["params_sha256"][:12]} of {backbone["name"]}'
+    return f'weights {identity["params_sha256"][:12]} of {identity["name"]}'
 
 
 def _argument(value: Any) -> str:

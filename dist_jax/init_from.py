@@ -131,8 +131,8 @@ def compare_backbones(path: str, backbone: Backbone | None) -> None:
     """Warns if the run to start from was trained on another backbone."""
     if backbone is None or not checkpoint.is_run(path):
         return
-    theirs = checkpoint.read_metadata(checkpoint.find_checkpoint(path))
-    own = {'backbone': backbone.identity()}
+    theirs = checkpoint.read_metadata(checkpoint.find_checkpoint(path))['backbone']
+    own = backbone.identity()
     if checkpoint.backbone_sha256(theirs) != backbone.params_sha256:
         log.warning(
             'init_from: %s was trained on %s, this run uses %s; its parameters belong to the '

@@ -53,6 +53,11 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Tree | None
 
     @property
+    def variables(self) -> Tree:
+        """What training applies."""
+        return {'params': self.params, **self.collections}
+
+    @property
     def eval_variables(self) -> Tree:
         """What evaluation applies: averaged parameters where there are any."""
         return {'params': self.params if self.ema is None else self.ema, **self.collections}

@@ -311,7 +311,7 @@ def _train(
         'best_step': best_step,
         f'best_{VALIDATION}{task.select_by}': best_score,
         'num_bad_videos': run.num_bad_videos,
-        'params_sha256': tree_sha256(to_host(_trained(state))),
+        'params_sha256': tree_sha256(to_host(converted.stored_tree(state.variables))),
         **({'num_classes': list(map(len, task.labels))} if task.labels else {}),
         'trainable_parameters': sum(x.size for x in jax.tree.leaves(state.params)),
         'devices': mesh.size,
@@ -322,11 +322,6 @@ def _train(
         write_json(epath.Path(workdir) / 'summary.json', summary)
         page.write_report(workdir, summary, figures)
     return summary
-
-
-def _trained(state: step.TrainState) -> Tree:
-    """What a run has learned: parameters, and beside them what else the network keeps."""
-    return converted.stored_tree({'params': state.params, **state.collections})
 
 
 def run_metadata(
@@ -357,9 +352,7 @@ def start_from(
     state: step.TrainState, origin: init_from.Origin, model: Model, labels: Labels
 ) -> step.TrainState:
     """A fresh state with the parameters and collections of another network."""
-    variables = {'params': state.params, **state.collections}
-    found = init_from.load_variables(origin, model, variables, labels)
-    return _with_variables(state, found)
+    return _with_variables(state, init_from.load_variables(origin, model, state.variables, labels))
 
 
 def start_from_backbone(
@@ -368,7 +361,7 @@ def start_from_backbone(
     """A fresh state with what the model takes from its backbone to train it."""
     taken = model.from_backbone
     params = init_from.load_from_backbone(taken, backbone, state.params, verify)
-    return _with_variables(state, {'params': params, **state.collections})
+    return _with_variables(state, state.variables | {'params': params})
 
 
 def _with_variables(state: step.TrainState, variables: Tree) -> step.TrainState:

@@ -90,11 +90,11 @@ def load_trained(
         )
     backbone = experiment.find_backbone(config, workdir)
     if metadata is not None and backbone is not None:
-        own = {'backbone': backbone.identity()}
-        if checkpoint.backbone_sha256(metadata) != checkpoint.backbone_sha256(own):
+        own, theirs = backbone.identity(), metadata['backbone']
+        if checkpoint.backbone_sha256(theirs) != backbone.params_sha256:
             raise ValueError(
                 f'{backbone.path} has {checkpoint.describe_backbone(own)}, but the run was trained '
-                f'on {checkpoint.describe_backbone(metadata)}; pass the right one with '
+                f'on {checkpoint.describe_backbone(theirs)}; pass the right one with '
                 '--config.backbone.checkpoint=FOLDER'
             )
     parts = experiment.assemble(config, trained_labels if labels is None else labels, backbone)

@@ -108,10 +108,6 @@ class Frozen:
         """Where the tree lies on a mesh."""
         return self.backbone.kind.sharding_rules
 
-    def identity(self) -> dict[str, Any]:
-        """JSON values that say which weights these are; `params_sha256` is equal for equal ones."""
-        return self.backbone.identity()
-
     def abstract(self, num_classes: Sequence[int]) -> Tree:
         """Shapes of the tree, without any weights.
 
