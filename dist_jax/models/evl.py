@@ -35,7 +35,6 @@ from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import (
     Dtype,
-    Initializer,
     LayerNorm,
     Linear,
     attention_weights,
@@ -43,8 +42,10 @@ from dist_jax.models.layers import (
     einsum_to_float32,
     query_attention,
     quick_gelu,
+    uniform,
 )
 from dist_jax.models.stack import scan_trainable
+from dist_jax.models.time_conv import DepthwiseTimeConv
 from dist_jax.sharding import ShardingRule, split_batch
 
 # Source: the release decays every trained tensor: biases, norms, tables and the class token too.
@@ -151,8 +152,8 @@ def build(
         head=heads.Head(
             head,
             tuple(num_classes),
-            kernel_init=_uniform(spec.width),
-            bias_init=_uniform(spec.width),
+            kernel_init=uniform(spec.width),
+            bias_init=uniform(spec.width),
         ),
         dtype=dtype,
         remat=remat,
@@ -182,15 +183,6 @@ def build(
         frozen=Frozen(backbone, dtype, features),
         attention=attention,
     )
-
-
-def _uniform(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for any shape. Source: the release's defaults."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
-
-    return init
 
 
 def neighbour_attention(queries: jax.Array, keys: jax.Array, num_frames: int) -> jax.Array:
@@ -298,21 +290,6 @@ class TemporalModules(nn.Module):
             moved = relative_sum(features['attention'], tables, self.grid)
             total += jnp.pad(moved, [(0, 0), (0, 0), (1, 0), (0, 0)])  # no class row
         return total.astype(self.dtype)
-
-
-class DepthwiseTimeConv(nn.Module):
-    """Depthwise convolution of 3 frames over axis 1 of (B, T, L, C), zero padded.
-
-    Three shifted products: cheaper than a grouped convolution on TPU, and fast on CPU.
-    """
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param('kernel', _uniform(3), (3, x.shape[-1]))
-        bias = self.param('bias', _uniform(3), x.shape[-1:])
-        padded = jnp.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0)])
-        taps = (padded[:, tap : tap + x.shape[1]] * kernel[tap] for tap in range(3))
-        return sum(taps) + bias
 
 
 class DecoderAttention(nn.Module):

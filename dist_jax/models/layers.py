@@ -25,6 +25,15 @@ Initializer = Callable[..., jax.Array]
 trunc_normal = nn.initializers.normal(0.02)
 
 
+def uniform(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for any shape: the default of the releases."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
+
+
 @dataclasses.dataclass(frozen=True)
 class Pixels:
     """How a model wants its pixels: RGB in [0, 1], minus the mean, over the standard deviation."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dist_jax.models import clip, dist
+from dist_jax.models import clip, dist, time_conv
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.layers import l2_normalize, patchify
 
@@ -150,7 +150,7 @@ def test_frozen_logits_are_the_mean_cosine_of_the_frames(backbone, plain):
 def test_time_conv_equals_a_convolution(size):
     kernel_size, frames = size
     x = jax.random.normal(jax.random.key(0), (2, frames, 3, 4))
-    conv = dist.TimeConv(6, kernel_size, jnp.float32)
+    conv = time_conv.TimeConv(6, kernel_size, jnp.float32)
     variables = conv.init(jax.random.key(1), x)
     kernel = variables['params']['kernel']
     expected = jax.lax.conv_general_dilated(
@@ -225,7 +225,7 @@ def test_initial_weights_have_the_spread_of_the_release():
     assert np.std(np.concatenate(pooled)) == pytest.approx(0.02, rel=0.01)
 
 
-@pytest.mark.parametrize('form', [dist._time_products, dist._time_convolution])
+@pytest.mark.parametrize('form', [time_conv._time_products, time_conv._time_convolution])
 @pytest.mark.parametrize(('channels', 'features'), [(96, 16), (16, 16)])
 def test_taps_over_time_are_summed_in_float32(form, channels, features):
     """The result in bfloat16 is the exact one, rounded once."""
