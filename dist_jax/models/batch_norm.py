@@ -1,0 +1,194 @@
+"""Batch normalisation whose statistics belong to groups of clips, not to devices.
+
+The releases normalise with the clips that a device happens to hold. Here `groups` says over how
+many clips statistics go, so that a run gives the same numbers, up to rounding, on any mesh: 1 is
+the whole batch, and as many groups as devices split a batch into is the form of the releases, for
+which devices send each other nothing but the running values.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dist_jax.models.layers import Initializer
+from dist_jax.sharding import split_batch
+
+
+class BatchNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias, each channel for itself.
+
+    Ioffe and Szegedy, arXiv:1502.03167, as torch.nn.BatchNorm3d: a batch is normalised with its
+    biased variance, and the running one is unbiased. Statistics are float32 and lie in
+    `batch_stats`: `mean` and `var` (C,). Only training with that collection mutable changes them.
+
+    Differs: the releases store the running values of the first device; here all groups count, each
+    as much as another. A group of one value has no unbiased variance, and its biased one, 0, is
+    taken.
+
+    Attributes:
+      groups: of so many clips in a row as it takes; they must divide the batch, which under
+        accumulation is one part of it.
+      eps: added to the variance.
+      keep: of the running values at every step; the rest is the new ones'.
+      scale_init: of `scale` (C,).
+      bias_init: of `bias` (C,).
+    """
+
+    groups: int = 1
+    eps: float = 1e-5
+    keep: float = 0.9
+    scale_init: Initializer = nn.initializers.ones
+    bias_init: Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Normalises over all axes but the last.
+
+        Args:
+          x: (B, ..., C) of any float dtype.
+          mask: (B,), above 0 where a clip is real; None where all are. Others count for nothing.
+            They are normalised like the rest of their group, or, where a group has no real clip,
+            with running values.
+          train: with statistics of the batch, which move the running ones, instead of these.
+
+        Returns:
+          As x in shape and dtype.
+
+        Raises:
+          ValueError: the groups do not divide the batch.
+        """
+        size, channels = x.shape[0], x.shape[-1]
+        scale = self.param('scale', self.scale_init, (channels,))
+        bias = self.param('bias', self.bias_init, (channels,))
+        mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,))
+        variance = self.variable('batch_stats', 'var', jnp.ones, (channels,))
+        if not train or self.is_initializing():
+            inverse = jax.lax.rsqrt(variance.value + self.eps)
+            return _affine(x, mean.value, inverse * scale, bias)
+        if self.groups < 1 or size % self.groups:
+            raise ValueError(
+                f'batch_norm.groups={self.groups} must divide the {size} clips of a batch (of one '
+                'part of it, where accumulation is above 1)'
+            )
+        real = jnp.ones(size, bool) if mask is None else mask > 0
+        found = jax.lax.stop_gradient(_clip_statistics(x))
+        clips, *found = _group_statistics(*found, real, self.groups)
+        count = clips * (x.size // (size * channels))
+        old = mean.value, variance.value
+        unbiased = found[0], found[1] * (count / jnp.maximum(count - 1, 1))
+        mean.value, variance.value = (
+            _moved(before, new, clips, self.keep) for before, new in zip(old, unbiased)
+        )
+        used = (_rows(jnp.where(clips > 0, new, before), size) for before, new in zip(old, found))
+        share = real[:, None] / _rows(jnp.maximum(count, 1), size)
+        return _normalise(self.groups, self.eps, x, scale, bias, *used, share)
+
+
+def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
+    """(x - mean) * factor + bias in float32, rounded to the dtype of x."""
+    return ((x.astype(jnp.float32) - mean) * factor + bias).astype(x.dtype)
+
+
+def _clip_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of each clip: (B, ..., C) -> two of float32 (B, C), in one pass.
+
+    A value of the clip is taken off first. It lies at most sqrt(n) standard deviations from the
+    mean of n values, so what squares lose against each other is bounded, however large the mean.
+    """
+    inner = tuple(range(1, x.ndim - 1))
+    first = x[:, *(slice(1) for _ in inner)].astype(jnp.float32)
+    shifted = x.astype(jnp.float32) - first
+    offset, squares = shifted.mean(inner), jnp.square(shifted).mean(inner)
+    return first.reshape(offset.shape) + offset, jnp.maximum(squares - jnp.square(offset), 0)
+
+
+def _group_statistics(
+    mean: jax.Array, variance: jax.Array, real: jax.Array, groups: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Joins statistics (B, C) of clips: real clips (groups, 1), mean and variance (groups, C)."""
+    weights = real[:, None].astype(jnp.float32)
+    clips = _group_sums(weights, groups)
+    of_each = jnp.maximum(clips, 1)
+    joint = _group_sums(weights * mean, groups) / of_each
+    spread = variance + jnp.square(mean - _rows(joint, len(mean)))
+    return clips, joint, _group_sums(weights * spread, groups) / of_each
+
+
+def _group_sums(rows: jax.Array, groups: int) -> jax.Array:
+    """(B, C) -> (groups, C): the sum over the rows of each."""
+    return split_batch(rows.reshape(groups, -1, rows.shape[-1])).sum(1)
+
+
+def _rows(values: jax.Array, size: int) -> jax.Array:
+    """(groups, C) -> (size, C): what belongs to the group of each row."""
+    return split_batch(jnp.repeat(values, size // len(values), axis=0))
+
+
+def _moved(before: jax.Array, new: jax.Array, clips: jax.Array, keep: float) -> jax.Array:
+    """Running values (C,) after those, (groups, C), of the groups with real clips, (groups, 1)."""
+    valid = jnp.minimum(clips, 1)
+    count = valid.sum()
+    mean = (valid * new).sum(0) / jnp.maximum(count, 1)
+    return jnp.where(count > 0, keep * before + (1 - keep) * mean, before)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalise(
+    groups: int,
+    eps: float,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mean: jax.Array,
+    variance: jax.Array,
+    share: jax.Array,
+) -> jax.Array:
+    """Normalises with given statistics; its gradient knows that they come from x.
+
+    Written by hand, it keeps x as it is for the backward pass and goes over it twice there.
+
+    Args:
+      groups: of rows.
+      eps: added to the variance.
+      x: (B, ..., C).
+      scale: (C,).
+      bias: (C,).
+      mean: (B, C), of the group of each row.
+      variance: likewise.
+      share: (B, 1), of a value of each row in the mean of its group.
+    """
+    return _affine(x, _wide(mean, x), _wide(jax.lax.rsqrt(variance + eps) * scale, x), bias)
+
+
+def _normalise_forward(groups: int, eps: float, x: jax.Array, scale: jax.Array, *rest) -> tuple:
+    return _normalise(groups, eps, x, scale, *rest), (x, scale, *rest[1:])
+
+
+def _normalise_backward(groups: int, eps: float, kept: tuple, upstream: jax.Array) -> tuple:
+    x, scale, mean, variance, share = kept
+    inner = tuple(range(1, x.ndim - 1))
+    inverse = jax.lax.rsqrt(variance + eps)
+    upstream = upstream.astype(jnp.float32)
+    normalised = (x.astype(jnp.float32) - _wide(mean, x)) * _wide(inverse, x)
+    sums = upstream.sum(inner), (upstream * normalised).sum(inner)
+    # What the mean and the variance pass on to every value that is in them.
+    by_mean, by_variance = (
+        _wide(_rows(_group_sums(each, groups), len(x)) * share, x) for each in sums
+    )
+    to_x = (upstream - by_mean - normalised * by_variance) * _wide(inverse * scale, x)
+    bias_gradient, scale_gradient = (each.sum(0) for each in sums)
+    return to_x.astype(x.dtype), scale_gradient, bias_gradient, None, None, None
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _wide(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """(B, C) -> (B, 1, ..., 1, C), beside x."""
+    return rows.reshape(len(x), *[1] * (x.ndim - 2), x.shape[-1])
