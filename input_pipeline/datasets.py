@@ -74,11 +74,10 @@ DATASETS: dict[str, DatasetInfo] = {
     'kinetics700': DatasetInfo(700, 'kinetics', **KINETICS),
     'kinetics700_2020': DatasetInfo(700, 'kinetics', **KINETICS),
     'kinetics710': DatasetInfo(710, 'kinetics', label_files=('names.txt',), **KINETICS),
-    # No recipe here mirrors V1.
     'something_v1': DatasetInfo(
         174,
         'csv',
-        flip=None,
+        flip=SOMETHING_FLIP,
         splits={
             'train': SplitFile(('something-something-v1-train.csv', 'train.csv')),
             'validation': SplitFile(('something-something-v1-validation.csv', 'validation.csv')),

@@ -22,7 +22,7 @@ import numpy as np
 from rich.table import Table
 
 from input_pipeline.escape import Console, lines, styled
-from tools.parity import clip, dist, evl
+from tools.parity import clip, dist, evl, side4video
 from tools.parity.golden import Golden, is_gradient, read_golden
 
 FORWARD_BOUND = 1e-5
@@ -51,6 +51,7 @@ FAMILIES: dict[str, Family] = {
     'clip': Family(clip.matches, clip.run),
     'dist': Family(dist.matches, dist.run),
     'evl': Family(evl.matches, evl.run),
+    'side4video': Family(side4video.matches, side4video.run),
 }
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from dist_jax.models import clip, clip_params, dist, dist_params, evl, evl_params, frame_mean
+from dist_jax.models import (
+    clip,
+    clip_params,
+    dist,
+    dist_params,
+    evl,
+    evl_params,
+    frame_mean,
+    side4video,
+)
 from dist_jax.models.api import Model
 
 
@@ -28,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     'dist': Family(dist.build),
     'evl': Family(evl.build),
     'frame_mean': Family(frame_mean.build),
+    'side4video': Family(side4video.build),
 }
 
 # `family` in the metadata of a converted backbone -> kind. Names of sizes are unique over all.

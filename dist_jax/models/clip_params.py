@@ -100,7 +100,7 @@ def fused_attention_rows(
             sizes,
         ),
         Row(f'{source}in_proj_bias', f'{target}qkv/bias', '(c h d) -> c h d', index, sizes),
-        *_output_rows(f'{source}out_proj', f'{target}out', heads, index),
+        *output_rows(f'{source}out_proj', f'{target}out', heads, index),
     ]
 
 
@@ -129,7 +129,7 @@ def huggingface_rows(spec: ClipSpec) -> list[Row]:
             rows += [
                 *norm_rows(f'{source}.layer_norm1', f'{blocks}/ln_1', (i,)),
                 *norm_rows(f'{source}.layer_norm2', f'{blocks}/ln_2', (i,)),
-                *_output_rows(f'{source}.self_attn.out_proj', f'{blocks}/attn/out', heads, (i,)),
+                *output_rows(f'{source}.self_attn.out_proj', f'{blocks}/attn/out', heads, (i,)),
                 *linear_rows(f'{source}.mlp.fc1', f'{blocks}/mlp/c_fc', (i,)),
                 *linear_rows(f'{source}.mlp.fc2', f'{blocks}/mlp/c_proj', (i,)),
             ]
@@ -170,7 +170,8 @@ def linear_rows(source: str, target: str, index: tuple[int, ...] = ()) -> list[R
     ]
 
 
-def _output_rows(source: str, target: str, heads: int, index: tuple[int, ...] = ()) -> list[Row]:
+def output_rows(source: str, target: str, heads: int, index: tuple[int, ...] = ()) -> list[Row]:
+    """Output projection of attention: weight (W, h d), bias -> kernel (h, d, W), bias."""
     return [
         Row(f'{source}.weight', f'{target}/kernel', 'o (h d) -> h d o', index, {'h': heads}),
         Row(f'{source}.bias', f'{target}/bias', index=index),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dist_jax.models.api import Model
+from dist_jax.models.converted import stored_tree
 from dist_jax.models.params import Row, Tree, with_precision
 from dist_jax.models.source_files import SourceFiles
 
@@ -96,7 +97,7 @@ class Naming:
 def abstract_network(
     model: Model, video_shape: tuple[int, ...], num_classes: tuple[int, ...]
 ) -> Tree:
-    """The trainable parameters of a model on a backbone, as float32 `jax.ShapeDtypeStruct` leaves.
+    """Parameters and statistics of a model on a backbone as they are stored: shapes in float32.
 
     Args:
       model: of any family.
@@ -109,4 +110,4 @@ def abstract_network(
         jax.ShapeDtypeStruct(video_shape, model.dtype),
     )
     variables = jax.eval_shape(model.net.init, jax.random.key(0), inputs)
-    return with_precision(variables['params'], jnp.float32)
+    return with_precision(stored_tree(variables), jnp.float32)

@@ -12,11 +12,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from dist_jax.sharding import ShardingRule, gather_params, split_batch
 
 Tree = Any
 
+_MARK = 'marked'
 LONGEST_PATTERN = 4  # layers of which one is tapped, that run in one pass of a loop
 
 
@@ -105,6 +107,7 @@ def scan_trainable(
     remat: bool,
     unroll: bool,
     in_axes: tuple[Any, ...] = (0,),
+    keep_marked: bool = False,
 ) -> type[nn.Module]:
     """A module class that runs `length` copies of `block`, each with its own parameters.
 
@@ -115,6 +118,7 @@ def scan_trainable(
       unroll: write the layers out instead of looping.
       in_axes: of the arguments after the carry: 0 for one slice a layer, `flax.linen.broadcast`
         for all of it in every layer.
+      keep_marked: with `remat`, store what the block gave to `mark`, and recompute the rest.
 
     Returns:
       The lifted class; `params`, `batch_stats` and `intermediates` carry the layer on axis 0.
@@ -122,7 +126,8 @@ def scan_trainable(
     if remat:
         # Inside a loop the compiler cannot merge the recomputation with the forward pass; written
         # out it can, and would undo remat, so there the barrier stays.
-        block = nn.remat(block, prevent_cse=unroll)
+        policy = jax.checkpoint_policies.save_only_these_names(_MARK) if keep_marked else None
+        block = nn.remat(block, prevent_cse=unroll, policy=policy)
     return nn.scan(
         block,
         variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0},
@@ -131,3 +136,8 @@ def scan_trainable(
         length=length,
         unroll=length if unroll else 1,
     )
+
+
+def mark(x: jax.Array) -> jax.Array:
+    """`x`, which a backward pass may find stored; see `scan_trainable`."""
+    return checkpoint_name(x, _MARK)

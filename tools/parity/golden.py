@@ -63,7 +63,9 @@ class Golden:
         listed = set(self.config.get('grads_that_are_analytically_zero', ()))
         for key, section in (
             ('analytic_zero_grads', 'grads'),
+            ('analytic_zero_grads', 'grads_norm'),
             ('analytic_zero_eval_grads', 'eval_grads'),
+            ('analytic_zero_eval_grads', 'eval_grads_norm'),
         ):
             listed |= {f'{section}/{name}' for name in self.metadata.get(key, ())}
         return frozenset(listed)

@@ -1,0 +1,429 @@
+"""Side4Video: a spatial-temporal network beside a frozen image ViT, fed from its blocks.
+
+Source: Yao et al., "Side4Video: Spatial-Temporal Side Network for Memory-Efficient Image-to-Video
+Transfer Learning" (arXiv:2311.15769), section 3; released code of the authors.
+
+    s = BN(conv(video)), kernel (3, p, p)                   (B, T, N, C), N patches of a frame
+    for every tapped block, F its frozen output (B, T, 1 + N, D):
+        c, z = class token and patches of tap(F)            tap: linear(LN F), or LN(linear F)
+        u = (s + z) / 2
+        pre-norm (on CLIP)                                  post-norm (on EVA)
+        u = u + conv_time(BN u)                             u = u + BN(conv_time(u))
+        u = u + attention(LN [u + p | shift c])             u = u + LN(attention([u + p | shift c]))
+        s = u + MLP(BN u)                                   s = u + BN(MLP(u))
+    logits = linear(mean over T and N of BN s)              post-norm: of s itself
+
+`p` is a table of positions, the same in every layer; `shift` moves half of the channels of a class
+token one frame back and the other half one ahead; `conv_time` is two linear maps with a depthwise
+convolution over 3 frames between them; attention is within a frame, with queries of patches only.
+
+Differs: the class token lies behind the patches, where no operator is changed by it and nothing
+has to be moved by a row. Batch statistics: see `batch_norm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dist_jax.models import heads, kernels
+from dist_jax.models.api import Model, ParamGroup, Tree
+from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.batch_norm import BatchNorm
+from dist_jax.models.frozen import Frozen
+from dist_jax.models.layers import (
+    ACTIVATIONS,
+    Dtype,
+    Initializer,
+    LayerNorm,
+    Linear,
+    einsum,
+    patchify,
+    resize_positions,
+    uniform,
+)
+from dist_jax.models.stack import mark, scan_trainable
+from dist_jax.models.time_conv import DepthwiseTimeConv, Stem
+from dist_jax.sharding import ShardingRule, split_batch
+
+HEAD_DIM = 64
+REMAT = ('none', 'branches', 'layers')
+STEM_FRAMES = 3
+
+# Source: the release decays every trained tensor: biases, norms and the position table too.
+PARAM_GROUPS = (ParamGroup(r'.', weight_decay=1.0),)
+
+SHARDING_RULES = (
+    ShardingRule(r'attn/qkv/kernel$', ('fsdp', None, 'tensor', None)),
+    ShardingRule(r'attn/qkv/bias$', (None, 'tensor', None)),
+    ShardingRule(r'attn/out/kernel$', ('tensor', None, 'fsdp')),
+    ShardingRule(r'mlp/c_fc/kernel$', ('fsdp', 'tensor')),
+    ShardingRule(r'mlp/c_fc/bias$', ('tensor',)),
+    ShardingRule(r'mlp/c_proj/kernel$', ('tensor', 'fsdp')),
+    ShardingRule(r'(conv/pw_[12]|tap/linear|classifier)/kernel$', ('fsdp', None)),
+    ShardingRule(r'(stem|conv/dw)/kernel$', ('fsdp',)),
+    ShardingRule(r'(bias|scale|positional_embedding)$'),
+)
+
+
+def build(
+    backbone: Backbone,
+    *,
+    num_classes: tuple[int, ...],
+    num_frames: int,
+    head: str = 'linear',
+    dtype: Any = jnp.bfloat16,
+    side_dim: int = 320,
+    tap_every: int = 1,
+    post_norm: bool = False,
+    mlp_ratio: float = 4.0,
+    batch_norm_groups: int = 1,
+    remat: str = 'none',
+    unroll: bool = False,
+) -> Model:
+    """Side4Video's recognition network on a frozen backbone.
+
+    Args:
+      backbone: the frozen one.
+      num_classes: classes of each head.
+      num_frames: any; the backbone sees all frames.
+      head: 'linear' only; the side network has no text tower.
+      dtype: compute dtype of both networks; norms, statistics, softmax and loss are float32.
+      side_dim: C, channels of the side network; heads of its attention have 64.
+      tap_every: the last of so many blocks is read: 1 for all, 2 for blocks 1, 3, 5, ...
+      post_norm: norms behind the branches, and taps normalised behind their linear map, as the
+        release has it on EVA.
+      mlp_ratio: hidden width of the MLPs over C.
+      batch_norm_groups: groups of clips whose statistics are taken together; see `batch_norm`.
+      remat: what the backward pass computes again: 'none', 'branches' (convolution, attention and
+        MLP, as the release does on EVA), or 'layers'.
+      unroll: see `stack`.
+
+    Raises:
+      ValueError: an option that does not fit; the message names the field.
+    """
+    del num_frames
+    if head != 'linear':
+        raise ValueError(f'model.head={head!r}: Side4Video has a linear head only')
+    if side_dim < HEAD_DIM or side_dim % HEAD_DIM:
+        raise ValueError(
+            f'model.side_dim={side_dim} must be a multiple of {HEAD_DIM}, the channels of a head'
+        )
+    if remat not in REMAT:
+        raise ValueError(f'model.remat={remat!r} is not one of {", ".join(REMAT)}')
+    spec = backbone.spec
+    blocks = tuple(range(tap_every - 1, spec.depth, tap_every))
+    if not blocks:
+        raise ValueError(
+            f'model.tap_every={tap_every}: the backbone has {spec.depth} blocks, so none is read'
+        )
+    taps = Taps(outputs=blocks)
+    net = Side4VideoNet(
+        depth=len(blocks),
+        side_dim=side_dim,
+        patch_size=spec.patch_size,
+        mlp_hidden=round(mlp_ratio * side_dim),
+        post_norm=post_norm,
+        groups=batch_norm_groups,
+        head=heads.Head(
+            head,
+            tuple(num_classes),
+            kernel_init=uniform(side_dim),
+            bias_init=uniform(side_dim),
+        ),
+        dtype=dtype,
+        remat=remat,
+        unroll=unroll,
+    )
+
+    def features(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
+        # The barrier: as DiST's, the patches are kept as they are.
+        patches = jax.lax.optimization_barrier(
+            patchify(batch['video'].astype(dtype), spec.patch_size)
+        )
+        frames = patches.reshape(-1, *patches.shape[2:])
+        found = backbone.encode_image(frozen['visual'], frames, taps, unroll=unroll)
+        stream = found['outputs']
+        shape = (len(blocks), *patches.shape[:2], *stream.shape[2:])
+        return {'taps': stream.reshape(shape), 'patches': patches}
+
+    return Model(
+        net=net,
+        dtype=dtype,
+        pixels=backbone.kind.pixels,
+        param_groups=PARAM_GROUPS,
+        sharding_rules=SHARDING_RULES,
+        frozen=Frozen(backbone, dtype, features),
+        fit=_fit,
+    )
+
+
+def _fit(path: str, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The position table of another grid; only that depends on the image size."""
+    if not path.endswith('positional_embedding'):
+        raise ValueError(f'{path} is {stored.shape} there and {shape} here')
+    side = round(shape[0] ** 0.5)
+    with_class = jnp.pad(stored, [(1, 0), (0, 0)])
+    return jnp.asarray(resize_positions(with_class, (side, side))[1:])
+
+
+def shift_class_token(token: jax.Array) -> jax.Array:
+    """Class tokens (B, T, C): half of the channels from the next frame, half from the one before.
+
+    Entries from outside of the clip are 0.
+    """
+    half = token.shape[-1] // 2
+    ahead = jnp.pad(token[:, 1:, :half], [(0, 0), (0, 1), (0, 0)])
+    behind = jnp.pad(token[:, :-1, half:], [(0, 0), (1, 0), (0, 0)])
+    return jnp.concatenate([ahead, behind], axis=-1)
+
+
+class Tap(nn.Module):
+    """Frozen tokens (B, T, 1 + N, D) -> tokens of the side network (B, T, 1 + N, C).
+
+    Parameters `norm`, of D channels before the linear map or of C behind it, and `linear`.
+    """
+
+    features: int
+    post_norm: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = uniform(x.shape[-1])
+        linear = Linear(
+            self.features, kernel_init=init, bias_init=init, dtype=self.dtype, name='linear'
+        )
+        norm = LayerNorm(name='norm')
+        return norm(linear(x)) if self.post_norm else linear(norm(x))
+
+
+class TemporalConv(nn.Module):
+    """Linear map, depthwise convolution over 3 frames, linear map: (B, T, N, C) -> (B, T, N, C).
+
+    Parameters `pw_1`, `dw`, `pw_2`; nothing non-linear between them.
+    """
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        options = {
+            'kernel_init': uniform(width),
+            'bias_init': uniform(width),
+            'dtype': self.dtype,
+        }
+        x = DepthwiseTimeConv(name='dw')(Linear(width, **options, name='pw_1')(x))
+        return Linear(width, **options, name='pw_2')(x)
+
+
+class FrameAttention(nn.Module):
+    """Attention within frames: patches (n, N, C) look at patches and one more token (n, 1 + N, C).
+
+    Parameters `qkv` with kernel (C, 3, h, d) and bias (3, h, d); `out` with kernel (h, d, C) and
+    bias (C,).
+    """
+
+    qkv_init: Initializer
+    out_init: Initializer
+    bias_init: Initializer
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """(n, N + 1, C), the patches first -> (n, N, C)."""
+        width = tokens.shape[-1]
+        inner = (width // HEAD_DIM, HEAD_DIM)
+        kernel, bias = Affine((3, *inner), self.qkv_init, self.bias_init, name='qkv')((width,))
+        found, *_ = kernels.self_attention(
+            tokens.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype)
+        )
+        kernel, bias = Affine((width,), self.out_init, self.bias_init, name='out')(inner)
+        out = einsum('nlhd,hdc->nlc', found[:, :-1], kernel.astype(self.dtype))
+        return out + bias.astype(self.dtype)
+
+
+class Affine(nn.Module):
+    """The parameters of a linear map: kernel (*inputs, *outputs) and bias (*outputs)."""
+
+    outputs: tuple[int, ...]
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, inputs: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        kernel = self.param('kernel', self.kernel_init, (*inputs, *self.outputs))
+        return kernel, self.param('bias', self.bias_init, self.outputs)
+
+
+class SideMlp(nn.Module):
+    """Two linear maps with exact GELU between: parameters `c_fc` and `c_proj`."""
+
+    hidden_dim: int
+    kernel_inits: tuple[Initializer, Initializer]
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        first, second = (
+            {'kernel_init': init, 'bias_init': uniform(fan_in), 'dtype': self.dtype}
+            for init, fan_in in zip(self.kernel_inits, (width, self.hidden_dim), strict=True)
+        )
+        hidden = ACTIVATIONS['gelu'](Linear(self.hidden_dim, **first, name='c_fc')(x))
+        return Linear(width, **second, name='c_proj')(hidden)
+
+
+class SideLayer(nn.Module):
+    """What the side network does beside one tapped block; the carry is the stream (B, T, N, C)."""
+
+    mlp_hidden: int
+    post_norm: bool
+    groups: int
+    train: bool
+    record: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, s: jax.Array, tap: jax.Array, positions: jax.Array, mask: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """Args: stream, frozen tokens (B, T, 1 + N, D), table (N, C), mask (B,) or None.
+
+        Returns:
+          The stream and, to be recorded, what this layer did: see `Side4VideoNet`.
+        """
+        width = s.shape[-1]
+        inits = _initial_values(width, self.mlp_hidden, self.post_norm)
+
+        def batch_norm(name: str, x: jax.Array) -> jax.Array:
+            return BatchNorm(self.groups, name=name)(x, mask, train=self.train)
+
+        tokens = Tap(width, self.post_norm, self.dtype, name='tap')(split_batch(tap))
+        token, patches = tokens[:, :, :1], tokens[:, :, 1:]
+        u = mixed = mark(split_batch(0.5 * s + 0.5 * patches))
+
+        conv = TemporalConv(self.dtype, name='conv')
+        if self.post_norm:
+            moved = conv(u)
+            u = mark(u + batch_norm('bn_1', moved))
+        else:
+            moved = conv(batch_norm('bn_1', u))
+            u = mark(u + moved)
+
+        shifted = shift_class_token(token[:, :, 0])
+        memory = u + positions.astype(self.dtype)
+        memory = jnp.concatenate([memory, shifted[:, :, None]], axis=2)
+        norm = LayerNorm(name='ln')
+        attention = FrameAttention(**inits['attn'], dtype=self.dtype, name='attn')
+        memory = memory if self.post_norm else norm(memory)
+        seen = attention(memory.reshape(-1, *memory.shape[2:])).reshape(u.shape)
+        u = mark(u + (norm(seen) if self.post_norm else seen))
+
+        mlp = SideMlp(self.mlp_hidden, inits['mlp'], self.dtype, name='mlp')
+        s = u + (batch_norm('bn_2', mlp(u)) if self.post_norm else mlp(batch_norm('bn_2', u)))
+        if not self.record:
+            return s, None
+        recorded = {'mixed': mixed, 'conv': moved, 'attn': seen, 'stream': s}
+        return s, {'class': token[:, :, 0], 'shifted': shifted, **recorded}
+
+
+def _initial_values(width: int, hidden: int, post_norm: bool) -> dict[str, Any]:
+    """Of attention and MLP. Source: what the release's rules do, on CLIP and on EVA."""
+    if post_norm:
+        init = uniform(width)
+        attention = {'qkv_init': init, 'out_init': init, 'bias_init': init}
+        return {'attn': attention, 'mlp': (init, uniform(hidden))}
+    normal = nn.initializers.normal
+    # Twelve layers, two branches each: a constant in the release, in ViT-L/14's networks too.
+    out = normal((24 * width) ** -0.5)
+    attention = {
+        'qkv_init': normal(width**-0.5),
+        'out_init': out,
+        'bias_init': nn.initializers.zeros,
+    }
+    return {'attn': attention, 'mlp': (normal((2 * width) ** -0.5), out)}
+
+
+class Side4VideoNet(nn.Module):
+    """The trainable part. See `build` for the options and the module for the equations."""
+
+    depth: int
+    side_dim: int
+    patch_size: int
+    mlp_hidden: int
+    post_norm: bool
+    groups: int
+    head: heads.Head
+    dtype: Dtype
+    remat: str
+    unroll: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        features: Tree,
+        *,
+        mask: jax.Array | None = None,
+        train: bool = False,
+        intermediates: bool = False,
+    ) -> dict[str, Any]:
+        """Runs the side network and the head.
+
+        Args:
+          features: `patches` (B, T, N, p*p*3) and `taps` (K, B, T, 1 + N, D).
+          mask: (B,), 1 where a clip is real; the others count in no statistics.
+          train: normalise by the batch, and move the running statistics.
+          intermediates: also return what every layer did.
+
+        Returns:
+          `logits`, tuple of float32 (B, num_classes); `embedding` float32 (B, C). With
+          `intermediates` also `stem` (B, T, N, C) and `layers`, of every layer, stacked: `class`,
+          `shifted` (K, B, T, C), `mixed`, `conv`, `attn` (before a norm behind them), `stream`
+          (K, B, T, N, C).
+        """
+        patches = features['patches']
+        init = uniform(STEM_FRAMES * 3 * self.patch_size**2)
+        s = Stem(
+            self.side_dim,
+            self.patch_size,
+            STEM_FRAMES,
+            self.dtype,
+            kernel_init=init,
+            bias_init=init,
+            name='stem',
+        )(patches)
+        s = s.reshape(*patches.shape[:3], self.side_dim)
+        s = stem = BatchNorm(self.groups, name='stem_bn')(s, mask, train=train)
+        positions = self.param(
+            'positional_embedding',
+            nn.initializers.normal(0.02 if self.post_norm else 0.01),
+            s.shape[2:],
+        )
+        layers = scan_trainable(
+            SideLayer,
+            self.depth,
+            remat=self.remat != 'none',
+            unroll=self.unroll,
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            keep_marked=self.remat == 'branches',
+        )
+        s, seen = layers(
+            mlp_hidden=self.mlp_hidden,
+            post_norm=self.post_norm,
+            groups=self.groups,
+            train=train,
+            record=intermediates,
+            dtype=self.dtype,
+            name='layers',
+        )(s, features['taps'], positions, mask)
+        if not self.post_norm:
+            s = BatchNorm(self.groups, name='post_bn')(s, mask, train=train)
+        embedding = s.astype(jnp.float32).mean((1, 2))
+        outputs: dict[str, Any] = {'embedding': embedding, 'logits': self.head(embedding, features)}
+        return outputs | ({'stem': stem, 'layers': seen} if intermediates else {})
