@@ -165,7 +165,7 @@ class ModelFlops:
 
 
 def count_model(model: Model, task: Task, frozen: Tree, clip_shape: tuple[int, ...]) -> ModelFlops:
-    """Counts a model on one clip.
+    """Counts a model on one clip, as it is evaluated: statistics of a batch are no products.
 
     Args:
       model: of any family.
@@ -177,22 +177,15 @@ def count_model(model: Model, task: Task, frozen: Tree, clip_shape: tuple[int, .
     def look(frozen: Tree, batch: Tree) -> Tree:
         return model_inputs(model, task, frozen, batch)
 
-    def net(params: Tree, collections: Tree, inputs: Tree, batch: Tree, key: jax.Array) -> Tree:
-        outputs, _ = model.net.apply(
-            {'params': params, **collections},
-            inputs,
-            mask=batch['mask'],
-            train=True,
-            rngs={'dropout': key},
-            mutable=list(collections),
-        )
+    def net(params: Tree, collections: Tree, inputs: Tree, batch: Tree) -> Tree:
+        variables = {'params': params, **collections}
+        outputs = model.net.apply(variables, inputs, mask=batch['mask'])
         return task.loss(outputs, task.targets(batch), batch['mask'])
 
     batch = example_batch(task, (1, *clip_shape))
     inputs = jax.eval_shape(look, frozen, batch)
     variables = dict(jax.eval_shape(model.net.init, jax.random.key(0), inputs))
     params = variables.pop('params')
-    key = jax.eval_shape(jax.random.key, 0)
     features = count(look, frozen, batch)
-    trained = count(net, params, variables, inputs, batch, key, wrt=(0,))
+    trained = count(net, params, variables, inputs, batch, wrt=(0,))
     return ModelFlops(features.forward, trained.forward, trained.backward)
