@@ -151,18 +151,18 @@ def test_gelu_and_quick_gelu_differ(params, pixels, everything):
 
 def test_text_reads_the_end_token_and_ignores_what_follows(params):
     tokens = jnp.asarray([[1, 5, 49, 0, 0, 0, 0, 0], [1, 6, 7, 49, 0, 0, 0, 0]])
-    found = clip.encode_text(params['text'], tokens, SPEC)
+    found = clip.KIND.encode_text(params['text'], tokens, SPEC)
     padded_differently = tokens.at[0, 3:].set(3)
-    again = clip.encode_text(params['text'], padded_differently, SPEC)
+    again = clip.KIND.encode_text(params['text'], padded_differently, SPEC)
     assert found.shape == (2, 16)
     np.testing.assert_allclose(found[0], again[0], rtol=1e-5, atol=1e-6)
-    shorter = clip.encode_text(params['text'], tokens[:, :4], SPEC)
+    shorter = clip.KIND.encode_text(params['text'], tokens[:, :4], SPEC)
     np.testing.assert_allclose(found, shorter, rtol=1e-5, atol=1e-6)
 
 
 def test_too_long_text_is_an_error(params):
     with pytest.raises(ValueError, match='at most 8'):
-        clip.encode_text(params['text'], jnp.zeros((1, 9), jnp.int32), SPEC)
+        clip.KIND.encode_text(params['text'], jnp.zeros((1, 9), jnp.int32), SPEC)
 
 
 def test_resized_positions_keep_class_row_and_planes():

@@ -140,7 +140,7 @@ def test_frozen_logits_are_the_mean_cosine_of_the_frames(backbone, plain):
     frames = video()[:, ::2].reshape(-1, 16, 16, 3)
     embedding = clip.encode_image(backbone['visual'], frames, SPEC, Taps(embedding=True))
     unit = l2_normalize(embedding['embedding'])
-    text = l2_normalize(clip.encode_text(backbone['text'], tokens(4)[0], SPEC))
+    text = l2_normalize(clip.KIND.encode_text(backbone['text'], tokens(4)[0], SPEC))
     expected = (100 * unit @ text.T).reshape(2, 2, 4).mean(1)
     (found,) = outputs['frozen_logits']
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dist_jax.models import clip, kernels, layers
+from dist_jax.models import kernels, layers, transformer
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_the_halves_of_a_block_equal_the_plain_ones(
     x = jnp.asarray(rng.normal(size=(2, length, width)) * 3, jnp.bfloat16)
     inputs = (x, params['norm'], params[half])
     if half == 'attn':
-        kernel, plain = kernels.residual_attention, lambda *i: clip._attention(*i)[0]
+        kernel, plain = kernels.residual_attention, lambda *i: transformer.attention(*i)[0]
         assert kernels.attention_fits(x, params['attn'])
     else:
-        kernel, plain = kernels.residual_mlp, lambda *i: clip._mlp(*i, 'quick_gelu')
+        kernel, plain = kernels.residual_mlp, lambda *i: transformer.mlp(*i, 'quick_gelu')
         assert kernels.mlp_fits(x, params['mlp'])
     exact = plain(*jax.tree.map(lambda leaf: leaf.astype(jnp.float32), inputs))
     usual = np.abs(np.asarray(plain(*inputs), np.float32) - exact)

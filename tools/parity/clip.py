@@ -67,7 +67,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
     @jax.jit
     def forward(params: dict, pixels: jax.Array, tokens: jax.Array) -> dict[str, jax.Array]:
         image = clip.encode_image(params['visual'], pixels, spec, taps)
-        text = clip.encode_text(params['text'], tokens, spec)
+        text = clip.KIND.encode_text(params['text'], tokens, spec)
         logits = jnp.exp(params['logit_scale']) * (
             l2_normalize(image['embedding']) @ l2_normalize(text).T
         )

@@ -83,7 +83,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
     streams, (loss, outputs), grads = jax.device_get(all_of(params, frozen, video))
     ours = {
         'outputs/temporal_stem': rearrange(outputs['stem'], 'b t h w c -> b c t h w'),
-        'outputs/text_features': clip.encode_text(frozen_tree['text'], tokens, spec),
+        'outputs/text_features': clip.KIND.encode_text(frozen_tree['text'], tokens, spec),
         'outputs/video_embedding_normalized': np.asarray(l2_normalize(outputs['embedding'])),
         'outputs/logits': outputs['logits'][0],
         'outputs/loss': loss,
