@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from input_pipeline import escape
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
-KINDS = ('dist', 'evl', 'huggingface', 'openai', 'openclip')
+KINDS = ('dist', 'evl', 'huggingface', 'openai', 'openclip', 'eva', 'eva_openclip')
 
 DESCRIPTION = """\
 Converts downloaded checkpoints into the form that training reads, and exports ours back.
 
-CLIP (OpenAI, Hugging Face, OpenCLIP), DiST and EVL files become one orbax directory with
-parameters, geometry, activation and the hash of the source. PyTorch is not needed and no code from
-a file is run; a file that holds more than tensors is refused with the way out.
+CLIP (OpenAI, Hugging Face, OpenCLIP), EVA-02-CLIP (BAAI, OpenCLIP), DiST and EVL files become one
+orbax directory with parameters, geometry, activation and the hash of the source. PyTorch is not
+needed and no code from a file is run; a file that holds more than tensors is refused with the way
+out.
 """
 
 EXAMPLES = """\
@@ -32,6 +33,10 @@ examples:
   # OpenCLIP with open_clip_config.json beside the file, or with the activation said by hand
   dist_jax convert CLIP-ViT-B-16-laion2B/ clip_b16_laion
   dist_jax convert epoch_32.pt clip_b16_own --activation gelu
+
+  # EVA-02-CLIP of the authors, or as OpenCLIP has it; 4.4 billion parameters go in half the width
+  dist_jax convert EVA02_CLIP_L_psz14_s4B.pt eva02_l14
+  dist_jax convert eva02_enormous_patch14_plus_clip_224/ eva02_e14_plus --precision bfloat16
 
   # DiST of the authors, there and back
   dist_jax convert DIST_K400_B16.pyth dist_k400

@@ -231,7 +231,10 @@ def test_paths_that_are_no_checkpoint(tmp_path, openai):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'family': 'dist'}, r"checkpoint of family 'dist' where a converted backbone \(clip\)"),
+        (
+            {'family': 'dist'},
+            r"checkpoint of family 'dist' where a converted backbone \(clip, eva\)",
+        ),
         ({'spec': {'image_size': 32}}, 'the spec of this converted clip does not fit: .*missing'),
         ({'spec': {'layers': 1}}, "the spec of this converted clip does not fit: .*'layers'"),
     ],

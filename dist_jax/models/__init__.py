@@ -10,6 +10,8 @@ from dist_jax.models import (
     clip_params,
     dist,
     dist_params,
+    eva,
+    eva_params,
     evl,
     evl_params,
     frame_mean,
@@ -41,11 +43,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 # `family` in the metadata of a converted backbone -> kind. Names of sizes are unique over all.
-BACKBONES = {'clip': clip.KIND}
+BACKBONES = {'clip': clip.KIND, 'eva': eva.KIND}
 
 # Foreign checkpoints are recognised in this order; a DiST file also holds the tensors of a CLIP.
 NAMINGS = (
     *dist_params.NAMINGS,
     *evl_params.NAMINGS,
     *clip_params.NAMINGS,
+    *eva_params.NAMINGS,
 )

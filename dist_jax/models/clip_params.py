@@ -20,6 +20,7 @@ from dist_jax.models.foreign import shown
 from dist_jax.models.naming import Naming, Options, Plan
 from dist_jax.models.params import ALL, Row, hidden_ratio, numbered, tensor_shape
 from dist_jax.models.source_files import SourceFiles
+from dist_jax.models.transformer import TextSpec
 
 # Buffers that carry no weights; OpenAI files keep the first three, other exports the rest.
 OPENAI_IGNORE = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask')
@@ -27,6 +28,8 @@ HUGGINGFACE_IGNORE = (
     'text_model.embeddings.position_ids',
     'vision_model.embeddings.position_ids',
 )
+
+OPENCLIP_CONFIG = 'open_clip_config.json'
 
 _OPENAI_MARK = 'visual.conv1.weight'
 _HUGGINGFACE_MARK = 'vision_model.embeddings.patch_embedding.weight'
@@ -56,20 +59,33 @@ def openai_rows(spec: ClipSpec, text_prefix: str = '') -> list[Row]:
         *norm_rows('visual.ln_pre', 'visual/ln_pre'),
         *norm_rows('visual.ln_post', 'visual/ln_post'),
         Row('visual.proj', 'visual/proj/kernel'),
-        Row(f'{text_prefix}token_embedding.weight', 'text/token_embedding'),
-        Row(f'{text_prefix}positional_embedding', 'text/positional_embedding'),
-        *norm_rows(f'{text_prefix}ln_final', 'text/ln_final'),
-        Row(f'{text_prefix}text_projection', 'text/text_projection/kernel'),
+        *openai_text_rows(spec, text_prefix),
         Row('logit_scale', 'logit_scale'),
     ]
-    for prefix, target, depth, heads in (
-        ('visual.', 'visual', spec.depth, spec.num_heads),
-        (text_prefix, 'text', spec.text_depth, spec.text_num_heads),
-    ):
-        for i in range(depth):
-            rows += openai_block_rows(
-                f'{prefix}transformer.resblocks.{i}.', f'{target}/blocks/', heads, (i,)
-            )
+    for i in range(spec.depth):
+        rows += openai_block_rows(
+            f'visual.transformer.resblocks.{i}.', 'visual/blocks/', spec.num_heads, (i,)
+        )
+    return rows
+
+
+def openai_text_rows(spec: TextSpec, prefix: str) -> list[Row]:
+    """Table of the text tower, of CLIP or of another kind that has the same.
+
+    Args:
+      spec: geometry.
+      prefix: of its names: '' or 'text.'.
+    """
+    rows = [
+        Row(f'{prefix}token_embedding.weight', 'text/token_embedding'),
+        Row(f'{prefix}positional_embedding', 'text/positional_embedding'),
+        *norm_rows(f'{prefix}ln_final', 'text/ln_final'),
+        Row(f'{prefix}text_projection', 'text/text_projection/kernel'),
+    ]
+    for i in range(spec.text_depth):
+        rows += openai_block_rows(
+            f'{prefix}transformer.resblocks.{i}.', 'text/blocks/', spec.text_num_heads, (i,)
+        )
     return rows
 
 
@@ -171,7 +187,7 @@ def linear_rows(source: str, target: str, index: tuple[int, ...] = ()) -> list[R
 
 
 def output_rows(source: str, target: str, heads: int, index: tuple[int, ...] = ()) -> list[Row]:
-    """Output projection of attention: weight (W, h d), bias -> kernel (h, d, W), bias."""
+    """Projection of heads: weight (o, h d), bias -> kernel (h, d, o), bias."""
     return [
         Row(f'{source}.weight', f'{target}/kernel', 'o (h d) -> h d o', index, {'h': heads}),
         Row(f'{source}.bias', f'{target}/bias', index=index),
@@ -213,11 +229,11 @@ def openai_spec(
         conv='visual.conv1.weight',
         position='visual.positional_embedding',
         hidden='visual.transformer.resblocks.0.mlp.c_fc.bias',
-        depth=_depth(tensors, 'visual.transformer.resblocks.'),
+        depth=depth_of(tensors, 'visual.transformer.resblocks.'),
         token=f'{prefix}token_embedding.weight',
         text_position=f'{prefix}positional_embedding',
         text_hidden=f'{prefix}transformer.resblocks.0.mlp.c_fc.bias',
-        text_depth=_depth(tensors, f'{prefix}transformer.resblocks.'),
+        text_depth=depth_of(tensors, f'{prefix}transformer.resblocks.'),
         embed_dim=_shape(tensors, 'visual.proj', 2)[1],
         activation=activation,
         num_heads=num_heads,
@@ -246,11 +262,11 @@ def openclip_spec(
     Raises:
       ValueError: no config and no activation; a config that asks for what this CLIP is not.
     """
-    file = 'open_clip_config.json'
-    model = _section(config or {}, 'model_cfg', file) or config or {}
-    vision, text = (_section(model, side, file) for side in ('vision_cfg', 'text_cfg'))
+    file = OPENCLIP_CONFIG
+    model, vision, text = openclip_sections(config)
     if config is not None:
-        for side, part, field, allowed in (
+        only_allowed(
+            file,
             ('vision_cfg', vision, 'timm_model_name', (None, '')),
             ('vision_cfg', vision, 'pool_type', (None, 'tok')),
             ('vision_cfg', vision, 'attentional_pool', (None, False)),
@@ -263,12 +279,7 @@ def openclip_spec(
             ('text_cfg', text, 'embed_cls', (None, False)),
             ('text_cfg', text, 'no_causal_mask', (None, False)),
             ('text_cfg', text, 'ls_init_value', (None,)),
-        ):
-            if part.get(field) not in allowed:
-                raise ValueError(
-                    f'{file}: {side}.{field}={shown(part[field])} is not supported, '
-                    f'only {allowed[-1]!r}'
-                )
+        )
         for side, part in (('vision_cfg', vision), ('text_cfg', text)):
             for field in ('act_kwargs', 'norm_kwargs'):
                 if part.get(field):
@@ -293,7 +304,7 @@ def openclip_spec(
             'models) or --activation gelu (LAION, DataComp, CommonPool models)'
         )
     width = _shape(tensors, _OPENAI_MARK, 4)[0]
-    head_width = _count(vision, 'head_width', f'{file}: vision_cfg')
+    head_width = count_in(vision, 'head_width', f'{file}: vision_cfg')
     if num_heads is None and head_width:
         num_heads = _whole(width, head_width, 'vision_cfg.head_width')
     if num_heads is None and config is None and width > 1024:
@@ -303,7 +314,7 @@ def openclip_spec(
             'beside the file, or pass --num_heads (16 in ViT-H, ViT-g and ViT-bigG)'
         )
     if text_num_heads is None:
-        text_num_heads = _count(text, 'heads', f'{file}: text_cfg')
+        text_num_heads = count_in(text, 'heads', f'{file}: text_cfg')
     return openai_spec(
         tensors, activation=activation, num_heads=num_heads, text_num_heads=text_num_heads
     )
@@ -324,8 +335,8 @@ def huggingface_spec(tensors: Mapping[str, Any], config: Mapping[str, Any] | Non
     # Old configs leave out fields that have the defaults of CLIPVisionConfig, CLIPTextConfig.
     vision = {'hidden_act': 'quick_gelu', 'num_attention_heads': 12, 'layer_norm_eps': 1e-5}
     text = {'hidden_act': 'quick_gelu', 'num_attention_heads': 8, 'layer_norm_eps': 1e-5}
-    vision |= _section(config, 'vision_config', 'config.json')
-    text |= _section(config, 'text_config', 'config.json')
+    vision |= section(config, 'vision_config', 'config.json')
+    text |= section(config, 'text_config', 'config.json')
     for side, part in (('vision_config', vision), ('text_config', text)):
         if part['hidden_act'] not in ('quick_gelu', 'gelu'):
             raise ValueError(
@@ -355,15 +366,15 @@ def huggingface_spec(tensors: Mapping[str, Any], config: Mapping[str, Any] | Non
         conv=_HUGGINGFACE_MARK,
         position='vision_model.embeddings.position_embedding.weight',
         hidden='vision_model.encoder.layers.0.mlp.fc1.bias',
-        depth=_depth(tensors, 'vision_model.encoder.layers.'),
+        depth=depth_of(tensors, 'vision_model.encoder.layers.'),
         token=token,
         text_position='text_model.embeddings.position_embedding.weight',
         text_hidden='text_model.encoder.layers.0.mlp.fc1.bias',
-        text_depth=_depth(tensors, 'text_model.encoder.layers.'),
+        text_depth=depth_of(tensors, 'text_model.encoder.layers.'),
         embed_dim=_shape(tensors, 'visual_projection.weight', 2)[0],
         activation=vision['hidden_act'],
-        num_heads=_count(vision, 'num_attention_heads', 'config.json: vision_config'),
-        text_num_heads=_count(text, 'num_attention_heads', 'config.json: text_config'),
+        num_heads=count_in(vision, 'num_attention_heads', 'config.json: vision_config'),
+        text_num_heads=count_in(text, 'num_attention_heads', 'config.json: text_config'),
     )
     for side, part, field, value in (
         ('vision_config', vision, 'hidden_size', spec.width),
@@ -397,14 +408,8 @@ def _spec_from_shapes(
     text_num_heads: int | None,
 ) -> ClipSpec:
     """Names of the tensors that show the geometry -> the spec."""
-    kernel = _shape(tensors, conv, 4)
-    if kernel[1] != 3 or kernel[2] != kernel[3]:
-        raise ValueError(f'{conv}: shape {kernel}, expected (width, 3, patch, patch)')
-    width, patch = kernel[0], kernel[-1]
-    tokens = _shape(tensors, position, 2)[0]
-    grid = math.isqrt(tokens - 1)
-    if grid**2 != tokens - 1:
-        raise ValueError(f'{position}: {tokens} rows are not one class token and a square grid')
+    width, patch = patch_sizes(tensors, conv)
+    grid = grid_of(position, _shape(tensors, position, 2)[0])
     vocab_size, text_width = _shape(tensors, token, 2)
     ratio = hidden_ratio(_shape(tensors, hidden, 1)[0], width)
     text_ratio = hidden_ratio(_shape(tensors, text_hidden, 1)[0], text_width)
@@ -418,11 +423,11 @@ def _spec_from_shapes(
         patch_size=patch,
         width=width,
         depth=depth,
-        num_heads=_heads(num_heads, width, '--num_heads'),
+        num_heads=heads_of(num_heads, width, '--num_heads'),
         embed_dim=embed_dim,
         text_width=text_width,
         text_depth=text_depth,
-        text_num_heads=_heads(text_num_heads, text_width, '--text_num_heads'),
+        text_num_heads=heads_of(text_num_heads, text_width, '--text_num_heads'),
         vocab_size=vocab_size,
         context_length=_shape(tensors, text_position, 2)[0],
         activation=activation,
@@ -433,7 +438,59 @@ def _spec_from_shapes(
 _shape = functools.partial(tensor_shape, family='CLIP (both towers)')
 
 
-def _section(config: Mapping[str, Any], name: str, file: str) -> Mapping[str, Any]:
+def patch_sizes(tensors: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Width and patch size, by the kernel of the patch embedding.
+
+    Raises:
+      ValueError: it is missing, or not of square patches of three colours.
+    """
+    kernel = _shape(tensors, name, 4)
+    if kernel[1] != 3 or kernel[2] != kernel[3]:
+        raise ValueError(f'{name}: shape {kernel}, expected (width, 3, patch, patch)')
+    return kernel[0], kernel[-1]
+
+
+def grid_of(name: str, tokens: int) -> int:
+    """Patches along one side, by the rows of a position table of this name.
+
+    Raises:
+      ValueError: the table is not of a class token and a square.
+    """
+    grid = math.isqrt(tokens - 1)
+    if grid**2 != tokens - 1:
+        raise ValueError(f'{name}: {tokens} rows are not one class token and a square grid')
+    return grid
+
+
+def openclip_sections(config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
+    """`model_cfg` of an OpenCLIP config, and `vision_cfg` and `text_cfg` of it; empty without one.
+
+    Raises:
+      ValueError: one of them is no object.
+    """
+    model = section(config or {}, 'model_cfg', OPENCLIP_CONFIG) or config or {}
+    return model, *(section(model, side, OPENCLIP_CONFIG) for side in ('vision_cfg', 'text_cfg'))
+
+
+def only_allowed(file: str, *fields: tuple[str, Mapping[str, Any], str, tuple[Any, ...]]) -> None:
+    """Refuses what a config says of networks that are not ours.
+
+    Args:
+      file: name of the config.
+      fields: (name of the section, the section, name of the field, values that it may have).
+
+    Raises:
+      ValueError: another value.
+    """
+    for side, part, field, allowed in fields:
+        if part.get(field) not in allowed:
+            raise ValueError(
+                f'{file}: {side}.{field}={shown(part[field])} is not supported, '
+                f'only {allowed[-1]!r}'
+            )
+
+
+def section(config: Mapping[str, Any], name: str, file: str) -> Mapping[str, Any]:
     """An object inside a config; empty where it is left out."""
     part = config.get(name)
     if part is not None and not isinstance(part, Mapping):
@@ -441,7 +498,7 @@ def _section(config: Mapping[str, Any], name: str, file: str) -> Mapping[str, An
     return part or {}
 
 
-def _count(part: Mapping[str, Any], field: str, where: str) -> int | None:
+def count_in(part: Mapping[str, Any], field: str, where: str) -> int | None:
     """A number of things in a config; None where it is left out."""
     value = part.get(field)
     if value is not None and (type(value) is not int or not 0 < value < 1 << 20):
@@ -449,7 +506,7 @@ def _count(part: Mapping[str, Any], field: str, where: str) -> int | None:
     return value
 
 
-def _heads(given: int | None, width: int, flag: str) -> int:
+def heads_of(given: int | None, width: int, flag: str) -> int:
     """Heads of a tower: as given, else of 64 channels."""
     if given is None:
         return _whole(width, 64, f'the head width of OpenAI models; {flag}')
@@ -458,7 +515,8 @@ def _heads(given: int | None, width: int, flag: str) -> int:
     return given
 
 
-def _depth(tensors: Mapping[str, Any], prefix: str) -> int:
+def depth_of(tensors: Mapping[str, Any], prefix: str) -> int:
+    """How many blocks there are; raises ValueError if none."""
     depth = numbered(tensors, prefix)
     if not depth:
         raise ValueError(f'no tensor {prefix}N.…; this is no complete CLIP checkpoint')

@@ -114,13 +114,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float = LAYER_NORM_EPS
+) -> jax.Array:
     """LayerNorm over the last axis with float32 statistics; the result has the dtype of `x`."""
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     centred = x32 - mean
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    normalised = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
+    normalised = centred * jax.lax.rsqrt(variance + eps)
     return (normalised * scale + bias).astype(x.dtype)
 
 
