@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,15 @@ import numpy as np
 from einops import rearrange
 
 from dist_jax import losses
-from dist_jax.models import clip, clip_params, converted, side4video, side4video_params
+from dist_jax.models import (
+    clip,
+    clip_params,
+    converted,
+    eva,
+    eva_params,
+    side4video,
+    side4video_params,
+)
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.params import Row, Tree, export_tree, flatten, import_tree, unflatten
 from tools.parity.golden import Golden
@@ -49,7 +58,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
     found = {converted.COLLECTIONS: side4video_params.COLLECTIONS}
     variables = jax.tree.map(jnp.asarray, converted.variables(tree, found))
 
-    backbone, frozen = _clip(golden)
+    backbone, frozen = _eva(golden) if config['arch'] == 'eva' else _clip(golden)
     model = side4video.build(
         backbone,
         num_classes=(hparams['num_classes'],),
@@ -138,10 +147,32 @@ def _clip(golden: Golden) -> tuple[Backbone, Tree]:
     return _frozen(golden, Backbone(clip.KIND, spec), clip_params.openai_rows(spec))
 
 
+# Recorded switch -> ours.
+_EVA_NAMES = {
+    'layers': 'depth',
+    'postnorm': 'post_norm',
+    'subln': 'sub_ln',
+    'naiveswiglu': 'swiglu',
+    'pt_hw_seq_len': 'rope_grid',
+}
+
+
+def _eva(golden: Golden) -> tuple[Backbone, Tree]:
+    config = golden.config
+    num_heads = config['width'] // config['head_width']
+    spec = eva_params.eva_spec(golden.section('backbone'), num_heads=num_heads)
+    found = dataclasses.asdict(spec)
+    for recorded, value in config.items():
+        name = _EVA_NAMES.get(recorded, recorded)
+        if found.get(name, value) != value:
+            raise ValueError(f'{golden.file}: config says {recorded}={value}, shapes {found[name]}')
+    return _frozen(golden, Backbone(eva.KIND, spec), eva_params.visual_rows(spec))
+
+
 def _frozen(golden: Golden, backbone: Backbone, rows: list[Row]) -> tuple[Backbone, Tree]:
     """The image tower, of which what comes behind the last block may not be recorded."""
     weights = golden.section('backbone')
-    rows = [row for row in rows if row.source_name in weights]
+    rows = [row for row in rows if row.source_name in weights or row.source_name is None]
     recorded = {row.target_path for row in rows}
     abstract = {
         path: leaf for path, leaf in flatten(backbone.abstract_params()).items() if path in recorded
