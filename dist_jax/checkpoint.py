@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from configs import base
-from dist_jax.models import digests
+from dist_jax.models import converted, digests
 from dist_jax.models.api import Tree
 from dist_jax.models.converted import (
     absolute_path,
@@ -374,16 +374,15 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     return metadata
 
 
-def _trained_name(folder: epath.Path) -> str:
-    """Where a step keeps the parameters that are used: their average if the run kept one."""
-    averaged = read_metadata(folder)['config']['optimizer']['ema_decay'] > 0
-    return 'ema' if averaged else 'params'
+def _is_averaged(folder: epath.Path) -> bool:
+    """Whether a step keeps averages, `TrainState.ema`, which are used then."""
+    return read_metadata(folder)['config']['optimizer']['ema_decay'] > 0
 
 
 def read_variables(
     folder: epath.Path, abstract: Tree, verify: bool = True, as_numpy: bool = False
 ) -> Tree:
-    """What evaluation applies: parameters (their average if there is one) and collections.
+    """What evaluation applies: parameters and collections, their averages if there are any.
 
     Args:
       folder: of one step.
@@ -395,13 +394,20 @@ def read_variables(
       ValueError: other arrays than these, or damaged ones.
       ending.AgainError: it cannot be read now.
     """
-    name = _trained_name(folder)
     collections = dict(abstract)
-    wanted = {name: collections.pop('params')}
-    if collections:
-        wanted[COLLECTIONS] = collections
-    found = _read_part(folder, wanted, verify, as_numpy)
-    return {'params': found[name], **found.get(COLLECTIONS, {})}
+    params = collections.pop('params')
+    if _is_averaged(folder):
+        wanted = {'ema': converted.stored_tree(abstract)}
+    else:
+        wanted = {'params': params} | ({COLLECTIONS: collections} if collections else {})
+    return _trained(_read_part(folder, wanted, verify, as_numpy), collections)
+
+
+def _trained(state: Tree, collections: Iterable[str]) -> Tree:
+    """What evaluation applies of a part of a state; it holds averages only if they are used."""
+    if 'ema' in state:
+        return converted.variables(state['ema'], {converted.COLLECTIONS: collections})
+    return {'params': state['params'], **state.get(COLLECTIONS, {})}
 
 
 def _read_part(folder: epath.Path, wanted: Tree, verify: bool, as_numpy: bool) -> Tree:
@@ -424,7 +430,7 @@ def stored_variables(folder: epath.Path) -> Tree:
     """What `read_variables` finds in a step, as `jax.ShapeDtypeStruct` leaves; nothing is read."""
     stored = read_metadata(folder).get(digests.DIGESTS)
     state = unflatten(stored_leaves(folder / 'state', stored))
-    return {'params': state[_trained_name(folder)], **state.get(COLLECTIONS, {})}
+    return _trained(state, state.get(COLLECTIONS, {}))
 
 
 def read_host_variables(folder: epath.Path) -> Tree:

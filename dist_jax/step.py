@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dist_jax import losses
 from dist_jax.mixup import Mixing, mix
+from dist_jax.models import converted
 from dist_jax.models.api import Model, Tree
 from dist_jax.models.layers import exact_float32
 from dist_jax.optim import Schedule
@@ -43,7 +44,9 @@ class TrainState(flax.struct.PyTreeNode):
       params: trainable parameters, float32.
       collections: others of the network (batch statistics); often empty.
       opt_state: of the optimizer.
-      ema: moving average of `params`, or None.
+      ema: moving average of `params`, and beside them of `collections` under their names; or None.
+        Averaged parameters need the statistics of what they compute, as timm's ModelEmaV2 keeps
+        them.
     """
 
     step: jax.Array
@@ -59,8 +62,10 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def eval_variables(self) -> Tree:
-        """What evaluation applies: averaged parameters where there are any."""
-        return {'params': self.params if self.ema is None else self.ema, **self.collections}
+        """What evaluation applies: averages where there are any."""
+        if self.ema is None:
+            return self.variables
+        return converted.variables(self.ema, {converted.COLLECTIONS: self.collections})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ class StepSettings:
     Attributes:
       mixing: mixup and cutmix.
       accumulation: parts the batch is processed in, one after the other.
-      ema_decay: of the parameter average; 0 for none.
+      ema_decay: of the average of parameters and statistics; 0 for none.
       seed: of the random numbers of mixing and dropout.
     """
 
@@ -134,15 +139,20 @@ def init_state(
     )
     outputs, variables = model.net.init_with_output(jax.random.key(seed), inputs)
     task.check(outputs)
-    variables = dict(variables)
-    params = variables.pop('params')
+    collections = dict(variables)
+    params = collections.pop('params')
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        collections=variables,
+        collections=collections,
         opt_state=make_optimizer(params).init(params),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        ema=fresh_average(variables) if ema else None,
     )
+
+
+def fresh_average(variables: Tree) -> Tree:
+    """`TrainState.ema` before the first step."""
+    return jax.tree.map(jnp.copy, converted.stored_tree(variables))
 
 
 def place_variables(model: Model, variables: Tree, mesh: Mesh) -> Tree:
@@ -251,7 +261,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - settings.ema_decay)
+            new = converted.stored_tree({'params': params, **collections})
+            ema = optax.incremental_update(new, ema, 1.0 - settings.ema_decay)
         grad_norm = optax.global_norm(grads)
         metrics = {
             'loss': loss,

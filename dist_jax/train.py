@@ -367,7 +367,7 @@ def start_from_backbone(
 def _with_variables(state: step.TrainState, variables: Tree) -> step.TrainState:
     collections = dict(variables)
     params = collections.pop('params')
-    ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+    ema = None if state.ema is None else step.fresh_average(variables)
     return state.replace(params=params, collections=collections, ema=ema)
 
 

@@ -463,8 +463,12 @@ def test_batch_statistics_of_a_run_are_exported(made_up, tmp_path, averaged):
         step=jnp.int32(2),
         params=jax.tree.map(np.zeros_like, stored) if averaged else stored,
         opt_state=(),
-        ema=stored if averaged else None,
-        **{checkpoint.COLLECTIONS: statistics},
+        ema={**stored, **statistics} if averaged else None,
+        **{
+            checkpoint.COLLECTIONS: jax.tree.map(np.zeros_like, statistics)
+            if averaged
+            else statistics
+        },
     )
     saved = {
         'format_version': checkpoint.FORMAT_VERSION,

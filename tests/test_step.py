@@ -160,7 +160,7 @@ def test_the_average_follows_the_parameters(mixing_runner, batch):
     state, _ = run(batch)
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, run.fresh.params, state.params)
     assert_trees_close(state.ema, expected, rtol=1e-4, atol=1e-7)
-    assert state.eval_variables['params'] is state.ema
+    assert_trees_close(state.eval_variables, {'params': state.ema}, rtol=0)
 
 
 def test_steps_are_repeatable_and_differ_in_their_draws(mixing_runner, batch):
