@@ -20,7 +20,9 @@ def get_config() -> ConfigDict:
 
     config.seed = 0  # initial parameters, order of the data, augmentation, mixing, dropout
     config.batch_size = 256  # clips per optimizer step, over all devices and hosts
-    config.accumulation = 1  # parts a batch is processed in, one after the other
+    # Parts a batch is processed in, one after the other; part i has the clips i, i + accumulation
+    # and so on. Batch statistics are those of each part.
+    config.accumulation = 1
     config.num_epochs = 36.0  # passes over the training list
     config.num_steps = 0  # optimizer steps; above 0 it takes the place of num_epochs
     # Paths of this file are made absolute where a run starts, but for names found from data.root.
@@ -50,6 +52,12 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.family = 'dist'  # a key of dist_jax.models.FAMILIES
     config.model.dtype = 'bfloat16'  # compute: bfloat16 or float32; norms, softmax, loss: float32
+
+    # Families with batch statistics. A group is so many clips in a row of one part of a batch (see
+    # accumulation), and is normalised by itself: 1 for the whole part; as many as devices split it
+    # into, data x fsdp, for a form in which devices need nothing of each other.
+    config.batch_norm = ConfigDict()
+    config.batch_norm.groups = 1  # must divide batch_size / accumulation
 
     config.data = ConfigDict()
     config.data.name = 'kinetics400'  # a key of input_pipeline.datasets.DATASETS
@@ -133,9 +141,8 @@ def get_config() -> ConfigDict:
     config.optimizer.nesterov = False  # of sgd
     config.optimizer.clip_norm = 0.0  # global gradient norm; 0 for no clipping
     config.optimizer.label_smoothing = 0.1
-    config.optimizer.ema_decay = (
-        0.0  # moving average of the parameters, used in evaluation; 0: none
-    )
+    # Moving average of parameters and batch statistics, used in evaluation; 0 for none.
+    config.optimizer.ema_decay = 0.0
 
     config.eval = ConfigDict()
     # Between evaluations; the last step is always evaluated, with 0 no other.
@@ -170,6 +177,7 @@ def get_config() -> ConfigDict:
 BEFORE_FIELDS = {
     'data.split_names': False,
     'task.name': 'classify',
+    'batch_norm.groups': 1,
     'optimizer.name': 'adamw',
     'optimizer.schedule': 'cosine',
     'optimizer.eps': 1e-8,
@@ -185,6 +193,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(
         (
             'accumulation',
+            'batch_norm.groups',
             'data.repeats',
             'eval.num_clips',
             'checkpoint.keep',
@@ -246,7 +255,7 @@ POSITIVE = (
 MOST: dict[str, float] = {
     'seed': 2**32 - 1,
     **dict.fromkeys(('num_steps', 'num_epochs', 'accumulation'), 2**31 - 1),
-    **dict.fromkeys(('batch_size', 'eval.batch_size'), 2**20),
+    **dict.fromkeys(('batch_size', 'eval.batch_size', 'batch_norm.groups'), 2**20),
     **dict.fromkeys(('data.image_size', 'eval.image_size', 'data.resize', 'eval.resize'), 2**12),
     **dict.fromkeys(('data.num_frames', 'eval.num_clips', 'data.repeats'), 2**12),
     **dict.fromkeys(('data.num_workers', 'data.num_threads', 'data.buffer_size'), 2**10),
@@ -295,6 +304,12 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f'{field}={value!r} is not known{_did_you_mean(value, names)}')
     if config.optimizer.nesterov and not config.optimizer.momentum:
         raise ValueError('optimizer.nesterov=True needs optimizer.momentum above 0, it is 0')
+    groups, clips = config.batch_norm.groups, config.batch_size // config.accumulation
+    if clips % groups:
+        raise ValueError(
+            f'batch_norm.groups={groups} must divide the {clips} clips of batch_size='
+            f'{config.batch_size} / accumulation={config.accumulation}'
+        )
     warmup, epochs = config.optimizer.warmup_epochs, config.num_epochs
     if warmup >= epochs:
         raise ValueError(

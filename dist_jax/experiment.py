@@ -131,12 +131,18 @@ def make_model(config: ConfigDict, backbone: Backbone | None, labels: Labels) ->
     """The configured family on this backbone.
 
     Raises:
-      ValueError: a field of config.model that does not fit.
+      ValueError: a field of config.model or config.batch_norm that does not fit.
     """
     family = _family(config)
     options = config.model.to_dict()
     name = options.pop('family')
     dtype = options.pop('dtype')
+    groups = config.batch_norm.groups
+    if groups != 1 and not family.batch_statistics:
+        raise ValueError(
+            f'batch_norm.groups={groups}: model.family={name!r} has no batch statistics; leave it '
+            'at 1'
+        )
     if dtype not in DTYPES:
         raise ValueError(f'model.dtype={dtype!r} is not one of {", ".join(DTYPES)}')
     return _call(
@@ -147,6 +153,7 @@ def make_model(config: ConfigDict, backbone: Backbone | None, labels: Labels) ->
         num_classes=tuple(map(len, labels)),
         num_frames=config.data.num_frames,
         dtype=DTYPES[dtype],
+        **({'batch_norm_groups': groups} if family.batch_statistics else {}),
         **options,
     )
 

@@ -221,17 +221,14 @@ def make_train_step(
     def loss_fn(
         params: Tree, collections: Tree, inputs: Tree, part: Tree, key: jax.Array, total: jax.Array
     ) -> tuple[jax.Array, Tree]:
-        # Without a real clip there is nothing to gather: a mean over none would not be a number.
-        real = part['mask'].any()
         outputs, updated = model.net.apply(
             {'params': gather_params(params, model.sharding_rules), **collections},
             inputs,
-            mask=jnp.where(real, part['mask'], 1.0),
+            mask=part['mask'],
             train=True,
             rngs={'dropout': key},
             mutable=list(collections),
         )
-        updated = jax.tree.map(lambda new, old: jnp.where(real, new, old), updated, collections)
         per_row = task.loss(outputs, part['targets'], part['mask'])
         return losses.masked_mean(per_row, part['mask'], total), updated
 
@@ -301,7 +298,11 @@ def _accumulate(
     parts: int,
     params: Tree,
 ) -> tuple[tuple[jax.Array, Tree], Tree]:
-    """Sums loss and gradients over `parts` slices of the batch, with one slice in memory."""
+    """Sums loss and gradients over `parts` slices of the batch, with one slice in memory.
+
+    Collections go from slice to slice: running statistics move once in each, and the groups of
+    `batch_norm` are of the rows of a slice.
+    """
     if parts == 1:
         return gradients(collections, batch, jnp.int32(0))
     # Slice i takes rows i, i + parts, ...: every device keeps working on rows that it holds.

@@ -22,6 +22,7 @@ from configs import base
 from dist_jax import convert
 from dist_jax.models import FAMILIES, Family, converted, heads, naming
 from dist_jax.models.api import Model, ParamGroup
+from dist_jax.models.batch_norm import BatchNorm
 from dist_jax.models.layers import Pixels
 from dist_jax.models.params import Row
 from dist_jax.models.source_files import SourceFiles
@@ -49,10 +50,11 @@ def get_config(variant: str = '') -> ConfigDict:
 
 
 class ConvNet(nn.Module):
-    """One convolution, batch statistics of real clips, a mean over everything, a head."""
+    """One convolution, batch statistics, a mean over everything, a head."""
 
     width: int
     kernel_frames: int
+    groups: int
     head: heads.Head
     dtype: Any
 
@@ -61,15 +63,14 @@ class ConvNet(nn.Module):
         kernel = (self.kernel_frames, 3, 3)
         conv = nn.Conv(self.width, kernel, (1, 4, 4), use_bias=False, dtype=self.dtype, name='conv')
         x = conv(inputs['video'])
-        real = None if mask is None else mask.reshape(-1, 1, 1, 1, 1) > 0
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.5, name='bn')(x, mask=real)
+        x = BatchNorm(self.groups, keep=0.5, name='bn')(x, mask, train)
         x = nn.relu(x).astype(jnp.float32).mean((1, 2, 3))
         if 'hint' in inputs:
             x = x + inputs['hint'].mean(-1, keepdims=True)
         return {'embedding': x, 'logits': self.head(x, {})}
 
 
-def build(*, num_classes, num_frames, dtype, width, kernel_frames) -> Model:
+def build(*, num_classes, num_frames, dtype, width, kernel_frames, batch_norm_groups=1) -> Model:
     """The network; a kernel over fewer frames becomes one over more."""
     del num_frames
 
@@ -79,7 +80,9 @@ def build(*, num_classes, num_frames, dtype, width, kernel_frames) -> Model:
         return jnp.pad(stored, [(before, before), *[(0, 0)] * 4])
 
     return Model(
-        net=ConvNet(width, kernel_frames, heads.Head('linear', num_classes), dtype),
+        net=ConvNet(
+            width, kernel_frames, batch_norm_groups, heads.Head('linear', num_classes), dtype
+        ),
         dtype=dtype,
         pixels=Pixels((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
         param_groups=(ParamGroup('kernel$'), ParamGroup('', weight_decay=0.0)),
@@ -167,7 +170,7 @@ def rows(sizes: Mapping[str, Any]) -> list[Row]:
     return [Row(name, path, pattern) for name, (path, pattern) in table.items()]
 
 
-FAMILIES_ROW = Family(build, reads_backbone=False)
+FAMILIES_ROW = Family(build, reads_backbone=False, batch_statistics=True)
 
 
 def _plan(source: SourceFiles, options: naming.Options) -> naming.Plan:

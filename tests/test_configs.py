@@ -87,7 +87,7 @@ def program(config):
     shape = (data.num_frames, data.image_size, config.eval.num_clips, len(classes(config)))
     optimizer = (config.optimizer.label_smoothing, config.optimizer.ema_decay)
     groups = (config.model.to_dict(), config.mixing.to_dict(), config.backbone.name)
-    return repr((shape, optimizer, groups, config.accumulation))
+    return repr((shape, optimizer, groups, config.accumulation, config.batch_norm.groups))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_steps_of_each_program_trace(name):
         train.step_settings(config),
         make_mesh(jax.devices()[:1]),
     )
-    clips = 2 * config.accumulation
+    clips = 2 * config.accumulation * config.batch_norm.groups
     batch = step.example_batch(task, (clips, *parts.train_shape))
     new_state, metrics = jax.eval_shape(train_step, state, frozen, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(

@@ -21,8 +21,10 @@ from conv_family import build as build_conv
 from dist_jax import checkpoint, mixup, step, train
 from dist_jax.models import clip, converted, digests, dist, evl, frame_mean, frozen, heads
 from dist_jax.models.backbone import Backbone
+from dist_jax.models.batch_norm import BatchNorm
 from dist_jax.sharding import (
-    check_batch_size, make_mesh, place, replicated, shardings, to_global, to_host)
+    batched, check_batch_size, make_mesh, on_mesh, place, replicated, shardings, to_global,
+    to_host)
 from dist_jax.tasks.classify import Classify
 
 SPEC = clip.ClipSpec(16, 8, 64, 3, 8, 24, 16, 1, 1, vocab_size=20, context_length=6)
@@ -39,7 +41,7 @@ MODELS = {
                      mlp_dropout=0.1, head_dropout=0.1, remat=True, **OPTIONS),
     'frame_mean': frame_mean.build(BACKBONE, **OPTIONS),
     'conv': build_conv(num_classes=(5,), num_frames=4, dtype=jnp.float32, width=8,
-                       kernel_frames=3),
+                       kernel_frames=3, batch_norm_groups=4),
 }
 mixing = mixup.Mixing(mixup_alpha=0.8)
 # Momentum keeps the gradients themselves; Adam would hide their size.
@@ -155,6 +157,31 @@ for name, family in families.items():
             checkpoints.save(state, {'format_version': 1})
             checkpoints.close()
 print('steps: equal')
+
+# Devices that hold whole groups tell each other gradients and running values, in one message.
+rng = np.random.default_rng(0)
+data = {'x': rng.normal(3, 1, (16, 2, 3, 3, 8)).astype(np.float32), 'mask': np.ones(16, np.float32)}
+data |= {'upstream': rng.normal(size=data['x'].shape).astype(np.float32)}
+data['mask'][[3, 4, 5]] = 0
+variables = BatchNorm().init(jax.random.key(0), data['x'])
+mesh = make_mesh(fsdp=2)
+for groups in (1, 2, 8):
+    def gradients(variables, data):
+        def loss(params, x):
+            y, changed = BatchNorm(groups).apply(
+                {**variables, 'params': params}, x, data['mask'], True, mutable=['batch_stats'])
+            return (y * data['upstream']).sum(), (y, changed)
+        return jax.grad(loss, (0, 1), has_aux=True)(variables['params'], data['x'])
+    whole, split = replicated(mesh), batched(mesh)
+    compiled = jax.jit(
+        on_mesh(mesh, gradients), in_shardings=(whole, split),
+        out_shardings=((whole, split), (split, whole)),
+    ).lower(variables, data).compile()
+    found = compiled(jax.device_put(variables, whole), jax.device_put(data, split))
+    close(found, jax.jit(gradients)(variables, data), 1e-5)
+    sent = re.findall(r' (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(', compiled.as_text())
+    assert groups != 8 or sent == ['all-reduce'], sent
+print('groups: equal')
 
 # Every device holds an eighth of what rules split, and one layer is gathered at a time.
 family = families['dist']
@@ -298,6 +325,7 @@ def test_eight_devices_in_any_mesh_equal_one(tmp_path):
     assert found.returncode == 0, found.stdout + found.stderr[-4000:]
     assert [line.split(':')[0] for line in found.stdout.splitlines()] == [
         'steps',
+        'groups',
         'layers',
         'accumulation',
         'initial values',

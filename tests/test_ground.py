@@ -73,7 +73,7 @@ def make_config(clips):
 @pytest.fixture(scope='module')
 def run(make_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('conv')
-    return workdir, train.train(make_config(), str(workdir))
+    return workdir, train.train(make_config(**{'batch_norm.groups': 4}), str(workdir))
 
 
 def read(workdir):
@@ -241,6 +241,8 @@ def test_a_killed_run_ends_as_one_that_never_stopped(clips, tmp_path, devices):
             'data.label_map': 'labels.txt',
             'num_steps': 12,
             'mesh.fsdp': min(devices, 2),
+            'batch_norm.groups': 4,
+            'optimizer.ema_decay': 0.5,
         }
         arguments = [f'--config.{field}={value}' for field, value in fields.items()]
         config = f'--config={conv_family.__file__}'
@@ -263,7 +265,7 @@ def test_a_killed_run_ends_as_one_that_never_stopped(clips, tmp_path, devices):
     a, b = json.loads(a.read_text()), json.loads(b.read_text())
     assert a['params_sha256'] == b['params_sha256'] and a['devices'] == devices
     one, other = read(tmp_path / 'straight'), read(tmp_path / 'killed')
-    for name in one:  # the statistics, too
+    for name in one:  # the statistics, too, and the average of all
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
@@ -289,12 +291,14 @@ def test_its_steps_are_planned_for_one_device():
         one = plan(config, mesh)
         assert one.arguments['frozen'] == {} and one.flops_per_clip > 0
         one.function.lower(*one.arguments.values())
+        config.batch_norm.groups = 2
+        assert plan(config, mesh).flops_per_clip == one.flops_per_clip
 
 
 class Steps:
     """Steps of the family on a mesh of so many devices."""
 
-    def __init__(self, accumulation=1):
+    def __init__(self, **settings):
         labels = (tuple('abc'),)
         self.model = conv_family.build(
             num_classes=(3,), num_frames=2, dtype=jnp.float32, width=4, kernel_frames=3
@@ -302,13 +306,15 @@ class Steps:
         self.task, optimizer = Classify(labels), optax.sgd(0.1)
         mesh = make_mesh(jax.devices()[:1])
         shape = (4, 2, 8, 8, 3)
-        self.fresh = step.init_state(self.model, self.task, {}, shape, 0, lambda p: optimizer)
+        settings = step.StepSettings(**settings)
+        ema = settings.ema_decay > 0
+        self.fresh = step.init_state(self.model, self.task, {}, shape, 0, lambda p: optimizer, ema)
         self.step = step.make_train_step(
             self.model,
             self.task,
             optimizer,
             lambda n: jnp.float32(0.1),
-            step.StepSettings(accumulation=accumulation),
+            settings,
             mesh,
         )
 
@@ -346,7 +352,7 @@ def test_parts_without_a_real_clip_change_nothing():
     batch = batch_of()
     batch['mask'] = np.array([0, 1, 0, 1], np.float32)
     parts = Steps(accumulation=2)(batch)  # rows 0 and 2, rows 1 and 3
-    real = {name: np.concatenate([value[1::2]] * 2) for name, value in batch.items()}
+    real = {name: value[1::2] for name, value in batch.items()}
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
         (parts.params, parts.collections),
@@ -357,6 +363,21 @@ def test_parts_without_a_real_clip_change_nothing():
     after = steps(batch)
     jax.tree.map(np.testing.assert_array_equal, after.collections, steps.fresh.collections)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
+def test_the_average_holds_statistics_too():
+    steps = Steps(ema_decay=0.75)
+    after, before = steps(batch_of()), steps.fresh.eval_variables
+    assert before.keys() == after.eval_variables.keys() == {'params', 'batch_stats'}
+    jax.tree.map(
+        lambda old, new, mean: np.testing.assert_allclose(
+            mean, 0.75 * old + 0.25 * new, rtol=1e-6, atol=1e-7
+        ),
+        before,
+        after.variables,
+        after.eval_variables,
+    )
+    assert np.abs(after.eval_variables['batch_stats']['bn']['mean']).min() > 0
 
 
 def test_a_task_with_its_own_keys_trains_and_is_judged(make_config, tmp_path):

@@ -833,6 +833,7 @@ def test_what_may_change_between_sessions():
         'model.temporal_dim': 1,
         'mixing.mixup_alpha': 0.5,
         'optimizer.ema_decay': 0.5,
+        'batch_norm.groups': 4,
     }.items():
         with pytest.raises(ValueError) as error:
             checkpoint.check_same_run(saved, metadata(**{field: value}))
@@ -852,6 +853,12 @@ def test_what_may_change_between_sessions():
         ),
         ({'batch_size': 0}, 'batch_size=0 must be a positive multiple'),
         ({'accumulation': 3}, r'batch_size=4 must be a positive multiple of 3 .*accumulation'),
+        ({'batch_norm.groups': 0}, r'batch_norm\.groups=0 must be at least 1'),
+        (
+            {'batch_norm.groups': 3},
+            r'groups=3 must divide the 2 clips of batch_size=4 / accumulation=2',
+        ),
+        ({'batch_norm.groups': 2}, r"groups=2: model\.family='dist' has no batch statistics"),
         ({'backbone.checkpoint': ''}, r'backbone\.checkpoint is empty'),
         ({'backbone.name': 'tiny2'}, r"backbone\.name='tiny2' is not one of"),
         ({'model.family': 'dits'}, r"model\.family='dits' is not one of"),

@@ -28,10 +28,13 @@ class Family:
       build: (backbone, *, num_classes, num_frames, dtype, options) -> model; without `backbone`
         where it reads none. Its keyword arguments are the fields of `config.model`.
       reads_backbone: whether it stands on a backbone.
+      batch_statistics: whether it keeps any; `build` takes `batch_norm_groups` then, for its
+        `batch_norm.BatchNorm`s.
     """
 
     build: Callable[..., Model]
     reads_backbone: bool = True
+    batch_statistics: bool = False
 
 
 # config.model.family -> family.
@@ -39,7 +42,7 @@ FAMILIES: dict[str, Family] = {
     'dist': Family(dist.build),
     'evl': Family(evl.build),
     'frame_mean': Family(frame_mean.build),
-    'side4video': Family(side4video.build),
+    'side4video': Family(side4video.build, batch_statistics=True),
 }
 
 # `family` in the metadata of a converted backbone -> kind. Names of sizes are unique over all.

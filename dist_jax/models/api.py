@@ -45,7 +45,8 @@ class Model:
         of what the task reads: `logits`, a tuple of float32 (B, num_classes), one entry a head,
         and `embedding` (B, E). `inputs` is what `frozen.apply` returns, or the batch itself; mask
         (B,) is 1 where a clip is real, or None where all are: what a network gathers over a batch
-        leaves the others out. Classifiers are a `heads.Head` of the name `head`, whose classes
+        leaves the others out, and stays as it was where no clip is (`batch_norm` does both).
+        Classifiers are a `heads.Head` of the name `head`, whose classes
         `init_from` knows by name; no other module has that name.
       dtype: compute dtype.
       pixels: how it wants its pixels.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,7 +158,8 @@ class Planner:
 
     def _search(self, request: Request, mesh: Mesh, found: dict[str, Any]) -> dict[str, Any]:
         # Sizes are clips of one part of the batch, of which several chips may share one.
-        parts, granule = batch_parts(mesh), request.config.accumulation
+        parts, groups = batch_parts(mesh), request.config.batch_norm.groups
+        granule = request.config.accumulation * groups // math.gcd(parts, groups)
         first = request.config.batch_size // parts
         known = {first: (found['fits'], found['hbm_bytes_needed'])}
 
