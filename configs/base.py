@@ -133,6 +133,11 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_start_lr = 8e-7  # at step 0
     # Linear, and shorter than num_epochs; with num_steps, counted as its share of num_epochs.
     config.optimizer.warmup_epochs = 6.0
+    # The schedule runs from the end of the warm-up to the last step, not from step 0.
+    config.optimizer.after_warmup = False
+    # The rate is renewed at the first step of an epoch and at those that complete so many steps of
+    # it; 1 for every step.
+    config.optimizer.refresh_steps = 1
     config.optimizer.weight_decay = 1e-4  # of matrices; biases, norms and tables are not decayed
     config.optimizer.b1 = 0.9  # of adamw and lamb, as b2 and eps
     config.optimizer.b2 = 0.999
@@ -180,6 +185,8 @@ BEFORE_FIELDS = {
     'batch_norm.groups': 1,
     'optimizer.name': 'adamw',
     'optimizer.schedule': 'cosine',
+    'optimizer.after_warmup': False,
+    'optimizer.refresh_steps': 1,
     'optimizer.eps': 1e-8,
     'optimizer.momentum': 0.9,
     'optimizer.nesterov': False,
@@ -194,6 +201,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
         (
             'accumulation',
             'batch_norm.groups',
+            'optimizer.refresh_steps',
             'data.repeats',
             'eval.num_clips',
             'checkpoint.keep',
@@ -254,7 +262,9 @@ POSITIVE = (
 # could say so.
 MOST: dict[str, float] = {
     'seed': 2**32 - 1,
-    **dict.fromkeys(('num_steps', 'num_epochs', 'accumulation'), 2**31 - 1),
+    **dict.fromkeys(
+        ('num_steps', 'num_epochs', 'accumulation', 'optimizer.refresh_steps'), 2**31 - 1
+    ),
     **dict.fromkeys(('batch_size', 'eval.batch_size', 'batch_norm.groups'), 2**20),
     **dict.fromkeys(('data.image_size', 'eval.image_size', 'data.resize', 'eval.resize'), 2**12),
     **dict.fromkeys(('data.num_frames', 'eval.num_clips', 'data.repeats'), 2**12),

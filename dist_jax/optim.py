@@ -21,10 +21,13 @@ class OptimizerSettings:
     """An optimizer, its schedule and what goes with them.
 
     Attributes:
-      peak_lr: of the schedule at step 0; the warm-up joins the schedule where it ends.
+      peak_lr: of the schedule where it starts; the warm-up joins the schedule where it ends.
       warmup_start_lr: at step 0.
       warmup_steps: linear warm-up.
       total_steps: length of the schedule, warm-up included.
+      after_warmup: whether the schedule starts where the warm-up ends; else at step 0.
+      refresh_steps: steps for which a rate stays; 1 for one of its own for every step.
+      steps_per_epoch: that `refresh_steps` are counted in.
       end_lr: at the last step; a constant schedule does not read it.
       weight_decay: times the group's multiplier.
       b1, b2, eps: of AdamW and LAMB.
@@ -46,6 +49,9 @@ class OptimizerSettings:
     clip_norm: float = 0.0
     name: str = 'adamw'
     schedule: str = 'cosine'
+    after_warmup: bool = False
+    refresh_steps: int = 1
+    steps_per_epoch: float = 1.0
     momentum: float = 0.9
     nesterov: bool = False
 
@@ -76,16 +82,26 @@ def make_schedule(settings: OptimizerSettings) -> Schedule:
     """Step -> learning rate: linear warm-up into a schedule over the whole run.
 
     Source: the DiST release evaluates, at every step's fractional epoch, a cosine over all epochs;
-    the warm-up rises linearly to the cosine's value at the end of the warm-up, not to its peak.
+    the warm-up rises linearly to the cosine's value at the end of the warm-up, not to its peak. The
+    Side4Video release's cosine starts at the end of the warm-up (`after_warmup`), and its rate is
+    that of the newest step that began an epoch or completed ten of its steps (`refresh_steps`).
     """
     shape = SCHEDULES[settings.schedule]
+    begin = settings.warmup_steps if settings.after_warmup else 0
 
     def after_warmup(step: jax.Array) -> jax.Array:
-        progress = jnp.minimum(step / settings.total_steps, 1.0)
+        progress = jnp.minimum((step - begin) / (settings.total_steps - begin), 1.0)
         return shape(progress, settings.peak_lr, settings.end_lr)
+
+    def refreshed(step: jax.Array) -> jax.Array:
+        first = jnp.ceil(jnp.floor(step / settings.steps_per_epoch) * settings.steps_per_epoch)
+        done = jnp.floor((step - first + 1) / settings.refresh_steps) * settings.refresh_steps
+        return first + jnp.maximum(done - 1, 0)
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
+        if settings.refresh_steps > 1:
+            step = refreshed(step)
         if not settings.warmup_steps:
             return after_warmup(step)
         start = settings.warmup_start_lr
@@ -103,6 +119,7 @@ def describe_schedule(settings: OptimizerSettings) -> str:
     return (
         f'{first:.3g}, {top:.3g} after {settings.warmup_steps:.4g} steps of warm-up, '
         f'{last:.3g} at step {settings.total_steps} ({settings.schedule})'
+        + (f', renewed every {settings.refresh_steps} steps' * (settings.refresh_steps > 1))
     )
 
 

@@ -118,6 +118,9 @@ def optimizer_settings(config: ConfigDict, plan: Plan) -> optim.OptimizerSetting
         clip_norm=o.clip_norm,
         name=o.name,
         schedule=o.schedule,
+        after_warmup=o.after_warmup,
+        refresh_steps=o.refresh_steps,
+        steps_per_epoch=per_epoch,
         momentum=o.momentum,
         nesterov=o.nesterov,
     )

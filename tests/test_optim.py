@@ -47,6 +47,38 @@ def test_schedule_ends_at_end_lr():
     np.testing.assert_allclose(schedule(360), 1e-6, rtol=1e-4)
 
 
+# Of Side4Video's release: six epochs of 25 steps, two of warm-up; steps 0, 9 and 19 of each.
+STEPWISE = [
+    [0.0, 0.00018, 0.00038],
+    [0.0005, 0.00068, 0.00088],
+    [0.001, 0.0009801468428384716, 0.000913540287137281],
+    [0.0008535533905932737, 0.0007408768370508576, 0.0005936906572928624],
+    [0.0005, 0.0003605044469803853, 0.0002189583110739348],
+    [0.00014644660940672628, 6.184665997806821e-05, 8.856374635655695e-06],
+]
+
+
+def test_a_rate_may_stay_for_some_steps_of_an_epoch():
+    settings = optim.OptimizerSettings(
+        1e-3, 0.0, 50, 150, after_warmup=True, refresh_steps=10, steps_per_epoch=25
+    )
+    found = jax.vmap(optim.make_schedule(settings))(jnp.arange(150))
+    expected = np.repeat(STEPWISE, (9, 10, 6), axis=1).ravel()
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-12)
+    assert optim.describe_schedule(settings).endswith('(cosine), renewed every 10 steps')
+    smooth = optim.make_schedule(dataclasses.replace(settings, refresh_steps=1))
+    np.testing.assert_allclose(smooth(jnp.array([9, 50])), [1.8e-4, 1e-3], rtol=1e-6)
+
+
+def test_epochs_may_end_between_two_steps():
+    settings = optim.OptimizerSettings(
+        1.0, 1.0, 0, 10, end_lr=0.0, schedule='linear', refresh_steps=100, steps_per_epoch=2.5
+    )
+    found = jax.vmap(optim.make_schedule(settings))(jnp.arange(10))
+    firsts = [0, 0, 0, 3, 3, 5, 5, 5, 8, 8]
+    np.testing.assert_allclose(found, 1 - np.array(firsts) / 10, rtol=1e-6)
+
+
 def test_no_warmup():
     schedule = optim.make_schedule(dataclasses.replace(SETTINGS, warmup_steps=0))
     np.testing.assert_allclose(schedule(0), 3.2e-4, rtol=1e-6)
@@ -267,7 +299,8 @@ def test_a_run_from_before_optimizers_had_names_continues():
     config = frame_mean.get_config('demo')
     rest = {'class_names': [], 'train_list_sha256': '', 'backbone': {'params_sha256': ''}}
     saved = base.plain(config)
-    for field in ('name', 'schedule', 'eps', 'momentum', 'nesterov'):
+    fields = ('name', 'schedule', 'eps', 'momentum', 'nesterov', 'after_warmup', 'refresh_steps')
+    for field in fields:
         del saved['optimizer'][field]
     del saved['batch_norm']
     checkpoint.check_same_run({'config': saved, **rest}, {'config': base.plain(config), **rest})
