@@ -29,6 +29,7 @@ from dist_jax import (
     evaluate,
     experiment,
     init_from,
+    losses,
     predict,
     step,
     train,
@@ -378,6 +379,24 @@ def test_the_average_holds_statistics_too():
         after.eval_variables,
     )
     assert np.abs(after.eval_variables['batch_stats']['bn']['mean']).min() > 0
+
+
+@pytest.mark.parametrize('mask', [(0, 0), (1, 0)], ids=['none real', 'one real'])
+def test_tasks_learn_from_rows_of_zeros(mask):
+    mask = jnp.array(mask, jnp.float32)
+    for name, make in TASKS.items():
+        task = make((('a', 'b'),), label_smoothing=0.1, fusion=0.0)
+        batch = {k: jnp.zeros((2, *row.shape), row.dtype) for k, row in task.element_spec.items()}
+        outputs = {'embedding': jnp.zeros((2, 4)), 'logits': (jnp.zeros((2, 2)),)}
+
+        def loss(outputs, task=task, batch=batch):
+            per_row = task.loss(outputs, task.targets(batch), mask)
+            return losses.masked_mean(per_row, mask, mask.sum())
+
+        value, gradients = jax.value_and_grad(loss)(outputs)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, gradients))), name
+        if not mask.any():
+            assert not any(leaf.any() for leaf in jax.tree.leaves((value, gradients))), name
 
 
 def test_a_task_with_its_own_keys_trains_and_is_judged(make_config, tmp_path):
