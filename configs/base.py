@@ -211,6 +211,8 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
             'model.temporal_patch',
             'model.temporal_kernel',
             'model.qkv_dim',
+            'model.side_dim',
+            'model.tap_every',
         ),
         (1, None),
     ),
@@ -270,9 +272,18 @@ MOST: dict[str, float] = {
     **dict.fromkeys(('data.num_frames', 'eval.num_clips', 'data.repeats'), 2**12),
     **dict.fromkeys(('data.num_workers', 'data.num_threads', 'data.buffer_size'), 2**10),
     'data.record_timeout': 10**6,
-    **dict.fromkeys(('model.integration_dim', 'model.temporal_dim', 'model.qkv_dim'), 2**16),
     **dict.fromkeys(
-        ('model.alpha', 'model.temporal_patch', 'model.temporal_kernel', 'model.num_heads'), 2**10
+        ('model.integration_dim', 'model.temporal_dim', 'model.qkv_dim', 'model.side_dim'), 2**16
+    ),
+    **dict.fromkeys(
+        (
+            'model.alpha',
+            'model.temporal_patch',
+            'model.temporal_kernel',
+            'model.num_heads',
+            'model.tap_every',
+        ),
+        2**10,
     ),
     'model.ada_pooling_layers': 2**10,
     **dict.fromkeys((name for name in POSITIVE if name.startswith('model.')), 2**10),

@@ -87,10 +87,17 @@ VARIANTS: dict[str, dict[str, object]] = {
     for frames in (8, 16)
     for data in SETS
 } | {
-    # Kinetics-710, then Kinetics-400 with init_from: statistics come along, and the linear head is
-    # gathered by class name. Recipe and rows are our own; the authors have none.
+    # Kinetics-710, then one of its sets with init_from: statistics come along, and the linear head
+    # is gathered by class name. Recipe and rows are our own; the authors have none.
     'b16_8f_k710': {**_row('b16', 8, 'k400'), 'data.name': 'kinetics710'},
-    'b16_8f_k710_k400': {**_row('b16', 8, 'k400'), **FINE_TUNE},
+    **{
+        f'b16_8f_k710_k{classes}': {
+            **_row('b16', 8, 'k400'),
+            **FINE_TUNE,
+            'data.name': f'kinetics{classes}',
+        }
+        for classes in (400, 600, 700)
+    },
     'demo': {'demo': True},
 }
 
@@ -121,7 +128,10 @@ def recipe() -> dict[str, object]:
         # The release has the statistics of each of its eight devices.
         'batch_norm': {'groups': 8},
         'optimizer': {
+            # The release renews the rate every ten steps (refresh_steps=10), so its first nine
+            # steps have none; ours is smooth.
             'warmup_start_lr': 0.0,
+            'after_warmup': True,
             'weight_decay': 0.15,  # of every trained tensor
         },
     }

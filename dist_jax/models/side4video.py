@@ -18,7 +18,8 @@ token one frame back and the other half one ahead; `conv_time` is two linear map
 convolution over 3 frames between them; attention is within a frame, with queries of patches only.
 
 Differs: the class token lies behind the patches, where no operator is changed by it and nothing
-has to be moved by a row. Batch statistics: see `batch_norm`.
+has to be moved by a row. Batch statistics: see `batch_norm`. The release divides the learning rate
+of the norms of batches by the accumulation steps; here they are trained like the rest.
 """
 
 from __future__ import annotations
