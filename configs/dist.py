@@ -8,7 +8,7 @@ Figures beside the rows are the paper's top-1 / top-5 (3 views); ours need the r
         --config.data.train_list=train.txt --config.data.val_list=val.txt \\
         --config.data.label_map=labels.txt
 
-Names read backbone_CLIP frames+all frames_data set, the last after the set it starts from.
+Names read backbone_its frames+all frames_data set, the last after the set it starts from.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ K710 = {**K400, 'data.name': 'kinetics710'}
 SSV2 = {'data.name': 'something_v2', 'model.ada_pooling_layers': 2}
 B16 = {'backbone.name': 'vit_b16'}
 L14 = {'backbone.name': 'vit_l14'}
+EVA_L14 = {'backbone.name': 'eva02_l14'}
 # After Kinetics-710, with init_from: a tenth of the learning rate and a sixth of the epochs. These
 # are our own choice; nobody published a recipe for DiST. For scale: UniFormerV2, which trains its
 # backbone as well, goes from lr 1e-5 and 55 epochs to 1.5e-6 and 5.
@@ -50,6 +51,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     'b16_8+16f_k710_k400': {**B16, **K400, **FINE_TUNE, 'data.num_frames': 16},
     'b16_8+16f_k710_k600': {**B16, **K600, **FINE_TUNE, 'data.num_frames': 16},
     'b16_8+16f_k710_k700': {**B16, **K700, **FINE_TUNE, 'data.num_frames': 16},
+    # The same on EVA-02-CLIP; our own choice, with no figures.
+    'eva02_l14_8+16f_k400': {**EVA_L14, **K400, 'data.num_frames': 16},
+    'eva02_l14_32+64f_k400': {**EVA_L14, **K400, 'data.num_frames': 64},
     # EPIC-Kitchens-100 with a verb and a noun head; the paper reports the verb.
     'b16_32+64f_ek100': {
         **B16,

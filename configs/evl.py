@@ -20,6 +20,7 @@ from configs.inputs import INPUTS
 
 B16 = {'backbone.name': 'vit_b16', 'model.qkv_dim': 768, 'model.num_heads': 12}
 L14 = {'backbone.name': 'vit_l14', 'model.qkv_dim': 1024, 'model.num_heads': 16}
+EVA_L14 = {**L14, 'backbone.name': 'eva02_l14'}
 L14_336 = {**L14, 'backbone.name': 'vit_l14_336', 'data.image_size': 336}
 # Few frames are tested at three times, many in three places.
 TIMES = {'eval.num_clips': 3, 'eval.num_crops': 1}
@@ -60,6 +61,8 @@ VARIANTS: dict[str, dict[str, object]] = {
         'data.frame_interval': 8,
         'accumulation': 4,
     },
+    # The decoder of L/14 on EVA-02-CLIP; our own choice, with no figures.
+    'eva02_l14_8f_k400': {**EVA_L14, **TIMES, 'data.num_frames': 8},
     # Kinetics-710, then one of its sets with init_from: the linear head is gathered by class name.
     # Recipe and rows are our own; the authors have none.
     'b16_8f_k710': {**B16, **TIMES, 'data.num_frames': 8, 'data.name': 'kinetics710'},

@@ -1,5 +1,7 @@
 """Every row of every config: it builds, its step traces, its size is the published one."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,8 @@ TRAINABLE = {
     'b16_8+16f_k710_k400': 26_105_184,
     'b16_8+16f_k710_k600': 26_105_184,
     'b16_8+16f_k710_k700': 26_105_184,
+    'eva02_l14_8+16f_k400': 39_609_696,
+    'eva02_l14_32+64f_k400': 39_867_744,
     'b16_32+64f_ek100': 26_456_301,
     'demo': 175_080,
 }
@@ -43,6 +47,7 @@ EVL = {
     'l14_16f_k400': 58_760_592,
     'l14_32f_k400': 58_826_128,
     'l14_336_32f_k400': 69_049_744,
+    'eva02_l14_8f_k400': 58_727_824,
     # A class is a row of 768 weights and a bias.
     'b16_8f_k710': 33_183_376 + 310 * 769,
     'b16_8f_k710_k400': 33_183_376,
@@ -350,7 +355,7 @@ def test_fine_tuning_is_shorter_and_slower():
 def test_backbone_reads_the_frames_of_the_name():
     for name in dist.VARIANTS:
         if name != 'demo':
-            sparse, dense = name.split('_')[1].removesuffix('f').split('+')
+            sparse, dense = re.search(r'(\d+)\+(\d+)f_', name).groups()
             config = dist.get_config(name)
             assert config.data.num_frames == int(dense)
             assert config.data.num_frames // config.model.alpha == int(sparse)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dist_jax import convert
+from dist_jax import backbones, convert
 from dist_jax.models import clip, clip_params, converted, eva, eva_params
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.naming import Options
@@ -291,3 +291,13 @@ def test_published_config_beside_the_file(tmp_path):
     (tmp_path / 'open_clip_config.json').write_text(json.dumps({'model_cfg': model}))
     metadata = convert.convert(tmp_path, tmp_path / 'out')
     assert metadata['spec'] == dataclasses.asdict(dataclasses.replace(ROTARY, text_num_heads=2))
+
+
+def test_a_run_that_names_another_kind_or_size_is_told_both(tmp_path):
+    path = str(tmp_path / 'backbone')
+    backbones.write_random(path, 'eva_tiny')
+    assert backbones.find('eva_tiny', path, 48, '').spec == eva.SPECS['eva_tiny']
+    with pytest.raises(ValueError, match='eva_tiny-random, another kind of backbone than tiny'):
+        backbones.find('tiny', path, 48, '')
+    with pytest.raises(ValueError, match=r"is not a eva_tiny_rope .*'mlp_hidden': \(170, 256\)"):
+        backbones.find('eva_tiny_rope', path, 48, '')
