@@ -31,7 +31,7 @@ def find(name: str, path: str, image_size: int, workdir: str) -> Backbone:
     if not path:
         raise ValueError(
             f'backbone.checkpoint is empty; convert the weights of {name} first '
-            '(as CLIP with `dist_jax convert ViT-B-16.pt clip_b16`) '
+            '(`dist_jax convert FILE FOLDER`; its --help has examples of each kind) '
             'and pass --config.backbone.checkpoint=FOLDER'
         )
     if path == RANDOM:

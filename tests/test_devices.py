@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = r"""
+import dataclasses
 import re
 import sys
 
@@ -19,8 +20,8 @@ import optax
 from configs import dist as dist_config
 from conv_family import build as build_conv
 from dist_jax import checkpoint, mixup, step, train
-from dist_jax.models import clip, converted, digests, dist, evl, frame_mean, frozen, heads
-from dist_jax.models.backbone import Backbone
+from dist_jax.models import clip, converted, digests, dist, eva, evl, frame_mean, frozen, heads
+from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.batch_norm import BatchNorm
 from dist_jax.sharding import (
     batched, check_batch_size, make_mesh, on_mesh, place, replicated, shardings, to_global,
@@ -268,6 +269,21 @@ for devices, tree in zip((eight, mixed), found[1:]):
 assert not found[2]['visual']['blocks']['mlp']['c_fc']['kernel'].is_fully_replicated
 print('weights: equal')
 
+# Towers of another kind: norms over split heads and hidden channels, positions that turn.
+pixels, tokens = jnp.float32(batch(0)['video'][:, 0]) / 255, jnp.arange(12).reshape(2, 6)
+small = {'image_size': 16, 'vocab_size': 20, 'context_length': 6}
+for name in ('eva_tiny', 'eva_tiny_rope'):
+    spec = dataclasses.replace(eva.SPECS[name], **small)
+    weights = eva.init_params(jax.random.key(0), spec)
+    encode = lambda p: (eva.KIND.encode_text(p['text'], tokens, spec), eva.encode_image(
+        p['visual'], pixels, spec, Taps(outputs=(0,), attention=(1,), embedding=True)))
+    expected = jax.jit(encode)(weights)
+    for devices in (eight, mixed):
+        placed = shardings(place(weights, eva.SHARDING_RULES, devices.mesh))
+        found = jax.jit(on_mesh(devices.mesh, encode))(jax.device_put(weights, placed))
+        close(to_host(found), expected, 1e-5)
+print('towers: equal')
+
 views = np.repeat(batch(0)['video'][:, None], 2, axis=1)
 scores = []
 for devices in (one, mixed):
@@ -333,6 +349,7 @@ def test_eight_devices_in_any_mesh_equal_one(tmp_path):
         'mixing',
         'checkpoints',
         'weights',
+        'towers',
         'scores',
         'sizes',
     ]
