@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from dist_jax.checkpoint import find_checkpoint, is_run, read_host_variables, read_metadata
@@ -26,8 +33,8 @@ from dist_jax.models.params import (
     count,
     export_file,
     flatten,
-    import_tree,
     non_finite,
+    parted_tree,
     with_precision,
 )
 from dist_jax.models.source_files import SourceFiles, open_source, sources_record
@@ -73,10 +80,9 @@ def convert(
     opened = open_source(source)
     if kind == 'auto':
         kind = detect(opened)
-    plan, params = read_params(opened, kind, options or Options(), precision, console)
+    plan, params = read_params(opened, kind, options or Options(), precision)
     used = {row.source_name for row in plan.rows}
-    writing = console.status('hashing and writing') if console else contextlib.nullcontext()
-    with writing:
+    with _progress(console, sum(leaf.nbytes for leaf in flatten(params).values())) as advance:
         sources, digest = sources_record(opened.files)
         metadata = converted.save_converted(
             dest,
@@ -94,6 +100,7 @@ def convert(
                 **({converted.COLLECTIONS: list(plan.collections)} if plan.collections else {}),
             },
             overwrite=overwrite,
+            on_bytes=advance,
         )
     if console:
         _print_summary(console, params, metadata, dest)
@@ -105,7 +112,6 @@ def read_params(
     kind: str,
     options: Options,
     precision: str = 'float32',
-    console: Console | None = None,
 ) -> tuple[Plan, Tree]:
     """The network in an opened checkpoint.
 
@@ -114,10 +120,9 @@ def read_params(
       kind: a key of `KINDS`.
       options: what the file does not say.
       precision: see `convert`.
-      console: where progress goes; None for silence.
 
     Returns:
-      What the file is, and the tree of numpy arrays, as it is stored.
+      What the file is, and the tree as it is stored, of `PartedArray`s that read the file.
 
     Raises:
       ValueError: naming the file, if it is incomplete or of no such kind, or options are missing.
@@ -128,15 +133,13 @@ def read_params(
     except ValueError as error:
         raise ValueError(f'{source.path}: {error}') from error
     context = f'{source.path} does not fit a {naming.family} model of this geometry: {plan.spec}'
-    with _progress(console, len(plan.rows)) as advance:
-        params = import_tree(
-            plan.tensors,
-            plan.rows,
-            with_precision(plan.abstract, precision, keep=plan.collections),
-            plan.ignore,
-            on_tensor=lambda _: advance(),
-            context=context,
-        )
+    params = parted_tree(
+        plan.tensors,
+        plan.rows,
+        with_precision(plan.abstract, precision, keep=plan.collections),
+        plan.ignore,
+        context=context,
+    )
     return plan, params
 
 
@@ -154,20 +157,21 @@ def detect(source: SourceFiles) -> str:
 
 
 @contextlib.contextmanager
-def _progress(console: Console | None, total: int) -> Iterator[Callable[[], None]]:
+def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that is called with bytes that were written, of `total`."""
     if console is None:
-        yield lambda: None
+        yield lambda _: None
         return
     columns = (
-        TextColumn('converting'),
+        SpinnerColumn(),
+        TextColumn('hashing and writing'),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('tensors'),
+        DownloadColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task('convert', total=total)
-        yield lambda: progress.advance(task)
+        yield lambda size: progress.advance(task, size)
 
 
 def _print_summary(

@@ -12,8 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dist_jax import checkpoint, ending, init_from, main
-from dist_jax.models import clip, converted, digests
+from dist_jax.models import clip, converted, digests, parts
 from dist_jax.models.backbone import Backbone
+from dist_jax.models.parts import PartedArray
 from dist_jax.step import TrainState
 from tools import flip_bits
 
@@ -154,18 +155,75 @@ def test_a_flip_in_an_array_is_noticed_wherever_it_is_read_to(backbone, tmp_path
     np.testing.assert_array_equal(loaded, np.arange(24).reshape(4, 6))
 
 
-def test_a_dtype_changes_after_the_comparison_a_part_at_a_time(backbone, monkeypatch):
-    monkeypatch.setattr(converted, 'CAST_BYTES', 1)
-    read = []
-    original = converted._read_whole
-    monkeypatch.setattr(
-        converted, '_read_whole', lambda f, item, n: read.append(item) or original(f, item, n)
-    )
-    found = converted.load_params(backbone, ['visual', 'logit_scale'], dtype=jnp.bfloat16)
-    assert found['visual']['kernel'].dtype == jnp.bfloat16
-    assert found['visual']['norm']['scale'].dtype == jnp.float32
-    np.testing.assert_array_equal(found['visual']['kernel'], np.arange(24.0).reshape(4, 6))
-    assert len(read) == 2  # what keeps its dtype, and the kernel
+@pytest.fixture(scope='module')
+def stacks(tmp_path_factory):
+    """Two stacks in pieces of two kinds: several layers each, and a layer in several."""
+    values = np.random.default_rng(0).normal(size=(6, 64, 48)).astype(np.float32)
+    parted = PartedArray(values.shape, values.dtype, lambda i, j: values[i:j].copy(), stacked=True)
+    path = tmp_path_factory.mktemp('converted') / 'stacks'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(converted, 'CHUNK_BYTES', 2**14)
+        patch.setattr(converted, 'LAYER_CHUNK_BYTES', 2**12)
+        patch.setattr(parts, 'PART_BYTES', 3 * values[0].nbytes // 2)
+        tree = {'whole': {'kernel': values}, 'parts': {'kernel': parted}, 'scale': values[0, 0]}
+        stored = converted.save_converted(path, tree, dict.fromkeys(converted.REQUIRED, 'x'))
+    assert stored[digests.DIGESTS]['whole/kernel'] == stored[digests.DIGESTS]['parts/kernel']
+    return path, values
+
+
+def test_a_stack_that_is_written_in_parts_is_cut_by_layers(stacks):
+    path, values = stacks
+    tree = ocp.PyTreeCheckpointHandler().metadata((path / 'params').resolve()).tree
+    assert tree['parts']['kernel'].storage.chunk_shape[0] == 1
+    assert tree['whole']['kernel'].storage.chunk_shape[0] > 1
+    found = converted.load_params(path, as_numpy=True)
+    for name in ('whole', 'parts'):
+        np.testing.assert_array_equal(found[name]['kernel'], values)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('as_numpy', [False, True])
+def test_a_large_array_is_compared_and_cast_in_slices(stacks, monkeypatch, dtype, as_numpy):
+    path, values = stacks
+    monkeypatch.setattr(converted, 'SLICE_BYTES', 2**15)
+    sizes, add = [], digests.Digest.add
+
+    def note(self, part, start):
+        sizes.append(part.nbytes)
+        add(self, part, start)
+
+    monkeypatch.setattr(digests.Digest, 'add', note)
+    found = converted.load_params(path, dtype=dtype, as_numpy=as_numpy)
+    for name in ('whole', 'parts'):
+        kernel = found[name]['kernel']
+        assert isinstance(kernel, np.ndarray if as_numpy else jax.Array)
+        assert kernel.dtype == dtype
+        np.testing.assert_array_equal(kernel, values.astype(dtype))
+    assert max(sizes) <= 2**15 and sum(sizes) == 2 * values.nbytes + 4 * 48
+    rows = converted.load_metadata(path)[digests.DIGESTS]
+    rows = {name: [*row[:2], '0' * 32] for name, row in rows.items()}
+    with pytest.raises(ValueError, match=r'1 of 1 arrays .* parts/kernel$'):
+        converted.read_tree(
+            converted.absolute_path(path / 'params'),
+            {'parts': {'kernel': jax.ShapeDtypeStruct(values.shape, dtype)}},
+            rows,
+            as_numpy=True,
+        )
+
+
+@pytest.mark.parametrize('box', [((0, 6), (0, 64)), ((2, 5), (8, 40)), ((1, 2), (3, 60))])
+@pytest.mark.parametrize('pieces', [(1, 16), (6, 8), (2, 64)])
+@pytest.mark.parametrize('most', [1, 500, 2**20])
+def test_slices_cover_a_box_once_and_cut_no_piece(monkeypatch, box, pieces, most):
+    monkeypatch.setattr(converted, 'SLICE_BYTES', most)
+    seen = np.zeros((6, 64), int)
+    for block in converted._slices(box, pieces, 4):
+        seen[tuple(slice(*ends) for ends in block)] += 1
+        for ends, whole, piece in zip(block, box, pieces):
+            assert all(end % piece == 0 or end in whole for end in ends)
+    inside = np.zeros((6, 64), int)
+    inside[tuple(slice(*ends) for ends in box)] = 1
+    np.testing.assert_array_equal(seen, inside)
 
 
 @pytest.mark.parametrize('content', [b'', b'{"top1": 0.9}', b'\xff\x00', b'[1]'])

@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import os
 import re
 import shutil
@@ -23,6 +25,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -31,6 +34,7 @@ from dist_jax.models import digests
 from dist_jax.models.digests import DamagedError, Digests
 from dist_jax.models.params import Tree, flatten, tree_sha256, unflatten
 from dist_jax.models.params import with_precision as _with_precision
+from dist_jax.models.parts import PartedArray
 
 log = logging.getLogger('dist_jax')
 
@@ -41,8 +45,16 @@ REQUIRED = ('family', 'name', 'spec', 'sources', 'source_sha256', 'precision', '
 # Of one piece of an array on disk. A device that needs a part of an array reads whole pieces.
 CHUNK_BYTES = 16 * 2**20
 
-# Bytes that are read before their dtype is changed: so much is held twice.
-CAST_BYTES = 2**30
+# Of a piece of one layer, where layers are written one after the other. Devices split layers, and
+# a piece of many layers has less of each: these are smaller for the same use.
+LAYER_CHUNK_BYTES = 2**20
+
+# Parts that are on their way to the disk while the next one is made.
+WRITES_AHEAD = 2
+
+# Larger arrays, and those that change their dtype, are read in slices of this size, one after the
+# other: so much is held twice.
+SLICE_BYTES = 2**28
 
 # Before each further try of a read that failed in a way that may pass.
 RETRY_SECONDS = (1.0, 4.0, 10.0)
@@ -55,6 +67,7 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 PathLike = str | os.PathLike[str]
 Found = TypeVar('Found')
+Box = tuple[tuple[int, int], ...]  # (start, stop) of each axis
 
 
 def save_converted(
@@ -63,14 +76,17 @@ def save_converted(
     metadata: Mapping[str, Any],
     *,
     overwrite: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Writes a converted checkpoint; it appears whole or not at all.
 
     Args:
       path: directory to make; local or a bucket URL.
-      params: nested dict of arrays; see `stored_tree`.
+      params: nested dict of arrays; see `stored_tree`. A `PartedArray` is hashed, digested and
+        written in parts, and never in memory as a whole.
       metadata: JSON values with at least the keys of `REQUIRED`.
       overwrite: replace a converted checkpoint at `path`; nothing else is ever replaced.
+      on_bytes: called with the size of each part of a `PartedArray` that was written, for progress.
 
     Returns:
       The metadata as stored, with `format_version`, `params_sha256` and digests.
@@ -99,13 +115,13 @@ def save_converted(
         # Orbax commits by a marker file there; a rename would copy every byte again.
         if path.exists():
             path.rmtree()
-        _write(path, params, metadata)
+        _write(path, params, metadata, on_bytes)
         return metadata
     staging = path.parent / f'.{path.name}.partial'
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _remove_staging(staging)
-        _write(staging, params, metadata)
+        _write(staging, params, metadata, on_bytes)
         if path.exists():
             old = path.parent / f'.{path.name}.replaced'
             shutil.rmtree(old, ignore_errors=True)
@@ -311,7 +327,7 @@ def read_tree(
     Args:
       folder: of the item.
       item: `jax.ShapeDtypeStruct` leaves with dtype and sharding to read into; a part of the stored
-        tree is enough. A nested dict, if dtypes are to change.
+        tree is enough. A nested dict, if dtypes are to change or large arrays to be read in slices.
       stored: digests of the tree; None for not to compare them.
       as_numpy: read into host memory; the shardings are not looked at.
 
@@ -321,50 +337,131 @@ def read_tree(
     """
     if not item:  # orbax has no word for nothing
         return {}
-    if stored is None:
-        return _read_whole(folder, item, as_numpy)
-    changed = {
+    known = together(folder, lambda: stored_leaves(folder, stored))
+    sliced = {
         path: leaf
         for path, leaf in digests.tree_paths(item).items()
-        if leaf.dtype != np.dtype(stored[path][0])
+        if path in known
+        and (leaf.dtype != known[path].dtype or leaf.size * leaf.dtype.itemsize > SLICE_BYTES)
     }
-    if not changed:
+    if not (sliced and isinstance(item, dict)):
         return _read_checked(folder, item, stored, as_numpy)
-    found = {}
-    for group in _groups(flatten(item), changed, stored):
-        part = flatten(_read_checked(folder, unflatten(group), stored, as_numpy))
-        for path in group:
-            leaf = part.pop(path)
-            found[path] = leaf.astype(changed[path].dtype) if path in changed else leaf
-    return unflatten(found)
+    flat = flatten(item)
+    rest = unflatten({path: leaf for path, leaf in flat.items() if path not in sliced})
+    found = flatten(_read_checked(folder, rest, stored, as_numpy)) if rest else {}
+    context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
+    for path, leaf in sliced.items():
+        info = ocp.type_handlers.ParamInfo(
+            name=path.replace('/', '.'),
+            parent_dir=folder,
+            is_ocdbt_checkpoint=True,
+            use_zarr3=False,
+            ts_context=context,
+        )
+        found[path] = _read_sliced(info, path, leaf, stored, as_numpy)
+    return unflatten({path: found[path] for path in flat})
 
 
-def _groups(
-    item: Mapping[str, Any], changed: Mapping[str, Any], stored: Digests
-) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-    """Leaves in their stored dtype, a bounded number of bytes at a time of those that change it."""
-    group = {path: leaf for path, leaf in item.items() if path not in changed}
-    size = 0
-    for path, leaf in changed.items():
-        dtype = np.dtype(stored[path][0])
-        if group and (not size or size + leaf.size * dtype.itemsize > CAST_BYTES):
-            yield group
-            group, size = {}, 0
-        group[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-        size += leaf.size * dtype.itemsize
-    yield group
-
-
-def _read_checked(folder: epath.Path, item: Tree, stored: Digests, as_numpy: bool) -> Tree:
-    for last in (False, True):
+def _read_checked(folder: epath.Path, item: Tree, stored: Digests | None, as_numpy: bool) -> Tree:
+    def read() -> tuple[Tree, Callable[[], Digests]]:
         found = _read_whole(folder, item, as_numpy)
+        return found, lambda: digests.digests(found)
+
+    return _checked(folder, read, stored)
+
+
+def _checked(
+    folder: epath.Path,
+    read: Callable[[], tuple[Found, Callable[[], Digests]]],
+    stored: Digests | None,
+) -> Found:
+    """What `read` returns first, if the digests that it returns next are those that are stored."""
+    for last in (False, True):
+        found, digested = read()
         try:
-            digests.check(folder, found, stored)
+            if stored is not None:
+                digests.check(folder, digested(), stored)
             return found
         except DamagedError:  # on disk, or on the way
             if last:
                 raise
-        del found
+        del found, digested
+
+
+def _read_sliced(
+    info: ocp.type_handlers.ParamInfo,
+    path: str,
+    leaf: jax.ShapeDtypeStruct,
+    stored: Digests | None,
+    as_numpy: bool,
+) -> jax.Array | np.ndarray:
+    """One array, read in the dtype that it is stored in and cast a slice at a time."""
+    folder = info.parent_dir
+
+    def read() -> tuple[Any, Callable[[], Digests]]:
+        found, digest = together(
+            folder, lambda: patiently(folder, lambda: _read_slices(info, leaf, as_numpy))
+        )
+        shared = [] if as_numpy or found.is_fully_addressable else [path]
+        return found, lambda: digests.rows({path: digest}, shared)
+
+    return _checked(folder, read, stored)
+
+
+def _read_slices(
+    info: ocp.type_handlers.ParamInfo, leaf: jax.ShapeDtypeStruct, as_numpy: bool
+) -> tuple[jax.Array | np.ndarray, digests.Digest]:
+    """The array, and the digest of what this process read of it first, before it was cast."""
+    spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
+    source = ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context).result()
+    digest = digests.Digest(source.dtype.numpy_dtype, source.shape)
+
+    def place(box: Box, first: bool) -> np.ndarray:
+        place = np.empty([stop - start for start, stop in box], leaf.dtype)
+        for block in _slices(box, source.chunk_layout.read_chunk.shape, digest.dtype.itemsize):
+            part = source[tuple(slice(*ends) for ends in block)].read().result()
+            if first:
+                digest.add(part, tuple(start for start, _ in block))
+            inside = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(block, box))
+            with np.errstate(over='ignore', invalid='ignore'):  # as on devices
+                place[inside] = part
+        return place
+
+    if as_numpy:
+        return place(tuple((0, size) for size in leaf.shape), True), digest
+    devices: dict[Box, list[jax.Device]] = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+        box = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape))
+        devices.setdefault(box, []).append(device)
+    process, shards = jax.process_index(), []
+    for box, holders in devices.items():
+        own = [device for device in holders if device.process_index == process]
+        if own:
+            values = place(box, own[0] is holders[0])
+            shards += [jax.device_put(values, device) for device in own]
+    found = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+    return found, digest
+
+
+def _slices(box: Box, pieces: Sequence[int], itemsize: int) -> Iterator[Box]:
+    """A box in slices of at most `SLICE_BYTES`, or of one piece, that cut no piece on disk.
+
+    Args:
+      box: (start, stop) of each axis.
+      pieces: sizes of the pieces on disk.
+      itemsize: bytes of an element.
+    """
+    size = math.prod(stop - start for start, stop in box) * itemsize
+    if size <= SLICE_BYTES:
+        yield box
+        return
+    cuts = [-(-stop // piece) - start // piece for (start, stop), piece in zip(box, pieces)]
+    axis = cuts.index(max(cuts))
+    (start, stop), piece = box[axis], pieces[axis]
+    step = piece * max(1, SLICE_BYTES * (stop - start) // size // piece)
+    edges = [start, *range((start // step + 1) * step, stop, step), stop]
+    for ends in itertools.pairwise(edges):
+        yield (*box[:axis], ends, *box[axis + 1 :])
 
 
 def _read_whole(folder: epath.Path, item: Tree, as_numpy: bool) -> Tree:
@@ -480,20 +577,92 @@ def absolute_path(path: PathLike) -> epath.Path:
     return epath.Path(text if '://' in text else os.path.abspath(os.path.expanduser(text)))
 
 
-def _write(path: epath.Path, params: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    # StandardSave knows no zero-dimensional numpy scalars of ml_dtypes; arrays it does.
+class _PartsHandler(ocp.type_handlers.NumpyHandler):
+    """Lets orbax write `PartedArray`s as it writes numpy arrays, a part at a time."""
+
+    def __init__(self, on_bytes: Callable[[int], None] | None):
+        super().__init__()
+        self._on_bytes = on_bytes or (lambda _: None)
+
+    async def serialize(
+        self,
+        values: Sequence[PartedArray],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> list[ocp.future.Future]:
+        """Returns one future, for all: one array after the other."""
+        writing = self._write_all(values, infos, args or [ocp.SaveArgs()] * len(values))
+        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name='parts')]
+
+    async def _write_all(
+        self,
+        values: Sequence[PartedArray],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs],
+    ) -> None:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                global_shape=value.shape,
+                local_shape=value.shape,
+                dtype=value.dtype,
+                process_index=jax.process_index(),
+                arg=arg,
+            )
+            array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+            # Waiting for a write flushes it; without, tensorstore gathers gigabytes for one file.
+            writing: list[tuple[Any, int]] = []
+            for part, start in value.parts():
+                if len(writing) == WRITES_AHEAD:
+                    await self._written(*writing.pop(0))
+                where = array[start : start + len(part)] if part.ndim else array
+                future = where.write(part, can_reference_source_data_indefinitely=True)
+                writing.append((future, part.nbytes))
+            for future, size in writing:
+                await self._written(future, size)
+
+    async def _written(self, future: Any, size: int) -> None:
+        await future
+        self._on_bytes(size)
+
+
+def _write(
+    path: epath.Path,
+    params: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    on_bytes: Callable[[int], None] | None,
+) -> None:
+    # Orbax knows no zero-dimensional numpy scalars of ml_dtypes; arrays it does.
     params = jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), params
+        lambda leaf: leaf if isinstance(leaf, (jax.Array, PartedArray)) else np.asarray(leaf),
+        params,
     )
-    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        *((kind, ocp.type_handlers.get_type_handler(kind)) for kind in (jax.Array, np.ndarray)),
+        (PartedArray, _PartsHandler(on_bytes)),
+    )
+    with ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            params=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
+            metadata=ocp.JsonCheckpointHandler(),
+        )
+    ) as checkpointer:
         checkpointer.save(
             path,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params, save_args=pieces),
+                params=ocp.args.PyTreeSave(params, save_args=jax.tree.map(_pieces, params)),
                 metadata=ocp.args.JsonSave(dict(metadata)),
             ),
         )
+
+
+def _pieces(leaf: Any) -> ocp.SaveArgs:
+    """How an array is cut on disk: a stack that is written in parts by layers, so that they fit."""
+    if isinstance(leaf, PartedArray) and leaf.stacked and leaf.nbytes > CHUNK_BYTES:
+        return ocp.SaveArgs(chunk_byte_size=LAYER_CHUNK_BYTES, shard_axes=(0,))
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
 
 
 def _remove_staging(staging: epath.Path) -> None:

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dist_jax.models.parts import parts_of
 from input_pipeline.machine import num_cpus
 
 Digests = Mapping[str, Sequence[Any]]
@@ -53,43 +54,74 @@ def digests(tree: Any) -> dict[str, list[Any]]:
     """{path: [dtype, shape, digest]} of every array of a tree, sorted by path.
 
     Args:
-      tree: any pytree of numpy arrays and `jax.Array`s. Arrays that lie on the devices of several
-        processes are digested by all together: then every process must call this.
+      tree: any pytree of numpy arrays, `PartedArray`s and `jax.Array`s. Arrays that lie on the
+        devices of several processes are digested by all together: then every process must call
+        this.
     """
     named = tree_paths(tree)
-    with ThreadPoolExecutor(num_cpus()) as pool:
-        sums = {path: _leaf_sum(leaf, pool) for path, leaf in named.items()}
+    found = {path: Digest(leaf.dtype, leaf.shape) for path, leaf in named.items()}
+    for path, leaf in named.items():
+        for part, start in _blocks(leaf):
+            found[path].add(part, start)
     shared = [
         path
         for path, leaf in named.items()
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     ]
+    return rows(found, shared)
+
+
+class Digest:
+    """Of one array, whose parts are added one by one, each once and in any order."""
+
+    def __init__(self, dtype: Any, shape: Sequence[int]):
+        self.dtype, self.shape = np.dtype(dtype), tuple(shape)
+        self.total = np.zeros(len(LANES), np.uint32)
+
+    def add(self, part: np.ndarray, start: tuple[int, ...]) -> None:
+        """Adds a part, given the position of its first element."""
+        pieces = list(_parts(part, start))
+        if len(pieces) == 1:
+            self.total += _block_sum(*pieces[0], self.shape)
+            return
+        with ThreadPoolExecutor(num_cpus()) as pool:
+            for total in pool.map(lambda piece: _block_sum(*piece, self.shape), pieces):
+                self.total += total
+
+
+def rows(found: Mapping[str, Digest], shared: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """{path: [dtype, shape, digest]}, as it is stored.
+
+    Args:
+      found: by path.
+      shared: paths of which each process added its own parts: then every process must call this.
+    """
+    totals = {path: digest.total for path, digest in found.items()}
     if shared:
-        own = np.stack([sums[path] for path in shared])
+        own = np.stack([totals[path] for path in shared])
         of_all = multihost_utils.process_allgather(own).sum(0, dtype=np.uint32)
-        sums |= dict(zip(shared, of_all, strict=True))
+        totals |= dict(zip(shared, of_all, strict=True))
     return {
         path: [
-            np.dtype(leaf.dtype).name,
-            list(leaf.shape),
-            ''.join(f'{lane:08x}' for lane in sums[path]),
+            digest.dtype.name,
+            list(digest.shape),
+            ''.join(f'{lane:08x}' for lane in totals[path]),
         ]
-        for path, leaf in named.items()
+        for path, digest in found.items()
     }
 
 
-def check(where: str | os.PathLike[str], tree: Any, stored: Digests) -> None:
+def check(where: str | os.PathLike[str], found: Mapping[str, Any], stored: Digests) -> None:
     """Compares what was read, in its stored dtypes, with the digests that were stored with it.
 
     Args:
       where: it was read from.
-      tree: of arrays; may be a part of what is stored.
+      found: `rows` of what was read; may be a part of what is stored.
       stored: from the metadata.
 
     Raises:
       DamagedError: naming the arrays that differ.
     """
-    found = digests(tree)
     wrong = [path for path, row in found.items() if row != stored.get(path)]
     if wrong:
         more = f' and {len(wrong) - MOST_NAMED} more' if len(wrong) > MOST_NAMED else ''
@@ -132,21 +164,11 @@ def _json_sha256(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _leaf_sum(leaf: Any, pool: ThreadPoolExecutor) -> np.ndarray:
-    """uint32 (4,): the sum of what this process has of an array, every part once."""
-    total = np.zeros(len(LANES), np.uint32)
-    for block, start in _blocks(leaf):
-        for part in pool.map(
-            lambda piece: _block_sum(*piece, leaf.shape), list(_parts(block, start))
-        ):
-            total += part
-    return total
-
-
 def _blocks(leaf: Any) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
     """(values, position of their first) of the parts of an array, each on one process only."""
     if not isinstance(leaf, jax.Array):
-        yield np.asarray(leaf), (0,) * np.ndim(leaf)
+        for part, row in parts_of(leaf):
+            yield part, (row, *(0,) * part.ndim)[: part.ndim]
         return
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:

@@ -154,9 +154,8 @@ class Frozen:
     def load(self, mesh: Mesh, texts: ClassTexts, *, verify: bool = True) -> Tree:
         """Reads the tree, every device its part from the file, in the compute dtype.
 
-        No second copy of the weights is ever on a host or a device. What is stored in another dtype
-        is cast in groups of at most `converted.CAST_BYTES`, or of one larger stack: the stacks of a
-        backbone of billions of parameters are better converted with `--precision bfloat16`.
+        No second copy of the weights is ever on a host or a device: large arrays, and those that
+        are stored in another dtype, come in slices of `converted.SLICE_BYTES`.
 
         Args:
           mesh: the devices.

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 from safetensors.numpy import save_file
+
+from dist_jax.models.parts import PartedArray, parts_of
 
 Tree = dict[str, Any]
 
@@ -105,6 +108,13 @@ class Row:
         inside = ','.join(':' if isinstance(i, slice) else str(i) for i in self.index)
         return f'{self.target_path}[{inside}]'
 
+    def inside(self, start: int, stop: int) -> tuple[int | slice, ...] | None:
+        """`index` within rows start:stop of the leaf; None if the slot is in none of them."""
+        if not self.index or isinstance(self.index[0], slice):
+            return self.index
+        first, *rest = self.index
+        return (first - start, *rest) if start <= first < stop else None
+
     def forward(self, tensor: np.ndarray) -> np.ndarray:
         """Source layout -> target layout (a view where possible)."""
         return einops.rearrange(tensor, self.pattern, **self.sizes) if self.pattern else tensor
@@ -154,19 +164,17 @@ def import_tree(
     ignore: Iterable[str] = (),
     *,
     keep_dtype: bool = False,
-    on_tensor: Callable[[str], None] | None = None,
     context: str = '',
 ) -> Tree:
     """Fills a tree from named tensors, completely on both sides.
 
     Args:
-      tensors: name -> array; read twice each, before and after memory is taken.
+      tensors: name -> array.
       rows: the table.
       abstract: target tree with leaves that have `shape` and `dtype` (`jax.eval_shape` output).
       ignore: names that may stay unused, `fnmatch` patterns allowed ('*.num_batches_tracked').
       keep_dtype: take the dtype of the source instead of `abstract`'s (the widest one where a
         stacked leaf has several).
-      on_tensor: called with each source name once it is placed, for progress.
       context: first line of the error, for instance the file name.
 
     Returns:
@@ -175,6 +183,35 @@ def import_tree(
     Raises:
       ConversionError: one error that names every unused tensor, unfilled slot, shape mismatch
         and duplicate.
+    """
+    tree = parted_tree(tensors, rows, abstract, ignore, keep_dtype=keep_dtype, context=context)
+    return jax.tree.map(PartedArray.whole, tree)
+
+
+def parted_tree(
+    tensors: Mapping[str, np.ndarray],
+    rows: Iterable[Row],
+    abstract: Mapping[str, Any],
+    ignore: Iterable[str] = (),
+    *,
+    keep_dtype: bool = False,
+    context: str = '',
+) -> Tree:
+    """What `import_tree` returns, for reading in parts.
+
+    Args:
+      tensors: name -> array; the values are read whenever a part is.
+      rows: see `import_tree`, as all that follow.
+      abstract: likewise.
+      ignore: likewise.
+      keep_dtype: likewise.
+      context: likewise.
+
+    Returns:
+      Nested dict of `PartedArray`s: each layer of a stack is made of its tensors alone.
+
+    Raises:
+      ConversionError: as `import_tree`, before anything is made.
     """
     rows, targets = list(rows), flatten(abstract)
     mismatched, duplicates = [], _repeated(row.source_name for row in rows)
@@ -192,7 +229,9 @@ def import_tree(
 
     # Leaves are made when all their tensors are known to be there: a file of one block that claims
     # a thousand would otherwise get the memory of a thousand.
+    of_leaf: dict[str, list[Row]] = {}
     for row in coverage.rows:
+        of_leaf.setdefault(row.target_path, []).append(row)
         if row.source_name is not None and row.source_name not in tensors:
             continue
         coverage.mark(row)
@@ -211,29 +250,54 @@ def import_tree(
     if unused or unfilled or mismatched or duplicates:
         raise ConversionError(unused, unfilled, mismatched, duplicates, context)
 
-    placed: dict[str, np.ndarray] = {}
-    for row in coverage.rows:
-        shape, kind = targets[row.target_path].shape, kinds[row.target_path]
-        if row.target_path not in placed:
-            placed[row.target_path] = np.empty(shape, kind)
-        constant = row.source_name is None
-        value = row.fill if constant else row.forward(tensors[row.source_name])
-        placed[row.target_path][row.index] = value
-        if on_tensor and not constant:
-            on_tensor(row.source_name)
-    return unflatten(placed)
+    def leaf(path: str, own: list[Row]) -> PartedArray:
+        shape, kind = tuple(targets[path].shape), kinds[path]
+        stacked = all(row.index and not isinstance(row.index[0], slice) for row in own)
+        make = functools.partial(_make_part, tensors, own, shape, kind)
+        return PartedArray(shape, kind, make, stacked)
+
+    return unflatten({path: leaf(path, own) for path, own in of_leaf.items()})
+
+
+def _make_part(
+    tensors: Mapping[str, np.ndarray],
+    rows: Sequence[Row],
+    shape: tuple[int, ...],
+    kind: np.dtype,
+    start: int,
+    stop: int,
+) -> np.ndarray:
+    """Rows start:stop of the leaf that `rows` fill."""
+    part = np.empty((stop - start, *shape[1:]) if shape else (), kind)
+    for row in rows:
+        where = row.inside(start, stop)
+        if where is not None:
+            constant = row.source_name is None
+            part[where] = row.fill if constant else row.forward(tensors[row.source_name])
+    return part
 
 
 def non_finite(tree: Mapping[str, Any], rows: Iterable[Row]) -> list[str]:
     """Source names of the tensors that gave NaN or infinite values, in the order of the table."""
-    leaves = flatten(tree)
-    return [
-        row.source_name
-        for row in rows
-        if row.source_name is not None
-        and jnp.issubdtype(leaves[row.target_path].dtype, jnp.floating)
-        and not np.isfinite(leaves[row.target_path][row.index]).all()
-    ]
+    rows, leaves = list(rows), flatten(tree)
+    of_leaf: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.source_name is not None:
+            of_leaf.setdefault(row.target_path, []).append(row)
+    found = set()
+    for path, own in of_leaf.items():
+        leaf = leaves[path]
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        for part, start in parts_of(leaf):
+            stop = start + (len(part) if part.ndim else 1)
+            slots = {row.source_name: row.inside(start, stop) for row in own}
+            found |= {
+                name
+                for name, slot in slots.items()
+                if slot is not None and not np.isfinite(part[slot]).all()
+            }
+    return [row.source_name for row in rows if row.source_name in found]
 
 
 def export_tree(tree: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, np.ndarray]:
@@ -471,8 +535,9 @@ def tree_sha256(tree: Any) -> str:
         )
         named[path] = leaf
     digest = hashlib.sha256()
-    for path in sorted(named):
-        array = np.array(named[path], order='C', copy=None)
-        digest.update(f'{path}\0{array.dtype.name}\0{array.shape}\0'.encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+    for path, leaf in sorted(named.items()):
+        leaf = leaf if isinstance(leaf, PartedArray) else np.asarray(leaf)
+        digest.update(f'{path}\0{leaf.dtype.name}\0{leaf.shape}\0'.encode())
+        for part, _ in parts_of(leaf):
+            digest.update(np.array(part, order='C', copy=None).reshape(-1).view(np.uint8))
     return digest.hexdigest()

@@ -6,8 +6,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dist_jax.models import params
-from dist_jax.models.params import ALL, ConversionError, Row, export_tree, import_tree
+from dist_jax.models import digests, params, parts
+from dist_jax.models.params import (
+    ALL,
+    ConversionError,
+    Row,
+    export_tree,
+    import_tree,
+    parted_tree,
+)
+from dist_jax.models.parts import PartedArray
 
 WIDTH, HEADS, DEPTH = 6, 2, 3
 
@@ -176,12 +184,6 @@ def test_export_is_complete_too():
         export_tree(tree, _rows())
 
 
-def test_progress_is_told_once_a_tensor():
-    seen = []
-    import_tree(_tensors(), _rows(), _abstract(), on_tensor=seen.append)
-    assert sorted(seen) == sorted(_tensors())
-
-
 def test_precision_keeps_norms_and_logit_scale():
     def leaf(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -250,3 +252,63 @@ def test_tensors_that_are_not_finite_are_named_after_the_cast():
     tree = import_tree(tensors, _rows(), _abstract(jnp.bfloat16))
     assert params.non_finite(tree, _rows()) == ['cls', 'blocks.1.k.weight']
     assert params.non_finite(import_tree(tensors, _rows(), _abstract()), _rows()) == ['cls']
+
+
+class Counting(dict):
+    """Tensors that tell which of them were read."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.read = []
+
+    def __getitem__(self, name):
+        self.read.append(name)
+        return super().__getitem__(name)
+
+
+def _split_biases():
+    """A stack of q, k, v biases of which the format leaves one out, and its tensors."""
+    rows, tensors = [Row('scale', 'scale')], {'scale': np.float16(3)}
+    for i in range(DEPTH):
+        rows.append(Row(None, 'bias', index=(i, 1), fill=0.0))
+        for slot, letter in ((0, 'q'), (2, 'v')):
+            name = f'{i}.{letter}_bias'
+            rows.append(Row(name, 'bias', '(h d) -> h d', (i, slot), {'h': HEADS}))
+            tensors[name] = np.linspace(i, 9, WIDTH).astype(np.float16)
+    shapes = {'scale': (), 'bias': (DEPTH, 3, HEADS, WIDTH // HEADS)}
+    return rows, tensors, {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+
+
+@pytest.mark.parametrize('part_bytes', [1, 2 * 4 * WIDTH * 3 * WIDTH, 2**26])
+@pytest.mark.parametrize(
+    'table', [lambda: (_rows(), _tensors(np.float16), _abstract(jnp.bfloat16)), _split_biases]
+)
+def test_parts_are_the_tree(monkeypatch, table, part_bytes):
+    monkeypatch.setattr(parts, 'PART_BYTES', part_bytes)
+    rows, tensors, abstract = table()
+    last = rows[-1].source_name
+    tensors[last] = np.full_like(tensors[last], np.nan)
+    tree, parted = import_tree(tensors, rows, abstract), parted_tree(tensors, rows, abstract)
+    assert jax.tree.structure(tree) == jax.tree.structure(parted)
+    for leaf, made in zip(jax.tree.leaves(tree), jax.tree.leaves(parted)):
+        assert isinstance(made, PartedArray)
+        assert (made.shape, made.dtype, made.nbytes) == (leaf.shape, leaf.dtype, leaf.nbytes)
+        found = [part for part, _ in made.parts()]
+        assert np.concatenate(found).tobytes() == leaf.tobytes() if leaf.ndim else len(found) == 1
+    assert params.count(parted) == params.count(tree)
+    assert params.tree_sha256(parted) == params.tree_sha256(tree)
+    assert digests.digests(parted) == digests.digests(tree)
+    assert (
+        params.non_finite(parted, rows) == params.non_finite(tree, rows) == [rows[-1].source_name]
+    )
+
+
+def test_a_layer_is_made_of_its_own_tensors_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(parts, 'PART_BYTES', 1)
+    tensors = Counting(_tensors())
+    kernel = parted_tree(tensors, _rows(), _abstract())['blocks']['qkv']['kernel']
+    tensors.read.clear()  # shapes were compared
+    for part, layer in kernel.parts():
+        assert part.shape == (1, *kernel.shape[1:])
+        assert tensors.read == [f'blocks.{layer}.{letter}.weight' for letter in 'qkv']
+        tensors.read.clear()

@@ -36,13 +36,15 @@ CONFIGS = ('config.json', 'open_clip_config.json')
 
 
 def read(path: Path) -> None:
-    """Opens a checkpoint as `dist_jax convert` does, up to the tree that it would write."""
+    """Opens a checkpoint as `dist_jax convert` does, and makes all that it would write."""
     from dist_jax import convert
     from dist_jax.models.naming import Options
+    from dist_jax.models.params import tree_sha256
     from dist_jax.models.source_files import open_source
 
     source = open_source(path)
-    convert.read_params(source, convert.detect(source), Options())
+    _, params = convert.read_params(source, convert.detect(source), Options())
+    tree_sha256(params)
 
 
 def prepare(folder: Path, golden: Path) -> list[Input]:
