@@ -5,7 +5,8 @@ because logits of 197 x 197 are written, read, reduced and laid out again in HBM
 read once and everything between stays in VMEM, with the weights: `residual_attention` and
 `residual_mlp` are the two halves of a frozen block. Where queries and keys are wanted as well, or
 heads are split over devices, or the weights are too large for VMEM, `frame_attention` does only the
-attention.
+attention. Blocks that are trained use that too (`trained_attention`), and
+`frame_attention_gradient` behind it, which computes the weights once more.
 
 The cost that a kernel declares is the time of its compiled schedule on v4, in terms of the matrix
 unit, without waiting for memory; see docs/performance.md.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import einops
@@ -29,12 +30,14 @@ from dist_jax.models.layers import attend, einsum, layer_norm
 from dist_jax.sharding import BATCH, TENSOR
 
 Tree = Any
+Heads = tuple[jax.Array, jax.Array, jax.Array]
 LANES = 128  # of a vector register, and the side of the matrix unit
 SUBLANES = 8
 FLOPS_PER_BUNDLE = 4 * LANES * LANES * 2  # of the matrix units of one v4 core
 # Measured schedules: bundles for a register of logits, and products against their time at peak.
 BUNDLES_PER_REGISTER = 9
 ATTENTION_OVER_PEAK = 1.19
+GRADIENT_OVER_FORWARD = 1.9
 MLP_OVER_PEAK = 1.12
 BUNDLES_PER_SUM = 1.5  # for a register of the sum, for every part but the first
 VMEM_BYTES = 16 * 2**20  # of a v4 core
@@ -45,67 +48,156 @@ def heads_per_group(head_dim: int) -> int:
     return max(1, LANES // head_dim)
 
 
+def groups_of_heads(num_heads: int, head_dim: int) -> int:
+    """Registers' worth of lanes that the heads take."""
+    return -(-num_heads // heads_per_group(head_dim))
+
+
 def fits(num_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:
-    """Whether kernels take heads of this kind: bfloat16, whole registers."""
-    group = heads_per_group(head_dim)
-    whole = head_dim * group == LANES and num_heads % group == 0
-    return whole and dtype == jnp.bfloat16
+    """Whether kernels take heads of this kind: bfloat16, no head wider than a register."""
+    return num_heads > 0 and head_dim <= LANES and dtype == jnp.bfloat16
+
+
+def whole_registers(num_heads: int, head_dim: int) -> bool:
+    """Whether groups of heads fill their lanes: nothing has to be padded."""
+    return num_heads * head_dim == groups_of_heads(num_heads, head_dim) * LANES
 
 
 def frame_attention(
-    qkv: jax.Array, num_heads: int, head_dim: int, interpret: bool = False
+    qkv: jax.Array,
+    num_heads: int,
+    head_dim: int,
+    queries: int | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Scaled dot-product attention within each frame, float32 softmax.
 
     Args:
-      qkv: (N, L, 3 h d) bfloat16. The channels are groups of 128: for every group of heads its
-        queries, then its keys, then its values.
+      qkv: (N, L, 3 g 128) bfloat16, see `grouped_projection`. For every group of heads its queries,
+        then its keys, then its values, each in 128 channels; channels without a head are zero.
       num_heads: h.
       head_dim: d; see `fits`.
+      queries: how many tokens, from the first on, are queries; None for all.
       interpret: run without a TPU, slowly, for tests.
 
     Returns:
-      (N, L, h d), the heads in their order.
+      (N, queries, g 128), the heads in their order, in groups like those of `qkv`.
 
     Raises:
       ValueError: the logits of one group of heads do not fit into VMEM; see `heads_tile`.
     """
     frames, length, _ = qkv.shape
-    width = num_heads * head_dim
-    part = heads_tile(length, num_heads, head_dim)
+    queries = queries or length
+    return _on_groups(
+        _frame_kernel,
+        (qkv,),
+        jax.ShapeDtypeStruct((frames, queries, qkv.shape[-1] // 3), qkv.dtype),
+        num_heads,
+        head_dim,
+        bundles=_attention_bundles(length, queries, num_heads),
+        transcendentals=num_heads * length * queries,
+        interpret=interpret,
+        name='frame_attention',
+    )
+
+
+def frame_attention_gradient(
+    qkv: jax.Array, upstream: jax.Array, num_heads: int, head_dim: int, interpret: bool = False
+) -> jax.Array:
+    """The gradient of `frame_attention` by `qkv`.
+
+    Args:
+      qkv: as there, (N, L, 3 g 128).
+      upstream: gradient of its result, (N, queries, g 128) bfloat16; what it holds in channels
+        without a head counts for nothing.
+      num_heads: h.
+      head_dim: d.
+      interpret: run without a TPU, slowly, for tests.
+
+    Returns:
+      (N, L, 3 g 128), laid out like `qkv`: zero for tokens that are no queries and for channels
+      without a head.
+
+    Raises:
+      ValueError: as `frame_attention`.
+    """
+    length, queries = qkv.shape[1], upstream.shape[1]
+    return _on_groups(
+        _frame_gradient_kernel,
+        (qkv, upstream),
+        jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+        num_heads,
+        head_dim,
+        bundles=GRADIENT_OVER_FORWARD * _attention_bundles(length, queries, num_heads),
+        transcendentals=num_heads * length * queries,
+        interpret=interpret,
+        name='frame_attention_gradient',
+    )
+
+
+def _on_groups(
+    kernel: Callable[..., None],
+    inputs: tuple[jax.Array, ...],
+    output: jax.ShapeDtypeStruct,
+    num_heads: int,
+    head_dim: int,
+    *,
+    bundles: float,
+    transcendentals: int,
+    interpret: bool,
+    name: str,
+) -> jax.Array:
+    """Runs a kernel on frames and on the groups of heads that fit at a time; costs of a frame."""
+    frames, length, _ = inputs[0].shape
+    groups = groups_of_heads(num_heads, head_dim)
+    lanes = [x.shape[-1] // groups for x in (*inputs, output)]
+    part = heads_tile(length, num_heads, head_dim, sum(lanes) // LANES)
     if part is None:
-        raise ValueError(f'frame_attention: logits of {length} tokens do not fit into VMEM')
+        raise ValueError(f'{name}: logits of {length} tokens do not fit into VMEM')
+    parts = groups * LANES // part
+    if parts > 1:  # every part is the same program: a head of zeros is one like others
+        num_heads = groups // parts * heads_per_group(head_dim)
+    specs = [
+        pl.BlockSpec((1, x.shape[1], x.shape[-1] // parts), lambda n, p: (n, 0, p))
+        for x in (*inputs, output)
+    ]
     cost = pl.CostEstimate(
-        flops=frames * _attention_bundles(length, num_heads) * FLOPS_PER_BUNDLE,
-        transcendentals=frames * num_heads * length * length,
-        bytes_accessed=4 * frames * length * width * qkv.dtype.itemsize,
+        flops=int(frames * bundles * FLOPS_PER_BUNDLE),
+        transcendentals=frames * transcendentals,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, output)),
     )
     return pl.pallas_call(
-        functools.partial(_frame_kernel, head_dim=head_dim),
-        grid=(frames, width // part),
-        in_specs=[pl.BlockSpec((1, length, 3 * part), lambda n, p: (n, 0, p))],
-        out_specs=pl.BlockSpec((1, length, part), lambda n, p: (n, 0, p)),
-        out_shape=jax.ShapeDtypeStruct((frames, length, width), qkv.dtype),
+        functools.partial(kernel, num_heads=num_heads, head_dim=head_dim),
+        grid=(frames, parts),
+        in_specs=specs[:-1],
+        out_specs=specs[-1],
+        out_shape=output,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=cost,
         interpret=interpret,
-        name='frame_attention',
-    )(qkv)
+        name=name,
+    )(*inputs)
 
 
-def heads_tile(length: int, num_heads: int, head_dim: int) -> int | None:
+def heads_tile(length: int, num_heads: int, head_dim: int, arrays: int = 4) -> int | None:
     """Channels of heads that `frame_attention` works on at a time, whole groups of them.
 
     The most that fit into VMEM; None where the logits of one group do not.
+
+    Args:
+      length: L.
+      num_heads: h.
+      head_dim: d.
+      arrays: that hold these channels: queries, keys, values and output, and their gradients.
     """
-    groups = num_heads // heads_per_group(head_dim)
+    groups = groups_of_heads(num_heads, head_dim)
     logits = _logits_bytes(length, head_dim)
     for parts in range(1, groups + 1):
         width = groups // parts * LANES
-        # Queries, keys, values and output, each twice: the next part arrives meanwhile.
-        if groups % parts == 0 and 2 * 4 * _rows(length) * width * 2 + logits < VMEM_BYTES:
+        # Each array twice: the next part arrives meanwhile.
+        if groups % parts == 0 and 2 * arrays * _rows(length) * width * 2 + logits < VMEM_BYTES:
             return width
     return None
 
@@ -119,53 +211,127 @@ def _logits_bytes(length: int, head_dim: int) -> int:
     return 3 * (1 + heads_per_group(head_dim)) * logits
 
 
-def _frame_kernel(qkv_ref, out_ref, *, head_dim: int) -> None:
-    """Some heads of one frame: (1, L, 3 w) -> (1, L, w)."""
-
-    def group(number: jax.Array, carry: None) -> None:
-        def lanes(first: jax.Array) -> pl.Slice:
-            return pl.ds(pl.multiple_of(first * LANES, LANES), LANES)
-
-        q, k, v = (qkv_ref[0, :, lanes(3 * number + i)] for i in range(3))
-        out_ref[0, :, lanes(number)] = _attend(q, k, v, head_dim).astype(out_ref.dtype)
-
+def _each_group(
+    body: Callable[[jax.Array | int, int], None], num_heads: int, head_dim: int
+) -> None:
+    """Calls `body(number, heads)` for every group: its number and how many heads it has."""
+    group = heads_per_group(head_dim)
     # A loop, not a row of copies: memory of one group serves the next.
-    jax.lax.fori_loop(0, out_ref.shape[2] // LANES, group, None)
+    jax.lax.fori_loop(0, num_heads // group, lambda number, _: body(number, group), None)
+    if num_heads % group:
+        body(num_heads // group, num_heads % group)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int) -> jax.Array:
-    """Attention of the heads that share a register: bfloat16 (L, 128) three times -> float32.
+def _group_lanes(number: jax.Array | int) -> pl.Slice:
+    """The lanes of a group of heads."""
+    return pl.ds(pl.multiple_of(number * LANES, LANES), LANES)
+
+
+def _frame_kernel(qkv_ref, out_ref, *, num_heads: int, head_dim: int) -> None:
+    """Some heads of one frame: (1, L, 3 w) -> (1, queries, w)."""
+    queries = out_ref.shape[1]
+
+    def body(number: jax.Array | int, heads: int) -> None:
+        q = qkv_ref[0, :queries, _group_lanes(3 * number)]
+        k, v = (qkv_ref[0, :, _group_lanes(3 * number + i)] for i in (1, 2))
+        out = _attend(q, k, v, heads, head_dim)
+        out_ref[0, :, _group_lanes(number)] = out.astype(out_ref.dtype)
+
+    _each_group(body, num_heads, head_dim)
+
+
+def _frame_gradient_kernel(
+    qkv_ref, upstream_ref, gradient_ref, *, num_heads: int, head_dim: int
+) -> None:
+    """Some heads of one frame: (1, L, 3 w) and (1, queries, w) -> (1, L, 3 w)."""
+    length, queries = qkv_ref.shape[1], upstream_ref.shape[1]
+
+    def body(number: jax.Array | int, heads: int) -> None:
+        q = qkv_ref[0, :queries, _group_lanes(3 * number)]
+        k, v = (qkv_ref[0, :, _group_lanes(3 * number + i)] for i in (1, 2))
+        upstream = upstream_ref[0, :, _group_lanes(number)]
+        dq, dk, dv = _attend_gradient(q, k, v, upstream, heads, head_dim)
+        dtype = gradient_ref.dtype
+        gradient_ref[0, :queries, _group_lanes(3 * number)] = dq.astype(dtype)
+        if queries < length:
+            rest = jnp.zeros((length - queries, LANES), dtype)
+            gradient_ref[0, queries:, _group_lanes(3 * number)] = rest
+        gradient_ref[0, :, _group_lanes(3 * number + 1)] = dk.astype(dtype)
+        gradient_ref[0, :, _group_lanes(3 * number + 2)] = dv.astype(dtype)
+
+    _each_group(body, num_heads, head_dim)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, head_dim: int) -> jax.Array:
+    """Attention of the heads that share a register: bfloat16 (Q, 128), (L, 128) twice -> float32.
 
     Heads narrower than a register are not cut out of it: a head's logits are the product of whole
     registers in which the query's other lanes are zero, and of the product with the values only
     its own lanes are kept. The matrix unit is as deep as a register, so this costs nothing.
     """
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    scale = head_dim**-0.5 * math.log2(math.e)
     out = jnp.zeros(q.shape, jnp.float32)
-    for start in range(0, LANES, head_dim):
-        own = (lane >= start) & (lane < start + head_dim)
-        logits = _product(jnp.where(own, q, 0).astype(q.dtype), k, transposed=True)
-        weights = jnp.exp2((logits - logits.max(-1, keepdims=True)) * scale)
-        total = weights.sum(-1, keepdims=True)
-        out = jnp.where(own, _product(weights.astype(v.dtype), v) * (1 / total), out)
+    for own in _lanes_of_heads(heads, head_dim):
+        weights = _weights(_only(own, q), k, head_dim).astype(v.dtype)
+        out = jnp.where(own, _product(weights, v, (0, 0)), out)
     return out
 
 
-def _product(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
-    """float32 `a @ b` of bfloat16 arrays, or `a @ b.T`."""
+def _attend_gradient(
+    q: jax.Array, k: jax.Array, v: jax.Array, upstream: jax.Array, heads: int, head_dim: int
+) -> Heads:
+    """Of `_attend` by queries, keys and values: float32 (Q, 128), (L, 128) twice."""
+    dq = jnp.zeros(q.shape, jnp.float32)
+    dk = dv = jnp.zeros(k.shape, jnp.float32)
+    for own in _lanes_of_heads(heads, head_dim):
+        own_q, own_upstream = _only(own, q), _only(own, upstream)
+        weights = _weights(own_q, k, head_dim)
+        dv += _product(weights.astype(q.dtype), own_upstream, (1, 0))
+        dweights = _product(v, own_upstream, (1, 1))
+        mean = (weights * dweights).sum(0, keepdims=True)
+        dlogits = (weights * (dweights - mean)).astype(q.dtype)
+        dk += _product(dlogits, own_q, (1, 0))
+        dq = jnp.where(own, _product(dlogits, k, (0, 0)), dq)
+    return dq * head_dim**-0.5, dk * head_dim**-0.5, dv
+
+
+def _lanes_of_heads(heads: int, head_dim: int) -> Iterator[jax.Array]:
+    """For every head of a group, which lanes are its own: bool (1, 128)."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    for start in range(0, heads * head_dim, head_dim):
+        yield (lane >= start) & (lane < start + head_dim)
+
+
+def _only(own: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` with zeros in the lanes of others."""
+    return jnp.where(own, x, 0).astype(x.dtype)
+
+
+def _weights(q: jax.Array, k: jax.Array, head_dim: int) -> jax.Array:
+    """The softmax of a head, float32 (L, Q), of sum 1 over L.
+
+    Keys are rows: sums over them are of whole registers, and what is missing to whole registers of
+    128 lanes is missing of queries, over which nothing is summed.
+    """
+    logits = _product(k, q, (1, 1))
+    scale = head_dim**-0.5 * math.log2(math.e)
+    weights = jnp.exp2((logits - logits.max(0, keepdims=True)) * scale)
+    return weights * (1 / weights.sum(0, keepdims=True))
+
+
+def _product(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
+    """float32 product of two bfloat16 matrices over these axes of them."""
     return jax.lax.dot_general(
         a,
         b,
-        (((1,), (1 if transposed else 0,)), ((), ())),
+        (((over[0],), (over[1],)), ((), ())),
         precision=jax.lax.Precision.DEFAULT,  # of bfloat16: nothing is lost
         preferred_element_type=jnp.float32,
     )
 
 
-def _attention_bundles(length: int, num_heads: int) -> int:
+def _attention_bundles(length: int, queries: int, num_heads: int) -> int:
     """Of logits, softmax and mixing of a frame."""
-    registers = num_heads * math.ceil(length / SUBLANES) * math.ceil(length / LANES)
+    registers = num_heads * math.ceil(length / SUBLANES) * math.ceil(queries / LANES)
     return registers * BUNDLES_PER_REGISTER
 
 
@@ -176,7 +342,7 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
       x: the stream, bfloat16 (N, L, W).
       norm: `scale` and `bias` of the norm, (W,).
       attn: `qkv` with `kernel` (W, 3, h, d) and `bias` (3, h, d), `out` with `kernel` (h, d, W) and
-        `bias` (W,); h and d as `fits` wants them.
+        `bias` (W,); h and d as `attention_fits` wants them.
       interpret: run without a TPU, slowly, for tests.
 
     Returns:
@@ -186,7 +352,7 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
     *_, num_heads, head_dim = attn['qkv']['kernel'].shape
     inner = num_heads * head_dim
     peak = _rows(length) * width * 4 * inner * 2 / FLOPS_PER_BUNDLE
-    bundles = ATTENTION_OVER_PEAK * peak + _attention_bundles(length, num_heads)
+    bundles = ATTENTION_OVER_PEAK * peak + _attention_bundles(length, length, num_heads)
     weights = (
         *_rows_of(norm['scale'], norm['bias']),
         attn['qkv']['kernel'].astype(x.dtype).reshape(width, 3 * inner),
@@ -236,7 +402,8 @@ def _residual_attention_kernel(
             )
             for i in range(3)
         )
-        h_ref[:, lanes(0)] = _attend(q, k, v, head_dim).astype(h_ref.dtype)
+        out = _attend(q, k, v, heads_per_group(head_dim), head_dim)
+        h_ref[:, lanes(0)] = out.astype(h_ref.dtype)
 
     jax.lax.fori_loop(0, inner // LANES, group, None)
     y = x_ref[0].astype(jnp.float32) + _product(h_ref[...], out_ref[...]) + out_bias_ref[...]
@@ -407,11 +574,15 @@ def _on_frames(
     )(x, *weights)
 
 
-Heads = tuple[jax.Array, jax.Array, jax.Array]
+Rotation = Callable[[jax.Array], jax.Array]
 
 
 def self_attention(
-    z: jax.Array, kernel: jax.Array, bias: jax.Array, mask: jax.Array | None = None
+    z: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    mask: jax.Array | None = None,
+    rotate: Rotation | None = None,
 ) -> Heads:
     """Projections and attention of a block of a frozen tower.
 
@@ -422,13 +593,15 @@ def self_attention(
       kernel: (W, 3, h, d), of queries, keys and values, in the dtype of `z`.
       bias: (3, h, d), likewise.
       mask: see `layers.attend`.
+      rotate: of queries and of keys, (N, L, h, d), before they meet: a rotary position embedding.
 
     Returns:
       Output of the heads, queries and keys, each (N, L, h, d).
     """
+    plain = functools.partial(_plain_heads, rotate=rotate)
     if mask is None and heads_fit(z, kernel):
-        return on_tpu(_fast_heads, _plain_heads, z, kernel, bias)
-    return _plain_heads(z, kernel, bias, mask)
+        return on_tpu(functools.partial(_fast_heads, rotate=rotate), plain, z, kernel, bias)
+    return plain(z, kernel, bias, mask)
 
 
 def on_tpu(fast: Callable[..., Tree], plain: Callable[..., Tree], *inputs: Tree) -> Tree:
@@ -442,57 +615,162 @@ def on_tpu(fast: Callable[..., Tree], plain: Callable[..., Tree], *inputs: Tree)
 
 
 def _plain_heads(
-    z: jax.Array, kernel: jax.Array, bias: jax.Array, mask: jax.Array | None = None
+    z: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    mask: jax.Array | None = None,
+    rotate: Rotation | None = None,
 ) -> Heads:
     q, k, v = einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
+    if rotate is not None:
+        q, k = rotate(q), rotate(k)
     return attend(q, k, v, mask), q, k
 
 
-def _fast_heads(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> Heads:
+def _fast_heads(
+    z: jax.Array, kernel: jax.Array, bias: jax.Array, rotate: Rotation | None = None
+) -> Heads:
     num_heads, head_dim = kernel.shape[-2:]
-    qkv, q, k = grouped_projection(z, kernel, bias)
-
-    def one_device(qkv: jax.Array) -> jax.Array:
-        return frame_attention(qkv, qkv.shape[-1] // (3 * head_dim), head_dim)
-
-    out = on_each_device(one_device, qkv, split=_heads_axis(num_heads, head_dim))
-    return out.reshape(*out.shape[:2], num_heads, head_dim), q, k
-
-
-def grouped_projection(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> Heads:
-    """The projection as `frame_attention` takes it, (N, L, 3 h d); queries and keys out of it."""
-    head_dim = kernel.shape[-1]
-    split = {'c': 3, 'i': heads_per_group(head_dim), 'd': head_dim}
-    kernel = einops.rearrange(kernel, 'w c (g i) d -> w (g c i d)', **split)
-    bias = einops.rearrange(bias, 'c (g i) d -> (g c i d)', **split)
-    qkv = einsum('nlw,wc->nlc', z, kernel) + bias
-    q, k, _ = einops.rearrange(qkv, 'n l (g c i d) -> c n l (g i) d', **split)
-    return qkv, q, k
+    qkv = grouped_projection(z, kernel, bias)
+    q, k, v = heads_of(qkv, num_heads, head_dim, arrays=3)
+    if rotate is not None:
+        q, k = rotate(q), rotate(k)
+        qkv = _group(jnp.stack([q, k, v], axis=2))
+    run = functools.partial(frame_attention, head_dim=head_dim)
+    out = _on_device_groups(run, (qkv,), num_heads, head_dim)
+    return *heads_of(out, num_heads, head_dim), q, k
 
 
-def heads_fit(z: jax.Array, kernel: jax.Array) -> bool:
+def trained_attention(
+    z: jax.Array, kernel: jax.Array, bias: jax.Array, queries: int | None = None
+) -> jax.Array:
+    """Projections and attention of a block that is trained.
+
+    On TPU and in bfloat16, attention and its gradient are kernels where a frame fits into VMEM;
+    of the attention, only queries, keys and values are kept for the gradient. Elsewhere it is
+    `layers.attend`.
+
+    Args:
+      z: (N, L, C), the normalised stream.
+      kernel: (C, 3, h, d), of queries, keys and values, in the dtype of `z`.
+      bias: (3, h, d), likewise.
+      queries: how many tokens, from the first on, are queries; None for all. All are keys: a class
+        token that asks nothing comes last.
+
+    Returns:
+      Output of the heads, (N, queries, h, d).
+    """
+    num_heads, head_dim = kernel.shape[-2:]
+    queries = queries or z.shape[1]
+    if not heads_fit(z, kernel, arrays=7):
+        q, k, v = einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
+        return attend(q[:, :queries], k, v)
+    qkv = grouped_projection(z, kernel, bias)
+    return heads_of(_grouped_attention(qkv, queries, num_heads, head_dim), num_heads, head_dim)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _grouped_attention(qkv: jax.Array, queries: int, num_heads: int, head_dim: int) -> jax.Array:
+    """`frame_attention` on TPU, its plain form elsewhere; so is the gradient."""
+
+    def fast(qkv: jax.Array) -> jax.Array:
+        run = functools.partial(frame_attention, head_dim=head_dim, queries=queries)
+        return _on_device_groups(run, (qkv,), num_heads, head_dim)
+
+    def plain(qkv: jax.Array) -> jax.Array:
+        return _plain_groups(qkv, queries, num_heads, head_dim)
+
+    return jax.lax.platform_dependent(qkv, tpu=fast, default=plain)
+
+
+def _grouped_attention_gradient(
+    queries: int, num_heads: int, head_dim: int, qkv: jax.Array, upstream: jax.Array
+) -> tuple[jax.Array]:
+    def fast(*inputs: jax.Array) -> jax.Array:
+        run = functools.partial(frame_attention_gradient, head_dim=head_dim)
+        return _on_device_groups(run, inputs, num_heads, head_dim)
+
+    def plain(qkv: jax.Array, upstream: jax.Array) -> jax.Array:
+        run = jax.vjp(lambda qkv: _plain_groups(qkv, queries, num_heads, head_dim), qkv)[1]
+        return run(upstream)[0]
+
+    return (jax.lax.platform_dependent(qkv, upstream, tpu=fast, default=plain),)
+
+
+_grouped_attention.defvjp(
+    lambda qkv, *sizes: (_grouped_attention(qkv, *sizes), qkv), _grouped_attention_gradient
+)
+
+
+def _plain_groups(qkv: jax.Array, queries: int, num_heads: int, head_dim: int) -> jax.Array:
+    """What `frame_attention` means."""
+    q, k, v = heads_of(qkv, num_heads, head_dim, arrays=3)
+    return _group(attend(q[:, :queries], k, v)[:, :, None])
+
+
+def _on_device_groups(
+    function: Callable[..., jax.Array],
+    inputs: tuple[jax.Array, ...],
+    num_heads: int,
+    head_dim: int,
+) -> jax.Array:
+    """`function(*inputs, num_heads=)` on the frames and groups of heads that a device holds."""
+    axis = _heads_axis(num_heads, head_dim)
+    if axis:
+        groups = groups_of_heads(num_heads, head_dim) // _mesh_sizes()[axis]
+        num_heads = groups * heads_per_group(head_dim)  # of zeros, where one is missing
+    run = functools.partial(function, num_heads=num_heads)
+    return on_each_device(run, inputs[0], beside=inputs[1:], split=axis)
+
+
+def grouped_projection(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """The projection as `frame_attention` takes it, (N, L, 3 g 128): `_group` of its parameters."""
+    return einsum('nlw,wc->nlc', z, _group(kernel)) + _group(bias)
+
+
+def _group(x: jax.Array) -> jax.Array:
+    """Channels (..., c, h, d) in groups of heads, (..., g c 128), with zeros where no head is."""
+    *rest, _, num_heads, head_dim = x.shape
+    heads = heads_per_group(head_dim)
+    none = [(0, 0)] * (len(rest) + 1)
+    x = jnp.pad(x, [*none, (0, -num_heads % heads), (0, 0)])
+    x = einops.rearrange(x, '... c (g i) d -> ... g c (i d)', i=heads)
+    x = jnp.pad(x, [*none, (0, 0), (0, LANES - x.shape[-1])])
+    return x.reshape(*rest, -1)
+
+
+def heads_of(x: jax.Array, num_heads: int, head_dim: int, arrays: int = 1) -> tuple[jax.Array, ...]:
+    """The heads in (N, L, g c 128), c arrays of them: each (N, L, h, d)."""
+    heads = heads_per_group(head_dim)
+    x = einops.rearrange(x, 'n l (g c w) -> c n l g w', c=arrays, w=LANES)
+    x = einops.rearrange(x[..., : heads * head_dim], '... g (i d) -> ... (g i) d', i=heads)
+    return tuple(x[..., :num_heads, :])
+
+
+def heads_fit(z: jax.Array, kernel: jax.Array, arrays: int = 4) -> bool:
     """Whether `frame_attention` takes the heads of `self_attention`: `fits`, and room in VMEM."""
     num_heads, head_dim = kernel.shape[-2:]
     if not fits(num_heads, head_dim, z.dtype):
         return False
-    if _heads_axis(num_heads, head_dim):
-        num_heads //= _mesh_sizes()[TENSOR]
-    return heads_tile(z.shape[1], num_heads, head_dim) is not None
+    if axis := _heads_axis(num_heads, head_dim):
+        num_heads = -(-num_heads // _mesh_sizes()[axis])
+    return heads_tile(z.shape[1], num_heads, head_dim, arrays) is not None
 
 
 def _heads_axis(num_heads: int, head_dim: int) -> str | None:
     """The axis of the mesh that groups of heads are split over, if it divides them."""
     size = _mesh_sizes().get(TENSOR, 1)
-    return TENSOR if size > 1 and num_heads // heads_per_group(head_dim) % size == 0 else None
+    return TENSOR if size > 1 and groups_of_heads(num_heads, head_dim) % size == 0 else None
 
 
 def attention_fits(x: jax.Array, attn: Tree) -> bool:
-    """Whether `residual_attention` takes these: `fits`, whole heads on a device, room in VMEM."""
+    """Whether `residual_attention` takes these: whole registers of heads, room in VMEM."""
     *_, num_heads, head_dim = attn['qkv']['kernel'].shape
     _, length, width = x.shape
     weights = 4 * width * num_heads * head_dim * x.dtype.itemsize
     return (
         fits(num_heads, head_dim, x.dtype)
+        and whole_registers(num_heads, head_dim)
         and _mesh_sizes().get(TENSOR, 1) == 1
         and weights + 12 * length * width + _logits_bytes(length, head_dim) < VMEM_BYTES
     )
@@ -514,7 +792,11 @@ def _mesh_sizes() -> Mapping[str, int]:
 
 
 def on_each_device(
-    function: Callable[..., jax.Array], x: jax.Array, *whole: Tree, split: str | None = None
+    function: Callable[..., jax.Array],
+    x: jax.Array,
+    *whole: Tree,
+    beside: Sequence[jax.Array] = (),
+    split: str | None = None,
 ) -> jax.Array:
     """A kernel on the part of (N, L, C) that a device holds: N over the batch axes.
 
@@ -522,16 +804,18 @@ def on_each_device(
     device does the same work.
 
     Args:
-      function: (x, *whole) -> array of the rank of `x`.
+      function: (x, *beside, *whole) -> array of the rank of `x`.
       x: (N, L, C).
       whole: what every device needs all of.
+      beside: other arrays that are split like `x`.
       split: the axis of the mesh that C is split over, of `x` and of the result.
     """
     if math.prod(_mesh_sizes().values()) == 1:
-        return function(x, *whole)
+        return function(x, *beside, *whole)
     spec = PartitionSpec(_batch_axes(x), None, split)
-    inputs = (spec, *(PartitionSpec() for _ in whole))
-    return jax.shard_map(function, in_specs=inputs, out_specs=spec, check_vma=False)(x, *whole)
+    inputs = (spec, *(spec for _ in beside), *(PartitionSpec() for _ in whole))
+    run = jax.shard_map(function, in_specs=inputs, out_specs=spec, check_vma=False)
+    return run(x, *beside, *whole)
 
 
 def _batch_axes(x: jax.Array) -> tuple[str, ...] | None:
