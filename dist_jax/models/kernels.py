@@ -91,41 +91,44 @@ def frame_attention(
     return _on_groups(
         _frame_kernel,
         (qkv,),
-        jax.ShapeDtypeStruct((frames, queries, qkv.shape[-1] // 3), qkv.dtype),
+        (jax.ShapeDtypeStruct((frames, queries, qkv.shape[-1] // 3), qkv.dtype),),
         num_heads,
         head_dim,
         bundles=_attention_bundles(length, queries, num_heads),
         transcendentals=num_heads * length * queries,
         interpret=interpret,
         name='frame_attention',
-    )
+    )[0]
 
 
 def frame_attention_gradient(
     qkv: jax.Array, upstream: jax.Array, num_heads: int, head_dim: int, interpret: bool = False
-) -> jax.Array:
-    """The gradient of `frame_attention` by `qkv`.
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient of `frame_attention` by `qkv`, and by what is added to all tokens of a frame.
 
     Args:
       qkv: as there, (N, L, 3 g 128).
-      upstream: gradient of its result, (N, queries, g 128) bfloat16; what it holds in channels
-        without a head counts for nothing.
+      upstream: gradient of its result, (N, queries, g 128) bfloat16, zero where no head is.
       num_heads: h.
       head_dim: d.
       interpret: run without a TPU, slowly, for tests.
 
     Returns:
-      (N, L, 3 g 128), laid out like `qkv`: zero for tokens that are no queries and for channels
-      without a head.
+      (N, L, 3 g 128), laid out like `qkv`, zero for queries of tokens that are none and where no
+      head is; and its sum over the tokens, from before it is rounded, float32 (N, 1, 3 g 128): a
+      pass over all of the former costs as much as the kernel.
 
     Raises:
       ValueError: as `frame_attention`.
     """
-    length, queries = qkv.shape[1], upstream.shape[1]
+    (frames, length, width), queries = qkv.shape, upstream.shape[1]
     return _on_groups(
         _frame_gradient_kernel,
         (qkv, upstream),
-        jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+        (
+            jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+            jax.ShapeDtypeStruct((frames, 1, width), jnp.float32),
+        ),
         num_heads,
         head_dim,
         bundles=GRADIENT_OVER_FORWARD * _attention_bundles(length, queries, num_heads),
@@ -138,7 +141,7 @@ def frame_attention_gradient(
 def _on_groups(
     kernel: Callable[..., None],
     inputs: tuple[jax.Array, ...],
-    output: jax.ShapeDtypeStruct,
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
     num_heads: int,
     head_dim: int,
     *,
@@ -146,32 +149,32 @@ def _on_groups(
     transcendentals: int,
     interpret: bool,
     name: str,
-) -> jax.Array:
+) -> tuple[jax.Array, ...]:
     """Runs a kernel on frames and on the groups of heads that fit at a time; costs of a frame."""
     frames, length, _ = inputs[0].shape
     groups = groups_of_heads(num_heads, head_dim)
-    lanes = [x.shape[-1] // groups for x in (*inputs, output)]
-    part = heads_tile(length, num_heads, head_dim, sum(lanes) // LANES)
+    arrays = (*inputs, *outputs)
+    held = sum(x.shape[-1] for x in arrays if x.shape[1] > 1) // (groups * LANES)
+    part = heads_tile(length, num_heads, head_dim, held)
     if part is None:
         raise ValueError(f'{name}: logits of {length} tokens do not fit into VMEM')
     parts = groups * LANES // part
     if parts > 1:  # every part is the same program: a head of zeros is one like others
         num_heads = groups // parts * heads_per_group(head_dim)
     specs = [
-        pl.BlockSpec((1, x.shape[1], x.shape[-1] // parts), lambda n, p: (n, 0, p))
-        for x in (*inputs, output)
+        pl.BlockSpec((1, x.shape[1], x.shape[-1] // parts), lambda n, p: (n, 0, p)) for x in arrays
     ]
     cost = pl.CostEstimate(
         flops=int(frames * bundles * FLOPS_PER_BUNDLE),
         transcendentals=frames * transcendentals,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, output)),
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
     )
     return pl.pallas_call(
         functools.partial(kernel, num_heads=num_heads, head_dim=head_dim),
         grid=(frames, parts),
-        in_specs=specs[:-1],
-        out_specs=specs[-1],
-        out_shape=output,
+        in_specs=specs[: len(inputs)],
+        out_specs=specs[len(inputs) :],
+        out_shape=outputs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -241,23 +244,23 @@ def _frame_kernel(qkv_ref, out_ref, *, num_heads: int, head_dim: int) -> None:
 
 
 def _frame_gradient_kernel(
-    qkv_ref, upstream_ref, gradient_ref, *, num_heads: int, head_dim: int
+    qkv_ref, upstream_ref, gradient_ref, sum_ref, *, num_heads: int, head_dim: int
 ) -> None:
-    """Some heads of one frame: (1, L, 3 w) and (1, queries, w) -> (1, L, 3 w)."""
+    """Some heads of one frame: (1, L, 3 w), (1, queries, w) -> (1, L, 3 w), (1, 1, 3 w)."""
     length, queries = qkv_ref.shape[1], upstream_ref.shape[1]
 
     def body(number: jax.Array | int, heads: int) -> None:
         q = qkv_ref[0, :queries, _group_lanes(3 * number)]
         k, v = (qkv_ref[0, :, _group_lanes(3 * number + i)] for i in (1, 2))
         upstream = upstream_ref[0, :, _group_lanes(number)]
-        dq, dk, dv = _attend_gradient(q, k, v, upstream, heads, head_dim)
-        dtype = gradient_ref.dtype
-        gradient_ref[0, :queries, _group_lanes(3 * number)] = dq.astype(dtype)
+        found = _attend_gradient(q, k, v, upstream, heads, head_dim)
+        for i, gradient in enumerate(found):
+            lanes, rows = _group_lanes(3 * number + i), gradient.shape[0]
+            gradient_ref[0, :rows, lanes] = gradient.astype(gradient_ref.dtype)
+            sum_ref[0, :, lanes] = gradient.sum(0, keepdims=True)
         if queries < length:
-            rest = jnp.zeros((length - queries, LANES), dtype)
+            rest = jnp.zeros((length - queries, LANES), gradient_ref.dtype)
             gradient_ref[0, queries:, _group_lanes(3 * number)] = rest
-        gradient_ref[0, :, _group_lanes(3 * number + 1)] = dk.astype(dtype)
-        gradient_ref[0, :, _group_lanes(3 * number + 2)] = dv.astype(dtype)
 
     _each_group(body, num_heads, head_dim)
 
@@ -641,9 +644,7 @@ def _fast_heads(
     return *heads_of(out, num_heads, head_dim), q, k
 
 
-def trained_attention(
-    z: jax.Array, kernel: jax.Array, bias: jax.Array, queries: int | None = None
-) -> jax.Array:
+def trained_attention(z: jax.Array, attn: Tree, queries: int | None = None) -> jax.Array:
     """Projections and attention of a block that is trained.
 
     On TPU and in bfloat16, attention and its gradient are kernels where a frame fits into VMEM;
@@ -652,26 +653,32 @@ def trained_attention(
 
     Args:
       z: (N, L, C), the normalised stream.
-      kernel: (C, 3, h, d), of queries, keys and values, in the dtype of `z`.
-      bias: (3, h, d), likewise.
+      attn: `qkv` with `kernel` (C, 3, h, d) and `bias` (3, h, d), `out` with `kernel`
+        (h, d, C') and `bias` (C',); cast to the dtype of `z`.
       queries: how many tokens, from the first on, are queries; None for all. All are keys: a class
         token that asks nothing comes last.
 
     Returns:
-      Output of the heads, (N, queries, h, d).
+      (N, queries, C').
     """
+    attn = jax.tree.map(lambda leaf: leaf.astype(z.dtype), attn)
+    kernel, bias, out = attn['qkv']['kernel'], attn['qkv']['bias'], attn['out']
     num_heads, head_dim = kernel.shape[-2:]
     queries = queries or z.shape[1]
-    if not heads_fit(z, kernel, arrays=7):
-        q, k, v = einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
-        return attend(q[:, :queries], k, v)
-    qkv = grouped_projection(z, kernel, bias)
-    return heads_of(_grouped_attention(qkv, queries, num_heads, head_dim), num_heads, head_dim)[0]
+    if heads_fit(z, kernel, arrays=7):
+        product = einsum('nlw,wc->nlc', z, _group(kernel))
+        heads = _grouped_attention(product, _group(bias), queries, num_heads, head_dim)
+        rows = jnp.moveaxis(_group(jnp.moveaxis(out['kernel'], -1, 0)[:, None]), 0, -1)
+        return einsum('nlc,cw->nlw', heads, rows) + out['bias']
+    q, k, v = einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
+    return einsum('nlhd,hdw->nlw', attend(q[:, :queries], k, v), out['kernel']) + out['bias']
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _grouped_attention(qkv: jax.Array, queries: int, num_heads: int, head_dim: int) -> jax.Array:
-    """`frame_attention` on TPU, its plain form elsewhere; so is the gradient."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _grouped_attention(
+    product: jax.Array, bias: jax.Array, queries: int, num_heads: int, head_dim: int
+) -> jax.Array:
+    """`frame_attention` of `product + bias` on TPU, its plain form elsewhere; so the gradient."""
 
     def fast(qkv: jax.Array) -> jax.Array:
         run = functools.partial(frame_attention, head_dim=head_dim, queries=queries)
@@ -680,25 +687,28 @@ def _grouped_attention(qkv: jax.Array, queries: int, num_heads: int, head_dim: i
     def plain(qkv: jax.Array) -> jax.Array:
         return _plain_groups(qkv, queries, num_heads, head_dim)
 
-    return jax.lax.platform_dependent(qkv, tpu=fast, default=plain)
+    return jax.lax.platform_dependent(product + bias, tpu=fast, default=plain)
 
 
 def _grouped_attention_gradient(
     queries: int, num_heads: int, head_dim: int, qkv: jax.Array, upstream: jax.Array
-) -> tuple[jax.Array]:
-    def fast(*inputs: jax.Array) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    def fast(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         run = functools.partial(frame_attention_gradient, head_dim=head_dim)
         return _on_device_groups(run, inputs, num_heads, head_dim)
 
-    def plain(qkv: jax.Array, upstream: jax.Array) -> jax.Array:
+    def plain(qkv: jax.Array, upstream: jax.Array) -> tuple[jax.Array, jax.Array]:
         run = jax.vjp(lambda qkv: _plain_groups(qkv, queries, num_heads, head_dim), qkv)[1]
-        return run(upstream)[0]
+        gradient = run(upstream)[0]
+        return gradient, gradient.astype(jnp.float32).sum(1, keepdims=True)
 
-    return (jax.lax.platform_dependent(qkv, upstream, tpu=fast, default=plain),)
+    gradient, sums = jax.lax.platform_dependent(qkv, upstream, tpu=fast, default=plain)
+    return gradient, sums.sum((0, 1)).astype(qkv.dtype)
 
 
 _grouped_attention.defvjp(
-    lambda qkv, *sizes: (_grouped_attention(qkv, *sizes), qkv), _grouped_attention_gradient
+    lambda product, bias, *sizes: (_grouped_attention(product, bias, *sizes), product + bias),
+    _grouped_attention_gradient,
 )
 
 
@@ -709,11 +719,8 @@ def _plain_groups(qkv: jax.Array, queries: int, num_heads: int, head_dim: int) -
 
 
 def _on_device_groups(
-    function: Callable[..., jax.Array],
-    inputs: tuple[jax.Array, ...],
-    num_heads: int,
-    head_dim: int,
-) -> jax.Array:
+    function: Callable[..., Tree], inputs: tuple[jax.Array, ...], num_heads: int, head_dim: int
+) -> Tree:
     """`function(*inputs, num_heads=)` on the frames and groups of heads that a device holds."""
     axis = _heads_axis(num_heads, head_dim)
     if axis:
@@ -792,19 +799,19 @@ def _mesh_sizes() -> Mapping[str, int]:
 
 
 def on_each_device(
-    function: Callable[..., jax.Array],
+    function: Callable[..., Tree],
     x: jax.Array,
     *whole: Tree,
     beside: Sequence[jax.Array] = (),
     split: str | None = None,
-) -> jax.Array:
+) -> Tree:
     """A kernel on the part of (N, L, C) that a device holds: N over the batch axes.
 
     A program for several devices cannot split a kernel by itself. Where N does not divide, every
     device does the same work.
 
     Args:
-      function: (x, *beside, *whole) -> array of the rank of `x`.
+      function: (x, *beside, *whole) -> arrays of the rank of `x`.
       x: (N, L, C).
       whole: what every device needs all of.
       beside: other arrays that are split like `x`.

@@ -93,15 +93,16 @@ def test_the_gradient_of_attention_equals_that_of_the_plain_form(
 
     sizes = num_heads, head_dim
     out = kernels.frame_attention(qkv, *sizes, queries, interpret=True)
-    # What comes for channels without a head counts for nothing.
-    groups = kernels._group(jnp.pad(upstream, ((0, 0),) * 4)[:, :, None])
-    ours = kernels.frame_attention_gradient(qkv, groups, *sizes, interpret=True)
+    groups = kernels._group(upstream[:, :, None])
+    ours, sums = kernels.frame_attention_gradient(qkv, groups, *sizes, interpret=True)
     assert ours.shape == qkv.shape and out.shape == groups.shape
     ungrouped = kernels.heads_of(ours, *sizes, arrays=3)
     np.testing.assert_array_equal(  # nothing outside of the heads
         np.asarray(kernels._group(jnp.stack(ungrouped, axis=2)), np.float32),
         np.asarray(ours, np.float32),
     )
+    total = np.asarray(ours, np.float32).sum(1, keepdims=True)
+    np.testing.assert_allclose(sums, total, atol=0.01 * np.abs(total).max())
     ours = (*kernels.heads_of(out, *sizes), *ungrouped)
     for mine, usual, exact in zip(ours, plain(jnp.bfloat16), plain(jnp.float32)):
         exact = np.asarray(exact)
@@ -114,21 +115,30 @@ def test_the_gradient_of_attention_equals_that_of_the_plain_form(
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_trained_attention_is_the_plain_form_where_no_tpu_is(dtype):
     """Values and gradients; in bfloat16 through the groups that a kernel would take."""
-    z, kernel, bias = (x.astype(dtype) for x in trained(3, 10, 3, 64))
+    z, kernel, bias = trained(3, 10, 3, 64)
+    out = {'kernel': jnp.moveaxis(kernel[:, 0], 0, -1), 'bias': bias[0, 0]}
+    attn = {'qkv': {'kernel': kernel, 'bias': bias}, 'out': out}
+    z, attn = z.astype(dtype), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), attn)
 
-    def plain(z, kernel, bias):
-        q, k, v = jnp.einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
-        return layers.attend(q[:, :9], k, v)
+    def plain(z, attn):
+        attn = jax.tree.map(lambda leaf: leaf.astype(dtype), attn)
+        q, k, v = (
+            jnp.einsum('nlw,wchd->cnlhd', z, attn['qkv']['kernel'])
+            + (attn['qkv']['bias'][:, None, None])
+        )
+        heads = layers.attend(q[:, :9], k, v)
+        return jnp.einsum('nlhd,hdw->nlw', heads, attn['out']['kernel']) + attn['out']['bias']
 
-    def ours(*inputs):
-        return kernels.trained_attention(*inputs, queries=9)
+    def ours(z, attn):
+        return kernels.trained_attention(z, attn, queries=9)
 
-    traced = str(jax.make_jaxpr(jax.grad(lambda *i: ours(*i).sum()))(z, kernel, bias))
+    traced = str(jax.make_jaxpr(jax.grad(lambda *i: ours(*i).sum()))(z, attn))
     assert ('frame_attention_gradient' in traced) is (dtype == jnp.bfloat16)
-    found, pull = jax.vjp(ours, z, kernel, bias)
-    expected, pull_plain = jax.vjp(plain, z, kernel, bias)
+    found, pull = jax.vjp(ours, z, attn)
+    expected, pull_plain = jax.vjp(plain, z, attn)
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-    for mine, theirs in zip((found, *pull(found)), (expected, *pull_plain(found))):
+    leaves = jax.tree.leaves(((found, pull(found)), (expected, pull_plain(found))))
+    for mine, theirs in zip(leaves[: len(leaves) // 2], leaves[len(leaves) // 2 :]):
         mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
         assert np.abs(mine - theirs).max() <= tolerance * np.abs(theirs).max()
 
@@ -363,12 +373,10 @@ def compile(mesh, length, num_heads):
     def loss(*inputs):
         out = kernels.trained_attention(*inputs, queries=length - 1)
         return jnp.sum(out.astype(jnp.float32) ** 2)
-    inputs = (
-        place(8, length, width, axes=(('data', 'fsdp'),)),
-        place(width, 3, num_heads, 64),
-        place(3, num_heads, 64),
-    )
-    text = jax.jit(on_mesh(mesh, jax.grad(loss, (0, 1, 2)))).lower(*inputs).compile(
+    qkv = {'kernel': place(width, 3, num_heads, 64), 'bias': place(3, num_heads, 64)}
+    out = {'kernel': place(num_heads, 64, width), 'bias': place(width)}
+    inputs = place(8, length, width, axes=(('data', 'fsdp'),)), {'qkv': qkv, 'out': out}
+    text = jax.jit(on_mesh(mesh, jax.grad(loss, (0, 1)))).lower(*inputs).compile(
         compiler_options={'exec_time_optimization_effort': -1.0}
     ).as_text()
     return [name for name in ('frame_attention', 'frame_attention_gradient') if f'/{name}/' in text]
