@@ -42,7 +42,6 @@ from dist_jax.models.layers import (
     Initializer,
     LayerNorm,
     Linear,
-    einsum,
     patchify,
     resize_positions,
     uniform,
@@ -239,14 +238,11 @@ class FrameAttention(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """(n, N + 1, C), the patches first -> (n, N, C)."""
         width = tokens.shape[-1]
-        inner = (width // HEAD_DIM, HEAD_DIM)
-        kernel, bias = Affine((3, *inner), self.qkv_init, self.bias_init, name='qkv')((width,))
-        found, *_ = kernels.self_attention(
-            tokens.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype)
-        )
-        kernel, bias = Affine((width,), self.out_init, self.bias_init, name='out')(inner)
-        out = einsum('nlhd,hdc->nlc', found[:, :-1], kernel.astype(self.dtype))
-        return out + bias.astype(self.dtype)
+        heads = (width // HEAD_DIM, HEAD_DIM)
+        qkv = Affine((3, *heads), self.qkv_init, self.bias_init, name='qkv')
+        out = Affine((width,), self.out_init, self.bias_init, name='out')
+        attn = {'qkv': qkv((width,)), 'out': out(heads)}
+        return kernels.trained_attention(tokens.astype(self.dtype), attn, tokens.shape[1] - 1)
 
 
 class Affine(nn.Module):
@@ -257,9 +253,12 @@ class Affine(nn.Module):
     bias_init: Initializer
 
     @nn.compact
-    def __call__(self, inputs: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        kernel = self.param('kernel', self.kernel_init, (*inputs, *self.outputs))
-        return kernel, self.param('bias', self.bias_init, self.outputs)
+    def __call__(self, inputs: tuple[int, ...]) -> dict[str, jax.Array]:
+        shape = (*inputs, *self.outputs)
+        return {
+            'kernel': self.param('kernel', self.kernel_init, shape),
+            'bias': self.param('bias', self.bias_init, self.outputs),
+        }
 
 
 class SideMlp(nn.Module):
