@@ -43,6 +43,8 @@ class Taps:
 
     Attributes:
       outputs: blocks whose output stream is returned.
+      reading: applied to the output stream (N, L, W) inside each of these blocks; its result, a
+        tree, is returned in its place. None returns the stream.
       attention: blocks whose queries and keys are returned (bias included, not scaled).
       summary: applied to queries and keys (N, L, h, d) inside each of these blocks; its result is
         returned in their place, so that they are not kept. None returns them.
@@ -51,6 +53,7 @@ class Taps:
     """
 
     outputs: tuple[int, ...] = ()
+    reading: Callable[[jax.Array], Any] | None = None
     attention: tuple[int, ...] = ()
     summary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     stem: bool = False

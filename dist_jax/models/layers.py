@@ -108,9 +108,28 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+# Phi(x) is about (1 + tanh(x P(x^2))) / 2; P fitted so that x Phi(x) is off by at most 2.6e-5.
+_GELU = (0.797507884, 0.0370056461, -0.000351516806)
+_GELU_END = 6.0  # beyond, P would fall; Phi is 0 or 1 there
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x), the Gaussian error linear unit (arXiv:1606.08415) in its exact form.
+
+    Differs: of arrays narrower than float32 by a fit whose error, 2.6e-5, is lost in their
+    rounding; the error function costs an accelerator more than the products around it.
+    """
+    if x.dtype.itemsize >= 4:
+        return jax.nn.gelu(x, approximate=False)
+    x32 = x.astype(jnp.float32)
+    square = jnp.minimum(x32 * x32, _GELU_END**2)
+    bent = x32 * (_GELU[0] + square * (_GELU[1] + square * _GELU[2]))
+    return (0.5 * x32 * (1 + jnp.tanh(bent))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'quick_gelu': quick_gelu,
-    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu': gelu,
 }
 
 
@@ -118,12 +137,16 @@ def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float = LAYER_NORM_EPS
 ) -> jax.Array:
     """LayerNorm over the last axis with float32 statistics; the result has the dtype of `x`."""
+    return (standardise(x, eps) * scale + bias).astype(x.dtype)
+
+
+def standardise(x: jax.Array, eps: float = LAYER_NORM_EPS) -> jax.Array:
+    """`layer_norm` without its affine map: float32, of mean 0 and variance 1 over the last axis."""
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     centred = x32 - mean
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    normalised = centred * jax.lax.rsqrt(variance + eps)
-    return (normalised * scale + bias).astype(x.dtype)
+    return centred * jax.lax.rsqrt(variance + eps)
 
 
 def attend(

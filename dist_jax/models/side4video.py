@@ -42,8 +42,10 @@ from dist_jax.models.layers import (
     Initializer,
     LayerNorm,
     Linear,
+    einsum,
     patchify,
     resize_positions,
+    standardise,
     uniform,
 )
 from dist_jax.models.stack import mark, scan_trainable
@@ -121,7 +123,13 @@ def build(
         raise ValueError(
             f'model.tap_every={tap_every}: the backbone has {spec.depth} blocks, so none is read'
         )
-    taps = Taps(outputs=blocks)
+
+    def reading(stream: jax.Array) -> dict[str, jax.Array]:
+        # What no gradient changes of the norm before a tap is done once, outside of it.
+        ready = stream if post_norm else standardise(stream).astype(stream.dtype)
+        return {'token': ready[:, 0], 'patches': ready[:, 1:]}
+
+    taps = Taps(outputs=blocks, reading=reading)
     net = Side4VideoNet(
         depth=len(blocks),
         side_dim=side_dim,
@@ -147,9 +155,10 @@ def build(
         )
         frames = patches.reshape(-1, *patches.shape[2:])
         found = backbone.encode_image(frozen['visual'], frames, taps, unroll=unroll)
-        stream = found['outputs']
-        shape = (len(blocks), *patches.shape[:2], *stream.shape[2:])
-        return {'taps': stream.reshape(shape), 'patches': patches}
+        taken = jax.tree.map(
+            lambda x: x.reshape(len(blocks), *patches.shape[:2], *x.shape[2:]), found['outputs']
+        )
+        return {'taps': taken, 'patches': patches}
 
     return Model(
         net=net,
@@ -183,9 +192,11 @@ def shift_class_token(token: jax.Array) -> jax.Array:
 
 
 class Tap(nn.Module):
-    """Frozen tokens (B, T, 1 + N, D) -> tokens of the side network (B, T, 1 + N, C).
+    """Frozen tokens (..., D) -> tokens of the side network (..., C), for every leaf of a tree.
 
-    Parameters `norm`, of D channels before the linear map or of C behind it, and `linear`.
+    Parameters `norm`, of D channels before the linear map or of C behind it, and `linear`. Before
+    it, tokens come without mean and of variance 1 (`build`), and the affine part of the norm goes
+    into the linear map.
     """
 
     features: int
@@ -193,13 +204,21 @@ class Tap(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = uniform(x.shape[-1])
-        linear = Linear(
-            self.features, kernel_init=init, bias_init=init, dtype=self.dtype, name='linear'
-        )
-        norm = LayerNorm(name='norm')
-        return norm(linear(x)) if self.post_norm else linear(norm(x))
+    def __call__(self, tokens: Tree) -> Tree:
+        width = jax.tree.leaves(tokens)[0].shape[-1]
+        init = uniform(width)
+        linear = Affine((self.features,), init, init, name='linear')((width,))
+        kernel, bias = linear['kernel'], linear['bias']
+        norm = LayerNorm(name='norm') if self.post_norm else Scale(name='norm')(width)
+        if not self.post_norm:
+            kernel, bias = norm['scale'][:, None] * kernel, norm['bias'] @ kernel + bias
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+
+        def one(x: jax.Array) -> jax.Array:
+            y = einsum('...d,dc->...c', x.astype(self.dtype), kernel) + bias
+            return norm(y) if self.post_norm else y
+
+        return jax.tree.map(one, tokens)
 
 
 class TemporalConv(nn.Module):
@@ -261,6 +280,17 @@ class Affine(nn.Module):
         }
 
 
+class Scale(nn.Module):
+    """The parameters of a norm: scale and bias (width,)."""
+
+    @nn.compact
+    def __call__(self, width: int) -> dict[str, jax.Array]:
+        return {
+            'scale': self.param('scale', nn.initializers.ones, (width,)),
+            'bias': self.param('bias', nn.initializers.zeros, (width,)),
+        }
+
+
 class SideMlp(nn.Module):
     """Two linear maps with exact GELU between: parameters `c_fc` and `c_proj`."""
 
@@ -291,9 +321,9 @@ class SideLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, s: jax.Array, tap: jax.Array, positions: jax.Array, mask: jax.Array | None
+        self, s: jax.Array, tap: Tree, positions: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """Args: stream, frozen tokens (B, T, 1 + N, D), table (N, C), mask (B,) or None.
+        """Args: stream, frozen tokens (see `Side4VideoNet`), table (N, C), mask (B,) or None.
 
         Returns:
           The stream and, to be recorded, what this layer did: see `Side4VideoNet`.
@@ -305,8 +335,7 @@ class SideLayer(nn.Module):
             return BatchNorm(self.groups, name=name)(x, mask, train=self.train)
 
         tokens = Tap(width, self.post_norm, self.dtype, name='tap')(split_batch(tap))
-        token, patches = tokens[:, :, :1], tokens[:, :, 1:]
-        u = mixed = mark(split_batch(0.5 * s + 0.5 * patches))
+        u = mixed = mark(split_batch(0.5 * s + 0.5 * tokens['patches']))
 
         conv = TemporalConv(self.dtype, name='conv')
         if self.post_norm:
@@ -316,7 +345,7 @@ class SideLayer(nn.Module):
             moved = conv(batch_norm('bn_1', u))
             u = mark(u + moved)
 
-        shifted = shift_class_token(token[:, :, 0])
+        shifted = shift_class_token(tokens['token'])
         memory = u + positions.astype(self.dtype)
         memory = jnp.concatenate([memory, shifted[:, :, None]], axis=2)
         norm = LayerNorm(name='ln')
@@ -330,7 +359,7 @@ class SideLayer(nn.Module):
         if not self.record:
             return s, None
         recorded = {'mixed': mixed, 'conv': moved, 'attn': seen, 'stream': s}
-        return s, {'class': token[:, :, 0], 'shifted': shifted, **recorded}
+        return s, {'class': tokens['token'], 'shifted': shifted, **recorded}
 
 
 def _initial_values(width: int, hidden: int, post_norm: bool) -> dict[str, Any]:
@@ -376,7 +405,8 @@ class Side4VideoNet(nn.Module):
         """Runs the side network and the head.
 
         Args:
-          features: `patches` (B, T, N, p*p*3) and `taps` (K, B, T, 1 + N, D).
+          features: `patches` (B, T, N, p*p*3) and `taps`: `token` (K, B, T, D) and `patches`
+            (K, B, T, N, D), with pre-norm layers standardised over D.
           mask: (B,), 1 where a clip is real; the others count in no statistics.
           train: normalise by the batch, and move the running statistics.
           intermediates: also return what every layer did.

@@ -76,7 +76,9 @@ def scan_frozen(
             found.setdefault(name, []).append(_interleaved(parts))
         start = stop
     return x, {
-        name: parts[0] if len(parts) == 1 else jax.numpy.concatenate(parts)
+        name: parts[0]
+        if len(parts) == 1
+        else jax.tree.map(lambda *leaves: jax.numpy.concatenate(leaves), *parts)
         for name, parts in found.items()
     }
 
@@ -93,11 +95,15 @@ def _pattern(wanted: Sequence[Any]) -> tuple[int, int]:
     return best
 
 
-def _interleaved(parts: Sequence[jax.Array]) -> jax.Array:
+def _interleaved(parts: Sequence[Tree]) -> Tree:
     """Taps of the places in a pattern, each (times, ...), in the order of the layers."""
     if len(parts) == 1:
         return parts[0]
-    return jax.numpy.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    def one(*leaves: jax.Array) -> jax.Array:
+        return jax.numpy.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+
+    return jax.tree.map(one, *parts)
 
 
 def scan_trainable(

@@ -138,7 +138,9 @@ def tapped_blocks(
         x, tapped = block(x, one, attention)
         if attention and taps.summary:
             tapped = {'attention': taps.summary(tapped['queries'], tapped['keys'])}
-        return x, tapped | ({'outputs': x} if output else {})
+        if output:
+            tapped['outputs'] = taps.reading(x) if taps.reading else x
+        return x, tapped
 
     stem = {'stem': x} if taps.stem else {}
     wanted = [(i in taps.outputs, i in taps.attention) for i in range(taps.blocks_needed(depth))]
