@@ -241,20 +241,8 @@ def encode_image(
 ) -> dict[str, jax.Array]:
     """Runs the image tower as far as the taps need it.
 
-    Args:
-      params: the `visual` subtree.
-      pixels: (N, H, W, 3), normalised (see `layers.Pixels`), or `layers.patchify` of them
-        (N, g*g, p*p*3); their dtype is the compute dtype.
-      spec: geometry; H = W = spec.image_size.
-      taps: what to return.
-      unroll: see `stack`.
-
-    Returns:
-      As `clip.encode_image`. Queries and keys are those whose product the attention takes: with
-      rotary positions, already turned.
-
-    Raises:
-      ValueError: the image size is not the spec's, or a tap names a block that is not there.
+    Arguments, result and errors are those of `clip.encode_image`. Queries and keys are those whose
+    product the attention takes: with rotary positions, already turned.
     """
     patches = transformer.image_patches(pixels, spec)
     params = transformer.gather_unstacked(params, SHARDING_RULES)
