@@ -165,12 +165,8 @@ def _attention(z: jax.Array, attn: Tree, spec: EvaSpec) -> tuple[jax.Array, jax.
     """
     dtype, out = z.dtype, attn['out']
     kernel, bias = attn['qkv']['kernel'].astype(dtype), attn['qkv']['bias'].astype(dtype)
-    if spec.rope:
-        q, k, v = layers.einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
-        q, k = _rotate(q, spec), _rotate(k, spec)
-        heads = layers.attend(q, k, v)
-    else:
-        heads, q, k = kernels.self_attention(z, kernel, bias)
+    rotate = functools.partial(_rotate, spec=spec) if spec.rope else None
+    heads, q, k = kernels.self_attention(z, kernel, bias, rotate=rotate)
     if spec.sub_ln:
         normed = _norm(heads.reshape(z.shape), **attn['inner_attn_ln'])
         heads = normed.reshape(heads.shape)
