@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import einops
@@ -35,9 +35,9 @@ LANES = 128  # of a vector register, and the side of the matrix unit
 SUBLANES = 8
 FLOPS_PER_BUNDLE = 4 * LANES * LANES * 2  # of the matrix units of one v4 core
 # Measured schedules: bundles for a register of logits, and products against their time at peak.
-BUNDLES_PER_REGISTER = 9
+BUNDLES_PER_REGISTER = 8
 ATTENTION_OVER_PEAK = 1.19
-GRADIENT_OVER_FORWARD = 1.9
+GRADIENT_OVER_FORWARD = 2.0
 MLP_OVER_PEAK = 1.12
 BUNDLES_PER_SUM = 1.5  # for a register of the sum, for every part but the first
 VMEM_BYTES = 16 * 2**20  # of a v4 core
@@ -269,32 +269,64 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, head_dim: int)
     """Attention of the heads that share a register: bfloat16 (Q, 128), (L, 128) twice -> float32.
 
     Heads narrower than a register are not cut out of it: a head's logits are the product of whole
-    registers in which the query's other lanes are zero, and of the product with the values only
-    its own lanes are kept. The matrix unit is as deep as a register, so this costs nothing.
+    registers in which the query's other lanes are zero. The matrix unit is as deep as a register,
+    so this costs nothing. Keys are rows of the logits: sums over them are of whole registers, and
+    what is missing to whole registers of 128 lanes is missing of queries, over which nothing is
+    summed. The product with the values is of their transpose, which has a head's channels as rows.
+
+    Every step is taken for all heads before the next: one waits while others compute.
     """
-    out = jnp.zeros(q.shape, jnp.float32)
-    for own in _lanes_of_heads(heads, head_dim):
-        weights = _weights(_only(own, q), k, head_dim).astype(v.dtype)
-        out = jnp.where(own, _product(weights, v, (0, 0)), out)
-    return out
+    logits = [_product(k, _only(own, q), (1, 1)) for own in _lanes_of_heads(heads, head_dim)]
+    weights = [_exponentials(part, head_dim) for part in logits]
+    return _rows_to_lanes(
+        _product(rows, part.astype(v.dtype)) * (1 / part.sum(0, keepdims=True))
+        for rows, part in zip(_rows_of_heads(v, heads, head_dim), weights)
+    )
 
 
 def _attend_gradient(
     q: jax.Array, k: jax.Array, v: jax.Array, upstream: jax.Array, heads: int, head_dim: int
 ) -> Heads:
-    """Of `_attend` by queries, keys and values: float32 (Q, 128), (L, 128) twice."""
-    dq = jnp.zeros(q.shape, jnp.float32)
-    dk = dv = jnp.zeros(k.shape, jnp.float32)
-    for own in _lanes_of_heads(heads, head_dim):
-        own_q, own_upstream = _only(own, q), _only(own, upstream)
-        weights = _weights(own_q, k, head_dim)
-        dv += _product(weights.astype(q.dtype), own_upstream, (1, 0))
-        dweights = _product(v, own_upstream, (1, 1))
-        mean = (weights * dweights).sum(0, keepdims=True)
-        dlogits = (weights * (dweights - mean)).astype(q.dtype)
-        dk += _product(dlogits, own_q, (1, 0))
-        dq = jnp.where(own, _product(dlogits, k, (0, 0)), dq)
-    return dq * head_dim**-0.5, dk * head_dim**-0.5, dv
+    """Of `_attend` by queries, keys and values: float32 (Q, 128), (L, 128) twice.
+
+    A register of queries after the other; the first products of the next come before what is done
+    with those of the last.
+    """
+    owns = list(_lanes_of_heads(heads, head_dim))
+
+    # A register more for a handful of queries is not worth it, and for one it is not compiled.
+    starts = range(0, max(q.shape[0] - SUBLANES, 1), LANES)
+    parts = [slice(start, start + LANES) for start in starts[:-1]] + [slice(starts[-1], None)]
+
+    def products(some: slice) -> tuple[list[jax.Array], ...]:
+        queries = [_only(own, q[some]) for own in owns]
+        upstreams = [_only(own, upstream[some]) for own in owns]
+        logits = [_product(k, x, (1, 1)) for x in queries]
+        return queries, upstreams, logits, [_product(v, x, (1, 1)) for x in upstreams]
+
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    ready = products(parts[0])
+    for following in (*parts[1:], None):
+        queries, upstreams, logits, dweights = ready
+        if following is not None:
+            ready = products(following)
+        weights = [_exponentials(x, head_dim) for x in logits]
+        weights = [x * (1 / x.sum(0, keepdims=True)) for x in weights]
+        dv += sum(_product(w.astype(v.dtype), x) for w, x in zip(weights, upstreams))
+        means = [(w * dw).sum(0, keepdims=True) for w, dw in zip(weights, dweights)]
+        dlogits = [
+            (w * (dw - mean)).astype(q.dtype) for w, dw, mean in zip(weights, dweights, means)
+        ]
+        dk += sum(_product(dl, x) for dl, x in zip(dlogits, queries))
+        keys = _rows_of_heads(k, heads, head_dim)
+        dq.append(_rows_to_lanes(_product(rows, dl) for rows, dl in zip(keys, dlogits)))
+    return jnp.concatenate(dq) * head_dim**-0.5, dk * head_dim**-0.5, dv
+
+
+def _exponentials(logits: jax.Array, head_dim: int) -> jax.Array:
+    """Softmax of (L, Q) over L, not divided by its sum."""
+    scale = head_dim**-0.5 * math.log2(math.e)
+    return jnp.exp2((logits - logits.max(0, keepdims=True)) * scale)
 
 
 def _lanes_of_heads(heads: int, head_dim: int) -> Iterator[jax.Array]:
@@ -309,16 +341,17 @@ def _only(own: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(own, x, 0).astype(x.dtype)
 
 
-def _weights(q: jax.Array, k: jax.Array, head_dim: int) -> jax.Array:
-    """The softmax of a head, float32 (L, Q), of sum 1 over L.
+def _rows_of_heads(x: jax.Array, heads: int, head_dim: int) -> Iterator[jax.Array]:
+    """Every head of (L, 128), transposed: (d, L)."""
+    rows = x.T
+    for start in range(0, heads * head_dim, head_dim):
+        yield rows[start : start + head_dim]
 
-    Keys are rows: sums over them are of whole registers, and what is missing to whole registers of
-    128 lanes is missing of queries, over which nothing is summed.
-    """
-    logits = _product(k, q, (1, 1))
-    scale = head_dim**-0.5 * math.log2(math.e)
-    weights = jnp.exp2((logits - logits.max(0, keepdims=True)) * scale)
-    return weights * (1 / weights.sum(0, keepdims=True))
+
+def _rows_to_lanes(heads: Iterable[jax.Array]) -> jax.Array:
+    """Heads of (d, Q) in the lanes of (Q, 128), zeros in lanes without one."""
+    rows = jnp.concatenate(list(heads))
+    return jnp.pad(rows, ((0, LANES - rows.shape[0]), (0, 0))).T
 
 
 def _product(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
