@@ -15,7 +15,7 @@ from dist_jax.models import kernels, layers, transformer
 
 @pytest.mark.parametrize(
     ('length', 'num_heads', 'head_dim'),
-    [(5, 4, 64), (37, 2, 64), (21, 4, 32), (130, 2, 128), (50, 3, 64), (17, 2, 112), (21, 6, 24)],
+    [(5, 4, 64), (37, 2, 64), (21, 4, 32), (130, 2, 128), (50, 3, 64), (17, 2, 112)],
 )
 def test_frame_attention_equals_the_plain_form(length, num_heads, head_dim):
     """Any number of tokens, and one, two or four heads in a register."""
@@ -64,52 +64,47 @@ def trained(seed, length, num_heads, head_dim, width=64):
 
 @pytest.mark.parametrize(
     ('length', 'queries', 'num_heads', 'head_dim'),
-    [
-        (5, 4, 1, 64),
-        (17, 16, 2, 64),
-        (50, 49, 3, 64),
-        (197, 196, 5, 64),
-        (257, 256, 3, 64),
-        (50, 50, 2, 112),
-        (21, 7, 5, 24),
-    ],
+    [(5, 4, 1, 64), (17, 16, 2, 112), (50, 50, 3, 48), (197, 196, 5, 64), (257, 256, 2, 64)],
 )
 def test_the_gradient_of_attention_equals_that_of_the_plain_form(
     length, queries, num_heads, head_dim
 ):
     """No further from float32, of the same rounded numbers, than bfloat16 in plain JAX."""
-    z, kernel, bias = trained(1, length, num_heads, head_dim)
-    qkv = kernels.grouped_projection(z, kernel, bias)
-    heads = kernels.heads_of(qkv, num_heads, head_dim, arrays=3)
-    rng = np.random.default_rng(2)
-    upstream = jnp.asarray(rng.normal(size=(2, queries, num_heads, head_dim)), jnp.bfloat16)
+    sizes = num_heads, head_dim
+    rng = np.random.default_rng(1)
+    qkv = jnp.asarray(3 * rng.normal(size=(2, length, 3, *sizes)), jnp.bfloat16)
+    upstream = jnp.asarray(rng.normal(size=(2, queries, 1, *sizes)), jnp.bfloat16)
 
-    def plain(dtype):
+    @jax.jit
+    def kernel(qkv, upstream):
+        grouped = kernels._group(qkv)
+        out = kernels.frame_attention(grouped, *sizes, queries, interpret=True)
+        found = kernels.frame_attention_gradient(
+            grouped, kernels._group(upstream), *sizes, interpret=True
+        )
+        return out, *found
+
+    @jax.jit
+    def plain(qkv, upstream):
         def attention(q, k, v):
             return layers.attend(q[:, :queries], k, v)
 
-        out, gradient = jax.vjp(attention, *(x.astype(dtype) for x in heads))
-        return out, *gradient(upstream.astype(dtype))
+        out, gradient = jax.vjp(attention, *jnp.moveaxis(qkv, 2, 0))
+        return out[:, :, None], jnp.stack(gradient(upstream[:, :, 0]), axis=2)
 
-    sizes = num_heads, head_dim
-    out = kernels.frame_attention(qkv, *sizes, queries, interpret=True)
-    groups = kernels._group(upstream[:, :, None])
-    ours, sums = kernels.frame_attention_gradient(qkv, groups, *sizes, interpret=True)
-    assert ours.shape == qkv.shape and out.shape == groups.shape
-    ungrouped = kernels.heads_of(ours, *sizes, arrays=3)
-    np.testing.assert_array_equal(  # nothing outside of the heads
-        np.asarray(kernels._group(jnp.stack(ungrouped, axis=2)), np.float32),
-        np.asarray(ours, np.float32),
-    )
-    total = np.asarray(ours, np.float32).sum(1, keepdims=True)
-    np.testing.assert_allclose(sums, total, atol=0.01 * np.abs(total).max())
-    ours = (*kernels.heads_of(out, *sizes), *ungrouped)
-    for mine, usual, exact in zip(ours, plain(jnp.bfloat16), plain(jnp.float32)):
-        exact = np.asarray(exact)
-        error, usual = (np.abs(np.asarray(x, np.float32) - exact) for x in (mine, usual))
-        assert error.max() < 0.02 * np.abs(exact).max()
-        assert error.mean() < 1.1 * usual.mean()
-        assert error.max() < 1.5 * usual.max()
+    out, gradient, sums = kernel(qkv, upstream)
+    whole = np.asarray(gradient, np.float32).sum(1, keepdims=True)
+    np.testing.assert_allclose(sums, whole, atol=0.01 * np.abs(whole).max())
+    wide = (x.astype(jnp.float32) for x in (qkv, upstream))
+    for mine, usual, exact in zip((out, gradient), plain(qkv, upstream), plain(*wide)):
+        # In groups, where a head is missing too: there is nothing.
+        mine, usual, exact = (
+            np.asarray(x, np.float32) for x in (mine, kernels._group(usual), kernels._group(exact))
+        )
+        assert np.abs(mine - exact).max() < min(
+            0.02 * np.abs(exact).max(), 1.5 * np.abs(usual - exact).max()
+        )
+        assert np.abs(mine - exact).mean() < 1.1 * np.abs(usual - exact).mean()
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -134,10 +129,15 @@ def test_trained_attention_is_the_plain_form_where_no_tpu_is(dtype):
 
     traced = str(jax.make_jaxpr(jax.grad(lambda *i: ours(*i).sum()))(z, attn))
     assert ('frame_attention_gradient' in traced) is (dtype == jnp.bfloat16)
-    found, pull = jax.vjp(ours, z, attn)
-    expected, pull_plain = jax.vjp(plain, z, attn)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(function, upstream):
+        out, pull = jax.vjp(function, z, attn)
+        return out, pull(out if upstream is None else upstream)
+
+    found = both(ours, None)
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-    leaves = jax.tree.leaves(((found, pull(found)), (expected, pull_plain(found))))
+    leaves = jax.tree.leaves((found, both(plain, found[0])))
     for mine, theirs in zip(leaves[: len(leaves) // 2], leaves[len(leaves) // 2 :]):
         mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
         assert np.abs(mine - theirs).max() <= tolerance * np.abs(theirs).max()
