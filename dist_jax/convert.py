@@ -33,8 +33,8 @@ from dist_jax.models.params import (
     count,
     export_file,
     flatten,
+    import_tree,
     non_finite,
-    parted_tree,
     with_precision,
 )
 from dist_jax.models.source_files import SourceFiles, open_source, sources_record
@@ -133,11 +133,12 @@ def read_params(
     except ValueError as error:
         raise ValueError(f'{source.path}: {error}') from error
     context = f'{source.path} does not fit a {naming.family} model of this geometry: {plan.spec}'
-    params = parted_tree(
+    params = import_tree(
         plan.tensors,
         plan.rows,
         with_precision(plan.abstract, precision, keep=plan.collections),
         plan.ignore,
+        parted=True,
         context=context,
     )
     return plan, params

@@ -416,19 +416,19 @@ def _read_slices(
     source = ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context).result()
     digest = digests.Digest(source.dtype.numpy_dtype, source.shape)
 
-    def place(box: Box, first: bool) -> np.ndarray:
-        place = np.empty([stop - start for start, stop in box], leaf.dtype)
+    def read(box: Box, first: bool) -> np.ndarray:
+        values = np.empty([stop - start for start, stop in box], leaf.dtype)
         for block in _slices(box, source.chunk_layout.read_chunk.shape, digest.dtype.itemsize):
             part = source[tuple(slice(*ends) for ends in block)].read().result()
             if first:
                 digest.add(part, tuple(start for start, _ in block))
             inside = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(block, box))
             with np.errstate(over='ignore', invalid='ignore'):  # as on devices
-                place[inside] = part
-        return place
+                values[inside] = part
+        return values
 
     if as_numpy:
-        return place(tuple((0, size) for size in leaf.shape), True), digest
+        return read(tuple((0, size) for size in leaf.shape), True), digest
     devices: dict[Box, list[jax.Device]] = {}
     for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
         box = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape))
@@ -437,8 +437,8 @@ def _read_slices(
     for box, holders in devices.items():
         own = [device for device in holders if device.process_index == process]
         if own:
-            values = place(box, own[0] is holders[0])
-            shards += [jax.device_put(values, device) for device in own]
+            part = read(box, own[0] is holders[0])
+            shards += [jax.device_put(part, device) for device in own]
     found = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
     return found, digest
 

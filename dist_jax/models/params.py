@@ -164,54 +164,27 @@ def import_tree(
     ignore: Iterable[str] = (),
     *,
     keep_dtype: bool = False,
+    parted: bool = False,
     context: str = '',
 ) -> Tree:
     """Fills a tree from named tensors, completely on both sides.
 
     Args:
-      tensors: name -> array.
+      tensors: name -> array; with `parted`, the values are read whenever a part is.
       rows: the table.
       abstract: target tree with leaves that have `shape` and `dtype` (`jax.eval_shape` output).
       ignore: names that may stay unused, `fnmatch` patterns allowed ('*.num_batches_tracked').
       keep_dtype: take the dtype of the source instead of `abstract`'s (the widest one where a
         stacked leaf has several).
+      parted: nothing is made yet; each layer of a stack will be, of its tensors alone.
       context: first line of the error, for instance the file name.
 
     Returns:
-      Nested dict of numpy arrays with the shapes of `abstract`.
+      Nested dict of numpy arrays, or `PartedArray`s, with the shapes of `abstract`.
 
     Raises:
       ConversionError: one error that names every unused tensor, unfilled slot, shape mismatch
         and duplicate.
-    """
-    tree = parted_tree(tensors, rows, abstract, ignore, keep_dtype=keep_dtype, context=context)
-    return jax.tree.map(PartedArray.whole, tree)
-
-
-def parted_tree(
-    tensors: Mapping[str, np.ndarray],
-    rows: Iterable[Row],
-    abstract: Mapping[str, Any],
-    ignore: Iterable[str] = (),
-    *,
-    keep_dtype: bool = False,
-    context: str = '',
-) -> Tree:
-    """What `import_tree` returns, for reading in parts.
-
-    Args:
-      tensors: name -> array; the values are read whenever a part is.
-      rows: see `import_tree`, as all that follow.
-      abstract: likewise.
-      ignore: likewise.
-      keep_dtype: likewise.
-      context: likewise.
-
-    Returns:
-      Nested dict of `PartedArray`s: each layer of a stack is made of its tensors alone.
-
-    Raises:
-      ConversionError: as `import_tree`, before anything is made.
     """
     rows, targets = list(rows), flatten(abstract)
     mismatched, duplicates = [], _repeated(row.source_name for row in rows)
@@ -256,7 +229,8 @@ def parted_tree(
         make = functools.partial(_make_part, tensors, own, shape, kind)
         return PartedArray(shape, kind, make, stacked)
 
-    return unflatten({path: leaf(path, own) for path, own in of_leaf.items()})
+    tree = unflatten({path: leaf(path, own) for path, own in of_leaf.items()})
+    return tree if parted else jax.tree.map(PartedArray.whole, tree)
 
 
 def _make_part(

@@ -7,14 +7,7 @@ import numpy as np
 import pytest
 
 from dist_jax.models import digests, params, parts
-from dist_jax.models.params import (
-    ALL,
-    ConversionError,
-    Row,
-    export_tree,
-    import_tree,
-    parted_tree,
-)
+from dist_jax.models.params import ALL, ConversionError, Row, export_tree, import_tree
 from dist_jax.models.parts import PartedArray
 
 WIDTH, HEADS, DEPTH = 6, 2, 3
@@ -288,7 +281,8 @@ def test_parts_are_the_tree(monkeypatch, table, part_bytes):
     rows, tensors, abstract = table()
     last = rows[-1].source_name
     tensors[last] = np.full_like(tensors[last], np.nan)
-    tree, parted = import_tree(tensors, rows, abstract), parted_tree(tensors, rows, abstract)
+    tree = import_tree(tensors, rows, abstract)
+    parted = import_tree(tensors, rows, abstract, parted=True)
     assert jax.tree.structure(tree) == jax.tree.structure(parted)
     for leaf, made in zip(jax.tree.leaves(tree), jax.tree.leaves(parted)):
         assert isinstance(made, PartedArray)
@@ -306,7 +300,7 @@ def test_parts_are_the_tree(monkeypatch, table, part_bytes):
 def test_a_layer_is_made_of_its_own_tensors_when_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(parts, 'PART_BYTES', 1)
     tensors = Counting(_tensors())
-    kernel = parted_tree(tensors, _rows(), _abstract())['blocks']['qkv']['kernel']
+    kernel = import_tree(tensors, _rows(), _abstract(), parted=True)['blocks']['qkv']['kernel']
     tensors.read.clear()  # shapes were compared
     for part, layer in kernel.parts():
         assert part.shape == (1, *kernel.shape[1:])
