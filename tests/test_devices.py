@@ -253,7 +253,7 @@ print('checkpoints: equal')
 # Weights are read, resized, cast and made features of on any mesh.
 names = (tuple('abcde'), tuple('fgh'))
 frozen.tokenize = lambda texts, *_: np.array([[1, ord(t) % 19, 19, 0, 0, 0] for t in texts])
-converted.CHUNK_BYTES = 4096  # several pieces an array
+converted.CHUNK_BYTES = converted.SLICE_BYTES = 4096  # several pieces and slices an array
 converted.save_converted(
     f'{folder}/backbone', jax.device_get(raw), dict.fromkeys(converted.REQUIRED, ''))
 backbone = Backbone(clip.KIND, SPEC, f'{folder}/backbone').at(24)
