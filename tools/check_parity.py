@@ -4,6 +4,13 @@ FILE is a golden safetensors file, or a folder with a checkpoint and `expected.s
 metadata decide family and sizes. Everything recorded has to be reproduced in float32: forward
 values within --forward_bound, gradients within --gradient_bound, both relative to the largest
 recorded value of the tensor. A recorded tensor that nothing was compared with is a failure.
+
+Gradients that are zero on paper are rounding noise in a recording. Ours have to be small beside
+the largest recorded gradient of their section, whatever the scale of the loss.
+
+A recording is rounded too. Where a bound is missed and the family has a reading in float64, ours
+has to be at least as near to it as the recording, whose own distance has to be one that rounding
+explains. The bound is then twice that distance: no two runs that are as near differ by more.
 """
 
 from __future__ import annotations
@@ -22,12 +29,22 @@ import numpy as np
 from rich.table import Table
 
 from input_pipeline.escape import Console, lines, styled
-from tools.parity import clip, dist, evl, side4video
-from tools.parity.golden import Golden, is_gradient, read_golden
+from tools.parity import clip, dist, evl, side4video, side4video_exact
+from tools.parity.golden import Golden, gradient_section, is_gradient, read_golden
 
 FORWARD_BOUND = 1e-5
 GRADIENT_BOUND = 1e-4
-ZERO_GRADIENT_BOUND = 1e-6  # absolute
+# Of the largest recorded gradient of the section. Such a gradient is a sum of terms of that size
+# that cancel, each rounded at 6e-8: up to 2e-7 of it is seen, and a term too many is as large as
+# the others.
+ZERO_GRADIENT_BOUND = 1e-5
+# How far from float64 a float32 recording may be for rounding to be the reason: ten times the
+# bounds. The largest distances seen are 2.9e-5 and 3.8e-5. Should both readings of ours share a
+# mistake, it is not excused: another activation, order of frames or variance shows at 1e-3 and more
+# (but for the epsilon of a norm, which is below the bounds themselves).
+ROUNDING = {'forward': 1e-4, 'gradient': 1e-3}
+
+ZERO = 'zero on paper: over the largest gradient beside it'
 
 EXAMPLES = """\
 examples:
@@ -41,17 +58,24 @@ exit code: 0 all within bounds, 1 something is not, 2 a file that cannot be chec
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One model family: how to recognise its files, and golden -> {recorded name: our array}."""
+    """One model family.
+
+    Attributes:
+      matches: recognises its files.
+      run: golden -> {recorded name: our array}.
+      exact: golden -> {recorded name: float64}, by other means than ours; None where there is none.
+    """
 
     matches: Callable[[Golden], bool]
     run: Callable[[Golden], dict[str, np.ndarray]]
+    exact: Callable[[Golden], dict[str, np.ndarray]] | None = None
 
 
 FAMILIES: dict[str, Family] = {
     'clip': Family(clip.matches, clip.run),
     'dist': Family(dist.matches, dist.run),
     'evl': Family(evl.matches, evl.run),
-    'side4video': Family(side4video.matches, side4video.run),
+    'side4video': Family(side4video.matches, side4video.run, side4video_exact.run),
 }
 
 
@@ -66,11 +90,14 @@ class ParityRow:
       kind: 'forward' or 'gradient'.
       shape: recorded shape.
       max_abs: largest recorded magnitude.
-      error: largest deviation over `max_abs`; absolute where that is 0 or the gradient is zero on
-        paper; None if nothing comparable came out.
+      error: largest deviation over `max_abs`; absolute where that is 0. Of a gradient that is zero
+        on paper ours over the largest one beside it. None if nothing comparable came out.
       bound: what `error` may be.
       ok: within the bound.
-      note: why there is no error, or what it is relative to.
+      note: why there is no error, what it is relative to, or how far the exact value is.
+      ours_to_exact: largest deviation of ours from the exact value over `max_abs`; None where the
+        recording was enough.
+      recorded_to_exact: likewise of the recording.
     """
 
     file: str
@@ -83,6 +110,8 @@ class ParityRow:
     bound: float
     ok: bool
     note: str = ''
+    ours_to_exact: float | None = None
+    recorded_to_exact: float | None = None
 
 
 def compare(
@@ -94,9 +123,12 @@ def compare(
     family: str = '',
     forward_bound: float = FORWARD_BOUND,
     gradient_bound: float = GRADIENT_BOUND,
-    zero_on_paper: bool = False,
+    zero_beside: float | None = None,
 ) -> ParityRow:
-    """One recorded tensor against ours; None where the model gave nothing of that name."""
+    """One recorded tensor against ours; None where the model gave nothing of that name.
+
+    Of a gradient that is zero on paper, `zero_beside` is the largest recorded one of its section.
+    """
     kind = 'gradient' if is_gradient(name) else 'forward'
     bound = gradient_bound if kind == 'gradient' else forward_bound
     recorded = np.asarray(recorded, np.float64)
@@ -110,14 +142,33 @@ def compare(
         deviation = float(np.abs(np.asarray(ours, np.float64) - recorded).max(initial=0.0))
         if not math.isfinite(deviation):
             note = 'not finite'
-        elif zero_on_paper:
-            error, bound, note = deviation, ZERO_GRADIENT_BOUND, 'zero on paper: absolute'
+        elif zero_beside is not None:
+            error, bound, note = float(np.abs(ours).max(initial=0.0)), ZERO_GRADIENT_BOUND, ZERO
+            error /= zero_beside or 1.0
         elif max_abs == 0:
             error, note = deviation, 'all zero: absolute'
         else:
             error = deviation / max_abs
     ok = error is not None and error <= bound
     return ParityRow(file, family, name, kind, recorded.shape, max_abs, error, bound, ok, note)
+
+
+def judge(row: ParityRow, recorded: np.ndarray, ours: np.ndarray, exact: np.ndarray) -> ParityRow:
+    """A row that misses its bound, against the exact value: see the module for the rule."""
+
+    def distance(x: np.ndarray) -> float:
+        return float(np.abs(np.asarray(x, np.float64) - exact).max(initial=0.0)) / row.max_abs
+
+    of_ours, of_recorded = distance(ours), distance(recorded)
+    excused = of_ours <= of_recorded <= ROUNDING[row.kind]
+    return dataclasses.replace(
+        row,
+        ok=excused,
+        bound=2 * of_recorded if excused else row.bound,
+        note=f'from the exact value: ours {of_ours:.1e}, the recording {of_recorded:.1e}',
+        ours_to_exact=of_ours,
+        recorded_to_exact=of_recorded,
+    )
 
 
 def check(
@@ -145,11 +196,15 @@ def check(
     recorded = golden.recorded
     if not recorded:
         raise ValueError(f'{path}: nothing is recorded in it, only inputs and parameters')
+    strides = golden.metadata.get('grad_stride', {})
+
+    def in_layout(name: str, value: np.ndarray) -> np.ndarray:
+        return np.asarray(value).reshape(-1)[:: strides[name]] if name in strides else value
+
     with jax.default_matmul_precision('highest'):
         ours = FAMILIES[family].run(golden)
-    for name, stride in golden.metadata.get('grad_stride', {}).items():
-        if name in ours:
-            ours[name] = np.asarray(ours[name]).reshape(-1)[::stride]
+    ours = {name: in_layout(name, value) for name, value in ours.items()}
+    largest = _largest_gradients(golden)
     rows = [
         compare(
             name,
@@ -159,11 +214,35 @@ def check(
             family=family,
             forward_bound=forward_bound,
             gradient_bound=gradient_bound,
-            zero_on_paper=name in golden.zero_gradients,
+            zero_beside=largest[gradient_section(name)] if name in golden.zero_gradients else None,
         )
         for name, value in recorded.items()
     ]
+    exact_of = FAMILIES[family].exact
+    if exact_of and any(map(_is_off, rows)):
+        exact = {name: in_layout(name, value) for name, value in exact_of(golden).items()}
+        rows = [
+            judge(row, recorded[row.name], ours[row.name], exact[row.name])
+            if _is_off(row) and row.name in exact
+            else row
+            for row in rows
+        ]
     return sorted(rows, key=_badness, reverse=True)
+
+
+def _largest_gradients(golden: Golden) -> dict[str, float]:
+    """The largest recorded magnitude of every section of gradients."""
+    found: dict[str, float] = {}
+    for name, value in golden.recorded.items():
+        if is_gradient(name):
+            section = gradient_section(name)
+            found[section] = max(found.get(section, 0.0), float(np.abs(value).max(initial=0.0)))
+    return found
+
+
+def _is_off(row: ParityRow) -> bool:
+    """Whether an error beyond the bound might be the recording's own."""
+    return not row.ok and row.error is not None and row.max_abs > 0 and row.note != ZERO
 
 
 def _badness(row: ParityRow) -> float:
@@ -189,17 +268,21 @@ def print_rows(console: Console, path: str, rows: Sequence[ParityRow]) -> None:
         table.add_column(column, justify=justify, overflow='fold')
     for row in rows:
         error = row.note if row.error is None else f'{row.error:.1e}'
-        if row.error is not None and row.note:
-            error += ' abs'
+        if row.error is not None and row.ours_to_exact is None and row.note:
+            error += ' zero' if row.note == ZERO else ' abs'
+        by_exact = '' if row.ours_to_exact is None else '*'
         table.add_row(
             row.name,
             'x'.join(map(str, row.shape)) or 'scalar',
             f'{row.max_abs:.2e}',
             error,
             f'{row.bound:.0e}',
-            'yes' if row.ok else styled(('NO', 'bold red')),
+            f'yes{by_exact}' if row.ok else styled((f'NO{by_exact}', 'bold red')),
         )
     console.print(table)
+    for row in rows:
+        if row.ours_to_exact is not None:
+            console.print(f'* {row.name}: {row.note}')
     for kind in ('forward', 'gradient'):
         row = worst(rows, kind)
         if row:

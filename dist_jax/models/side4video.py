@@ -118,7 +118,7 @@ def build(
     if remat not in REMAT:
         raise ValueError(f'model.remat={remat!r} is not one of {", ".join(REMAT)}')
     spec = backbone.spec
-    blocks = tuple(range(tap_every - 1, spec.depth, tap_every))
+    blocks = tuple(range(tap_every - 1, spec.depth, tap_every)) if tap_every > 0 else ()
     if not blocks:
         raise ValueError(
             f'model.tap_every={tap_every}: the backbone has {spec.depth} blocks, so none is read'

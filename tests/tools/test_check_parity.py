@@ -105,8 +105,11 @@ def test_container_of_another_geometry_is_an_error(tmp_path, capsys):
         ([1.0], [math.inf], {}, None, False),
         ([1.0], [[1.0]], {}, None, False),
         ([1.0], None, {}, None, False),
-        ([3e-9], [5e-7], {'zero_on_paper': True}, 4.97e-7, True),
-        ([3e-9], [2e-6], {'zero_on_paper': True}, 2e-6, False),
+        ([3e-9], [-5e-7], {'zero_beside': 1.0}, 5e-7, True),
+        ([3e-9], [2e-5], {'zero_beside': 1.0}, 2e-5, False),
+        ([3e-9], [2e-5], {'zero_beside': 10.0}, 2e-6, True),
+        ([3e-9], [5e-7], {'zero_beside': 1e-3}, 5e-4, False),
+        ([0.0], [5e-7], {'zero_beside': 0.0}, 5e-7, True),
     ],
 )
 def test_error_is_relative_to_the_largest_recorded_value(recorded, ours, kwargs, error, ok):
@@ -143,7 +146,7 @@ def test_golden_reader_knows_the_other_families_encodings(tmp_path):
     read = golden.read_golden(path)
     assert read.section('params')['w'].tolist() == [1.0, -2.0]
     assert set(read.recorded) == {'outputs/train/buffers/mean', 'grads/w'}
-    assert read.zero_gradients == {'grads/a', 'grads/b'}
+    assert read.zero_gradients == {'grads/a', 'grads/b', 'grads_norm/b'}
     with pytest.raises(ValueError, match='none of the families'):
         check_parity.check(path)
 

@@ -76,6 +76,12 @@ def is_gradient(name: str) -> bool:
     return any('grad' in part for part in name.split('/')[:2])
 
 
+def gradient_section(name: str) -> str:
+    """The section of a gradient: its name as far as the part that says it is one."""
+    parts = name.split('/')
+    return '/'.join(parts[:1] if 'grad' in parts[0] else parts[:2])
+
+
 def read_golden(path: str | os.PathLike[str]) -> Golden:
     """Opens a golden file, or a folder with `expected.safetensors` beside a checkpoint.
 

@@ -22,7 +22,16 @@ from dist_jax.models import (
     side4video_params,
 )
 from dist_jax.models.backbone import Backbone, Taps
-from dist_jax.models.params import Row, Tree, export_tree, flatten, import_tree, unflatten
+from dist_jax.models.params import (
+    Row,
+    Tree,
+    export_tree,
+    flatten,
+    hidden_ratio,
+    import_tree,
+    tensor_shape,
+    unflatten,
+)
 from tools.parity.golden import Golden
 
 # Recorded name -> ours, of what every layer did.
@@ -48,22 +57,23 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
       ValueError: recorded parameters and recorded sizes contradict each other.
     """
     config = golden.config
+    _check_inputs(golden)
     tensors = golden.section('params') | golden.section('buffers')
     hparams = side4video_params.infer_hparams(tensors)
-    for name, value in hparams.items():
-        if name not in ('mlp_ratio', 'depth') and config.get(name, value) != value:
-            raise ValueError(f'{golden.file}: config says {name}={config[name]}, shapes {value}')
+    sizes = {name: hparams[name] for name in ('side_dim', 'width', 'patch_size', 'num_classes')}
+    sizes['image_size'] = hparams['grid'] * hparams['patch_size']
+    _agree(golden, sizes | {'arch': 'eva' if hparams['post_norm'] else 'clip'}, 'params')
     rows = side4video_params.side4video_rows(hparams)
     tree = import_tree(tensors, rows, side4video_params.abstract_variables(hparams))
     found = {converted.COLLECTIONS: side4video_params.COLLECTIONS}
     variables = jax.tree.map(jnp.asarray, converted.variables(tree, found))
 
-    backbone, frozen = _eva(golden) if config['arch'] == 'eva' else _clip(golden)
+    backbone, frozen = _eva(golden) if hparams['post_norm'] else _clip(golden)
     model = side4video.build(
         backbone,
         num_classes=(hparams['num_classes'],),
         num_frames=config['T'],
-        tap_every=backbone.spec.depth // hparams['depth'],
+        tap_every=tap_every(golden, hparams['depth']),
         dtype=jnp.float32,
         **side4video_params.build_options(hparams),
     )
@@ -94,8 +104,9 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
     video = jnp.asarray(golden.tensors['inputs/video'])
     tokens, *modes = jax.device_get(all_of(variables, frozen, video))
     ours = {
-        f'eval/backbone_tokens/{i}': x.reshape(*video.shape[:2], *x.shape[1:])
+        f'{mode}/backbone_tokens/{i}': x.reshape(*video.shape[:2], *x.shape[1:])
         for i, x in enumerate(tokens)
+        for mode in ('eval', 'train')
     }
     for mode, section, ((loss, (outputs, updated)), grads) in zip(
         ('eval', 'train'), ('eval_grads', 'grads'), modes, strict=True
@@ -131,41 +142,112 @@ def _forward(mode: str, loss: np.ndarray, outputs: Tree) -> dict[str, np.ndarray
     return found
 
 
+def tap_every(golden: Golden, depth: int) -> int:
+    """From which blocks the `depth` layers of the side network read.
+
+    Of all of CLIP's, and of every second one of EVA's, as released; else evenly, as far as the
+    blocks go.
+
+    Raises:
+      ValueError: no spacing gives so many.
+    """
+    layers = golden.config['layers']
+    released = 2 if golden.config['arch'] == 'eva' else 1
+    for every in (released, max(layers // depth, 1)):
+        if layers // every == depth:
+            return every
+    raise ValueError(
+        f'{golden.file}: config says layers={layers}, params have taps of {depth} of them, which '
+        'are not every n-th'
+    )
+
+
+_NEEDED = ('arch', 'B', 'T', 'image_size', 'patch_size', 'width', 'layers', 'label_smoothing')
+_NEEDED_BESIDE = {'clip': ('heads',), 'eva': ('head_width', 'postnorm', 'rope', 'pt_hw_seq_len')}
+
+
+def _check_inputs(golden: Golden) -> None:
+    config, inputs = golden.config, golden.section('inputs')
+    if config.get('arch') not in _NEEDED_BESIDE:
+        raise ValueError(
+            f'{golden.file}: config says arch={config.get("arch")!r}, known are '
+            f'{list(_NEEDED_BESIDE)}'
+        )
+    needed = (*_NEEDED, *_NEEDED_BESIDE[config['arch']])
+    missing = [f'config field {name}' for name in needed if name not in config]
+    missing += [f'inputs/{name}' for name in ('video', 'labels') if name not in inputs]
+    if missing:
+        raise ValueError(f'{golden.file}: {", ".join(missing)} missing')
+    size = config['image_size']
+    for name, shape in (
+        ('video', (config['B'], config['T'], size, size, 3)),
+        ('labels', (config['B'],)),
+    ):
+        if inputs[name].shape != shape:
+            raise ValueError(
+                f'{golden.file}: inputs/{name} is {inputs[name].shape}, by its config {shape}'
+            )
+
+
+def _agree(golden: Golden, found: dict[str, Any], section: str) -> None:
+    for name, value in found.items():
+        recorded = golden.config.get(name, value)
+        if recorded != value:
+            raise ValueError(
+                f'{golden.file}: config says {name}={recorded}, the shapes of {section} {value}'
+            )
+
+
 def _clip(golden: Golden) -> tuple[Backbone, Tree]:
-    config = golden.config
+    weights = golden.section('backbone')
+    width, patch_size = clip_params.patch_sizes(weights, 'visual.conv1.weight')
+    table, blocks = 'visual.positional_embedding', 'visual.transformer.resblocks.'
+    tokens, _ = tensor_shape(weights, table, 2, 'CLIP')
+    hidden, _ = tensor_shape(weights, f'{blocks}0.mlp.c_fc.weight', 2, 'CLIP')
     spec = clip.ClipSpec(
-        image_size=config['image_size'],
-        patch_size=config['patch_size'],
-        width=config['width'],
-        depth=config['layers'],
-        num_heads=config['heads'],
-        embed_dim=config['embed_dim'],
+        image_size=clip_params.grid_of(table, tokens) * patch_size,
+        patch_size=patch_size,
+        width=width,
+        depth=clip_params.depth_of(weights, blocks),
+        num_heads=golden.config['heads'],
+        embed_dim=golden.config.get('embed_dim', width),
         text_width=1,
         text_depth=1,
         text_num_heads=1,
+        mlp_ratio=hidden_ratio(hidden, width),
     )
+    found = dataclasses.asdict(spec)
+    sizes = {name: found[name] for name in ('image_size', 'patch_size', 'width')}
+    _agree(golden, sizes | {'layers': spec.depth}, 'backbone')
     return _frozen(golden, Backbone(clip.KIND, spec), clip_params.openai_rows(spec))
 
 
-# Recorded switch -> ours.
-_EVA_NAMES = {
+# Recorded size -> ours, where shapes show it.
+_EVA_SIZES = {
     'layers': 'depth',
-    'postnorm': 'post_norm',
     'subln': 'sub_ln',
     'naiveswiglu': 'swiglu',
-    'pt_hw_seq_len': 'rope_grid',
+    **{name: name for name in ('image_size', 'patch_size', 'width', 'embed_dim')},
 }
 
 
 def _eva(golden: Golden) -> tuple[Backbone, Tree]:
-    config = golden.config
-    num_heads = config['width'] // config['head_width']
-    spec = eva_params.eva_spec(golden.section('backbone'), num_heads=num_heads)
+    config, weights = golden.config, golden.section('backbone')
+    if config['width'] % config['head_width']:
+        raise ValueError(
+            f'{golden.file}: config says width={config["width"]} and '
+            f'head_width={config["head_width"]}, which does not divide it'
+        )
+    spec = eva_params.eva_spec(weights, num_heads=config['width'] // config['head_width'])
     found = dataclasses.asdict(spec)
-    for recorded, value in config.items():
-        name = _EVA_NAMES.get(recorded, recorded)
-        if found.get(name, value) != value:
-            raise ValueError(f'{golden.file}: config says {recorded}={value}, shapes {found[name]}')
+    _agree(golden, {name: found[ours] for name, ours in _EVA_SIZES.items()}, 'backbone')
+    # No shape tells these. EVA-02 has one combination for each kind of projections.
+    spec = dataclasses.replace(
+        spec,
+        post_norm=config['postnorm'],
+        rope=config['rope'],
+        rope_grid=config['pt_hw_seq_len'],
+    )
     return _frozen(golden, Backbone(eva.KIND, spec), eva_params.visual_rows(spec))
 
 
