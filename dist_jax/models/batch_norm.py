@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dist_jax.models.layers import Initializer
+from dist_jax.models.stack import STATISTICS, mark
 from dist_jax.sharding import split_batch
 
 
@@ -79,6 +80,7 @@ class BatchNorm(nn.Module):
         real = jnp.ones(size, bool) if mask is None else mask > 0
         found = jax.lax.stop_gradient(_clip_statistics(x))
         clips, *found = _group_statistics(*found, real, self.groups)
+        found = [mark(each, STATISTICS) for each in found]
         count = clips * (x.size // (size * channels))
         old = mean.value, variance.value
         unbiased = found[0], found[1] * (count / jnp.maximum(count - 1, 1))

@@ -48,12 +48,13 @@ from dist_jax.models.layers import (
     standardise,
     uniform,
 )
-from dist_jax.models.stack import mark, scan_trainable
+from dist_jax.models.stack import STATISTICS, STREAM, mark, scan_trainable
 from dist_jax.models.time_conv import DepthwiseTimeConv, Stem
 from dist_jax.sharding import ShardingRule, split_batch
 
 HEAD_DIM = 64
-REMAT = ('none', 'branches', 'layers')
+# What a layer keeps for its backward pass; None for all.
+REMAT = {'none': None, 'branches': (STREAM, STATISTICS), 'layers': (STATISTICS,)}
 STEM_FRAMES = 3
 
 # Source: the release decays every trained tensor: biases, norms and the position table too.
@@ -335,15 +336,15 @@ class SideLayer(nn.Module):
             return BatchNorm(self.groups, name=name)(x, mask, train=self.train)
 
         tokens = Tap(width, self.post_norm, self.dtype, name='tap')(split_batch(tap))
-        u = mixed = mark(split_batch(0.5 * s + 0.5 * tokens['patches']))
+        u = mixed = mark(split_batch(0.5 * s + 0.5 * tokens['patches']), STREAM)
 
         conv = TemporalConv(self.dtype, name='conv')
         if self.post_norm:
             moved = conv(u)
-            u = mark(u + batch_norm('bn_1', moved))
+            u = mark(u + batch_norm('bn_1', moved), STREAM)
         else:
             moved = conv(batch_norm('bn_1', u))
-            u = mark(u + moved)
+            u = mark(u + moved, STREAM)
 
         shifted = shift_class_token(tokens['token'])
         memory = u + positions.astype(self.dtype)
@@ -352,7 +353,7 @@ class SideLayer(nn.Module):
         attention = FrameAttention(**inits['attn'], dtype=self.dtype, name='attn')
         memory = memory if self.post_norm else norm(memory)
         seen = attention(memory.reshape(-1, *memory.shape[2:])).reshape(u.shape)
-        u = mark(u + (norm(seen) if self.post_norm else seen))
+        u = mark(u + (norm(seen) if self.post_norm else seen), STREAM)
 
         mlp = SideMlp(self.mlp_hidden, inits['mlp'], self.dtype, name='mlp')
         s = u + (batch_norm('bn_2', mlp(u)) if self.post_norm else mlp(batch_norm('bn_2', u)))
@@ -441,7 +442,7 @@ class Side4VideoNet(nn.Module):
             remat=self.remat != 'none',
             unroll=self.unroll,
             in_axes=(0, nn.broadcast, nn.broadcast),
-            keep_marked=self.remat == 'branches',
+            keep=REMAT[self.remat] or (),
         )
         s, seen = layers(
             mlp_hidden=self.mlp_hidden,

@@ -18,7 +18,10 @@ from dist_jax.sharding import ShardingRule, gather_params, split_batch
 
 Tree = Any
 
-_MARK = 'marked'
+# Names of what blocks mark.
+STREAM = 'stream'
+STATISTICS = 'statistics'
+
 LONGEST_PATTERN = 4  # layers of which one is tapped, that run in one pass of a loop
 
 
@@ -113,7 +116,7 @@ def scan_trainable(
     remat: bool,
     unroll: bool,
     in_axes: tuple[Any, ...] = (0,),
-    keep_marked: bool = False,
+    keep: Sequence[str] = (),
 ) -> type[nn.Module]:
     """A module class that runs `length` copies of `block`, each with its own parameters.
 
@@ -124,7 +127,8 @@ def scan_trainable(
       unroll: write the layers out instead of looping.
       in_axes: of the arguments after the carry: 0 for one slice a layer, `flax.linen.broadcast`
         for all of it in every layer.
-      keep_marked: with `remat`, store what the block gave to `mark`, and recompute the rest.
+      keep: with `remat`, store what the block marked with one of these names, and recompute the
+        rest; see `mark`.
 
     Returns:
       The lifted class; `params`, `batch_stats` and `intermediates` carry the layer on axis 0.
@@ -132,7 +136,7 @@ def scan_trainable(
     if remat:
         # Inside a loop the compiler cannot merge the recomputation with the forward pass; written
         # out it can, and would undo remat, so there the barrier stays.
-        policy = jax.checkpoint_policies.save_only_these_names(_MARK) if keep_marked else None
+        policy = jax.checkpoint_policies.save_only_these_names(*keep) if keep else None
         block = nn.remat(block, prevent_cse=unroll, policy=policy)
     return nn.scan(
         block,
@@ -144,6 +148,6 @@ def scan_trainable(
     )
 
 
-def mark(x: jax.Array) -> jax.Array:
-    """`x`, which a backward pass may find stored; see `scan_trainable`."""
-    return checkpoint_name(x, _MARK)
+def mark(x: jax.Array, name: str) -> jax.Array:
+    """`x`, which a backward pass may find stored under this name; see `scan_trainable`."""
+    return checkpoint_name(x, name)
