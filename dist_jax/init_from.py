@@ -151,11 +151,12 @@ def _read_variables(
     verify: bool,
 ) -> Tree:
     known, asked = flatten(stored), flatten(wanted)
-    unlike: dict[str, jax.ShapeDtypeStruct] = {}  # read as it is stored, and then made to fit
-    if model.fit is not None:
-        for name, leaf in asked.items():
-            if name in known and known[name].shape != leaf.shape:
-                unlike[name] = leaf
+    # Read as they are stored, and then made to fit. What cannot be is listed with all that differs.
+    unlike = {
+        name: leaf
+        for name, leaf in asked.items()
+        if name in known and known[name].shape != leaf.shape and _fits(model, name, known, leaf)
+    }
     for name, leaf in unlike.items():
         whole = replicated(leaf.sharding.mesh)
         asked[name] = jax.ShapeDtypeStruct(known[name].shape, leaf.dtype, sharding=whole)
@@ -167,10 +168,30 @@ def _read_variables(
         found = checkpoint.read_variables(folder, target, verify)
     leaves = flatten(found)
     for name, leaf in unlike.items():
-        own = name.partition('/')[2]  # without its collection
         fit = jax.jit(model.fit, static_argnums=(0, 2), out_shardings=leaf.sharding)
-        leaves[name] = fit(own, leaves[name], leaf.shape)
+        leaves[name] = fit(_without_collection(name), leaves[name], leaf.shape)
     return unflatten(leaves)
+
+
+def _fits(
+    model: Model,
+    name: str,
+    known: Mapping[str, jax.ShapeDtypeStruct],
+    leaf: jax.ShapeDtypeStruct,
+) -> bool:
+    """Whether `Model.fit` takes what is stored under this name."""
+    if model.fit is None:
+        return False
+    own = _without_collection(name)
+    try:
+        fitted = jax.eval_shape(lambda x: model.fit(own, x, leaf.shape), known[name])
+    except ValueError:
+        return False
+    return fitted.shape == leaf.shape
+
+
+def _without_collection(name: str) -> str:
+    return name.partition('/')[2]
 
 
 def _class_places(

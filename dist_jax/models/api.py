@@ -57,7 +57,8 @@ class Model:
         -> path there. They are trained from there; shapes and layouts agree.
       fit: (path, stored array, shape) -> array of that shape: how a parameter or statistic of a run
         or checkpoint that another size of this family wrote starts here (a kernel over more frames,
-        a table of other positions). None where only equal shapes can be taken.
+        a table of other positions); ValueError where it cannot. None where only equal shapes can
+        be taken.
       attention: (variables of `net`, inputs as for it) -> float32 (B, t, g, g), the share of the
         query's attention on each patch of each frame that the backbone sees. Non-negative; the sum
         over (t, g, g) is at most 1, class tokens have the rest. t divides T, and map i belongs to

@@ -30,6 +30,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dist_jax.models import heads, kernels
 from dist_jax.models.api import Model, ParamGroup, Tree
@@ -174,11 +175,12 @@ def build(
 
 def _fit(path: str, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The position table of another grid; only that depends on the image size."""
-    if not path.endswith('positional_embedding'):
+    if not path.endswith('positional_embedding') or stored.shape[1:] != shape[1:]:
         raise ValueError(f'{path} is {stored.shape} there and {shape} here')
-    side = round(shape[0] ** 0.5)
-    with_class = jnp.pad(stored, [(1, 0), (0, 0)])
-    return jnp.asarray(resize_positions(with_class, (side, side))[1:])
+    # Resizing is linear in the table: this is what it does to each place alone.
+    side, places = round(shape[0] ** 0.5), np.eye(stored.shape[0], dtype=np.float32)
+    resized = resize_positions(np.pad(places, [(1, 0), (0, 0)]), (side, side))[1:]
+    return jnp.matmul(resized, stored, precision='highest')
 
 
 def shift_class_token(token: jax.Array) -> jax.Array:
