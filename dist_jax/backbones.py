@@ -40,7 +40,7 @@ def find(name: str, path: str, image_size: int, workdir: str) -> Backbone:
             write_random(path, name)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices('random backbone')
-    found = _converted(str(path))
+    found = stored(str(path))
     expected = named(name)
     if found.kind is not expected.kind:
         raise ValueError(f'{path} is {found.name}, another kind of backbone than {name}')
@@ -57,7 +57,7 @@ def find(name: str, path: str, image_size: int, workdir: str) -> Backbone:
     return sized(found, 'data.image_size', image_size)
 
 
-def _converted(path: str) -> Backbone:
+def stored(path: str) -> Backbone:
     """What a converted checkpoint holds, at the image size that it was converted at.
 
     Raises:

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dist_jax.checkpoint import find_checkpoint, is_run, read_host_variables, read_metadata
+from dist_jax import backbones, inside
+from dist_jax.checkpoint import (
+    backbone_sha256,
+    describe_backbone,
+    find_checkpoint,
+    is_run,
+    read_host_variables,
+    read_metadata,
+)
 from dist_jax.convert_arguments import PRECISIONS
 from dist_jax.models import NAMINGS, converted
-from dist_jax.models.naming import Export, Options, Plan
+from dist_jax.models.backbone import Backbone
+from dist_jax.models.naming import Naming, Options, Plan
 from dist_jax.models.params import (
     Tree,
     count,
@@ -35,9 +44,15 @@ from dist_jax.models.params import (
     flatten,
     import_tree,
     non_finite,
+    outgoing,
     with_precision,
 )
-from dist_jax.models.source_files import SourceFiles, open_source, sources_record
+from dist_jax.models.source_files import (
+    SourceFiles,
+    open_source,
+    read_safetensors,
+    sources_record,
+)
 from input_pipeline.escape import Console, lines
 
 # What `--kind` says -> naming, in the order in which they are asked.
@@ -52,6 +67,7 @@ def convert(
     options: Options | None = None,
     precision: str = 'float32',
     name: str | None = None,
+    backbone: str | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -64,6 +80,7 @@ def convert(
       options: what the file does not say.
       precision: dtype of the floating parameters; those of norms and logit_scale stay float32.
       name: name in the metadata; None for the published size, where it is one.
+      backbone: a converted one, that the frozen one inside the file is compared with.
       overwrite: replace a converted checkpoint at `dest`.
       console: where progress and summary go; None for silence.
 
@@ -71,7 +88,8 @@ def convert(
       The metadata as stored.
 
     Raises:
-      ValueError: unknown, damaged, unsafe or incomplete source; missing options.
+      ValueError: unknown, damaged, unsafe or incomplete source; missing options; a `backbone` of
+        another geometry than the one in the file.
       OSError: files that are not there, a destination that exists.
     """
     if precision not in PRECISIONS:
@@ -81,6 +99,7 @@ def convert(
     if kind == 'auto':
         kind = detect(opened)
     plan, params = read_params(opened, kind, options or Options(), precision)
+    beside = _look_inside(opened, KINDS[kind], plan, backbone)
     used = {row.source_name for row in plan.rows}
     with _progress(console, sum(leaf.nbytes for leaf in flatten(params).values())) as advance:
         sources, digest = sources_record(opened.files)
@@ -98,6 +117,7 @@ def convert(
                 'ignored': sorted(plan.tensors.keys() - used),
                 'non_finite': non_finite(params, plan.rows),
                 **({converted.COLLECTIONS: list(plan.collections)} if plan.collections else {}),
+                **({inside.KEY: beside} if plan.backbone else {}),
             },
             overwrite=overwrite,
             on_bytes=advance,
@@ -137,11 +157,31 @@ def read_params(
         plan.tensors,
         plan.rows,
         with_precision(plan.abstract, precision, keep=plan.collections),
-        plan.ignore,
+        (*plan.ignore, *inside.names(naming, plan)),
         parted=True,
         context=context,
     )
     return plan, params
+
+
+def _look_inside(
+    source: SourceFiles, naming: Naming, plan: Plan, path: str | None
+) -> dict[str, Any] | None:
+    """What the metadata says of the frozen backbone in a file."""
+    if path is not None and not plan.backbone:
+        raise ValueError(
+            f'--backbone: files with {naming.kind} names hold no other network beside them that '
+            f'could be compared with {path}'
+        )
+    try:
+        found = inside.describe(naming, plan)
+        if path is not None and found is None:
+            raise ValueError(f'--backbone: there is none in it to be compared with {path}')
+        if path is not None:
+            found['compared'] = inside.compare(naming, plan, found, backbones.stored(path))
+    except ValueError as error:
+        raise ValueError(f'{source.path}: {error}') from error
+    return found
 
 
 def detect(source: SourceFiles) -> str:
@@ -209,16 +249,44 @@ def _print_summary(
         ('source sha256', metadata['source_sha256']),
         ('params sha256', metadata['params_sha256']),
         ('ignored', summed_up(metadata['ignored']) or 'nothing'),
+        *([('backbone inside', _comparison(metadata))] if inside.KEY in metadata else []),
         ('written to', os.fspath(dest)),
     ):
         facts.add_row(label, value)
     console.print(facts)
+    found = metadata.get(inside.KEY)
+    if found and found['compared'] and found['compared']['differing']:
+        console.print(
+            'warning: the network was trained on another backbone than the one it was compared '
+            'with, or on one that was trained along with it; it belongs to the one in its file.',
+            style='bold red',
+        )
     if metadata['non_finite']:
         console.print(
             f'warning: NaN or infinite values in {summed_up(metadata["non_finite"])}; a network '
             'with them gives no scores. The file is damaged, or its training had diverged.',
             style='bold red',
         )
+
+
+def _comparison(metadata: dict[str, Any]) -> str:
+    """What is said of the backbone in a file."""
+    found = metadata[inside.KEY]
+    if found is None:
+        return 'none'
+    shown, compared = inside.shown(found), found['compared']
+    if compared is None:
+        return (
+            f'{shown}: left out, and not compared; --backbone DIR tells whether a converted one '
+            'is the same'
+        )
+    differing, where = compared['differing'], compared['path']
+    if not differing:
+        return f'{shown}: left out; rounded to float16 it is the same as {where}'
+    return (
+        f'{shown}: left out; rounded to float16, {len(differing)} tensors differ from those of '
+        f'{where}: {summed_up(differing)}'
+    )
 
 
 def summed_up(names: Sequence[str]) -> str:
@@ -238,52 +306,70 @@ def export(
     dest: str | os.PathLike[str],
     step: str | None = None,
     *,
+    with_backbone: bool = False,
+    backbone: str | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, np.ndarray]:
     """Writes a step of a run or a converted checkpoint under the authors' names.
 
+    The network is in memory as a whole, of a backbone a tensor at a time.
+
     Args:
       source: folder of the run, or converted checkpoint.
       dest: file to write.
       step: of a run: a number or 'best'; None for the newest.
+      with_backbone: also write the frozen backbone, as the authors' files hold it.
+      backbone: the converted one; None for the one that the run was trained on.
       overwrite: replace `dest`.
       console: where the summary goes; None for silence.
 
     Returns:
-      The tensors as written.
+      The tensors as written, views of the file.
 
     Raises:
-      ValueError: `source` is of a family without such names, or holds parameters without one.
+      ValueError: `source` is of a family without such names, or holds parameters without one; the
+        backbone is not the one of the run, or none is named.
       OSError: nothing at `source`, or `dest` exists.
     """
+    trained_on, dtypes, image_size = None, None, None
     if is_run(source):  # the average of its parameters if it kept one
         folder = find_checkpoint(source, step)
         metadata = read_metadata(folder)
         model = metadata['config']['model']
-        way = _way_back(source, model['family'])
+        naming = _way_back(source, model['family'])
+        way = naming.export
         if model.get('head', way.head) != way.head:
             raise ValueError(
                 f'{source}: trained with model.head={model["head"]}, but the names of '
                 f'{model["family"]} checkpoints have a place for head={way.head} only: the export '
                 f'needs head={way.head}'
             )
-        backbone = metadata['backbone']
-        sizes = way.run_sizes(model, backbone and backbone['spec'])
+        trained_on = metadata['backbone']
+        sizes = way.run_sizes(model, trained_on and trained_on['spec'])
+        image_size = trained_on and trained_on['spec']['image_size']
         tree = converted.stored_tree(read_host_variables(folder))
     else:
         metadata = converted.load_metadata(source)
-        way, sizes = _way_back(source, metadata['family']), metadata['spec']
+        naming, sizes = _way_back(source, metadata['family']), metadata['spec']
+        way = naming.export
+        found = metadata.get(inside.KEY)
+        dtypes = found and found['dtypes']
         tree = converted.load_params(source, as_numpy=True)
-    tensors = export_file(tree, way.rows(sizes), way.prefix, dest, overwrite=overwrite)
+    tensors = outgoing(tree, way.rows(sizes), way.prefix)
+    if with_backbone:
+        frozen = _backbone_of(source, trained_on, backbone)
+        tensors += inside.export(naming, frozen, way.prefix, dtypes, image_size)
+    export_file(tensors, dest, overwrite=overwrite)
+    written = read_safetensors(dest)
     if console:
         size = os.path.getsize(dest) / 1e6
-        console.print(f'{len(tensors)} tensors, {size:,.1f} MB written to {os.fspath(dest)}')
-    return tensors
+        console.print(f'{len(written)} tensors, {size:,.1f} MB written to {os.fspath(dest)}')
+    return written
 
 
-def _way_back(source: str | os.PathLike[str], family: str) -> Export:
-    ways = {naming.family: naming.export for naming in KINDS.values() if naming.export}
+def _way_back(source: str | os.PathLike[str], family: str) -> Naming:
+    ways = {naming.family: naming for naming in KINDS.values() if naming.export}
     if family not in ways:
         raise ValueError(
             f'{source} is of family {family!r}; only {", ".join(ways)} checkpoints are exported'
@@ -291,12 +377,47 @@ def _way_back(source: str | os.PathLike[str], family: str) -> Export:
     return ways[family]
 
 
+def _backbone_of(
+    source: str | os.PathLike[str], trained_on: Mapping[str, Any] | None, path: str | None
+) -> Backbone:
+    """The converted backbone to export with a network.
+
+    Args:
+      source: the network.
+      trained_on: what a run says of its backbone; None for a converted network.
+      path: of a converted one, if one was named.
+    """
+    if path is None and trained_on is None:
+        raise ValueError(
+            f'{source} does not say where its backbone is; pass --backbone with a converted one'
+        )
+    found = backbones.stored(path or trained_on['path'])
+    if trained_on and backbone_sha256(trained_on) != found.params_sha256:
+        raise ValueError(
+            f'{found.path} has {describe_backbone(found.identity())}, but {source} was trained on '
+            f'{describe_backbone(trained_on)}; pass the right one with --backbone'
+        )
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Does what the arguments say; returns the exit code: 0, or 2 with one message on stderr."""
     console = Console()
     try:
+        if args.with_backbone and not args.export:
+            raise ValueError('--with_backbone is of --export; --backbone DIR compares')
+        if args.export and args.backbone and not args.with_backbone:
+            raise ValueError('--export --backbone DIR: pass --with_backbone too, to write it')
         if args.export:
-            export(args.source, args.dest, args.step, overwrite=args.overwrite, console=console)
+            export(
+                args.source,
+                args.dest,
+                args.step,
+                with_backbone=args.with_backbone,
+                backbone=args.backbone,
+                overwrite=args.overwrite,
+                console=console,
+            )
         else:
             convert(
                 args.source,
@@ -305,6 +426,7 @@ def run(args: argparse.Namespace) -> int:
                 options=Options(args.activation, args.num_heads, args.text_num_heads),
                 precision=args.precision,
                 name=args.name,
+                backbone=args.backbone,
                 overwrite=args.overwrite,
                 console=console,
             )

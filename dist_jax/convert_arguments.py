@@ -16,10 +16,10 @@ KINDS = ('dist', 'evl', 'huggingface', 'openai', 'openclip', 'eva', 'eva_opencli
 DESCRIPTION = """\
 Converts downloaded checkpoints into the form that training reads, and exports ours back.
 
-CLIP (OpenAI, Hugging Face, OpenCLIP), EVA-02-CLIP (BAAI, OpenCLIP), DiST and EVL files become one
-orbax directory with parameters, geometry, activation and the hash of the source. PyTorch is not
-needed and no code from a file is run; a file that holds more than tensors is refused with the way
-out.
+CLIP (OpenAI, Hugging Face, OpenCLIP), EVA-02-CLIP (BAAI, OpenCLIP), DiST and EVL files
+become one orbax directory with parameters, geometry, activation and the hash of the source. PyTorch
+is not needed and no code from a file is run; a file that holds more than tensors is refused with
+the way out.
 """
 
 EXAMPLES = """\
@@ -83,6 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--export', action='store_true', help='orbax -> safetensors')
     parser.add_argument(
         '--step', help="with --export of a run: a number or 'best'; the newest by default"
+    )
+    parser.add_argument(
+        '--backbone',
+        metavar='DIR',
+        help='a converted backbone, to compare with the one in SOURCE, or to write beside it',
+    )
+    parser.add_argument(
+        '--with_backbone',
+        action='store_true',
+        help='with --export: the frozen backbone too, as the files of the authors hold it',
     )
     parser.add_argument('--kind', default='auto', choices=('auto', *KINDS), help='naming')
     parser.add_argument(

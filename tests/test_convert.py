@@ -116,6 +116,7 @@ def test_openclip_config_beside_the_file_is_enough(tmp_path):
         ((GELU, '--kind', 'dist'), 'temporal_stem.weight is missing'),
         ((GOLDEN / 'clip' / 'hf' / 'expected.safetensors',), 'names of no known kind'),
         ((OPENAI, '--export'), 'is not a converted checkpoint'),
+        ((OPENAI, '--backbone', 'clip'), 'openai names hold no other network'),
     ],
 )
 def test_refusals_say_what_to_do_and_leave_nothing(tmp_path, capsys, args, message):
@@ -262,7 +263,8 @@ def test_dist_file_converts_and_exports_bit_equal(tmp_path, capsys):
     metadata = converted.load_metadata(tmp_path / 'dist')
     assert (metadata['family'], metadata['name']) == ('dist', 'dist_4+8f')
     assert metadata['spec']['num_layers'] == 2
-    assert len(metadata['ignored']) == sum(name.startswith('backbone/') for name in recorded)
+    frozen = [name for name in recorded if name.startswith('backbone/')]
+    assert len(metadata['ignored']) == len(metadata['backbone']['dtypes']) == len(frozen)
     out = tmp_path / 'out.safetensors'
     assert _main('--export', tmp_path / 'dist', out) == 0
     written = load_file(out)

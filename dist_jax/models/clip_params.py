@@ -170,6 +170,34 @@ def huggingface_rows(spec: ClipSpec) -> list[Row]:
     return rows
 
 
+def frozen_names(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of a CLIP inside a larger file, exactly those of one of that depth.
+
+    Raises:
+      ValueError: a block number that no complete file can reach.
+    """
+    depth, text_depth = (
+        numbered(tensors, prefix)
+        for prefix in ('visual.transformer.resblocks.', 'transformer.resblocks.')
+    )
+    # Only the depths matter for the names.
+    spec = ClipSpec(1, 1, 1, depth, 1, 1, 1, text_depth, 1)
+    known = {row.source_name for row in openai_rows(spec)}
+    return [name for name in tensors if name in known]
+
+
+def frozen_geometry(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What the image tower inside a larger file shows of its spec; see `naming.Inside`."""
+    width, patch = patch_sizes(tensors, _OPENAI_MARK)
+    position = 'visual.positional_embedding'
+    return {
+        'image_size': grid_of(position, _shape(tensors, position, 2)[0]) * patch,
+        'patch_size': patch,
+        'width': width,
+        'depth': depth_of(tensors, 'visual.transformer.resblocks.'),
+    }
+
+
 def norm_rows(source: str, target: str, index: tuple[int, ...] = ()) -> list[Row]:
     """LayerNorm: weight, bias -> scale, bias."""
     return [

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -19,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -212,6 +213,36 @@ def stored_shapes(path: PathLike) -> Tree:
     return unflatten(stored_leaves(absolute_path(path) / 'params', stored))
 
 
+def stored_arrays(path: PathLike, names: Collection[str]) -> Tree:
+    """Parameters as `PartedArray`s that read the checkpoint.
+
+    Args:
+      path: a converted checkpoint.
+      names: paths of arrays; others are left out.
+
+    Raises:
+      DamagedError: they are not what was written; all of them are read once to know it.
+      ending.AgainError: they cannot be read now.
+    """
+    folder = absolute_path(path) / 'params'
+    known = load_metadata(path).get(digests.DIGESTS)
+    context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
+
+    def leaf(name: str, like: jax.ShapeDtypeStruct) -> PartedArray:
+        def make(start: int, stop: int) -> np.ndarray:
+            rows = (slice(start, stop),) if like.shape else ()
+            return patiently(folder, lambda: source()[rows].read().result())
+
+        source = functools.cache(lambda: _open(_array_info(folder, name, context)))
+        return PartedArray(tuple(like.shape), np.dtype(like.dtype), make, bool(like.shape))
+
+    leaves = stored_leaves(folder, known).items()
+    found = unflatten({name: leaf(name, like) for name, like in leaves if name in names})
+    if known is not None:
+        digests.check(folder, digests.digests(found), known)
+    return found
+
+
 def stored_variables(path: PathLike) -> Tree:
     """`variables` of a converted network as `jax.ShapeDtypeStruct` leaves."""
     return variables(stored_shapes(path), load_metadata(path))
@@ -351,13 +382,7 @@ def read_tree(
     found = flatten(_read_checked(folder, rest, stored, as_numpy)) if rest else {}
     context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
     for path, leaf in sliced.items():
-        info = ocp.type_handlers.ParamInfo(
-            name=path.replace('/', '.'),
-            parent_dir=folder,
-            is_ocdbt_checkpoint=True,
-            use_zarr3=False,
-            ts_context=context,
-        )
+        info = _array_info(folder, path, context)
         found[path] = _read_sliced(info, path, leaf, stored, as_numpy)
     return unflatten({path: found[path] for path in flat})
 
@@ -412,8 +437,7 @@ def _read_slices(
     info: ocp.type_handlers.ParamInfo, leaf: jax.ShapeDtypeStruct, as_numpy: bool
 ) -> tuple[jax.Array | np.ndarray, digests.Digest]:
     """The array, and the digest of what this process read of it first, before it was cast."""
-    spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
-    source = ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context).result()
+    source = _open(info)
     digest = digests.Digest(source.dtype.numpy_dtype, source.shape)
 
     def read(box: Box, first: bool) -> np.ndarray:
@@ -441,6 +465,22 @@ def _read_slices(
             shards += [jax.device_put(part, device) for device in own]
     found = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
     return found, digest
+
+
+def _array_info(folder: epath.Path, path: str, context: ts.Context) -> ocp.type_handlers.ParamInfo:
+    """Where one array of a tree that orbax saved lies."""
+    return ocp.type_handlers.ParamInfo(
+        name=path.replace('/', '.'),
+        parent_dir=folder,
+        is_ocdbt_checkpoint=True,
+        use_zarr3=False,
+        ts_context=context,
+    )
+
+
+def _open(info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:
+    spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
+    return ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context).result()
 
 
 def _slices(box: Box, pieces: Sequence[int], itemsize: int) -> Iterator[Box]:

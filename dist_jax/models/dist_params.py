@@ -19,12 +19,14 @@ from dist_jax.models import clip, dist
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.clip_params import (
     OPENAI_IGNORE,
+    frozen_geometry,
+    frozen_names,
     fused_attention_rows,
     linear_rows,
     norm_rows,
     openai_rows,
 )
-from dist_jax.models.naming import Export, Naming, Options, Plan, abstract_network
+from dist_jax.models.naming import Export, Inside, Naming, Options, Plan, abstract_network
 from dist_jax.models.params import Row, Tree, hidden_ratio, numbered, tensor_shape
 from dist_jax.models.source_files import SourceFiles
 
@@ -70,22 +72,6 @@ def rename(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             raise ValueError(f'{old} and {origin[new]} both mean {new}; remove one of them')
         result[new], origin[new] = tensors[old], old
     return result
-
-
-def frozen_names(tensors: Mapping[str, Any]) -> list[str]:
-    """Names of the frozen CLIP copy in a file, exactly those of a CLIP of that depth.
-
-    Raises:
-      ValueError: a block number that no complete file can reach.
-    """
-    depth, text_depth = (
-        numbered(tensors, prefix)
-        for prefix in ('visual.transformer.resblocks.', 'transformer.resblocks.')
-    )
-    # Only the depths matter for the names.
-    spec = clip.ClipSpec(1, 1, 1, depth, 1, 1, 1, text_depth, 1)
-    known = {row.source_name for row in openai_rows(spec)} | set(OPENAI_IGNORE)
-    return [name for name in tensors if name in known]
 
 
 def infer_hparams(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,7 +265,8 @@ def _plan(source: SourceFiles, options: Options) -> Plan:
         tensors=tensors,
         rows=dist_rows(hparams),
         abstract=abstract_params(hparams),
-        ignore=tuple(frozen_names(tensors)),
+        ignore=OPENAI_IGNORE,
+        backbone='clip',
     )
 
 
@@ -290,5 +277,6 @@ NAMINGS = (
         matches=lambda source: is_dist_naming(source.tensors),
         plan=_plan,
         export=Export(dist_rows, run_hparams, prefix=RELEASE_PREFIX, head='text'),
+        inside={'clip': Inside(frozen_names, frozen_geometry, openai_rows)},
     ),
 )

@@ -33,7 +33,7 @@ from dist_jax.models.clip_params import (
 )
 from dist_jax.models.eva import KIND, SPECS, EvaSpec
 from dist_jax.models.naming import Naming, Options, Plan
-from dist_jax.models.params import ALL, Row, tensor_shape
+from dist_jax.models.params import ALL, Row, numbered, tensor_shape
 from dist_jax.models.source_files import SourceFiles
 
 # Buffers that carry no weights: tables of rotary positions beside those of the text tower.
@@ -244,6 +244,40 @@ def _image_heads(given: int | None, width: int, sub_ln: bool) -> int:
 
 def _published() -> str:
     return ', '.join(name for name in SPECS if 'tiny' not in name)
+
+
+def frozen_names(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of an EVA-02-CLIP inside a larger file, exactly those of one of that depth.
+
+    Raises:
+      ValueError: a block number that no complete file can reach.
+    """
+    depth, text_depth = (
+        numbered(tensors, prefix) for prefix in ('visual.blocks.', 'text.transformer.resblocks.')
+    )
+    # Only the depths and the form of the blocks matter for the names.
+    sub_ln = _has_sub_ln(tensors)
+    form = {'sub_ln': sub_ln, 'swiglu': sub_ln, 'rope': False}
+    spec = EvaSpec(1, 1, 1, depth, 1, 1, 1, 1, max(text_depth, 1), 1, **form)
+    known = {row.source_name for row in baai_rows(spec)}
+    return [name for name in tensors if name in known]
+
+
+def frozen_geometry(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What the image tower inside a larger file shows of its spec; see `naming.Inside`."""
+    width, patch = patch_sizes(tensors, f'{BAAI.prefix}patch_embed.proj.weight')
+    position = f'{BAAI.prefix}pos_embed'
+    return {
+        'image_size': grid_of(position, _shape(tensors, position, 3)[1]) * patch,
+        'patch_size': patch,
+        'width': width,
+        'depth': depth_of(tensors, f'{BAAI.prefix}blocks.'),
+        'sub_ln': _has_sub_ln(tensors),
+    }
+
+
+def _has_sub_ln(tensors: Mapping[str, Any]) -> bool:
+    return f'{BAAI.prefix}blocks.0.attn.q_proj.weight' in tensors
 
 
 def spec_name(spec: EvaSpec) -> str:

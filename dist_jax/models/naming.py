@@ -36,6 +36,25 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
+class Inside:
+    """How files of a network hold the frozen backbone that it stands on.
+
+    Attributes:
+      names: tensors of a file -> names of those that are of a backbone of this kind: exactly the
+        names of one of that depth, nothing that merely looks like them.
+      geometry: the same tensors -> fields of the spec that they show; raises ValueError, if one
+        that shows a size is missing.
+      rows: spec -> table of all names that there may be.
+      left_out: subtrees of the backbone that the released files do not hold.
+    """
+
+    names: Callable[[Mapping[str, Any]], list[str]]
+    geometry: Callable[[Mapping[str, Any]], dict[str, Any]]
+    rows: Callable[[Any], list[Row]]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a naming says of one file: everything that a conversion needs besides it.
 
@@ -47,6 +66,8 @@ class Plan:
       abstract: what the table fills, as it is stored; see `converted.stored_tree`.
       ignore: names of tensors that may stay unused; `fnmatch` patterns.
       collections: subtrees at the top of `abstract` that are no parameters, such as 'batch_stats'.
+      backbone: kind of the backbone that a file with these names may hold besides, a key of
+        `Naming.inside`; '' where there is no place for one.
     """
 
     name: str
@@ -56,6 +77,7 @@ class Plan:
     abstract: Tree
     ignore: tuple[str, ...] = ()
     collections: tuple[str, ...] = ()
+    backbone: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +107,8 @@ class Naming:
       matches: whether an opened checkpoint has these names.
       plan: raises ValueError, if it is incomplete or options are missing.
       export: the way back; None where there is none.
+      inside: family of a backbone, as converted ones name it -> how files hold one of it; empty
+        where they hold none.
     """
 
     kind: str
@@ -92,6 +116,7 @@ class Naming:
     matches: Callable[[SourceFiles], bool]
     plan: Callable[[SourceFiles, Options], Plan]
     export: Export | None = None
+    inside: Mapping[str, Inside] = dataclasses.field(default_factory=dict)
 
 
 def abstract_network(

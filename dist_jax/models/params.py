@@ -18,9 +18,11 @@ import dataclasses
 import fnmatch
 import functools
 import hashlib
+import itertools
+import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
-from safetensors.numpy import save_file
 
 from dist_jax.models.parts import PartedArray, parts_of
 
@@ -108,9 +109,14 @@ class Row:
         inside = ','.join(':' if isinstance(i, slice) else str(i) for i in self.index)
         return f'{self.target_path}[{inside}]'
 
+    @property
+    def stacked(self) -> bool:
+        """Whether it fills one row of the leaf, or a part of one."""
+        return bool(self.index) and not isinstance(self.index[0], slice)
+
     def inside(self, start: int, stop: int) -> tuple[int | slice, ...] | None:
         """`index` within rows start:stop of the leaf; None if the slot is in none of them."""
-        if not self.index or isinstance(self.index[0], slice):
+        if not self.stacked:
             return self.index
         first, *rest = self.index
         return (first - start, *rest) if start <= first < stop else None
@@ -225,7 +231,7 @@ def import_tree(
 
     def leaf(path: str, own: list[Row]) -> PartedArray:
         shape, kind = tuple(targets[path].shape), kinds[path]
-        stacked = all(row.index and not isinstance(row.index[0], slice) for row in own)
+        stacked = all(row.stacked for row in own)
         make = functools.partial(_make_part, tensors, own, shape, kind)
         return PartedArray(shape, kind, make, stacked)
 
@@ -274,30 +280,60 @@ def non_finite(tree: Mapping[str, Any], rows: Iterable[Row]) -> list[str]:
     return [row.source_name for row in rows if row.source_name in found]
 
 
-def export_tree(tree: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, np.ndarray]:
-    """The way back: a filled tree -> {source name: contiguous array}.
+@dataclasses.dataclass(frozen=True)
+class Outgoing:
+    """A tensor under its foreign name, before anything is read.
+
+    Attributes:
+      name: of the tensor; '' for a slot that must hold a constant and has no tensor.
+      shape: in the layout of the file.
+      dtype: that it is written in.
+      leaf: what holds it: an array or a `PartedArray`.
+      row: of the table.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    leaf: Any
+    row: Row
+
+
+def outgoing(
+    tree: Mapping[str, Any],
+    rows: Iterable[Row],
+    prefix: str = '',
+    dtypes: Mapping[str, Any] | None = None,
+) -> list[Outgoing]:
+    """What a table makes of a filled tree, in the order of the leaves.
+
+    Args:
+      tree: what the table exports, all of it.
+      rows: the table.
+      prefix: set before every name.
+      dtypes: by name in the table; the leaf's own where it says nothing.
 
     Raises:
-      ConversionError: a leaf, or a slot of one, that no row exports; a row without its leaf; a
-        slot that should hold the constant `fill` and does not.
+      ConversionError: a leaf, or a slot of one, that no row exports; a row without its leaf.
     """
-    rows, leaves = list(rows), flatten(tree)
+    rows, leaves, dtypes = list(rows), flatten(tree), dtypes or {}
     coverage = _Coverage(rows, {path: np.shape(leaf) for path, leaf in leaves.items()})
     duplicates = coverage.duplicates + _repeated(row.source_name for row in rows)
     mismatched = list(coverage.misplaced)
-    tensors = {}
+    found: list[Outgoing] = []
     for row in coverage.rows:
         coverage.mark(row)
-        value = np.asarray(leaves[row.target_path])[row.index]
-        if row.source_name is None:
-            if not (value == row.fill).all():
-                mismatched.append(f'{row.slot} has no place in the file unless it is {row.fill}')
-            continue
+        leaf = leaves[row.target_path]
+        # Shapes are read off an array of one element that is seen as many.
+        slot = np.broadcast_to(np.int8(0), _slot_shape(np.shape(leaf), row.index))
         try:
-            # Not ascontiguousarray, which turns a scalar into a vector.
-            tensors[row.source_name] = np.array(row.backward(value), order='C')
+            shape = row.backward(slot).shape
         except einops.EinopsError:
-            mismatched.append(f'{row.slot} {value.shape} does not fit {row.pattern!r} backwards')
+            mismatched.append(f'{row.slot} {slot.shape} does not fit {row.pattern!r} backwards')
+            continue
+        name = row.source_name and f'{prefix}{row.source_name}'
+        kind = dtypes.get(row.source_name, leaf.dtype)
+        found.append(Outgoing(name or '', shape, np.dtype(kind), leaf, row))
     unfilled = coverage.unfilled()
     if unfilled or mismatched or duplicates:
         raise ConversionError(
@@ -306,45 +342,110 @@ def export_tree(tree: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, np.nd
             duplicates=duplicates,
             context='the tree does not fit the table that exports it',
         )
-    return tensors
+    return sorted(found, key=lambda each: each.row.target_path)
+
+
+def read_outgoing(tensors: Iterable[Outgoing]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, contiguous array) of each; stacks are read in parts, and nothing of them is kept.
+
+    Args:
+      tensors: those of one leaf after each other.
+
+    Raises:
+      ConversionError: slots that should hold the constant `fill` and do not.
+    """
+    for _, group in itertools.groupby(tensors, key=lambda each: id(each.leaf)):
+        group = list(group)
+        leaf, stacked = group[0].leaf, all(each.row.stacked for each in group)
+        whole = isinstance(leaf, PartedArray) and not stacked
+        for part, start in parts_of(leaf.whole() if whole else leaf):
+            stop = start + (len(part) if part.ndim else 1)
+            slots = [(each, each.row.inside(start, stop)) for each in group]
+            slots = [(each, part[where]) for each, where in slots if where is not None]
+            wrong = [
+                f'{each.row.slot} has no place in the file unless it is {each.row.fill}'
+                for each, value in slots
+                if not each.name and not (value == each.row.fill).all()
+            ]
+            if wrong:
+                context = 'the tree does not fit the table that exports it'
+                raise ConversionError(mismatched=wrong, context=context)
+            for each, value in slots:
+                if each.name:
+                    # Not ascontiguousarray, which turns a scalar into a vector.
+                    yield each.name, np.array(each.row.backward(value), each.dtype, order='C')
+
+
+def export_tree(tree: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, np.ndarray]:
+    """The way back: a filled tree -> {source name: contiguous array}.
+
+    Raises:
+      ConversionError: see `outgoing` and `read_outgoing`.
+    """
+    return dict(read_outgoing(outgoing(tree, rows)))
 
 
 def export_file(
-    tree: Mapping[str, Any],
-    rows: Iterable[Row],
-    prefix: str,
-    path: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-) -> dict[str, np.ndarray]:
-    """Writes a tree as safetensors under the names of a table.
+    tensors: Iterable[Outgoing], path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Writes tensors as safetensors, one after the other.
 
     Args:
-      tree: what the table exports, all of it.
-      rows: the table.
-      prefix: set before every name.
+      tensors: of `outgoing`, of one tree or of several after each other.
       path: file to write; it appears whole or not at all.
       overwrite: replace an existing file.
 
-    Returns:
-      The tensors as written.
-
     Raises:
-      ConversionError: parameters without a place in the table.
+      ConversionError: see `read_outgoing`; names twice.
       FileExistsError: the file exists.
     """
-    path = Path(path)
+    path, tensors = Path(path), list(tensors)
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f'{path} exists; pass --overwrite to replace it')
-    tensors = {f'{prefix}{name}': value for name, value in export_tree(tree, rows).items()}
+    named = [each for each in tensors if each.name]
+    twice = _repeated(each.name for each in named)
+    if twice:
+        raise ConversionError(duplicates=twice, context=f'{path} would have names twice')
+    # As the library lays them out, which has no way to write without having all in memory.
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    start = 0
+    kinds = list(_SAFETENSORS)
+    for each in sorted(named, key=lambda each: (kinds.index(each.dtype.name), each.name)):
+        end = start + math.prod(each.shape) * each.dtype.itemsize
+        header[each.name] = {
+            'dtype': _SAFETENSORS[each.dtype.name],
+            'shape': list(each.shape),
+            'data_offsets': [start, end],
+        }
+        start = end
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.partial')
     try:
-        save_file(tensors, partial, metadata={'format': 'pt'})
+        with open(partial, 'wb') as file:
+            file.write(len(text).to_bytes(8, 'little') + text)
+            for name, value in read_outgoing(tensors):
+                file.seek(8 + len(text) + header[name]['data_offsets'][0])
+                file.write(value.tobytes())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return tensors
+
+
+# In the order in which the library writes them.
+_SAFETENSORS = {
+    'int64': 'I64',
+    'float64': 'F64',
+    'float32': 'F32',
+    'int32': 'I32',
+    'bfloat16': 'BF16',
+    'float16': 'F16',
+    'int16': 'I16',
+    'int8': 'I8',
+    'uint8': 'U8',
+    'bool': 'BOOL',
+}
 
 
 class _Coverage:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dist_jax.models import dist_params
+from dist_jax.models import clip_params, dist_params
 from dist_jax.models.params import (
     ConversionError,
     export_file,
     flatten,
     import_tree,
+    outgoing,
     tree_sha256,
 )
 from dist_jax.models.source_files import read_safetensors
@@ -44,13 +45,14 @@ def _import(tensors):
     tensors = dist_params.rename(tensors)
     hparams = dist_params.infer_hparams(tensors)
     rows = dist_params.dist_rows(hparams)
-    ignore = dist_params.frozen_names(tensors)
+    ignore = (*clip_params.frozen_names(tensors), *clip_params.OPENAI_IGNORE)
     return import_tree(tensors, rows, dist_params.abstract_params(hparams), ignore), hparams
 
 
 def _export(tree, hparams, path, **options):
     rows, prefix = dist_params.dist_rows(hparams), dist_params.RELEASE_PREFIX
-    return export_file(tree, rows, prefix, path, **options)
+    export_file(outgoing(tree, rows, prefix), path, **options)
+    return load_file(path)
 
 
 def test_sizes_come_from_shapes(released):
@@ -103,8 +105,7 @@ def test_ladder_names_and_prefixes_give_the_same_tree(released, frozen, prefix):
 
 def test_the_frozen_copy_is_known_by_name_only(released, frozen):
     everything = released | frozen | {'input_resolution': np.zeros(())}
-    ignored = dist_params.frozen_names(everything)
-    assert set(ignored) == {*frozen, 'input_resolution'}
+    assert set(clip_params.frozen_names(everything)) == {*frozen}
     _import(everything)
     with pytest.raises(ConversionError) as caught:
         _import(everything | {'head.linear.weight': np.zeros((5, 64))})

@@ -5,9 +5,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dist_jax.models import digests, params, parts
-from dist_jax.models.params import ALL, ConversionError, Row, export_tree, import_tree
+from dist_jax.models.params import (
+    ALL,
+    ConversionError,
+    Row,
+    export_file,
+    export_tree,
+    import_tree,
+    outgoing,
+)
 from dist_jax.models.parts import PartedArray
 
 WIDTH, HEADS, DEPTH = 6, 2, 3
@@ -306,3 +315,20 @@ def test_a_layer_is_made_of_its_own_tensors_when_it_is_asked_for(monkeypatch):
         assert part.shape == (1, *kernel.shape[1:])
         assert tensors.read == [f'blocks.{layer}.{letter}.weight' for letter in 'qkv']
         tensors.read.clear()
+
+
+def test_files_are_laid_out_as_the_library_does(tmp_path):
+    tree = {
+        'a': np.arange(6, dtype=np.float32).reshape(2, 3),
+        'b': {'scale': np.ones(3, np.float16), 'x': np.array(2.5, jnp.bfloat16)},
+        'c': np.zeros((0, 4), np.float64),
+    }
+    rows = [Row('z', 'a', 'i o -> o i'), *(Row(path, path) for path in ('b/scale', 'b/x', 'c'))]
+    export_file(outgoing(tree, rows, 'net.'), tmp_path / 'ours')
+    written = {f'net.{name}': value for name, value in export_tree(tree, rows).items()}
+    save_file(written, tmp_path / 'theirs', metadata={'format': 'pt'})
+    assert (tmp_path / 'ours').read_bytes() == (tmp_path / 'theirs').read_bytes()
+    twice = outgoing(tree, rows) * 2
+    with pytest.raises(ConversionError, match='would have names twice'):
+        export_file(twice, tmp_path / 'twice')
+    assert not (tmp_path / 'twice').exists()
