@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from input_pipeline import escape
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
-KINDS = ('dist', 'evl', 'huggingface', 'openai', 'openclip', 'eva', 'eva_openclip')
+KINDS = ('dist', 'evl', 'side4video', 'huggingface', 'openai', 'openclip', 'eva', 'eva_openclip')
 
 DESCRIPTION = """\
 Converts downloaded checkpoints into the form that training reads, and exports ours back.
 
-CLIP (OpenAI, Hugging Face, OpenCLIP), EVA-02-CLIP (BAAI, OpenCLIP), DiST and EVL files
+CLIP (OpenAI, Hugging Face, OpenCLIP), EVA-02-CLIP (BAAI, OpenCLIP), DiST, EVL and Side4Video files
 become one orbax directory with parameters, geometry, activation and the hash of the source. PyTorch
 is not needed and no code from a file is run; a file that holds more than tensors is refused with
 the way out.
@@ -44,6 +44,12 @@ examples:
 
   # EVL of the authors; the backbone is converted on its own
   dist_jax convert k400_vitb16_8f_dec4x768.pth evl_k400
+
+  # Side4Video of the authors (recognition); --backbone tells whether the frozen backbone in the
+  # file is the converted one
+  dist_jax convert k400_b16_8f.pt side4video_k400 --backbone clip_b16
+  dist_jax convert --export side4video_k400 side4video.safetensors
+  dist_jax convert --export side4video_k400 whole.safetensors --with_backbone --backbone clip_b16
 
   # a trained run under its authors' names
   dist_jax convert --export runs/b16 mine.safetensors --step best

@@ -16,6 +16,7 @@ from dist_jax.models import (
     evl_params,
     frame_mean,
     side4video,
+    side4video_params,
 )
 from dist_jax.models.api import Model
 
@@ -48,10 +49,11 @@ FAMILIES: dict[str, Family] = {
 # `family` in the metadata of a converted backbone -> kind. Names of sizes are unique over all.
 BACKBONES = {'clip': clip.KIND, 'eva': eva.KIND}
 
-# Foreign checkpoints are recognised in this order; a DiST file also holds the tensors of a CLIP.
+# Foreign checkpoints are recognised in this order; files of networks may hold a backbone besides.
 NAMINGS = (
     *dist_params.NAMINGS,
     *evl_params.NAMINGS,
+    *side4video_params.NAMINGS,
     *clip_params.NAMINGS,
     *eva_params.NAMINGS,
 )

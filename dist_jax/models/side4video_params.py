@@ -15,11 +15,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dist_jax.models import clip, side4video
+from dist_jax.models import clip, clip_params, eva_params, side4video
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.clip_params import fused_attention_rows, linear_rows, norm_rows, output_rows
-from dist_jax.models.naming import abstract_network
+from dist_jax.models.naming import Export, Inside, Naming, Options, Plan, abstract_network
 from dist_jax.models.params import ALL, Row, Tree, hidden_ratio, numbered, tensor_shape
+from dist_jax.models.source_files import SourceFiles
 
 COLLECTIONS = ('batch_stats',)
 
@@ -29,9 +30,12 @@ _ON_CLIP = ('visual.transformer.', 'side_transformer')
 _ON_EVA = ('visual.', 'side_blocks')
 
 
+_RETRIEVAL = 'clip.'
+
+
 def is_side4video_naming(tensors: Mapping[str, Any]) -> bool:
-    """Names of the authors' recognition files, without `module.`."""
-    return _STEM in tensors and 'fc.weight' in tensors
+    """Names of the authors' files, without `module.`; those for retrieval too, to say so."""
+    return _STEM in tensors or f'{_RETRIEVAL}{_STEM}' in tensors
 
 
 def infer_hparams(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,6 +146,15 @@ def build_options(hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {name: hparams[name] for name in BUILD_OPTIONS}
 
 
+def run_hparams(model: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """What `side4video_rows` reads, from the `model` fields and the backbone's spec of a run."""
+    return {
+        'side_dim': model['side_dim'],
+        'depth': backbone['depth'] // model['tap_every'],
+        'post_norm': model['post_norm'],
+    }
+
+
 def abstract_variables(hparams: Mapping[str, Any]) -> Tree:
     """Parameters and statistics as they are stored, float32 `jax.ShapeDtypeStruct` leaves."""
     size = hparams['grid'] * hparams['patch_size']
@@ -156,3 +169,78 @@ def abstract_variables(hparams: Mapping[str, Any]) -> Tree:
         **build_options(hparams),
     )
     return abstract_network(model, (1, 1, size, size, 3), (hparams['num_classes'],))
+
+
+# Source: neither tower of text nor what is behind the last block is in the released files, but on
+# EVA the last norm and the map to the embedding are.
+_TEXT = ('text', 'logit_scale')
+INSIDE = {
+    'clip': Inside(
+        clip_params.frozen_names,
+        clip_params.frozen_geometry,
+        clip_params.openai_rows,
+        left_out=(*_TEXT, 'visual/ln_post', 'visual/proj'),
+    ),
+    'eva': Inside(
+        eva_params.frozen_names, eva_params.frozen_geometry, eva_params.baai_rows, left_out=_TEXT
+    ),
+}
+
+
+def tap_every(tensors: Mapping[str, Any], hparams: Mapping[str, Any]) -> int | None:
+    """`tap_every` of `side4video.build`, by the backbone inside a file; None without one.
+
+    Args:
+      tensors: names without `module.` -> array; only shapes are read.
+      hparams: of `infer_hparams`.
+
+    Raises:
+      ValueError: the backbone inside is of another width or depth than the network reads.
+    """
+    inside = INSIDE['eva' if hparams['post_norm'] else 'clip']
+    if not inside.names(tensors):
+        return None
+    found, depth = inside.geometry(tensors), hparams['depth']
+    every = found['depth'] // (depth + 1) + 1
+    if found['depth'] // every != depth or found['width'] != hparams['width']:
+        raise ValueError(
+            f'a network of {depth} layers beside blocks of width {hparams["width"]}, but the '
+            f'backbone inside has {found["depth"]} blocks of width {found["width"]}'
+        )
+    return every
+
+
+def _plan(source: SourceFiles, options: Options) -> Plan:
+    options.refuse('side4video', 'all sizes are in its files')
+    tensors = source.tensors
+    if _STEM not in tensors and f'{_RETRIEVAL}{_STEM}' in tensors:
+        raise ValueError(
+            f'its names start with {_RETRIEVAL!r}, as those of Side4Video for retrieval do; files '
+            'for retrieval are not read yet, those for recognition are'
+        )
+    hparams = infer_hparams(tensors)
+    hparams['tap_every'] = tap_every(tensors, hparams)
+    backbone = 'eva' if hparams['post_norm'] else 'clip'
+    sizes = f'p{hparams["patch_size"]}_{hparams["side_dim"]}x{hparams["depth"]}'
+    return Plan(
+        name=f'side4video_{backbone}_{sizes}',
+        spec=hparams,
+        tensors=tensors,
+        rows=side4video_rows(hparams),
+        abstract=abstract_variables(hparams),
+        ignore=('*.num_batches_tracked', *eva_params.IGNORE),
+        collections=COLLECTIONS,
+        backbone=backbone,
+    )
+
+
+NAMINGS = (
+    Naming(
+        kind='side4video',
+        family='side4video',
+        matches=lambda source: is_side4video_naming(source.tensors),
+        plan=_plan,
+        export=Export(side4video_rows, run_hparams, prefix='', head='linear'),
+        inside=INSIDE,
+    ),
+)
