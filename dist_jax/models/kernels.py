@@ -33,12 +33,14 @@ Tree = Any
 Heads = tuple[jax.Array, jax.Array, jax.Array]
 LANES = 128  # of a vector register, and the side of the matrix unit
 SUBLANES = 8
+CORES = 2  # of a v4 chip
 FLOPS_PER_BUNDLE = 4 * LANES * LANES * 2  # of the matrix units of one v4 core
 # Measured schedules: bundles for a register of logits, and products against their time at peak.
 BUNDLES_PER_REGISTER = 8
 ATTENTION_OVER_PEAK = 1.19
 GRADIENT_OVER_FORWARD = 2.0
 MLP_OVER_PEAK = 1.12
+SUM_OVER_PEAK = 1.5
 BUNDLES_PER_SUM = 1.5  # for a register of the sum, for every part but the first
 VMEM_BYTES = 16 * 2**20  # of a v4 core
 
@@ -699,12 +701,102 @@ def trained_attention(z: jax.Array, attn: Tree, queries: int | None = None) -> j
     num_heads, head_dim = kernel.shape[-2:]
     queries = queries or z.shape[1]
     if heads_fit(z, kernel, arrays=7):
-        product = einsum('nlw,wc->nlc', z, _group(kernel))
+        product = frame_product(z, _group(kernel))
         heads = _grouped_attention(product, _group(bias), queries, num_heads, head_dim)
         rows = jnp.moveaxis(_group(jnp.moveaxis(out['kernel'], -1, 0)[:, None]), 0, -1)
-        return einsum('nlc,cw->nlw', heads, rows) + out['bias']
+        return frame_product(heads, rows) + out['bias']
     q, k, v = einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
     return einsum('nlhd,hdw->nlw', attend(q[:, :queries], k, v), out['kernel']) + out['bias']
+
+
+@jax.custom_vjp
+def frame_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(N, L, A) times (A, B) -> (N, L, B), whose gradient by the kernel is a kernel on TPU.
+
+    That sums over frames and tokens. XLA would lay both factors out anew, with frames as lanes,
+    where tokens do not fill registers.
+    """
+    return einsum('nla,ab->nlb', x, kernel)
+
+
+def _frame_product_gradient(
+    factors: tuple[jax.Array, jax.Array], upstream: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = factors
+    to_x = einsum('nlb,ab->nla', upstream, kernel)
+
+    def plain(x: jax.Array, upstream: jax.Array) -> jax.Array:
+        return einsum('nla,nlb->ab', x, upstream).astype(kernel.dtype)
+
+    def fast(x: jax.Array, upstream: jax.Array) -> jax.Array:
+        sums = on_each_device(sum_of_products, x, beside=(upstream,))
+        return sums.sum(0).astype(kernel.dtype)
+
+    if not sums_fit(x, upstream):
+        return to_x, plain(x, upstream)
+    return to_x, jax.lax.platform_dependent(x, upstream, tpu=fast, default=plain)
+
+
+frame_product.defvjp(
+    lambda x, kernel: (frame_product(x, kernel), (x, kernel)), _frame_product_gradient
+)
+
+
+def sums_fit(a: jax.Array, b: jax.Array) -> bool:
+    """Whether `sum_of_products` takes these: bfloat16, whole on a device, room in VMEM."""
+    length, size = _rows(a.shape[1]), a.shape[2] * b.shape[2]
+    held = 2 * 4 * size + 2 * 2 * length * (a.shape[2] + b.shape[2]) + 4 * size
+    whole = _mesh_sizes().get(TENSOR, 1) == 1 and _batch_axes(a) is not None
+    return a.dtype == b.dtype == jnp.bfloat16 and whole and held < VMEM_BYTES
+
+
+def sum_of_products(a: jax.Array, b: jax.Array, interpret: bool = False) -> jax.Array:
+    """The sum over frames of a^T b, of each core its part.
+
+    Args:
+      a: (N, L, A) bfloat16.
+      b: (N, L, B) bfloat16.
+      interpret: run without a TPU, slowly, for tests.
+
+    Returns:
+      float32 (parts, A, B), whose sum over the parts it is.
+    """
+    frames, length, _ = a.shape
+    parts = CORES if frames % CORES == 0 else 1
+    each = frames // parts
+    tiles = math.prod(math.ceil(x.shape[2] / LANES) for x in (a, b))
+    shape = (parts, a.shape[2], b.shape[2])
+    specs = [
+        pl.BlockSpec((1, length, x.shape[2]), lambda p, n: (p * each + n, 0, 0)) for x in (a, b)
+    ]
+    cost = pl.CostEstimate(
+        flops=int(frames * SUM_OVER_PEAK * _rows(length) * tiles / 4 * FLOPS_PER_BUNDLE),
+        transcendentals=0,
+        bytes_accessed=2 * (a.size + b.size) + 4 * math.prod(shape),
+    )
+    return pl.pallas_call(
+        _sum_kernel,
+        grid=(parts, each),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((1, *shape[1:]), lambda p, n: (p, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=cost,
+        interpret=interpret,
+        name='sum_of_products',
+    )(a, b)
+
+
+def _sum_kernel(a_ref, b_ref, sum_ref) -> None:
+    """One frame: (1, L, A), (1, L, B), added to (1, A, B)."""
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+
+    sum_ref[0] += _product(a_ref[0], b_ref[0], (0, 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 LAYER_NORM_EPS = 1e-5  # CLIP's value; Flax's own default is 1e-6.
 
@@ -210,6 +211,15 @@ def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
     rows = pixels.reshape(-1, height // p, p, width // p, p * channels)
     patches = rows.transpose(0, 1, 3, 2, 4)
     return patches.reshape(*lead, (height // p) * (width // p), p * p * channels)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """`x`, stored in the order of its axes, its gradient too.
+
+    Left alone, the TPU compiler may store another axis last but one, where that fills registers
+    better, and then has to transpose before and behind every kernel of ours.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

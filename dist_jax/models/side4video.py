@@ -46,6 +46,7 @@ from dist_jax.models.layers import (
     einsum,
     patchify,
     resize_positions,
+    row_major,
     standardise,
     uniform,
 )
@@ -338,7 +339,7 @@ class SideLayer(nn.Module):
             return BatchNorm(self.groups, name=name)(x, mask, train=self.train)
 
         tokens = Tap(width, self.post_norm, self.dtype, name='tap')(split_batch(tap))
-        u = mixed = mark(split_batch(0.5 * s + 0.5 * tokens['patches']), STREAM)
+        u = mixed = mark(row_major(split_batch(0.5 * s + 0.5 * tokens['patches'])), STREAM)
 
         conv = TemporalConv(self.dtype, name='conv')
         if self.post_norm:
@@ -346,7 +347,7 @@ class SideLayer(nn.Module):
             u = mark(u + batch_norm('bn_1', moved), STREAM)
         else:
             moved = conv(batch_norm('bn_1', u))
-            u = mark(u + moved, STREAM)
+            u = mark(row_major(u + moved), STREAM)
 
         shifted = shift_class_token(tokens['token'])
         memory = u + positions.astype(self.dtype)
@@ -355,10 +356,12 @@ class SideLayer(nn.Module):
         attention = FrameAttention(**inits['attn'], dtype=self.dtype, name='attn')
         memory = memory if self.post_norm else norm(memory)
         seen = attention(memory.reshape(-1, *memory.shape[2:])).reshape(u.shape)
-        u = mark(u + (norm(seen) if self.post_norm else seen), STREAM)
+        u = mark(row_major(u + (norm(seen) if self.post_norm else seen)), STREAM)
 
         mlp = SideMlp(self.mlp_hidden, inits['mlp'], self.dtype, name='mlp')
-        s = u + (batch_norm('bn_2', mlp(u)) if self.post_norm else mlp(batch_norm('bn_2', u)))
+        s = row_major(
+            u + (batch_norm('bn_2', mlp(u)) if self.post_norm else mlp(batch_norm('bn_2', u)))
+        )
         if not self.record:
             return s, None
         recorded = {'mixed': mixed, 'conv': moved, 'attn': seen, 'stream': s}

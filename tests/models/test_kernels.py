@@ -397,3 +397,26 @@ def test_trained_attention_compiles_with_both_kernels():
     assert done.returncode == 0, done.stderr[-2000:]
     both = "['frame_attention', 'frame_attention_gradient']"
     assert done.stdout.splitlines() == [both, both]
+
+
+@pytest.mark.parametrize('shape', [(4, 17, 64, 96), (3, 5, 128, 40)])
+def test_sum_of_products_over_frames_and_tokens(shape):
+    frames, length, *channels = shape
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=(frames, length, n)), jnp.bfloat16) for n in channels)
+    found = kernels.sum_of_products(a, b, interpret=True).sum(0)
+    expected = np.einsum('nla,nlb->ab', *(np.asarray(x, np.float32) for x in (a, b)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_frame_product_has_the_gradient_of_the_product():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 8), (8, 6)))
+
+    def loss(product, x, kernel):
+        return jnp.sin(product(x, kernel)).sum()
+
+    expected = jax.grad(lambda *a: loss(jnp.matmul, *a), (0, 1))(x, kernel)
+    found = jax.grad(lambda *a: loss(kernels.frame_product, *a), (0, 1))(x, kernel)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
