@@ -9,7 +9,7 @@ attention. Blocks that are trained use that too (`trained_attention`), and
 `frame_attention_gradient` behind it, which computes the weights once more.
 
 The cost that a kernel declares is the time of its compiled schedule on v4, in terms of the matrix
-unit, without waiting for memory; see docs/performance.md.
+unit, and the bytes it moves; see `kernel_costs`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from dist_jax.models import kernel_costs
+from dist_jax.models.kernel_costs import LANES, SUBLANES, whole
 from dist_jax.models.layers import attend, einsum, layer_norm
 from dist_jax.sharding import BATCH, TENSOR
 
 Tree = Any
 Heads = tuple[jax.Array, jax.Array, jax.Array]
-LANES = 128  # of a vector register, and the side of the matrix unit
-SUBLANES = 8
-CORES = 2  # of a v4 chip
-FLOPS_PER_BUNDLE = 4 * LANES * LANES * 2  # of the matrix units of one v4 core
-# Measured schedules: bundles for a register of logits, and products against their time at peak.
-BUNDLES_PER_REGISTER = 8
-ATTENTION_OVER_PEAK = 1.19
-GRADIENT_OVER_FORWARD = 2.0
-MLP_OVER_PEAK = 1.12
-SUM_OVER_PEAK = 1.5
-BUNDLES_PER_SUM = 1.5  # for a register of the sum, for every part but the first
 VMEM_BYTES = 16 * 2**20  # of a v4 core
 
 
@@ -94,10 +85,7 @@ def frame_attention(
         _frame_kernel,
         (qkv,),
         (jax.ShapeDtypeStruct((frames, queries, qkv.shape[-1] // 3), qkv.dtype),),
-        num_heads,
-        head_dim,
-        bundles=_attention_bundles(length, queries, num_heads),
-        transcendentals=num_heads * length * queries,
+        dict(tokens=length, queries=queries, heads=num_heads, head_dim=head_dim),
         interpret=interpret,
         name='frame_attention',
     )[0]
@@ -131,10 +119,7 @@ def frame_attention_gradient(
             jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
             jax.ShapeDtypeStruct((frames, 1, width), jnp.float32),
         ),
-        num_heads,
-        head_dim,
-        bundles=GRADIENT_OVER_FORWARD * _attention_bundles(length, queries, num_heads),
-        transcendentals=num_heads * length * queries,
+        dict(tokens=length, queries=queries, heads=num_heads, head_dim=head_dim),
         interpret=interpret,
         name='frame_attention_gradient',
     )
@@ -144,16 +129,14 @@ def _on_groups(
     kernel: Callable[..., None],
     inputs: tuple[jax.Array, ...],
     outputs: tuple[jax.ShapeDtypeStruct, ...],
-    num_heads: int,
-    head_dim: int,
+    shape: dict[str, int],
     *,
-    bundles: float,
-    transcendentals: int,
     interpret: bool,
     name: str,
 ) -> tuple[jax.Array, ...]:
-    """Runs a kernel on frames and on the groups of heads that fit at a time; costs of a frame."""
+    """Runs a kernel on frames and on the groups of heads that fit at a time."""
     frames, length, _ = inputs[0].shape
+    num_heads, head_dim = shape['heads'], shape['head_dim']
     groups = groups_of_heads(num_heads, head_dim)
     arrays = (*inputs, *outputs)
     held = sum(x.shape[-1] for x in arrays if x.shape[1] > 1) // (groups * LANES)
@@ -166,10 +149,12 @@ def _on_groups(
     specs = [
         pl.BlockSpec((1, x.shape[1], x.shape[-1] // parts), lambda n, p: (n, 0, p)) for x in arrays
     ]
-    cost = pl.CostEstimate(
-        flops=int(frames * bundles * FLOPS_PER_BUNDLE),
-        transcendentals=frames * transcendentals,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+    cost = cost_estimate(
+        name,
+        frames,
+        shape,
+        transcendentals=shape['heads'] * length * shape['queries'],
+        frame_bytes=sum(_rows(x.shape[1]) * x.shape[2] * x.dtype.itemsize for x in arrays),
     )
     return pl.pallas_call(
         functools.partial(kernel, num_heads=num_heads, head_dim=head_dim),
@@ -367,10 +352,31 @@ def _product(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.
     )
 
 
-def _attention_bundles(length: int, queries: int, num_heads: int) -> int:
-    """Of logits, softmax and mixing of a frame."""
-    registers = num_heads * math.ceil(length / SUBLANES) * math.ceil(queries / LANES)
-    return registers * BUNDLES_PER_REGISTER
+def cost_estimate(
+    kernel: str,
+    frames: int,
+    shape: dict[str, int],
+    *,
+    transcendentals: int,
+    frame_bytes: int,
+    weight_bytes: int = 0,
+) -> pl.CostEstimate:
+    """What a kernel declares.
+
+    Args:
+      kernel: its name in `kernel_costs`.
+      frames: that it works on.
+      shape: as `kernel_costs.bundles` takes it.
+      transcendentals: of a frame.
+      frame_bytes: read and written for a frame, in whole registers.
+      weight_bytes: that are read in all.
+    """
+    bundles = frames * kernel_costs.bundles(kernel, **shape)
+    return pl.CostEstimate(
+        flops=round(bundles * kernel_costs.FLOPS_PER_BUNDLE),
+        transcendentals=frames * transcendentals,
+        bytes_accessed=frames * frame_bytes + weight_bytes,
+    )
 
 
 def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = False) -> jax.Array:
@@ -389,8 +395,6 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
     _, length, width = x.shape
     *_, num_heads, head_dim = attn['qkv']['kernel'].shape
     inner = num_heads * head_dim
-    peak = _rows(length) * width * 4 * inner * 2 / FLOPS_PER_BUNDLE
-    bundles = ATTENTION_OVER_PEAK * peak + _attention_bundles(length, length, num_heads)
     weights = (
         *_rows_of(norm['scale'], norm['bias']),
         attn['qkv']['kernel'].astype(x.dtype).reshape(width, 3 * inner),
@@ -405,7 +409,7 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
         [_stays(w.shape) for w in weights],
         [pltpu.VMEM((length, width), x.dtype), pltpu.VMEM((length, inner), x.dtype)],
         grid=(x.shape[0],),
-        bundles=bundles,
+        shape=dict(tokens=length, width=width, heads=num_heads, head_dim=head_dim),
         transcendentals=num_heads * length * length,
         interpret=interpret,
         name='residual_attention',
@@ -464,9 +468,6 @@ def residual_mlp(x: jax.Array, norm: Tree, mlp: Tree, interpret: bool = False) -
     _, length, width = x.shape
     hidden = mlp['c_fc']['kernel'].shape[1]
     tile = mlp_tile(x.shape, hidden)
-    peak = _rows(length) * width * 2 * hidden * 2 / FLOPS_PER_BUNDLE
-    registers = _rows(length) * width / (SUBLANES * LANES)
-    sums = (hidden // tile.hidden - 1) * registers * BUNDLES_PER_SUM
     weights = (
         *_rows_of(norm['scale'], norm['bias']),
         mlp['c_fc']['kernel'].astype(x.dtype),
@@ -492,7 +493,7 @@ def residual_mlp(x: jax.Array, norm: Tree, mlp: Tree, interpret: bool = False) -
         specs,
         [pltpu.VMEM(shape, x.dtype), pltpu.VMEM(shape, jnp.float32)],
         grid=(x.shape[0] // tile.frames, hidden // tile.hidden),
-        bundles=MLP_OVER_PEAK * peak + sums,
+        shape=dict(tokens=length, width=width, hidden=hidden, part=tile.hidden),
         transcendentals=length * hidden,
         interpret=interpret,
         name='residual_mlp',
@@ -558,8 +559,8 @@ def _rows_of(*vectors: jax.Array) -> list[jax.Array]:
 
 
 def _rows(length: int) -> int:
-    """Rows that registers hold for this many tokens."""
-    return math.ceil(length / SUBLANES) * SUBLANES
+    """Rows that memory holds for this many tokens: whole registers, or a single row."""
+    return length if length == 1 else whole(length, SUBLANES)
 
 
 def _stays(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -582,18 +583,23 @@ def _on_frames(
     scratch: list[Any],
     *,
     grid: tuple[int, ...],
-    bundles: float,
+    shape: dict[str, int],
     transcendentals: int,
     interpret: bool,
     name: str,
 ) -> jax.Array:
-    """Runs a kernel on (N, L, W), N cut over the first axis of the grid; costs are of one frame."""
+    """Runs a kernel on (N, L, W), N cut over the first axis of the grid."""
     frames, length, width = x.shape
     some = pl.BlockSpec((frames // grid[0], length, width), lambda n, *_: (n, 0, 0))
-    cost = pl.CostEstimate(
-        flops=int(frames * bundles * FLOPS_PER_BUNDLE),
-        transcendentals=frames * transcendentals,
-        bytes_accessed=2 * x.nbytes + sum(w.nbytes for w in weights),
+    # Weights that stay are read by each core, those of which there are parts for some frames.
+    times = kernel_costs.CORES if math.prod(grid) == grid[0] else grid[0]
+    cost = cost_estimate(
+        name,
+        frames,
+        shape,
+        transcendentals=transcendentals,
+        frame_bytes=2 * _rows(length) * width * x.dtype.itemsize,
+        weight_bytes=times * sum(w.nbytes for w in weights),
     )
     return pl.pallas_call(
         kernel,
@@ -764,13 +770,15 @@ def sum_of_products(a: jax.Array, b: jax.Array, interpret: bool = False) -> jax.
     frames, length, _ = a.shape
     parts = CORES if frames % CORES == 0 else 1
     each = frames // parts
-    tiles = math.prod(math.ceil(x.shape[2] / LANES) for x in (a, b))
+    bundles = kernel_costs.bundles(
+        'sum_of_products', tokens=length, rows=a.shape[2], columns=b.shape[2]
+    )
     shape = (parts, a.shape[2], b.shape[2])
     specs = [
         pl.BlockSpec((1, length, x.shape[2]), lambda p, n: (p * each + n, 0, 0)) for x in (a, b)
     ]
     cost = pl.CostEstimate(
-        flops=int(frames * SUM_OVER_PEAK * _rows(length) * tiles / 4 * FLOPS_PER_BUNDLE),
+        flops=int(frames * bundles * FLOPS_PER_BUNDLE),
         transcendentals=0,
         bytes_accessed=2 * (a.size + b.size) + 4 * math.prod(shape),
     )

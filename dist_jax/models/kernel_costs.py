@@ -1,0 +1,121 @@
+"""What kernels cost on a v4 core: their compiled schedules, and a formula for other shapes.
+
+`kernel_costs.json` is written by `python -m tools.kernel_schedule --write`: for the shapes of the
+configs the bundles (cycles of one core, waiting for memory left out) of a frame, and for every
+kernel how many bundles a unit of its work takes, fitted to them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any
+
+LANES = 128  # of a vector register, and the side of the matrix unit
+SUBLANES = 8
+MATRIX_UNITS = 4  # of a v4 core
+CORES = 2  # of a v4 chip
+FLOPS_PER_BUNDLE = MATRIX_UNITS * LANES * LANES * 2
+
+FILE = 'kernel_costs.json'
+Work = Mapping[str, float]
+
+
+def bundles(kernel: str, **shape: int) -> float:
+    """Bundles of a frame of a kernel.
+
+    Args:
+      kernel: its name.
+      **shape: the arguments of its entry in `WORK`.
+
+    Returns:
+      The compiled schedule where the table has the shape, else by the formula; the products alone
+      of a kernel that was never measured.
+    """
+    entry = table()['kernels'].get(kernel)
+    if entry is None:
+        return WORK[kernel](**shape)['products']
+    for row in entry['rows']:
+        if row['shape'] == shape:
+            return row['bundles']
+    return by_formula(entry['bundles_per_unit_of_work'], WORK[kernel](**shape))
+
+
+def by_formula(per_unit: Work, work: Work) -> float:
+    """Bundles of this much work."""
+    return sum(per_unit[name] * amount for name, amount in work.items())
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The file: `libtpu`, `jax`, and of each of `kernels` its rows and its formula."""
+    text = resources.files(__package__).joinpath(FILE).read_text(encoding='utf-8')
+    return json.loads(text)
+
+
+def whole(size: int, of: int) -> int:
+    """The least multiple of `of` that is not below `size`."""
+    return math.ceil(size / of) * of
+
+
+def _products(rows: int, *matrices: tuple[int, int]) -> float:
+    """Bundles at peak of rows times matrices; a row of 128 x 128 takes a unit one cycle."""
+    tiles = sum(math.ceil(a / LANES) * math.ceil(b / LANES) for a, b in matrices)
+    return whole(rows, 2 * SUBLANES) * tiles / MATRIX_UNITS
+
+
+def _registers(rows: int, columns: int) -> int:
+    """Registers that float32 (rows, columns) takes."""
+    return math.ceil(rows / SUBLANES) * math.ceil(columns / LANES)
+
+
+def _attention(
+    tokens: int, queries: int, heads: int, head_dim: int, passes: int = 1
+) -> dict[str, float]:
+    """`passes` products have a row for every token, one has a row for every channel of a head.
+
+    The forward pass has one of the former (logits), the gradient four. A group of heads that share
+    a register begins and ends on its own.
+    """
+    by_token = passes * _products(tokens, (LANES, queries))
+    return {
+        'products': heads * (by_token + _products(head_dim, (tokens, queries))),
+        'groups': math.ceil(heads / (LANES // head_dim)),
+    }
+
+
+def _residual_attention(tokens: int, width: int, heads: int, head_dim: int) -> Work:
+    inner = heads * head_dim
+    work = _attention(tokens, tokens, heads, head_dim)
+    work['products'] += _products(tokens, (width, 3 * inner), (inner, width))
+    return work
+
+
+def _residual_mlp(tokens: int, width: int, hidden: int, part: int) -> Work:
+    """The weights are brought into the matrix units once a frame, parts are summed."""
+    return {
+        'products': _products(tokens, (width, hidden), (hidden, width)),
+        'weights': 2 * math.ceil(width / LANES) * math.ceil(hidden / LANES),
+        'sums': hidden / part * _registers(tokens, width),
+    }
+
+
+def _sum_of_products(tokens: int, rows: int, columns: int) -> Work:
+    """Products over tokens; the sum is read and written for every frame."""
+    return {
+        'products': _products(tokens, (rows, columns)),
+        'sums': _registers(rows, columns),
+    }
+
+
+# Kernel -> its shape -> the work of a frame that its time is proportional to, by kind.
+WORK: dict[str, Callable[..., Work]] = {
+    'frame_attention': _attention,
+    'frame_attention_gradient': functools.partial(_attention, passes=4),
+    'residual_attention': _residual_attention,
+    'residual_mlp': _residual_mlp,
+    'sum_of_products': _sum_of_products,
+}

@@ -1,0 +1,1 @@
+"""Lengths of compiled kernels; the command is `tools.kernel_schedule`."""

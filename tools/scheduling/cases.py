@@ -1,0 +1,133 @@
+"""Kernels and the shapes at which configs call them; a new kernel adds one entry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from dist_jax.models import kernel_costs, kernels
+from dist_jax.models.params import Tree
+
+FRAMES = 256  # on a chip; a schedule's first and last frame count for little
+B32, B16, L14, L14_336 = (50, 768, 12), (197, 768, 12), (257, 1024, 16), (577, 1024, 16)
+B16_336, B16_448 = (442, 768, 12), (785, 768, 12)
+BIG_E = (257, 1792, 16)
+# Side networks: B/32 and B/16, L/14, E/14, and the light ones.
+SIDES = tuple(
+    {'tokens': tokens, 'queries': tokens - 1, 'heads': heads, 'head_dim': 64}
+    for tokens, heads in ((50, 5), (197, 5), (257, 8), (257, 9), (197, 2), (257, 5))
+)
+
+Arguments = tuple[Tree, ...]  # of arrays without values
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel.
+
+    Attributes:
+      build: (frames, **shape) -> the function that calls it, and its arguments.
+      shapes: as `kernel_costs.WORK` takes them.
+    """
+
+    build: Callable[..., tuple[Callable[..., Any], Arguments]]
+    shapes: tuple[dict[str, int], ...]
+
+
+def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _norm(width: int) -> Tree:
+    return {name: _array(width, dtype=jnp.float32) for name in ('scale', 'bias')}
+
+
+def _dense(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tree:
+    return {'kernel': _array(*inputs, *outputs), 'bias': _array(*outputs)}
+
+
+def _frame_attention(frames: int, tokens: int, queries: int, heads: int, head_dim: int):
+    def function(qkv: jax.Array) -> jax.Array:
+        return kernels.frame_attention(qkv, heads, head_dim, queries)
+
+    return function, (_array(frames, tokens, 3 * _lanes(heads, head_dim)),)
+
+
+def _frame_attention_gradient(frames: int, tokens: int, queries: int, heads: int, head_dim: int):
+    def function(qkv: jax.Array, upstream: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return kernels.frame_attention_gradient(qkv, upstream, heads, head_dim)
+
+    lanes = _lanes(heads, head_dim)
+    return function, (_array(frames, tokens, 3 * lanes), _array(frames, queries, lanes))
+
+
+def _lanes(heads: int, head_dim: int) -> int:
+    return kernels.groups_of_heads(heads, head_dim) * kernels.LANES
+
+
+def _residual_attention(frames: int, tokens: int, width: int, heads: int, head_dim: int):
+    attn = {
+        'qkv': _dense((width,), (3, heads, head_dim)),
+        'out': _dense((heads, head_dim), (width,)),
+    }
+    return kernels.residual_attention, (_array(frames, tokens, width), _norm(width), attn)
+
+
+def _residual_mlp(frames: int, tokens: int, width: int, hidden: int, part: int):
+    x = _array(frames, tokens, width)
+    if kernels.mlp_tile(x.shape, hidden).hidden != part:
+        raise ValueError(f'residual_mlp does not take {part} of {hidden} channels at a time')
+    mlp = {'c_fc': _dense((width,), (hidden,)), 'c_proj': _dense((hidden,), (width,))}
+    return kernels.residual_mlp, (x, _norm(width), mlp)
+
+
+def _part(tokens: int, width: int) -> int:
+    return kernels.mlp_tile((FRAMES, tokens, width), 4 * width).hidden
+
+
+KERNELS: dict[str, Kernel] = {
+    'frame_attention': Kernel(
+        _frame_attention,
+        (
+            *(
+                {'tokens': tokens, 'queries': tokens, 'heads': heads, 'head_dim': width // heads}
+                for tokens, width, heads in (B32, B16, L14, L14_336, B16_336, B16_448, BIG_E)
+            ),
+            *SIDES,
+        ),
+    ),
+    'frame_attention_gradient': Kernel(_frame_attention_gradient, SIDES),
+    'residual_attention': Kernel(
+        _residual_attention,
+        tuple(
+            {'tokens': tokens, 'width': width, 'heads': heads, 'head_dim': width // heads}
+            for tokens, width, heads in (B32, B16, L14, B16_336)
+        ),
+    ),
+    'residual_mlp': Kernel(
+        _residual_mlp,
+        tuple(
+            {'tokens': tokens, 'width': width, 'hidden': 4 * width, 'part': _part(tokens, width)}
+            for tokens, width, _ in (B32, B16, L14, L14_336, B16_336)
+        ),
+    ),
+}
+
+
+def declared(kernel: str, shape: dict[str, int]) -> tuple[float, float]:
+    """Bundles and bytes of a frame by the cost that the kernel itself declares."""
+    function, arguments = KERNELS[kernel].build(FRAMES, **shape)
+    cost = _cost(jax.make_jaxpr(function)(*arguments).jaxpr, kernel)
+    return cost.flops / kernel_costs.FLOPS_PER_BUNDLE / FRAMES, cost.bytes_accessed / FRAMES
+
+
+def _cost(jaxpr: Any, kernel: str) -> pl.CostEstimate:
+    for equation in jaxpr.eqns:
+        if 'cost_estimate' in equation.params and kernel in str(equation.params['name']):
+            return equation.params['cost_estimate']
+    raise ValueError(f'{kernel}: there is no kernel of this name that declares a cost')
