@@ -585,13 +585,43 @@ def _convolution_flops(computation: dict[str, Instruction], instruction: Instruc
     right_dilation = numbers('rhs_dilate', 1)
     padding = fields.get('pad', 'x'.join(['0_0'] * len(spatial))).split('x')
     for i, dim in enumerate(spatial):
-        outputs = np.arange(out.dims[labels[3].index(dim)])[:, None] * strides[i]
-        taps = np.arange(right.dims[labels[2].index(dim)])[None] * right_dilation[i]
-        place = outputs + taps - int(padding[i].split('_')[0])
-        limit = left.dims[labels[1].index(dim)] * left_dilation[i]
-        # Places in the padding, and zeros between dilated inputs, are no work.
-        total *= int(((place >= 0) & (place < limit) & (place % left_dilation[i] == 0)).sum())
+        total *= _touches(
+            out.dims[labels[3].index(dim)],
+            right.dims[labels[2].index(dim)],
+            left.dims[labels[1].index(dim)] * left_dilation[i],
+            stride=strides[i],
+            padding=int(padding[i].split('_')[0]),
+            tap_dilation=right_dilation[i],
+            input_dilation=left_dilation[i],
+        )
     return total
+
+
+def _touches(
+    outputs: int,
+    taps: int,
+    limit: int,
+    *,
+    stride: int,
+    padding: int,
+    tap_dilation: int,
+    input_dilation: int,
+) -> int:
+    """Pairs of an output and a tap of a window that meet an input.
+
+    Places in the padding, and zeros between dilated inputs, are no work. Tap t of output o lies at
+    `o stride + t tap_dilation - padding`, which has to be below `limit` and a multiple of
+    `input_dilation`: for an output these are taps of an interval, those that are `first` modulo
+    `step`.
+    """
+    start = np.arange(outputs, dtype=np.int64) * stride - padding
+    common = math.gcd(tap_dilation, input_dilation)
+    step = input_dilation // common
+    first = -start // common * pow(tap_dilation // common, -1, step) % step
+    least = np.maximum(0, -(start // tap_dilation))
+    most = np.minimum(taps - 1, (limit - 1 - start) // tap_dilation)
+    count = (most - first) // step - (least - 1 - first) // step
+    return int(np.where((start % common == 0) & (most >= least), count, 0).sum())
 
 
 def _hbm_bytes(

@@ -1,5 +1,6 @@
 """Reading the text of compiled programs: loops, fusions, branches, kernels, collectives."""
 
+import numpy as np
 import pytest
 from programs import NESTED, config
 
@@ -217,3 +218,25 @@ def test_slices_and_updates_in_place_move_the_slice_only():
     )
     (op,) = hlo.read_program(text).operations
     assert op.hbm_bytes == 2 * 4096 + 4  # the index too
+
+
+def test_touches_of_windows_are_counted_without_writing_them_out():
+    """Against all pairs of an output and a tap; the last window has 10^11 of them."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        outputs, taps, stride, tap_dilation, input_dilation = rng.integers(1, 12, 5).tolist()
+        padding, limit = int(rng.integers(-4, 16)), int(rng.integers(1, 12)) * input_dilation
+        place = np.arange(outputs)[:, None] * stride + np.arange(taps) * tap_dilation - padding
+        there = (place >= 0) & (place < limit) & (place % input_dilation == 0)
+        found = hlo._touches(
+            outputs,
+            taps,
+            limit,
+            stride=stride,
+            padding=padding,
+            tap_dilation=tap_dilation,
+            input_dilation=input_dilation,
+        )
+        assert found == there.sum()
+    one = {'stride': 1, 'padding': 0, 'tap_dilation': 1, 'input_dilation': 1}
+    assert hlo._touches(10**5, 10**6, 10**6, **one) == 10**11 - 10**5 * (10**5 - 1) // 2
