@@ -133,10 +133,13 @@ weights, no data, no network. batch_size counts the clips of all chips.
 memory   of a chip, by kind, as the compiler places it, and the batches that wait beside the
          program's own. Reliable: what does not fit here does not fit there.
 cycles   the compiler's own estimates, bodies of loops times their turns. A kernel of one's own
-         counts by the cost it declares, at full speed; a collective that the chip waits for by its
-         bytes, as a ring on all links. Copies and collectives that run beside the products count
-         nothing, nor does what slices send each other. Nothing here was measured: read it next to
-         the calibration, and to compare.
+         counts by the larger of its compiled v4 schedule (other chips: the same share of the peak)
+         and of the bytes it moves over the bandwidth of the HBM. A collective takes its bytes over
+         the bandwidth of all links of a chip, as a ring; one in two halves is waited for as long
+         as that is more than what runs between them ("on some": if it had those of one
+         dimension of the torus). Copies that run beside the products count nothing, nor does what
+         slices send each other. Nothing here was measured: read it next to the calibration, and
+         to compare.
 MFU      model FLOPs (products of the model, each once, none recomputed) over time and peak.
 
 Compiled programs are kept in --cache. A program takes minutes on two cores.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from dist_jax.plan import gradients, hlo
 from dist_jax.plan.chips import Chip
@@ -102,7 +105,8 @@ def step_figures(one: Step, compiled: Compiled, topology: Topology) -> dict[str,
             'compiled_flops': program.flops,
             'hbm_bytes_accessed': program.hbm_bytes,
             'collective_bytes': collective_bytes(program),
-            'collectives': collectives(program),
+            'collectives': collectives(program, chip, mesh_sizes(one)),
+            'kernel_times': kernel_times(program, chip),
         }
         | estimate
         | {
@@ -144,12 +148,25 @@ def argument_bytes(one: Step) -> dict[str, float]:
     return found
 
 
-def declared_seconds(declared: dict[str, int], chip: Chip) -> float:
-    """Time of a kernel from the cost it declares: the slower of its products and its traffic."""
-    return max(
-        declared.get('flops', 0) / chip.peak_flops,
-        declared.get('bytes_accessed', 0) / chip.hbm_bytes_per_second,
-    )
+def mesh_sizes(one: Step) -> dict[str, int]:
+    """Axis of the mesh that a step is compiled for -> chips along it."""
+    leaves = jax.tree.leaves(one.arguments)
+    return dict(leaves[0].sharding.mesh.shape) if leaves else {}
+
+
+def schedule_cycles(op: hlo.Operation, chip: Chip) -> float:
+    """Cycles of a kernel by its schedule, without waiting for memory.
+
+    The FLOPs that a kernel declares are its schedule on v4, as if products filled it. On another
+    chip it is taken to have the same share of the peak: as many cycles on v5p, twice as many on
+    v5e, half as many on v6e, where vector operations that bind a kernel would not be that quick.
+    """
+    return op.declared.get('flops', 0) / chip.peak_flops * chip.clock
+
+
+def memory_cycles(op: hlo.Operation, chip: Chip) -> float:
+    """Cycles in which the bytes that a kernel declares pass at the bandwidth of the HBM."""
+    return op.declared.get('bytes_accessed', 0) / chip.hbm_bytes_per_second * chip.clock
 
 
 def wire_seconds(op: hlo.Operation, chip: Chip) -> float:
@@ -157,7 +174,7 @@ def wire_seconds(op: hlo.Operation, chip: Chip) -> float:
 
     What is sent between slices takes no time here: nothing is published to reckon with.
     """
-    n = op.group_size
+    n = len(op.group)
     passes = {'all-reduce': 2 * (n - 1) / n, 'collective-permute': 1.0, 'send': 0.0}.get(
         op.collective, (n - 1) / n
     )
@@ -171,17 +188,79 @@ def cycles_of(op: hlo.Operation, chip: Chip) -> float:
     if op.collective:
         return wire_seconds(op, chip) * chip.clock
     if _declares(op):
-        return declared_seconds(op.declared, chip) * chip.clock
+        return max(schedule_cycles(op, chip), memory_cycles(op, chip))
     return float(op.cycles)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wait:
+    """A collective that runs beside the core, all executions of a step.
+
+    Attributes:
+      start: its first half.
+      done: its second half, which waits.
+      between: cycles of what the core does between the halves.
+      cycles: that the core then waits for the links.
+    """
+
+    start: hlo.Operation
+    done: hlo.Operation
+    between: float
+    cycles: float
+
+
+def waits(program: hlo.Program, chip: Chip, links: float = 1.0) -> list[Wait]:
+    """What the core waits for collectives that run beside it.
+
+    Transfers share the links, which serve first what is waited for first.
+
+    Args:
+      program: what runs, in its order.
+      chip: where.
+      links: share of the chip's links that collectives use.
+    """
+    running, halves = {}, {}
+    for number, op in enumerate(program.operations):
+        if op.collective and op.asynchronous:
+            running[op.name] = number
+        elif op.completes in running:
+            halves[running.pop(op.completes)] = number
+    found, now = [], 0.0
+    left: dict[int, float] = {}  # second half -> cycles that the links still need for it
+    since: dict[int, tuple[hlo.Operation, float]] = {}
+    for number, op in enumerate(program.operations):
+        if number in halves:
+            transfer = wire_seconds(op, chip) * chip.clock * op.count / links
+            left[halves[number]], since[halves[number]] = transfer, (op, now)
+        elif number in since:
+            start, began = since[number]
+            wait = left.pop(number)
+            found.append(Wait(start, op, now - began, wait))
+            now += wait
+        else:
+            passing = cycles_of(op, chip) * op.count
+            now += passing
+            for done in sorted(left):
+                served = min(passing, left[done])
+                left[done] -= served
+                passing -= served
+    return found
+
+
+def spent(program: hlo.Program, chip: Chip) -> list[tuple[hlo.Operation, float]]:
+    """Operations with the cycles of all their executions, waiting included."""
+    waiting = {id(wait.done): wait.cycles for wait in waits(program, chip)}
+    return [(op, waiting.get(id(op), cycles_of(op, chip) * op.count)) for op in program.operations]
 
 
 def cycles(program: hlo.Program, chip: Chip) -> dict[str, Any]:
     """Where the cycles of a step come from, and what runs beside them."""
     kernels = [op for op in program.operations if _declares(op)]
-    waits = [op for op in program.operations if op.collective and not op.asynchronous]
+    kernel = sum(cycles_of(op, chip) * op.count for op in kernels)
+    synchronous = [op for op in program.operations if op.collective and not op.asynchronous]
     beside = [op for op in program.operations if op.collective and op.asynchronous]
-    kernel = sum(declared_seconds(op.declared or {}, chip) * op.count for op in kernels)
-    wire = sum(wire_seconds(op, chip) * op.count for op in waits)
+    wire = sum(cycles_of(op, chip) * op.count for op in synchronous)
+    waiting = sum(wait.cycles for wait in waits(program, chip))
     hidden = sum(wire_seconds(op, chip) * op.count for op in beside)
     copied = sum(
         op.hbm_bytes * op.count
@@ -189,15 +268,37 @@ def cycles(program: hlo.Program, chip: Chip) -> dict[str, Any]:
         if op.asynchronous and not op.collective
     )
     return {
-        'estimated_cycles': program.compiler_cycles + (kernel + wire) * chip.clock,
+        'estimated_cycles': program.compiler_cycles + kernel + wire + waiting,
         'compiler_cycles': program.compiler_cycles,
-        'kernel_cycles': kernel * chip.clock,
+        'kernel_cycles': kernel,
         'kernels': sum(op.count for op in kernels),
-        'collective_cycles': wire * chip.clock,
+        'collective_cycles': wire + waiting,
+        'collective_cycles_on_links_of_one_dimension': wire * chip.dimensions
+        + sum(wait.cycles for wait in waits(program, chip, 1 / chip.dimensions)),
         'asynchronous_collective_seconds': hidden,
         'asynchronous_copy_seconds': copied / chip.hbm_bytes_per_second,
         'hbm_seconds': program.hbm_bytes / chip.hbm_bytes_per_second,
     }
+
+
+def kernel_times(program: hlo.Program, chip: Chip) -> list[dict[str, Any]]:
+    """Cycles of kernels by schedule and by memory; the larger of both counts."""
+    table: dict[tuple[str, str], dict[str, Any]] = {}
+    for op in program.operations:
+        if not _declares(op):
+            continue
+        name = re.sub(r'[.\d]+$', '', op.name)
+        module, _ = group_of(op.op_name, op.source, op.opcode)
+        row = table.setdefault(
+            (name, module), {'name': name, 'module': module} | dict.fromkeys(_KERNEL_SUMS, 0)
+        )
+        times = schedule_cycles(op, chip), memory_cycles(op, chip), cycles_of(op, chip)
+        for key, value in zip(_KERNEL_SUMS, (1, *times)):
+            row[key] += value * op.count
+    return sorted(table.values(), key=lambda row: -row['cycles'])
+
+
+_KERNEL_SUMS = ('count', 'schedule_cycles', 'memory_cycles', 'cycles')
 
 
 def collective_bytes(program: hlo.Program) -> dict[str, int]:
@@ -209,27 +310,68 @@ def collective_bytes(program: hlo.Program) -> dict[str, int]:
     return dict(found)
 
 
-def collectives(program: hlo.Program) -> list[dict[str, Any]]:
-    """The largest collectives; those of the same origin together."""
+def collectives(program: hlo.Program, chip: Chip, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The largest collectives; those of the same origin together.
+
+    Returns:
+      Rows of all executions: `bytes`, `transfer_cycles` on all links of a chip, `between_cycles`
+      of what the core does meanwhile, `wait_cycles` that it does nothing, the same where a
+      collective has the links of one dimension of the torus only, and `axes` of the mesh.
+    """
+    waiting, narrow = (
+        {id(wait.start): wait for wait in waits(program, chip, links)}
+        for links in (1.0, 1 / chip.dimensions)
+    )
     table: dict[tuple[Any, ...], dict[str, Any]] = {}
     for op in program.operations:
-        if op.collective:
-            key = (op.collective, op.op_name, op.source, op.asynchronous, op.group_size)
-            row = table.setdefault(
-                key,
-                {
-                    'kind': op.collective,
-                    'bytes': 0,
-                    'count': 0,
-                    'chips': op.group_size,
-                    'asynchronous': op.asynchronous,
-                    'op_name': op.op_name,
-                    'source': short_source(op.source),
-                },
-            )
-            row['bytes'] += op.payload_bytes * op.count
-            row['count'] += op.count
+        if not op.collective:
+            continue
+        key = (op.collective, op.op_name, op.source, op.asynchronous, op.group)
+        row = table.setdefault(
+            key,
+            {
+                'kind': op.collective,
+                'axes': axes_of(op.group, mesh),
+                'chips': len(op.group),
+                'asynchronous': op.asynchronous,
+                'op_name': op.op_name,
+                'source': short_source(op.source),
+            }
+            | dict.fromkeys(_COLLECTIVE_SUMS, 0),
+        )
+        transfer, wait = wire_seconds(op, chip) * chip.clock * op.count, waiting.get(id(op))
+        alone = 0 if op.asynchronous else 1
+        for name, value in zip(
+            _COLLECTIVE_SUMS,
+            (
+                op.payload_bytes * op.count,
+                op.count,
+                transfer,
+                wait.between if wait else 0,
+                wait.cycles if wait else alone * transfer,
+                narrow[id(op)].cycles if wait else alone * transfer * chip.dimensions,
+            ),
+        ):
+            row[name] += value
     return sorted(table.values(), key=lambda row: -row['bytes'])[:TOP]
+
+
+_COLLECTIVE_SUMS = (
+    'bytes',
+    'count',
+    'transfer_cycles',
+    'between_cycles',
+    'wait_cycles',
+    'wait_cycles_on_links_of_one_dimension',
+)
+
+
+def axes_of(group: tuple[int, ...], mesh: Mapping[str, int]) -> str:
+    """Axes of the mesh that chips of a group differ along: 'fsdp', 'data x fsdp'."""
+    if max(group) >= math.prod(mesh.values()):
+        return ''
+    places = np.unravel_index(group, tuple(mesh.values()))
+    return ' x '.join(name for name, at in zip(mesh, places) if len(set(at.tolist())) > 1)
 
 
 # Parts of a name stack that say how something runs, not what it is.
@@ -285,13 +427,12 @@ def groups(program: hlo.Program, chip: Chip) -> list[dict[str, Any]]:
     """Cycles and FLOPs by module and pass, most cycles first."""
     table: dict[tuple[str, str], dict[str, float]] = {}
     total = 0.0
-    for op in program.operations:
-        spent = cycles_of(op, chip) * op.count
-        total += spent
+    for op, time in spent(program, chip):
+        total += time
         row = table.setdefault(
             group_of(op.op_name, op.source, op.opcode), collections.defaultdict(float)
         )
-        row['cycles'] += spent
+        row['cycles'] += time
         row['flops'] += op.flops * op.count
         row['hbm_bytes'] += op.hbm_bytes * op.count
         if _declares(op):
@@ -314,17 +455,13 @@ def groups(program: hlo.Program, chip: Chip) -> list[dict[str, Any]]:
 
 def top_operations(program: hlo.Program, chip: Chip, most: int = TOP) -> list[dict[str, Any]]:
     """The operations with the most cycles."""
-
-    def spent(op: hlo.Operation) -> float:
-        return cycles_of(op, chip) * op.count
-
     rows = []
-    for op in sorted(program.operations, key=lambda op: -spent(op))[:most]:
-        by = 'bytes on the links' if op.collective else 'compiler'
+    for op, time in sorted(spent(program, chip), key=lambda one: -one[1])[:most]:
+        by = 'bytes on the links' if op.collective or op.completes else 'compiler'
         rows.append(
             {
                 'name': op.name,
-                'cycles': spent(op),
+                'cycles': time,
                 'count': op.count,
                 'estimated_by': 'declared cost' if _declares(op) else by,
                 'flops': op.flops * op.count,

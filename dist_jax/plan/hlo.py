@@ -135,6 +135,12 @@ class Instruction:
         return int(found[1]) if found else None
 
     @property
+    def channel(self) -> str:
+        """Number that the halves of a collective share; '' if it has none."""
+        found = re.search(r'channel_id=(\d+)', self.rest)
+        return found[1] if found else ''
+
+    @property
     def target(self) -> str:
         """What a custom call calls."""
         found = re.search(r'custom_call_target="([^"]*)"', self.rest)
@@ -251,7 +257,8 @@ class Operation:
       hbm_bytes: read from and written to the HBM.
       collective: kind of collective, or ''.
       payload_bytes: of the collective: what a chip puts in, or gets out where that is more.
-      group_size: chips that take part in the collective.
+      group: chips of the first group that the collective is among, by their number in the mesh.
+      completes: name of the asynchronous collective that this one waits for, or ''.
       declared: cost that a kernel of one's own declares, or None.
       asynchronous: whether it runs beside the core (copies and collectives in two halves).
     """
@@ -266,7 +273,8 @@ class Operation:
     hbm_bytes: int = 0
     collective: str = ''
     payload_bytes: int = 0
-    group_size: int = 1
+    group: tuple[int, ...] = (0,)
+    completes: str = ''
     declared: dict[str, int] | None = None
     asynchronous: bool = False
 
@@ -337,13 +345,55 @@ def _run(module: Module, name: str, count: int, unknown: list[str]) -> Iterator[
             for called in instruction.called('to_apply') or instruction.called('calls'):
                 yield from _run(module, called, count, unknown)
         elif opcode.endswith(('-done', '-update')):
-            continue  # its other half, the start, is counted
+            # Its other half, the start, is counted; which collective it waits for is said.
+            if opcode.removesuffix('-done') in (*COLLECTIVES, 'async'):
+                yield _completion(instruction, _started(computation, instruction), count)
         elif opcode == 'async-start':
             for called in instruction.called('calls'):
                 for op in _run(module, called, count, unknown):
-                    yield dataclasses.replace(op, asynchronous=True)
+                    yield dataclasses.replace(op, name=instruction.name, asynchronous=True)
+        elif (inner := _fused_collective(module, instruction)) is not None:
+            # The compiler's own halves of a collective that fusions between them carry forward.
+            name = f'channel {inner.channel}'
+            if instruction.name.startswith(_FUSED_START):
+                body = module.computations[instruction.called('calls')[0]]
+                started = _operation(module, body, inner, count)
+                yield dataclasses.replace(started, name=name, cycles=0, asynchronous=True)
+            elif instruction.name.startswith(_FUSED_DONE):
+                yield _completion(inner, name, count)
+            else:
+                yield _operation(module, computation, instruction, count)
         else:
             yield _operation(module, computation, instruction, count)
+
+
+_FUSED_START, _FUSED_DONE = 'async-collective-start', 'async-collective-done'
+
+
+def _fused_collective(module: Module, instruction: Instruction) -> Instruction | None:
+    """The collective inside a fusion."""
+    if instruction.opcode != 'fusion':
+        return None
+    inner = module.computations[instruction.called('calls')[0]]
+    return next((i for i in inner.values() if i.opcode in COLLECTIVES), None)
+
+
+def _started(computation: dict[str, Instruction], done: Instruction) -> str:
+    """The name of the first half of what an instruction completes."""
+    start = computation[done.operands[0]]
+    while start.opcode.endswith('-update'):
+        start = computation[start.operands[0]]
+    return start.name
+
+
+def _completion(instruction: Instruction, completes: str, count: int) -> Operation:
+    return Operation(
+        name=instruction.name,
+        opcode=instruction.opcode,
+        op_name=instruction.op_name,
+        count=count,
+        completes=completes,
+    )
 
 
 def _dearest_branch(
@@ -399,25 +449,31 @@ def _operation(
         hbm_bytes=_hbm_bytes(module, computation, instruction),
         collective=collective,
         payload_bytes=payload,
-        group_size=_group_size(instruction.rest) if collective else 1,
+        group=_group(instruction.rest) if collective else (0,),
         declared=declared,
         asynchronous=asynchronous,
     )
 
 
-def _group_size(rest: str) -> int:
-    """Chips of one replica group, in any of the three notations."""
-    found = re.search(r'replica_groups=\{\{([\d,]*)\}', rest)
+def _group(rest: str) -> tuple[int, ...]:
+    """Chips of the first replica group, in any of the notations."""
+    found = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}', rest)
     if found:
-        return found[1].count(',') + 1
-    found = re.search(r'replica_groups=\[(\d+),(\d+)\]', rest)
+        return tuple(int(n) for n in found[1].split(',') if n)
+    found = re.search(r'replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest)
     if found:
-        return int(found[2])
+        sizes = [int(n) for n in found[2].split(',')]
+        order = [int(n) for n in found[3].split(',')] if found[3] else range(len(sizes))
+        chips = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+        return tuple(chips.ravel()[: int(found[1])].tolist())
     found = re.search(r'replica_groups=[@\w]*\[([^\]]*)\]\s*\{([^}]*)\}', rest)
     if found:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'([^']+)'", found[2]))
-    return 2 if 'source_target_pairs' in rest else 1
+        sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        among = re.findall(r"'([^']+)'", found[2])
+        chips = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        first = tuple(slice(None) if name in among else 0 for name in sizes)
+        return tuple(chips[first].ravel().tolist())
+    return (0,)
 
 
 def trip_count(

@@ -60,6 +60,11 @@ def print_plan(plan: Plan) -> None:
     console.print(_estimate_table(plan, steps))
     if plan['estimated_cycles']:
         console.print(_module_table(plan))
+        for name, step in steps.items():
+            if step.get('kernel_times'):
+                console.print(_kernel_table(name, step))
+            if step.get('collective_cycles'):
+                console.print(_collective_table(name, step))
         console.print(_operation_table(plan))
     if plan.get('eval') and 'error' in plan['eval']:
         console.print(f'eval step: {plan["eval"]["error"]}', soft_wrap=True)
@@ -147,7 +152,7 @@ _ESTIMATES = (
     ('compiled FLOPs', lambda p: _big(p['compiled_flops'])),
     ('cycles', lambda p: _big(p['estimated_cycles'])),
     ('  from the compiler', lambda p: _big(p.get('compiler_cycles'))),
-    ('  of kernels, as declared', lambda p: _big(p.get('kernel_cycles') or None)),
+    ('  of kernels', lambda p: _big(p.get('kernel_cycles') or None)),
     ('  waiting for links', lambda p: _big(p.get('collective_cycles') or None)),
     ('bytes on the links', lambda p: _collectives(p['collective_bytes'])),
     ('HBM traffic', lambda p: _big(p['hbm_bytes_accessed'], 'B')),
@@ -215,6 +220,49 @@ def _operation_table(plan: Plan) -> Table:
         name = '/'.join(kept) or row['op_name'] or row['name']
         table.add_row(
             f'{row["cycles"] / 1e6:.2f}', str(row['count']), f'{name}{mark}', row['source']
+        )
+    return table
+
+
+def _kernel_table(step: str, plan: Plan) -> Table:
+    table = Table('M cycles', 'schedule', 'memory', 'counts', 'times', 'kernel', 'module')
+    table.title = f'kernels, {step}'
+    for row in plan['kernel_times']:
+        slower = 'memory' if row['memory_cycles'] > row['schedule_cycles'] else 'schedule'
+        numbers = (row[name] for name in ('cycles', 'schedule_cycles', 'memory_cycles'))
+        cells = (f'{number / 1e6:.2f}' for number in numbers)
+        table.add_row(*cells, slower, str(row['count']), row['name'], row['module'])
+    return table
+
+
+COLLECTIVES = 8  # rows of the table
+
+
+def _collective_table(step: str, plan: Plan) -> Table:
+    """What takes how long on the links, and what the core does meanwhile.
+
+    "On some": what it waits if a collective has the links of one dimension of the torus only.
+    """
+    table = Table('kind', 'axes', 'MB', 'times', 'on the links', 'beside it', 'waits')
+    table.add_column('on some')
+    table.add_column('for')
+    table.title = f'collectives, {step}, M cycles'
+    for column in table.columns[2:-1]:
+        column.justify = 'right'
+    for row in plan['collectives'][:COLLECTIVES]:
+        if row['bytes'] < 1e5:
+            continue
+        beside = f'{row["between_cycles"] / 1e6:.2f}' if row['asynchronous'] else 'nothing'
+        table.add_row(
+            row['kind'],
+            row['axes'] or f'{row["chips"]} chips',
+            f'{row["bytes"] / 1e6:,.1f}',
+            str(row['count']),
+            f'{row["transfer_cycles"] / 1e6:.2f}',
+            beside,
+            f'{row["wait_cycles"] / 1e6:.2f}',
+            f'{row["wait_cycles_on_links_of_one_dimension"] / 1e6:.2f}',
+            row['source'] or row['op_name'],
         )
     return table
 

@@ -75,7 +75,7 @@ def test_kernels_take_the_slower_of_products_and_traffic():
 
 def test_only_collectives_that_are_waited_for_take_time():
     op = hlo.Operation(
-        'r', 'all-reduce', '', collective='all-reduce', payload_bytes=3 * 10**8, group_size=4
+        'r', 'all-reduce', '', collective='all-reduce', payload_bytes=3 * 10**8, group=(0, 1, 2, 3)
     )
     assert figures.cycles_of(op, V4) / V4.clock == pytest.approx(1.5e-3)
     gather = dataclasses.replace(op, collective='all-gather')
@@ -86,6 +86,49 @@ def test_only_collectives_that_are_waited_for_take_time():
     assert found['estimated_cycles'] == pytest.approx(1.5e-3 * V4.clock)
     assert found['asynchronous_collective_seconds'] == pytest.approx(3e-3)
     assert figures.collective_bytes(program) == {'all-reduce': 9 * 10**8}
+
+
+def gather(name, micros, **fields):
+    payload = round(micros * 1e-6 * V4.ici_bytes_per_second * 4 / 3)
+    fields = {'count': 5, 'group': (0, 2, 4, 6), 'asynchronous': True} | fields
+    return hlo.Operation(
+        name, 'all-gather', '', collective='all-gather', payload_bytes=payload, **fields
+    )
+
+
+def test_the_core_waits_for_what_is_not_hidden():
+    """Two transfers of 4 us one after the other in a loop of 5 turns, 3 us of products beside."""
+    done = [hlo.Operation(f'{c}-done', 'x', '', count=5, completes=c) for c in 'ab']
+    work = hlo.Operation('w', 'fusion', '', count=5, cycles=round(3e-6 * V4.clock))
+    program = hlo.Program((gather('a', 4), gather('b', 4), work, *done), (), ())
+    micro = 1e-6 * V4.clock * 5
+    first, second = figures.waits(program, V4)
+    assert first.between == pytest.approx(3 * micro) == second.between - first.cycles
+    assert first.cycles == pytest.approx(1 * micro)
+    assert second.cycles == pytest.approx(4 * micro)
+    found = figures.cycles(program, V4)
+    assert found['collective_cycles'] == pytest.approx(5 * micro)
+    assert found['estimated_cycles'] == pytest.approx(8 * micro)
+    # With a third of the links 12 us each.
+    narrow = found['collective_cycles_on_links_of_one_dimension']
+    assert narrow == pytest.approx((24 - 3) * micro)
+    (row,) = figures.collectives(program, V4, {'data': 4, 'fsdp': 2})
+    assert (row['axes'], row['count'], row['chips']) == ('data', 10, 4)
+    assert row['wait_cycles'] == pytest.approx(5 * micro)
+    assert sum(time for _, time in figures.spent(program, V4)) == pytest.approx(8 * micro)
+
+
+def test_kernels_show_their_schedule_and_their_memory():
+    declared = {'flops': round(275e12 * 1e-6), 'bytes_accessed': round(1.228e12 * 2e-6)}
+    ops = (
+        hlo.Operation('mlp.3', 'custom-call', 'jit(f)/tower/x', count=3, declared=declared),
+        hlo.Operation('mlp.4', 'custom-call', 'jit(f)/tower/x', declared=declared | {'flops': 0}),
+    )
+    (row,) = figures.kernel_times(hlo.Program(ops, (), ()), V4)
+    assert (row['name'], row['module'], row['count']) == ('mlp', 'tower', 4)
+    micro = 1e-6 * V4.clock
+    assert row['schedule_cycles'] == pytest.approx(3 * micro, rel=1e-3)
+    assert row['memory_cycles'] == row['cycles'] == pytest.approx(8 * micro, rel=1e-3)
 
 
 GIB = 2**30

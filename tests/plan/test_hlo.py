@@ -180,8 +180,66 @@ def test_collectives_say_their_bytes_and_their_chips(groups, chips):
         f'%r = f32[1024]{{0:T(1024)}} all-reduce(%x), replica_groups={groups}, to_apply=%add',
     )
     (op,) = hlo.read_program(text).operations
-    assert (op.collective, op.payload_bytes, op.group_size) == ('all-reduce', 4096, chips)
+    assert (op.collective, op.payload_bytes, len(op.group)) == ('all-reduce', 4096, chips)
     assert not op.asynchronous
+
+
+@pytest.mark.parametrize(
+    ('groups', 'first'),
+    [
+        ('{{0,2},{1,3}}', (0, 2)),
+        ('[2,2]<=[2,2]T(1,0)', (0, 2)),
+        ("mesh['data'=2,'fsdp'=2] {'data'}", (0, 2)),
+        ('[2,2]<=[4]', (0, 1)),
+        ("mesh['data'=2,'fsdp'=2] {'fsdp'}", (0, 1)),
+    ],
+)
+def test_collectives_say_which_chips_are_together(groups, first):
+    text = entry(
+        '%x = f32[1024]{0:T(1024)} parameter(0)',
+        f'%r = f32[1024]{{0:T(1024)}} all-reduce(%x), replica_groups={groups}, to_apply=%add',
+    )
+    (op,) = hlo.read_program(text).operations
+    assert op.group == first
+
+
+CARRIED = """
+%started (a: f32[1024]) -> (f32[1024], f32[4096]) {
+  %a = f32[1024]{0:T(1024)} parameter(0)
+  %g = f32[4096]{0:T(1024)} all-gather(%a), channel_id=6, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %s = (f32[1024]{0}, f32[4096]{0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+%carried (b: f32[1024], c: f32[8]) -> f32[8] {
+  %b = f32[1024]{0:T(1024)} parameter(0)
+  %c = f32[8]{0:T(128)} parameter(1)
+  %g = f32[4096]{0:T(1024)} all-gather(%b), channel_id=6, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %y = f32[8]{0:T(128)} multiply(%c, %c)
+}
+%finished (d: f32[1024]) -> f32[4096] {
+  %d = f32[1024]{0:T(1024)} parameter(0)
+  %g = f32[4096]{0:T(1024)} all-gather(%d), channel_id=6, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %e = f32[4096]{0} custom-call(%g), custom_call_target="AsyncCollectiveDone"
+}
+"""
+
+
+def test_a_collective_carried_by_fusions_counts_once():
+    text = entry(
+        '%x = f32[1024]{0:T(1024)} parameter(0)',
+        '%n = f32[8]{0:T(128)} parameter(1)',
+        '%async-collective-start.2 = (f32[1024]{0}, f32[4096]{0}) fusion(%x), calls=%started',
+        f'%y = f32[8]{{0:T(128)}} fusion(%x, %n), calls=%carried, {config(7)}',
+        '%async-collective-done.3 = f32[4096]{0} fusion(%x), calls=%finished',
+        before=CARRIED,
+    )
+    start, between, done = hlo.read_program(text).operations
+    assert (start.collective, start.payload_bytes, start.asynchronous) == (
+        'all-gather',
+        4 * 4096,
+        True,
+    )
+    assert (between.collective, between.cycles) == ('', 7)
+    assert done.completes == start.name
 
 
 def test_what_runs_beside_the_core_is_counted_once_and_marked():
@@ -193,8 +251,9 @@ def test_what_runs_beside_the_core_is_counted_once_and_marked():
         '%d = f32[1024]{0:T(1024)S(3)} copy-done(%c)',
         '%g = f32[4096]{0:T(1024)} all-gather-done(%s)',
     )
-    gather, copy = hlo.read_program(text).operations
+    gather, copy, done = hlo.read_program(text).operations
     assert gather.asynchronous and copy.asynchronous
+    assert done.completes == gather.name and not done.collective
     assert gather.payload_bytes == 4 * 4096
     assert copy.hbm_bytes == 4096 and copy.collective == ''
 
