@@ -108,6 +108,7 @@ def _sum_of_products(tokens: int, rows: int, columns: int) -> Work:
     return {
         'products': _products(tokens, (rows, columns)),
         'sums': _registers(rows, columns),
+        'frame': 1,
     }
 
 

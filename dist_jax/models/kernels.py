@@ -768,19 +768,21 @@ def sum_of_products(a: jax.Array, b: jax.Array, interpret: bool = False) -> jax.
       float32 (parts, A, B), whose sum over the parts it is.
     """
     frames, length, _ = a.shape
-    parts = CORES if frames % CORES == 0 else 1
+    cores = kernel_costs.CORES
+    parts = cores if frames % cores == 0 else 1
     each = frames // parts
-    bundles = kernel_costs.bundles(
-        'sum_of_products', tokens=length, rows=a.shape[2], columns=b.shape[2]
-    )
     shape = (parts, a.shape[2], b.shape[2])
     specs = [
         pl.BlockSpec((1, length, x.shape[2]), lambda p, n: (p * each + n, 0, 0)) for x in (a, b)
     ]
-    cost = pl.CostEstimate(
-        flops=int(frames * bundles * FLOPS_PER_BUNDLE),
+    lanes = sum(whole(x.shape[2], LANES) for x in (a, b))
+    cost = cost_estimate(
+        'sum_of_products',
+        frames,
+        {'tokens': length, 'rows': a.shape[2], 'columns': b.shape[2]},
         transcendentals=0,
-        bytes_accessed=2 * (a.size + b.size) + 4 * math.prod(shape),
+        frame_bytes=_rows(length) * lanes * a.dtype.itemsize,
+        weight_bytes=4 * math.prod(shape),
     )
     return pl.pallas_call(
         _sum_kernel,

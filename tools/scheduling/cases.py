@@ -90,6 +90,20 @@ def _part(tokens: int, width: int) -> int:
     return kernels.mlp_tile((FRAMES, tokens, width), 4 * width).hidden
 
 
+def _sum_of_products(frames: int, tokens: int, rows: int, columns: int):
+    factors = (_array(frames, tokens, rows), _array(frames, tokens, columns))
+    return kernels.sum_of_products, factors
+
+
+def _sums(side: dict[str, int]) -> tuple[dict[str, int], ...]:
+    """What the two projections of a side network's attention take."""
+    width, lanes = side['heads'] * side['head_dim'], _lanes(side['heads'], side['head_dim'])
+    return (
+        {'tokens': side['tokens'], 'rows': width, 'columns': 3 * lanes},
+        {'tokens': side['queries'], 'rows': lanes, 'columns': width},
+    )
+
+
 KERNELS: dict[str, Kernel] = {
     'frame_attention': Kernel(
         _frame_attention,
@@ -115,6 +129,9 @@ KERNELS: dict[str, Kernel] = {
             {'tokens': tokens, 'width': width, 'hidden': 4 * width, 'part': _part(tokens, width)}
             for tokens, width, _ in (B32, B16, L14, L14_336, B16_336)
         ),
+    ),
+    'sum_of_products': Kernel(
+        _sum_of_products, tuple(shape for side in SIDES for shape in _sums(side))
     ),
 }
 
