@@ -104,12 +104,8 @@ def _residual_mlp(tokens: int, width: int, hidden: int, part: int) -> Work:
 
 
 def _sum_of_products(tokens: int, rows: int, columns: int) -> Work:
-    """Products over tokens; the sum is read and written for every frame."""
-    return {
-        'products': _products(tokens, (rows, columns)),
-        'sums': _registers(rows, columns),
-        'frame': 1,
-    }
+    """Products over tokens, in whole registers; a frame begins and ends on its own."""
+    return {'products': _products(rows, (tokens, columns)), 'frame': 1}
 
 
 # Kernel -> its shape -> the work of a frame that its time is proportional to, by kind.
