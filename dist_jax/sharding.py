@@ -260,6 +260,17 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """For `jax.jit` of a program on this mesh.
+
+    Where weights are split over `fsdp`, those of a layer arrive while a TPU computes: libtpu does
+    that on v4 only where it is told to, and moves the gathers to where they are hidden by itself.
+    """
+    if mesh.shape[FSDP] == 1 or mesh.devices.flat[0].platform != 'tpu':
+        return None
+    return {'xla_enable_async_all_gather': 'true'}
+
+
 def split_batch(tree: Tree, axis: int = 0) -> Tree:
     """Keeps the clips, or frames, on `axis` of every leaf split over `data` and `fsdp`.
 

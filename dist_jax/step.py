@@ -21,6 +21,7 @@ from dist_jax.optim import Schedule
 from dist_jax.sharding import (
     batched,
     check_replicated_share,
+    compiler_options,
     gather_params,
     on_mesh,
     place,
@@ -284,6 +285,7 @@ def make_train_step(
         in_shardings=(of_state, of_frozen, batched(mesh)),
         out_shardings=(of_state, whole),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
 
 
@@ -376,4 +378,5 @@ def jit_on_rows(
         on_mesh(mesh, exact_float32(function)),
         in_shardings=(_shardings(variables, mesh), _shardings(frozen, mesh), split),
         out_shardings=split,
+        compiler_options=compiler_options(mesh),
     )

@@ -163,6 +163,17 @@ def test_without_a_mesh_nothing_is_asked_for():
     assert 'sharding_constraint' in str(jax.make_jaxpr(on_mesh)(tree))
 
 
+def test_only_split_weights_on_tpus_arrive_beside_the_core():
+    def options(platform, fsdp):
+        devices = np.array([types.SimpleNamespace(platform=platform)] * fsdp)
+        return sharding.compiler_options(
+            types.SimpleNamespace(shape={'fsdp': fsdp}, devices=devices)
+        )
+
+    assert options('tpu', 1) is None and options('cpu', 2) is None
+    assert list(options('tpu', 2)) == ['xla_enable_async_all_gather']
+
+
 @pytest.mark.parametrize(
     ('sizes', 'text'),
     [

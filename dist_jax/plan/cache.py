@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dist_jax.plan.compiling import Compiled
 
-VERSION = 1
+VERSION = 2  # of what is kept, and of `sharding.compiler_options`
 
 
 def default_folder() -> str:

@@ -237,6 +237,7 @@ def test_a_step_is_really_compiled_for_a_tpu(tmp_path):
         [
             *(sys.executable, '-m', 'dist_jax.main', 'plan', '--topology=v4:2x2x1'),
             *('--config=configs/frame_mean.py:demo', '--config.model.unroll=false'),
+            '--config.mesh.fsdp=2',
             *('--no_eval', f'--json={file}', f'--plot={picture}', f'--cache={tmp_path}'),
         ],
         capture_output=True,
@@ -256,4 +257,7 @@ def test_a_step_is_really_compiled_for_a_tpu(tmp_path):
     # The program multiplies what the model says, up to what the compiler saves.
     assert plan['compiled_flops'] == pytest.approx(plan['model_flops'], rel=0.05)
     assert any(row['name'].startswith('image_tower/') for row in plan['groups'])
+    # Weights arrive while the chip computes.
+    gathers = [row for row in plan['collectives'] if row['kind'] == 'all-gather']
+    assert any(row['asynchronous'] and row['between_cycles'] > 0 for row in gathers)
     assert picture.read_bytes().startswith(b'\x89PNG')
