@@ -142,20 +142,20 @@ _norm = functools.partial(layers.layer_norm, eps=NORM_EPS)
 
 def _block(x: jax.Array, params: Tree, tapped: bool, spec: EvaSpec) -> tuple[jax.Array, Tree]:
     """One block: the stream (N, L, W) and, if tapped, its `queries` and `keys`."""
-
-    def before(x: jax.Array, norm: Tree) -> jax.Array:
-        return x if spec.post_norm else _norm(x, **norm)
-
-    def after(x: jax.Array, norm: Tree) -> jax.Array:
-        return _norm(x, **norm) if spec.post_norm else x
-
     with jax.named_scope('attention'):
-        z, q, k = _attention(before(x, params['norm1']), params['attn'], spec)
-        x = x + after(z, params['norm1'])
+        z, q, k = _attention(_before(x, params['norm1'], spec), params['attn'], spec)
+        x = x + _behind(z, params['norm1'], spec)
     with jax.named_scope('mlp'):
-        z = _mlp(before(x, params['norm2']), params['mlp'], spec)
-        x = x + after(z, params['norm2'])
+        x = _second_half(x, params['norm2'], params['mlp'], spec)
     return x, {'queries': q, 'keys': k} if tapped else {}
+
+
+def _before(x: jax.Array, norm: Tree, spec: EvaSpec) -> jax.Array:
+    return x if spec.post_norm else _norm(x, **norm)
+
+
+def _behind(z: jax.Array, norm: Tree, spec: EvaSpec) -> jax.Array:
+    return _norm(z, **norm) if spec.post_norm else z
 
 
 def _attention(z: jax.Array, attn: Tree, spec: EvaSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -174,8 +174,31 @@ def _attention(z: jax.Array, attn: Tree, spec: EvaSpec) -> tuple[jax.Array, jax.
     return y + out['bias'].astype(dtype), q, k
 
 
+def _second_half(x: jax.Array, norm: Tree, mlp: Tree, spec: EvaSpec) -> jax.Array:
+    """The stream (N, L, W) after the second half of a block; a kernel on TPU, if it takes these."""
+
+    def plain(x: jax.Array, norm: Tree, mlp: Tree) -> jax.Array:
+        return x + _behind(_mlp(_before(x, norm, spec), mlp, spec), norm, spec)
+
+    def fast(x: jax.Array, norm: Tree, mlp: Tree) -> jax.Array:
+        kernel = functools.partial(
+            kernels.residual_mlp, activation='gelu', post_norm=spec.post_norm, eps=NORM_EPS
+        )
+        return kernels.on_each_device(kernel, x, norm, _as_clip(mlp))
+
+    # Of SwiGLU and norms inside there is no kernel.
+    if spec.swiglu or spec.sub_ln or not kernels.mlp_fits(x, _as_clip(mlp), spec.post_norm):
+        return plain(x, norm, mlp)
+    return kernels.on_tpu(fast, plain, x, norm, mlp)
+
+
+def _as_clip(mlp: Tree) -> Tree:
+    """Under the names that kernels know."""
+    return {'c_fc': mlp['fc1'], 'c_proj': mlp['fc2']}
+
+
 def _mlp(z: jax.Array, mlp: Tree, spec: EvaSpec) -> jax.Array:
-    """What the second half of a block gives for (N, L, W)."""
+    """What the second half of a block adds, without its norm."""
     if spec.swiglu:
         first, last = transformer.linear(z, mlp['w1']), mlp['w3']
         hidden = jax.nn.silu(first) * transformer.linear(z, mlp['w2'])

@@ -114,5 +114,6 @@ WORK: dict[str, Callable[..., Work]] = {
     'frame_attention_gradient': functools.partial(_attention, passes=4),
     'residual_attention': _residual_attention,
     'residual_mlp': _residual_mlp,
+    'post_norm_mlp': _residual_mlp,
     'sum_of_products': _sum_of_products,
 }

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 
 from dist_jax.models import kernel_costs
 from dist_jax.models.kernel_costs import LANES, SUBLANES, whole
-from dist_jax.models.layers import attend, einsum, layer_norm
+from dist_jax.models.layers import LAYER_NORM_EPS, attend, einsum, fitted_gelu, layer_norm
 from dist_jax.sharding import BATCH, TENSOR
 
 Tree = Any
@@ -452,8 +452,17 @@ def _residual_attention_kernel(
     y_ref[0] = y.astype(y_ref.dtype)
 
 
-def residual_mlp(x: jax.Array, norm: Tree, mlp: Tree, interpret: bool = False) -> jax.Array:
-    """`x + c_proj(quick_gelu(c_fc(LayerNorm(x))))` of a block, frame by frame.
+def residual_mlp(
+    x: jax.Array,
+    norm: Tree,
+    mlp: Tree,
+    interpret: bool = False,
+    *,
+    activation: str = 'quick_gelu',
+    post_norm: bool = False,
+    eps: float = LAYER_NORM_EPS,
+) -> jax.Array:
+    """`x + c_proj(activation(c_fc(LayerNorm(x))))` of a block, a few frames at a time.
 
     Args:
       x: the stream, bfloat16 (N, L, W).
@@ -461,13 +470,16 @@ def residual_mlp(x: jax.Array, norm: Tree, mlp: Tree, interpret: bool = False) -
       mlp: `c_fc` with `kernel` (W, hidden) and `bias` (hidden,), `c_proj` with `kernel` (hidden, W)
         and `bias` (W,).
       interpret: run without a TPU, slowly, for tests.
+      activation: a key of `MLP_ACTIVATIONS`.
+      post_norm: `x + LayerNorm(c_proj(activation(c_fc(x))))` instead.
+      eps: of the norm.
 
     Returns:
       The stream after it, (N, L, W).
     """
     _, length, width = x.shape
     hidden = mlp['c_fc']['kernel'].shape[1]
-    tile = mlp_tile(x.shape, hidden)
+    tile = mlp_tile(x.shape, hidden, post_norm)
     weights = (
         *_rows_of(norm['scale'], norm['bias']),
         mlp['c_fc']['kernel'].astype(x.dtype),
@@ -486,17 +498,23 @@ def residual_mlp(x: jax.Array, norm: Tree, mlp: Tree, interpret: bool = False) -
         _stays(row),
     ]
     shape = (tile.frames, length, width)
+    normed = [] if post_norm else [pltpu.VMEM(shape, x.dtype)]
     return _on_frames(
-        _residual_mlp_kernel,
+        functools.partial(
+            _residual_mlp_kernel,
+            activation=MLP_ACTIVATIONS[activation],
+            post_norm=post_norm,
+            eps=eps,
+        ),
         x,
         weights,
         specs,
-        [pltpu.VMEM(shape, x.dtype), pltpu.VMEM(shape, jnp.float32)],
+        [*normed, pltpu.VMEM(shape, jnp.float32)],
         grid=(x.shape[0] // tile.frames, hidden // tile.hidden),
         shape=dict(tokens=length, width=width, hidden=hidden, part=tile.hidden),
         transcendentals=length * hidden,
         interpret=interpret,
-        name='residual_mlp',
+        name='post_norm_mlp' if post_norm else 'residual_mlp',
     )
 
 
@@ -509,17 +527,18 @@ class MlpTile(NamedTuple):
 
 # Where the weights do not fit, parts of them are read again for every few frames; this many tokens
 # take longer than their parts need to arrive.
-TOKENS_TO_STREAM = 384
+TOKENS_TO_STREAM = 256
 
 
-def mlp_tile(shape: tuple[int, int, int], hidden: int) -> MlpTile | None:
+def mlp_tile(shape: tuple[int, int, int], hidden: int, post_norm: bool = False) -> MlpTile | None:
     """The largest tile that fits into VMEM, of streams (N, L, W); None if nothing does."""
     frames, length, width = shape
     for tile in (MlpTile(1, hidden), MlpTile(2, 512), MlpTile(1, 512), MlpTile(1, 256)):
         whole = tile.hidden == hidden
         buffers = 1 if whole else 2
         weights = buffers * 2 * width * tile.hidden * 2
-        streams = tile.frames * length * width * 19  # in, out, norm, sum and what products leave
+        # In, out, sum and what products leave, and the norm where it is in front.
+        streams = tile.frames * length * width * (17 if post_norm else 19)
         if (
             frames % tile.frames == hidden % tile.hidden == 0
             and (whole or tile.frames * length >= TOKENS_TO_STREAM)
@@ -529,28 +548,62 @@ def mlp_tile(shape: tuple[int, int, int], hidden: int) -> MlpTile | None:
     return None
 
 
+def _quick_gelu(h: jax.Array) -> jax.Array:
+    """A sigmoid is half of 1 + tanh, which is one operation here."""
+    h = 0.5 * h
+    return h + h * jnp.tanh(2 * 0.851 * h)
+
+
+# Of float32 hidden channels.
+MLP_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'quick_gelu': _quick_gelu,
+    'gelu': fitted_gelu,
+}
+
+
 def _residual_mlp_kernel(
-    x_ref, scale_ref, shift_ref, fc_ref, fc_bias_ref, proj_ref, proj_bias_ref, y_ref, z_ref, sum_ref
+    x_ref,
+    scale_ref,
+    shift_ref,
+    fc_ref,
+    fc_bias_ref,
+    proj_ref,
+    proj_bias_ref,
+    y_ref,
+    *scratch_refs,
+    activation: Callable[[jax.Array], jax.Array],
+    post_norm: bool,
+    eps: float,
 ) -> None:
-    """A few frames and a part of the hidden channels; scratch for the norm and for the sum."""
+    """A few frames and a part of the hidden channels; scratch for a norm in front and the sum."""
     number, count = pl.program_id(1), pl.num_programs(1)
+    *norm_ref, sum_ref = scratch_refs
+    z_ref = norm_ref[0] if norm_ref else x_ref
+
+    def norm(x: jax.Array) -> jax.Array:
+        return layer_norm(x, scale_ref[...], shift_ref[...], eps)
 
     @pl.when(number == 0)
     def _() -> None:
         for frame in range(x_ref.shape[0]):
-            z_ref[frame] = layer_norm(x_ref[frame], scale_ref[...], shift_ref[...])
-            sum_ref[frame] = x_ref[frame].astype(jnp.float32) + proj_bias_ref[...]
+            if post_norm:
+                sum_ref[frame] = jnp.broadcast_to(proj_bias_ref[...], sum_ref.shape[1:])
+            else:
+                z_ref[frame] = norm(x_ref[frame])
+                sum_ref[frame] = x_ref[frame].astype(jnp.float32) + proj_bias_ref[...]
 
     for frame in range(x_ref.shape[0]):
-        h = _product(z_ref[frame], fc_ref[...]) + fc_bias_ref[...]
-        # quick_gelu: a sigmoid is half of 1 + tanh, which is one operation here.
-        h = 0.5 * h
-        h += h * jnp.tanh(2 * 0.851 * h)
+        h = activation(_product(z_ref[frame], fc_ref[...]) + fc_bias_ref[...])
         sum_ref[frame] += _product(h.astype(z_ref.dtype), proj_ref[...])
 
     @pl.when(number == count - 1)
     def _() -> None:
-        y_ref[...] = sum_ref[...].astype(y_ref.dtype)
+        if not post_norm:
+            y_ref[...] = sum_ref[...].astype(y_ref.dtype)
+            return
+        for frame in range(x_ref.shape[0]):
+            y = x_ref[frame].astype(jnp.float32) + norm(sum_ref[frame])
+            y_ref[frame] = y.astype(y_ref.dtype)
 
 
 def _rows_of(*vectors: jax.Array) -> list[jax.Array]:
@@ -918,14 +971,14 @@ def attention_fits(x: jax.Array, attn: Tree) -> bool:
     )
 
 
-def mlp_fits(x: jax.Array, mlp: Tree) -> bool:
+def mlp_fits(x: jax.Array, mlp: Tree, post_norm: bool = False) -> bool:
     """Whether `residual_mlp` takes these: bfloat16, nothing split, room in VMEM."""
     width, hidden = mlp['c_fc']['kernel'].shape
     return (
         x.dtype == jnp.bfloat16
         and width % LANES == hidden % LANES == 0
         and _mesh_sizes().get(TENSOR, 1) == 1
-        and mlp_tile(_on_device(x).shape, hidden) is not None
+        and mlp_tile(_on_device(x).shape, hidden, post_norm) is not None
     )
 
 

@@ -120,23 +120,24 @@ def gelu(x: jax.Array) -> jax.Array:
     Differs: of arrays narrower than float32 by a fit whose error, 2.6e-5, is lost in their
     rounding; the error function costs an accelerator more than the products around it.
     """
-    return jax.nn.gelu(x, approximate=False) if x.dtype.itemsize >= 4 else _fitted_gelu(x)
+    return jax.nn.gelu(x, approximate=False) if x.dtype.itemsize >= 4 else fitted_gelu(x)
 
 
 @jax.custom_jvp
-def _fitted_gelu(x: jax.Array) -> jax.Array:
+def fitted_gelu(x: jax.Array) -> jax.Array:
+    """What `gelu` is of arrays narrower than float32; of any."""
     x32, _, bend = _bent(x)
     half = 0.5 * x32
     return (half + half * bend).astype(x.dtype)
 
 
-@_fitted_gelu.defjvp
+@fitted_gelu.defjvp
 def _fitted_gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple:
     (x,), (tangent,) = primals, tangents
     x32, square, bend = _bent(x)
     slope = _GELU[0] + square * (3 * _GELU[1] + square * (5 * _GELU[2]))
     derivative = 0.5 + 0.5 * (bend + x32 * (1 - bend * bend) * slope)
-    return _fitted_gelu(x), (derivative * tangent).astype(x.dtype)
+    return fitted_gelu(x), (derivative * tangent).astype(x.dtype)
 
 
 def _bent(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """Kernels mean what their plain forms mean, and compile for TPUs that are not here."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dist_jax.models import kernels, layers, transformer
+from dist_jax.models import eva, kernels, layers, transformer
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,32 @@ def test_an_mlp_whose_weights_do_not_fit_is_worked_on_in_parts():
     assert error.mean() < 1e-3
 
 
+def test_an_mlp_with_the_norm_behind_it_equals_the_plain_one(monkeypatch):
+    """As the halves above, on EVA's largest tower: GELU, a small eps, parts that are streamed."""
+    params = block_params(np.random.default_rng(5), 128, 2, 64, 384)
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(4, 13, 128)) * 3, jnp.bfloat16)
+    spec = dataclasses.replace(eva.SPECS['eva_tiny'], width=128, mlp_hidden=384)
+    names = {'c_fc': 'fc1', 'c_proj': 'fc2'}
+    mlp = {names[name]: dense for name, dense in params['mlp'].items()}
+    inputs = (x, params['norm'], mlp)
+
+    def plain(x, norm, mlp):
+        return eva._second_half(x, norm, mlp, spec)  # not on TPU here
+
+    assert 'post_norm_mlp' in str(jax.make_jaxpr(plain)(*inputs))
+    exact = plain(*jax.tree.map(lambda leaf: leaf.astype(jnp.float32), inputs))
+    usual = np.abs(np.asarray(plain(*inputs), np.float32) - exact)
+    # The platform's choice is all that is not run here.
+    here = functools.partial(kernels.residual_mlp, interpret=True)
+    monkeypatch.setattr(kernels, 'residual_mlp', here)
+    monkeypatch.setattr(kernels, 'on_tpu', lambda fast, plain, *inputs: fast(*inputs))
+    for tile in ((1, 384), (2, 128)):
+        monkeypatch.setattr(kernels, 'mlp_tile', lambda *_, tile=tile: kernels.MlpTile(*tile))
+        error = np.abs(np.asarray(plain(*inputs), np.float32) - exact)
+        assert error.mean() < 1.02 * usual.mean()
+        assert error.max() < 1.5 * usual.max()
+
+
 def test_which_blocks_the_halves_take():
     """Published towers, at their published sizes: bfloat16 weights and a frame in 16 MiB."""
 
@@ -252,6 +279,8 @@ def test_which_blocks_the_halves_take():
     assert takes(577, 1024) == (False, True)  # L/14, 336 pixels
     assert takes(197, 768, jnp.float32) == (False, False)
     assert takes(50, 192) == (False, False)  # half a register would be left
+    # EVA-02-bigE: one frame for every part of the weights.
+    assert kernels.mlp_tile((64, 257, 1792), 15360, post_norm=True) == (1, 512)
 
 
 def test_which_frames_attention_takes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,12 +79,18 @@ def _residual_attention(frames: int, tokens: int, width: int, heads: int, head_d
     return kernels.residual_attention, (_array(frames, tokens, width), _norm(width), attn)
 
 
-def _residual_mlp(frames: int, tokens: int, width: int, hidden: int, part: int):
+def _residual_mlp(
+    frames: int, tokens: int, width: int, hidden: int, part: int, post_norm: bool = False
+):
     x = _array(frames, tokens, width)
-    if kernels.mlp_tile(x.shape, hidden).hidden != part:
+    if kernels.mlp_tile(x.shape, hidden, post_norm).hidden != part:
         raise ValueError(f'residual_mlp does not take {part} of {hidden} channels at a time')
     mlp = {'c_fc': _dense((width,), (hidden,)), 'c_proj': _dense((hidden,), (width,))}
-    return kernels.residual_mlp, (x, _norm(width), mlp)
+    activation = 'gelu' if post_norm else 'quick_gelu'
+    function = functools.partial(
+        kernels.residual_mlp, activation=activation, post_norm=post_norm, eps=1e-6
+    )
+    return function, (x, _norm(width), mlp)
 
 
 def _part(tokens: int, width: int) -> int:
@@ -129,6 +136,10 @@ KERNELS: dict[str, Kernel] = {
             {'tokens': tokens, 'width': width, 'hidden': 4 * width, 'part': _part(tokens, width)}
             for tokens, width, _ in (B32, B16, L14, L14_336, B16_336)
         ),
+    ),
+    'post_norm_mlp': Kernel(
+        functools.partial(_residual_mlp, post_norm=True),
+        ({'tokens': 257, 'width': 1792, 'hidden': 15360, 'part': 512},),
     ),
     'sum_of_products': Kernel(
         _sum_of_products, tuple(shape for side in SIDES for shape in _sums(side))
