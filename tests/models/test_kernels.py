@@ -16,7 +16,7 @@ from dist_jax.models import eva, kernels, layers, transformer
 
 @pytest.mark.parametrize(
     ('length', 'num_heads', 'head_dim'),
-    [(5, 4, 64), (37, 2, 64), (21, 4, 32), (130, 2, 128), (50, 3, 64), (17, 2, 112)],
+    [(5, 4, 64), (21, 4, 32), (130, 2, 128), (50, 3, 64), (17, 2, 112)],
 )
 def test_frame_attention_equals_the_plain_form(length, num_heads, head_dim):
     """Any number of tokens, and one, two or four heads in a register."""
@@ -28,11 +28,17 @@ def test_frame_attention_equals_the_plain_form(length, num_heads, head_dim):
         rng.normal(size=(width, 3, num_heads, head_dim)) * width**-0.5, jnp.bfloat16
     )
     bias = jnp.asarray(rng.normal(size=(3, num_heads, head_dim)), jnp.bfloat16)
-    qkv = kernels.grouped_projection(z, kernel, bias)
-    q, k, _ = kernels.heads_of(qkv, num_heads, head_dim, arrays=3)
-    ours = kernels.frame_attention(qkv, num_heads, head_dim, interpret=True)
-    (ours,) = kernels.heads_of(ours, num_heads, head_dim)
-    plain, plain_q, plain_k = kernels.self_attention(z, kernel, bias)  # not on TPU here
+
+    @jax.jit
+    def kernel_of(z, kernel, bias):
+        qkv = kernels.grouped_projection(z, kernel, bias)
+        out = kernels.frame_attention(qkv, num_heads, head_dim, interpret=True)
+        return *kernels.heads_of(qkv, num_heads, head_dim, arrays=3), *kernels.heads_of(
+            out, num_heads, head_dim
+        )
+
+    q, k, _, ours = kernel_of(z, kernel, bias)
+    plain, plain_q, plain_k = jax.jit(kernels.self_attention)(z, kernel, bias)  # not on TPU here
     for mine, theirs in ((q, plain_q), (k, plain_k)):  # products may be summed in another order
         mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
         np.testing.assert_allclose(mine, theirs, rtol=2**-7, atol=2**-7)
@@ -65,7 +71,7 @@ def trained(seed, length, num_heads, head_dim, width=64):
 
 @pytest.mark.parametrize(
     ('length', 'queries', 'num_heads', 'head_dim'),
-    [(5, 4, 1, 64), (17, 16, 2, 112), (50, 50, 3, 48), (197, 196, 5, 64), (257, 256, 2, 64)],
+    [(17, 16, 2, 112), (50, 50, 3, 48), (257, 256, 5, 64)],
 )
 def test_the_gradient_of_attention_equals_that_of_the_plain_form(
     length, queries, num_heads, head_dim
