@@ -485,7 +485,7 @@ def grid_of(name: str, tokens: int) -> int:
       ValueError: the table is not of a class token and a square.
     """
     grid = math.isqrt(tokens - 1)
-    if grid**2 != tokens - 1:
+    if not grid or grid**2 != tokens - 1:
         raise ValueError(f'{name}: {tokens} rows are not one class token and a square grid')
     return grid
 

@@ -239,7 +239,8 @@ def _image_heads(given: int | None, width: int, sub_ln: bool) -> int:
             f'an image tower of width {width} with the attention of bigE, which has width '
             f'{min(HEADS)}: pass --num_heads, if it is of another size'
         )
-    return heads_of(given or (None if sub_ln else HEADS.get(width)), width, '--num_heads')
+    known = None if sub_ln else HEADS.get(width)
+    return heads_of(known if given is None else given, width, '--num_heads')
 
 
 def _published() -> str:

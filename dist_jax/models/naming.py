@@ -30,7 +30,9 @@ class Options:
 
     def refuse(self, kind: str, reason: str) -> None:
         """Flags that `kind` does not take are an error, not ignored."""
-        given = [f'--{name}' for name, value in dataclasses.asdict(self).items() if value]
+        given = [
+            f'--{name}' for name, value in dataclasses.asdict(self).items() if value is not None
+        ]
         if given:
             raise ValueError(f'{", ".join(given)} cannot be set for {kind}: {reason}')
 

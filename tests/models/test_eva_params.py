@@ -236,6 +236,7 @@ def test_image_tower_alone_is_no_backbone(tmp_path):
         ('visual.patch_embed.proj.weight', (64, 3, 8, 4), r'expected \(width, 3, patch, patch\)'),
         ('visual.pos_embed', (1, 18, 64), 'square grid'),
         ('visual.pos_embed', (17, 64), 'expected 3 axes'),
+        ('visual.pos_embed', (1, 1, 64), '1 rows are not one class token and a square grid'),
         ('visual.head.weight', None, 'head.weight is missing'),
         ('visual.blocks.99999.x', (1,), 'more blocks than tensors'),
         ('visual.patch_embed.proj.weight', (96, 3, 8, 8), 'width 96 is not a multiple of 64'),
@@ -269,6 +270,7 @@ def test_what_follows_from_fused_projections(changes, message):
     [
         (None, {'activation': 'gelu'}, r'--activation cannot be set for EVA-02-CLIP'),
         (None, {'num_heads': 3}, '3 heads do not divide a width of 64'),
+        (None, {'num_heads': 0}, '0 heads do not divide a width of 64'),
         ({'vision_cfg': {'timm_pool': 'avg'}}, {}, "timm_pool='avg' is not supported"),
         ({'model_cfg': {'quick_gelu': True}}, {}, 'quick_gelu=True is not supported'),
         ({'text_cfg': {'heads': 5}}, {}, '5 heads do not divide a width of 64'),
