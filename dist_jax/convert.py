@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from dist_jax.models import NAMINGS, converted
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.naming import Naming, Options, Plan
 from dist_jax.models.params import (
+    Outgoing,
     Tree,
     count,
     export_file,
@@ -360,6 +362,7 @@ def export(
     if with_backbone:
         frozen = _backbone_of(source, trained_on, backbone)
         tensors += inside.export(naming, frozen, way.prefix, dtypes, image_size)
+        _check_together(naming, tensors, f'{source} does not fit {frozen.path}')
     export_file(tensors, dest, overwrite=overwrite)
     written = read_safetensors(dest)
     if console:
@@ -375,6 +378,21 @@ def _way_back(source: str | os.PathLike[str], family: str) -> Naming:
             f'{source} is of family {family!r}; only {", ".join(ways)} checkpoints are exported'
         )
     return ways[family]
+
+
+def _check_together(naming: Naming, tensors: Sequence[Outgoing], context: str) -> None:
+    """Raises ValueError, with `context`, for a network and a backbone that no file holds both."""
+    named = {each.row.source_name: each for each in tensors if each.name}
+    try:
+        plan = naming.plan(SourceFiles(Path(), (), named), Options())
+    except ValueError as error:
+        raise ValueError(f'{context}: {error}') from error
+    known = {row.source_name for row in plan.rows}.union(inside.names(naming, plan))
+    foreign = [name for name in named if name not in known]
+    if foreign:
+        raise ValueError(
+            f'{context}: it has names that files of this network do not have, such as {foreign[0]}'
+        )
 
 
 def _backbone_of(

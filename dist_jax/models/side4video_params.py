@@ -195,19 +195,30 @@ def tap_every(tensors: Mapping[str, Any], hparams: Mapping[str, Any]) -> int | N
       hparams: of `infer_hparams`.
 
     Raises:
-      ValueError: the backbone inside is of another width or depth than the network reads.
+      ValueError: the backbone inside has other patches, or another width or depth, than the
+        network reads.
     """
     inside = INSIDE['eva' if hparams['post_norm'] else 'clip']
     if not inside.names(tensors):
         return None
     found, depth = inside.geometry(tensors), hparams['depth']
     every = found['depth'] // (depth + 1) + 1
-    if found['depth'] // every != depth or found['width'] != hparams['width']:
+    ours = {field: hparams[field] for field in ('width', 'patch_size')}
+    ours['image_size'] = hparams['grid'] * hparams['patch_size']
+    theirs = {field: found[field] for field in ours}
+    if found['depth'] // every != depth or theirs != ours:
         raise ValueError(
-            f'a network of {depth} layers beside blocks of width {hparams["width"]}, but the '
-            f'backbone inside has {found["depth"]} blocks of width {found["width"]}'
+            f'a network of {depth} layers beside blocks of {_sizes(ours)}, but the backbone inside '
+            f'has {found["depth"]} blocks of {_sizes(theirs)}'
         )
     return every
+
+
+def _sizes(found: Mapping[str, int]) -> str:
+    return (
+        f'width {found["width"]}, for images of {found["image_size"]} pixels in patches of '
+        f'{found["patch_size"]}'
+    )
 
 
 def _plan(source: SourceFiles, options: Options) -> Plan:

@@ -173,6 +173,32 @@ def test_a_file_without_a_backbone(networks, backbones, tmp_path, capsys):
     assert 'visual.head.weight' in names and not any('text' in name for name in names)
 
 
+def test_a_backbone_that_does_not_fit_is_not_written(networks, backbones, tmp_path, capsys):
+    save_file(networks['clip'][1], tmp_path / 'in.safetensors')
+    assert _main(tmp_path / 'in.safetensors', tmp_path / 'net', '--num_heads', 0) == 2
+    assert '--num_heads cannot be set for side4video' in capsys.readouterr().err
+    assert _main(tmp_path / 'in.safetensors', tmp_path / 'net') == 0
+    for name, path, message in (
+        ('kind', backbones['eva'], 'names that files of this network do not have'),
+        (
+            'deeper',
+            write_backbone(tmp_path / 'deeper', 'clip', depth=3),
+            'inside has 3 blocks of width 64',
+        ),
+        (
+            'larger',
+            write_backbone(tmp_path / 'larger', 'clip', image_size=24),
+            'images of 24 pixels',
+        ),
+    ):
+        out = tmp_path / f'{name}.safetensors'
+        words = ('--with_backbone', '--backbone', path)
+        assert _main('--export', tmp_path / 'net', out, *words) == 2
+        error = capsys.readouterr().err
+        assert f'{tmp_path / "net"} does not fit {path}' in error and message in error
+        assert not out.exists()
+
+
 @pytest.mark.parametrize('form', ['clip', 'eva'])
 def test_what_files_may_hold_besides(form, networks, backbones, tmp_path, monkeypatch):
     """A text tower, what is behind the last block, buffers: all back but the buffers."""
@@ -251,6 +277,13 @@ def test_a_backbone_of_another_geometry_names_both(networks, towers, backbones, 
         ('clip', 'visual.conv1.weight', None, 'visual.conv1.weight is missing'),
         ('clip', 'visual.transformer.resblocks.2.ln_1.bias', (64,), 'inside has 3 blocks'),
         ('clip', 'visual.transformer.side_spatial_position_embeddings', (3, 64), 'is no square'),
+        (
+            'clip',
+            'visual.transformer.side_spatial_position_embeddings',
+            (9, 64),
+            'for images of 24 pixels in patches of 8, but the backbone inside has 2 blocks of '
+            'width 64, for images of 16 pixels in patches of 8',
+        ),
     ],
 )
 def test_tensors_that_are_not_right_are_named(
