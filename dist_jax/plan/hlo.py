@@ -462,18 +462,26 @@ def _group(rest: str) -> tuple[int, ...]:
         return tuple(int(n) for n in found[1].split(',') if n)
     found = re.search(r'replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest)
     if found:
-        sizes = [int(n) for n in found[2].split(',')]
-        order = [int(n) for n in found[3].split(',')] if found[3] else range(len(sizes))
-        chips = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
-        return tuple(chips.ravel()[: int(found[1])].tolist())
-    found = re.search(r'replica_groups=[@\w]*\[([^\]]*)\]\s*\{([^}]*)\}', rest)
+        return tuple(_chips(found[2], found[3]).ravel()[: int(found[1])].tolist())
+    found = re.search(
+        r'replica_groups=[@\w]*\[([^\]]*)\]'
+        r'(?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}',
+        rest,
+    )
     if found:
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        among = re.findall(r"'([^']+)'", found[2])
-        chips = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        among = re.findall(r"'([^']+)'", found[4])
+        chips = _chips(found[2] or str(math.prod(sizes.values())), found[3])
         first = tuple(slice(None) if name in among else 0 for name in sizes)
-        return tuple(chips[first].ravel().tolist())
+        return tuple(chips.reshape(tuple(sizes.values()))[first].ravel().tolist())
     return (0,)
+
+
+def _chips(sizes: str, order: str | None) -> np.ndarray:
+    """'2,8' and '1,0' -> the numbers from 0 on in this shape, its axes in this order."""
+    shape = [int(n) for n in sizes.split(',')]
+    axes = [int(n) for n in order.split(',')] if order else None
+    return np.arange(math.prod(shape)).reshape(shape).transpose(axes)
 
 
 def trip_count(

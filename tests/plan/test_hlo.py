@@ -192,6 +192,8 @@ def test_collectives_say_their_bytes_and_their_chips(groups, chips):
         ("mesh['data'=2,'fsdp'=2] {'data'}", (0, 2)),
         ('[2,2]<=[4]', (0, 1)),
         ("mesh['data'=2,'fsdp'=2] {'fsdp'}", (0, 1)),
+        ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
     ],
 )
 def test_collectives_say_which_chips_are_together(groups, first):
