@@ -120,9 +120,13 @@ def classes(config):
 
 
 def program(config):
-    """What decides the program of a row, but for the number of classes and numbers in it."""
+    """What decides the program of a row, but for the number of classes and numbers in it.
+
+    Views are rows of a batch to a network: two are as good as four.
+    """
     data = config.data
-    shape = (data.num_frames, data.image_size, config.eval.num_clips, len(classes(config)))
+    views = config.eval.num_clips > 1
+    shape = (data.num_frames, data.image_size, views, len(classes(config)))
     optimizer = (config.optimizer.label_smoothing, config.optimizer.ema_decay)
     groups = (config.model.to_dict(), config.mixing.to_dict(), config.backbone.name)
     return repr((shape, optimizer, groups, config.accumulation, config.batch_norm.groups))
