@@ -120,6 +120,11 @@ def build(
         )
     if remat not in REMAT:
         raise ValueError(f'model.remat={remat!r} is not one of {", ".join(REMAT)}')
+    mlp_hidden = round(mlp_ratio * side_dim)
+    if mlp_hidden < 1:
+        raise ValueError(
+            f'model.mlp_ratio={mlp_ratio} of model.side_dim={side_dim} leaves no hidden channel'
+        )
     spec = backbone.spec
     blocks = tuple(range(tap_every - 1, spec.depth, tap_every)) if tap_every > 0 else ()
     if not blocks:
@@ -137,7 +142,7 @@ def build(
         depth=len(blocks),
         side_dim=side_dim,
         patch_size=spec.patch_size,
-        mlp_hidden=round(mlp_ratio * side_dim),
+        mlp_hidden=mlp_hidden,
         post_norm=post_norm,
         groups=batch_norm_groups,
         head=heads.Head(

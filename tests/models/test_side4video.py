@@ -290,6 +290,7 @@ def test_positions_of_another_grid():
     [
         ({'side_dim': 96}, 'model.side_dim=96 must be a multiple of 64'),
         ({'side_dim': 0}, 'model.side_dim=0'),
+        ({'mlp_ratio': 0.001}, 'model.mlp_ratio=0.001 of model.side_dim=64 leaves no hidden'),
         ({'tap_every': 6}, 'model.tap_every=6: the backbone has 5 blocks'),
         ({'tap_every': 0}, 'model.tap_every=0'),
         ({'tap_every': -1}, 'model.tap_every=-1'),

@@ -151,6 +151,24 @@ def test_golden_reader_knows_the_other_families_encodings(tmp_path):
         check_parity.check(path)
 
 
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('scales', ['w'], '`scales` of its metadata is not an object of numbers'),
+        ('scales', {'params/w': None}, '`scales` of its metadata is not'),
+        ('scales', {'params/v': 0.5}, "scales 'params/v', which is no tensor"),
+        ('grad_stride', None, '`grad_stride` of its metadata is not an object of whole numbers'),
+        ('grad_stride', {'grads/w': 1.5}, '`grad_stride` of its metadata is not'),
+        ('analytic_zero_grads', 'grads/w', '`analytic_zero_grads` of its metadata is not a list'),
+    ],
+)
+def test_metadata_that_says_nothing(tmp_path, key, value, message, capsys):
+    tensors = {'params/w': np.array([2, -4], np.int8)}
+    path = _save(tmp_path / 'a.safetensors', tensors, {'arch': 'x'}, **{key: value})
+    assert check_parity.main([str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_streams_are_numbered_by_block_or_by_selection():
     def numbered(*numbers):
         tensors = {f'outputs/mid_feat.{i}': np.zeros(1) for i in numbers}

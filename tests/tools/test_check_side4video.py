@@ -165,6 +165,8 @@ def test_layers_and_taps_that_no_spacing_explains():
         ('clip light', {'image_size': 32}, r'inputs/video is .* by its config'),
         ('clip light', {'arch': 'eva'}, 'head_width'),
         ('clip light', {'arch': 'vit'}, "arch='vit'"),
+        ('clip light', {'layers': '5'}, "layers='5', not a number"),
+        ('clip light', {'label_smoothing': None}, 'label_smoothing=None, not a number'),
         ('eva rotary', {'arch': 'clip', 'heads': 2}, 'arch=clip, the shapes of params eva'),
         ('eva rotary', {'head_width': 36}, 'width=48 and head_width=36'),
         ('eva rotary', {'naiveswiglu': False}, 'naiveswiglu=False, the shapes of backbone True'),

@@ -21,6 +21,14 @@ from safetensors import SafetensorError, safe_open
 EXPECTED_FILE = 'expected.safetensors'
 INPUT_SECTIONS = ('inputs', 'params', 'backbone', 'buffers')
 
+# Metadata that says how tensors are to be read -> JSON type, and what is in it.
+FORMS: dict[str, tuple[type, type | tuple[type, ...], str]] = {
+    'scales': (dict, (int, float), 'an object of numbers'),
+    'grad_stride': (dict, int, 'an object of whole numbers'),
+    'analytic_zero_grads': (list, str, 'a list of names'),
+    'analytic_zero_eval_grads': (list, str, 'a list of names'),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
@@ -87,7 +95,8 @@ def read_golden(path: str | os.PathLike[str]) -> Golden:
 
     Raises:
       FileNotFoundError: nothing there.
-      ValueError: no golden file: not safetensors, or without `config` in its metadata.
+      ValueError: no golden file: not safetensors, without `config` in its metadata, or with other
+        metadata that say nothing.
     """
     path = Path(path)
     file = path / EXPECTED_FILE if path.is_dir() else path
@@ -103,9 +112,22 @@ def read_golden(path: str | os.PathLike[str]) -> Golden:
     config = metadata.pop('config', None)
     if not isinstance(config, dict):
         raise ValueError(f'{file}: its metadata has no `config`, so it is no golden file')
-    for name, scale in metadata.get('scales', {}).items():
+    _check_forms(metadata, file)
+    scales = metadata.get('scales', {})
+    absent = [name for name in scales if name not in tensors]
+    if absent:
+        raise ValueError(f'{file}: its metadata scales {absent[0]!r}, which is no tensor in it')
+    for name, scale in scales.items():
         tensors[name] = tensors[name].astype(np.float32) * np.float32(scale)
     return Golden(path, file, config, metadata, tensors)
+
+
+def _check_forms(metadata: dict[str, Any], file: Path) -> None:
+    for key, (whole, inside, form) in FORMS.items():
+        found = metadata.get(key, whole())
+        parts = found.values() if isinstance(found, dict) else found
+        if not isinstance(found, whole) or not all(isinstance(part, inside) for part in parts):
+            raise ValueError(f'{file}: `{key}` of its metadata is not {form}')
 
 
 def _json_or_text(value: str) -> Any:

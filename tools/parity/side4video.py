@@ -178,6 +178,9 @@ def _check_inputs(golden: Golden) -> None:
     missing += [f'inputs/{name}' for name in ('video', 'labels') if name not in inputs]
     if missing:
         raise ValueError(f'{golden.file}: {", ".join(missing)} missing')
+    for name in needed:
+        if name != 'arch' and not isinstance(config[name], (int, float)):
+            raise ValueError(f'{golden.file}: config says {name}={config[name]!r}, not a number')
     size = config['image_size']
     for name, shape in (
         ('video', (config['B'], config['T'], size, size, 3)),
