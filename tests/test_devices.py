@@ -20,7 +20,8 @@ import optax
 from configs import dist as dist_config
 from conv_family import build as build_conv
 from dist_jax import checkpoint, mixup, step, train
-from dist_jax.models import clip, converted, digests, dist, eva, evl, frame_mean, frozen, heads
+from dist_jax.models import (
+    clip, converted, digests, dist, eva, evl, frame_mean, frozen, heads, side4video)
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.batch_norm import BatchNorm
 from dist_jax.sharding import (
@@ -43,6 +44,15 @@ MODELS = {
     'frame_mean': frame_mean.build(BACKBONE, **OPTIONS),
     'conv': build_conv(num_classes=(5,), num_frames=4, dtype=jnp.float32, width=8,
                        kernel_frames=3, batch_norm_groups=4),
+    'side4video': side4video.build(BACKBONE, side_dim=128, batch_norm_groups=4, remat='layers',
+                                   **OPTIONS),
+}
+MESHES = {
+    'dist': [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)],
+    'evl': [(1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1)],
+    'frame_mean': [],
+    'conv': [(8, 1, 1), (2, 2, 2)],
+    'side4video': [(2, 2, 2)],
 }
 mixing = mixup.Mixing(mixup_alpha=0.8)
 # Momentum keeps the gradients themselves; Adam would hide their size.
@@ -112,10 +122,10 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, to_host(a), to_host(b))
 
 
-def close(a, b, bound):
+def close(a, b, bound, floor=1e-6):
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        error = np.abs(x - y).max() / max(np.abs(y).max(), 1e-6)
+        error = np.abs(x - y).max() / max(np.abs(y).max(), floor)
         assert error < bound, (jax.tree_util.keystr(path), error)
 
 
@@ -126,13 +136,13 @@ def close_together(a, b, bound):
     assert error < bound, error
 
 
-def check_step(found, expected):
+def check_step(found, expected, floor=1e-6):
     (state, metrics), (state1, metrics1) = found, expected
     assert metrics1['clips'] == 7 and metrics1['loss'] > 0 and metrics1['grad_norm'] > 0
     close(metrics['loss'], metrics1['loss'], 1e-6)
     close(metrics['grad_norm'], metrics1['grad_norm'], 1e-6)
     close_together(state.opt_state, state1.opt_state, 1e-6)  # the gradients
-    close(state.opt_state, state1.opt_state, 1e-5)  # every one of them
+    close(state.opt_state, state1.opt_state, 1e-5, floor)  # every one of them
     close(state.params, state1.params, 1e-5)  # what starts at zero is gradient alone
     close(state.ema, state1.ema, 1e-5)
     close(state.collections, state1.collections, 1e-5)  # of all real clips, on every device
@@ -144,14 +154,13 @@ for name, family in families.items():
     one = Devices(family, 1, 1, 1)
     results[name] = jax.device_get(one.run(family.fresh, 0))
     meshes[name, 'one'] = one
-    if name == 'frame_mean':
-        continue
-    sizes = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)] + [(4, 2, 1)] * (name == 'evl')
-    for size in [(8, 1, 1), (2, 2, 2)] if name == 'conv' else sizes[name == 'evl':]:
+    for size in MESHES[name]:
         devices = meshes[name, size] = Devices(family, *size)
         state, metrics = devices.run(family.fresh, 0)
         same_places(state, devices.abstract)
-        check_step(jax.device_get((state, metrics)), results[name])
+        # Biases right before batch norms have gradients that are rounding alone.
+        floor = 1e-2 if name == 'side4video' else 1e-6
+        check_step(jax.device_get((state, metrics)), results[name], floor)
         if name == 'dist' and size in ((8, 1, 1), (2, 2, 2)):
             assert digests.digests(state) == digests.digests(jax.device_get(state))
             checkpoints = checkpoint.Checkpoints(f'{folder}/{size[0]}')
