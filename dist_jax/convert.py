@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dist_jax import backbones, inside
+from dist_jax import backbone_inside, backbones
 from dist_jax.checkpoint import (
     backbone_sha256,
     describe_backbone,
@@ -119,7 +119,7 @@ def convert(
                 'ignored': sorted(plan.tensors.keys() - used),
                 'non_finite': non_finite(params, plan.rows),
                 **({converted.COLLECTIONS: list(plan.collections)} if plan.collections else {}),
-                **({inside.KEY: beside} if plan.backbone else {}),
+                **({backbone_inside.KEY: beside} if plan.backbone else {}),
             },
             overwrite=overwrite,
             on_bytes=advance,
@@ -159,7 +159,7 @@ def read_params(
         plan.tensors,
         plan.rows,
         with_precision(plan.abstract, precision, keep=plan.collections),
-        (*plan.ignore, *inside.names(naming, plan)),
+        (*plan.ignore, *backbone_inside.names(naming, plan)),
         parted=True,
         context=context,
     )
@@ -176,11 +176,11 @@ def _look_inside(
             f'could be compared with {path}'
         )
     try:
-        found = inside.describe(naming, plan)
+        found = backbone_inside.describe(naming, plan)
         if path is not None and found is None:
             raise ValueError(f'--backbone: there is none in it to be compared with {path}')
         if path is not None:
-            found['compared'] = inside.compare(naming, plan, found, backbones.stored(path))
+            found['compared'] = backbone_inside.compare(naming, plan, found, backbones.stored(path))
     except ValueError as error:
         raise ValueError(f'{source.path}: {error}') from error
     return found
@@ -251,12 +251,12 @@ def _print_summary(
         ('source sha256', metadata['source_sha256']),
         ('params sha256', metadata['params_sha256']),
         ('ignored', summed_up(metadata['ignored']) or 'nothing'),
-        *([('backbone inside', _comparison(metadata))] if inside.KEY in metadata else []),
+        *([('backbone inside', _comparison(metadata))] if backbone_inside.KEY in metadata else []),
         ('written to', os.fspath(dest)),
     ):
         facts.add_row(label, value)
     console.print(facts)
-    found = metadata.get(inside.KEY)
+    found = metadata.get(backbone_inside.KEY)
     if found and found['compared'] and found['compared']['differing']:
         console.print(
             'warning: the network was trained on another backbone than the one it was compared '
@@ -273,10 +273,10 @@ def _print_summary(
 
 def _comparison(metadata: dict[str, Any]) -> str:
     """What is said of the backbone in a file."""
-    found = metadata[inside.KEY]
+    found = metadata[backbone_inside.KEY]
     if found is None:
         return 'none'
-    shown, compared = inside.shown(found), found['compared']
+    shown, compared = backbone_inside.shown(found), found['compared']
     if compared is None:
         return (
             f'{shown}: left out, and not compared; --backbone DIR tells whether a converted one '
@@ -355,13 +355,13 @@ def export(
         metadata = converted.load_metadata(source)
         naming, sizes = _way_back(source, metadata['family']), metadata['spec']
         way = naming.export
-        found = metadata.get(inside.KEY)
+        found = metadata.get(backbone_inside.KEY)
         dtypes = found and found['dtypes']
         tree = converted.load_params(source, as_numpy=True)
     tensors = outgoing(tree, way.rows(sizes), way.prefix)
     if with_backbone:
         frozen = _backbone_of(source, trained_on, backbone)
-        tensors += inside.export(naming, frozen, way.prefix, dtypes, image_size)
+        tensors += backbone_inside.export(naming, frozen, way.prefix, dtypes, image_size)
         _check_together(naming, tensors, f'{source} does not fit {frozen.path}')
     export_file(tensors, dest, overwrite=overwrite)
     written = read_safetensors(dest)
@@ -387,7 +387,7 @@ def _check_together(naming: Naming, tensors: Sequence[Outgoing], context: str) -
         plan = naming.plan(SourceFiles(Path(), (), named), Options())
     except ValueError as error:
         raise ValueError(f'{context}: {error}') from error
-    known = {row.source_name for row in plan.rows}.union(inside.names(naming, plan))
+    known = {row.source_name for row in plan.rows}.union(backbone_inside.names(naming, plan))
     foreign = [name for name in named if name not in known]
     if foreign:
         raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dist_jax import checkpoint, convert, init_from, inside, main, step
+from dist_jax import backbone_inside, checkpoint, convert, init_from, main, step
 from dist_jax.backbones import stored as stored_backbone
 from dist_jax.models import clip, converted, eva, parts, side4video, side4video_params
 from dist_jax.models.backbone import Backbone
@@ -241,7 +241,7 @@ def test_a_backbone_is_compared_as_float16(networks, towers, backbones, tmp_path
     naming = convert.KINDS['side4video']
     for name in ('finer', 'coarse'):
         other = stored_backbone(str(tmp_path / name))
-        found = inside.compare(naming, plan, inside.describe(naming, plan), other)
+        found = backbone_inside.compare(naming, plan, backbone_inside.describe(naming, plan), other)
         assert found['differing'] == [changed]
 
 
@@ -324,7 +324,7 @@ def test_recorded_names_are_those_that_are_written(golden):
     frozen = recorded.section('backbone')
     form = 'rope' if config['arch'] == 'eva' else 'clip'
     spec = dataclasses.replace(KINDS[form][1], depth=config['layers'])
-    rows = inside.released_rows(side4video_params.INSIDE[family(form)], spec)
+    rows = backbone_inside.released_rows(side4video_params.INSIDE[family(form)], spec)
     assert {row.source_name for row in rows} == frozen.keys()
     tensors = recorded.section('params') | recorded.section('buffers')
     hparams = side4video_params.infer_hparams(tensors)
