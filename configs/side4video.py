@@ -27,7 +27,7 @@ BACKBONES: dict[str, dict[str, object]] = {
     # Videos in all their views: with 12 of 8 frames, 12 clips for each of 16 chips (4.8 GiB).
     'e14': {'backbone.name': 'eva02_e14', 'model.side_dim': 576, 'eval.batch_size': 16, **EVA},
 }
-# The paper gives numbers of parameters, 4 and 22 million, and no sizes. These have 4.3 and 22:
+# The paper gives numbers of parameters, 4 and 22 million, and no sizes. These have 4.4 and 22:
 # our reading is 128 channels beside every block of B/16, 320 beside every second one of L/14.
 LIGHT = {
     'light_b16': {**BACKBONES['b16'], 'model.side_dim': 128},

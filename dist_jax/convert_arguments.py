@@ -108,7 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--num_heads', type=int, metavar='N', help='heads of the image tower')
     parser.add_argument('--text_num_heads', type=int, metavar='N', help='heads of the text tower')
-    parser.add_argument('--precision', default='float32', choices=PRECISIONS)
+    parser.add_argument(
+        '--precision',
+        default='float32',
+        choices=PRECISIONS,
+        help='dtype that weights are stored in (default: float32); norms stay float32',
+    )
     parser.add_argument('--name', help='name in the metadata (default: the published size)')
     parser.add_argument('--overwrite', action='store_true', help='replace DEST')
     return parser

@@ -289,7 +289,13 @@ def print_rows(console: Console, path: str, rows: Sequence[ParityRow]) -> None:
             error = row.note if row.error is None else f'{row.error:.2e}'
             console.print(f'worst {kind}: {error} (bound {row.bound:.0e}) in {row.name}')
     failed = sum(not row.ok for row in rows)
+    judged = sum(row.ok and row.ours_to_exact is not None for row in rows)
     verdict = (f'{failed} outside their bounds', 'bold red') if failed else 'all within bounds'
+    if judged and not failed:
+        verdict += (
+            f', {judged} of them (*) within one widened by the rounding of the recording: ours is '
+            'at least as near to the exact value, computed in float64'
+        )
     console.print(styled(f'{len(rows)} tensors compared, ', verdict))
 
 
