@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dist_jax.backbones import family_of
 from dist_jax.models import BACKBONES, converted
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.naming import Inside, Naming, Plan
@@ -77,7 +78,7 @@ def compare(naming: Naming, plan: Plan, found: Mapping[str, Any], backbone: Back
     Raises:
       ValueError: it is of another kind or geometry.
     """
-    family, tensors = _family(backbone), plan.tensors
+    family, tensors = family_of(backbone), plan.tensors
     own = {field: getattr(backbone.spec, field, None) for field in found['geometry']}
     unlike, ours = [], []
     if family == found['family'] and own == found['geometry']:
@@ -155,7 +156,7 @@ def export(
     Raises:
       ValueError: files of this naming hold no such backbone.
     """
-    family = _family(backbone)
+    family = family_of(backbone)
     if family not in naming.inside:
         raise ValueError(
             f'--with_backbone: files with {naming.kind} names hold no backbone of family {family}'
@@ -205,7 +206,3 @@ def _outgoing(
         if row.target_path in targets and (row.source_name is None or row.source_name in names)
     ]
     return outgoing(unflatten(tree), rows, prefix, dtypes)
-
-
-def _family(backbone: Backbone) -> str:
-    return next(family for family, kind in BACKBONES.items() if kind is backbone.kind)

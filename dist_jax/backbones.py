@@ -80,6 +80,11 @@ def stored(path: str) -> Backbone:
     return Backbone(kind, spec, path, metadata['name'], metadata['params_sha256'])
 
 
+def family_of(backbone: Backbone) -> str:
+    """What the metadata of a converted checkpoint call its kind."""
+    return next(family for family, kind in BACKBONES.items() if kind is backbone.kind)
+
+
 def named(name: str) -> Backbone:
     """The published size of this name, without weights.
 
@@ -116,7 +121,7 @@ def write_random(path: str, name: str, seed: int = 0) -> None:
     log.info('writing a random %s backbone to %s: no pretrained weights are used', name, path)
     params = jax.device_get(backbone.kind.init_params(jax.random.key(seed), backbone.spec))
     metadata = {
-        'family': next(family for family, kind in BACKBONES.items() if kind is backbone.kind),
+        'family': family_of(backbone),
         'name': f'{name}-random',
         'spec': dataclasses.asdict(backbone.spec),
         'sources': [],
