@@ -40,6 +40,7 @@ setup(
         'pillow>=10.0',  # animations
         'rich>=13.7',  # tables and progress bars
         'safetensors>=0.5',
+        'tensorstore>=0.1.60',  # large arrays in slices; orbax stores with it
         'tensorboardX>=2.6.2',  # event files without TensorFlow
         'tensorflow-datasets>=4.9.7',
     ],
