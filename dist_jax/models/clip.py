@@ -91,7 +91,6 @@ def _embed_patches(params: Tree, patches: jax.Array) -> jax.Array:
     return layers.layer_norm(x, **params['ln_pre'])
 
 
-@jax.named_scope('image_tower')
 def encode_image(
     params: Tree,
     pixels: jax.Array,
@@ -118,24 +117,21 @@ def encode_image(
     Raises:
       ValueError: the image size is not the spec's, or a tap names a block that is not there.
     """
-    patches = transformer.image_patches(pixels, spec)
-    params = transformer.gather_unstacked(params, SHARDING_RULES)
 
     def block(x: jax.Array, one: Tree, tapped: bool) -> tuple[jax.Array, Tree]:
         return transformer.block(x, one, spec.activation, tapped=tapped)
 
-    x, found = transformer.tapped_blocks(
-        block,
-        _embed_patches(params, patches),
-        params['blocks'],
-        spec.depth,
+    return transformer.encode_image(
+        params,
+        pixels,
+        spec,
         taps,
-        unroll=unroll,
+        embed=_embed_patches,
+        block=block,
+        project=project_image,
         rules=SHARDING_RULES,
+        unroll=unroll,
     )
-    if taps.embedding:
-        found['embedding'] = project_image(params, x[:, 0])
-    return found
 
 
 def project_image(params: Tree, class_token: jax.Array) -> jax.Array:

@@ -249,7 +249,6 @@ def _embed_patches(params: Tree, patches: jax.Array) -> jax.Array:
     )
 
 
-@jax.named_scope('image_tower')
 def encode_image(
     params: Tree,
     pixels: jax.Array,
@@ -263,20 +262,17 @@ def encode_image(
     Arguments, result and errors are those of `clip.encode_image`. Queries and keys are those whose
     product the attention takes: with rotary positions, already turned.
     """
-    patches = transformer.image_patches(pixels, spec)
-    params = transformer.gather_unstacked(params, SHARDING_RULES)
-    x, found = transformer.tapped_blocks(
-        functools.partial(_block, spec=spec),
-        _embed_patches(params, patches),
-        params['blocks'],
-        spec.depth,
+    return transformer.encode_image(
+        params,
+        pixels,
+        spec,
         taps,
-        unroll=unroll,
+        embed=_embed_patches,
+        block=functools.partial(_block, spec=spec),
+        project=project_image,
         rules=SHARDING_RULES,
+        unroll=unroll,
     )
-    if taps.embedding:
-        found['embedding'] = project_image(params, x[:, 0])
-    return found
 
 
 def project_image(params: Tree, class_token: jax.Array) -> jax.Array:

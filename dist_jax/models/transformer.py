@@ -103,35 +103,36 @@ def embed_patches(
     return jnp.concatenate([cls, x], axis=1) + positions.astype(dtype)
 
 
-def tapped_blocks(
-    block: Callable[[jax.Array, Tree, bool], tuple[jax.Array, Tree]],
-    x: jax.Array,
-    blocks: Tree,
-    depth: int,
+@jax.named_scope('image_tower')
+def encode_image(
+    params: Tree,
+    pixels: jax.Array,
+    spec: Spec,
     taps: Taps,
     *,
-    unroll: bool,
+    embed: Callable[[Tree, jax.Array], jax.Array],
+    block: Callable[[jax.Array, Tree, bool], tuple[jax.Array, Tree]],
+    project: Callable[[Tree, jax.Array], jax.Array],
     rules: tuple[ShardingRule, ...],
-) -> tuple[jax.Array, Tree]:
-    """Runs an image tower's blocks as far as the taps need them.
+    unroll: bool,
+) -> dict[str, jax.Array]:
+    """Runs an image tower as far as the taps need it; see `clip.encode_image`.
 
     Args:
+      params: the `visual` subtree, its blocks stacked under `blocks`.
+      pixels: as there.
+      spec: geometry.
+      taps: what to return.
+      embed: (params, patches (N, g*g, p*p*3)) -> the stream (N, L, W) before the first block.
       block: (stream, parameters of one block, whether its attention is tapped) -> the stream after
         it, and then its `queries` and `keys`, (N, L, h, d) each.
-      x: the stream (N, L, W).
-      blocks: their stacked parameters.
-      depth: how many there are.
-      taps: what to return.
-      unroll: see `stack`.
+      project: (params, class tokens (N, W) of the last block) -> float32 (N, E).
       rules: where the parameters lie.
-
-    Returns:
-      The stream after the last of them; what the taps ask for of `stem`, `outputs`, `queries` and
-      `keys`, or `attention`.
-
-    Raises:
-      ValueError: a tap names a block that is not there.
+      unroll: see `stack`.
     """
+    patches = image_patches(pixels, spec)
+    params = gather_unstacked(params, rules)
+    x = embed(params, patches)
 
     def one_block(x: jax.Array, one: Tree, wanted: tuple[bool, bool]) -> tuple[jax.Array, Tree]:
         output, attention = wanted
@@ -142,10 +143,15 @@ def tapped_blocks(
             tapped['outputs'] = taps.reading(x) if taps.reading else x
         return x, tapped
 
-    stem = {'stem': x} if taps.stem else {}
-    wanted = [(i in taps.outputs, i in taps.attention) for i in range(taps.blocks_needed(depth))]
-    x, tapped = scan_frozen(one_block, x, blocks, wanted, unroll=unroll, rules=rules)
-    return x, stem | tapped
+    found = {'stem': x} if taps.stem else {}
+    wanted = [
+        (i in taps.outputs, i in taps.attention) for i in range(taps.blocks_needed(spec.depth))
+    ]
+    x, tapped = scan_frozen(one_block, x, params['blocks'], wanted, unroll=unroll, rules=rules)
+    found |= tapped
+    if taps.embedding:
+        found['embedding'] = project(params, x[:, 0])
+    return found
 
 
 def block(
@@ -320,15 +326,20 @@ def init_text(normal: Normal, spec: TextSpec, hidden: int) -> Tree:
     }
 
 
-# Of raw and prepared trees, whole or one layer. Heads and hidden channels are split in the first
-# product of a branch and summed in the second, so a block needs two sums over `tensor`.
-SHARDING_RULES = (
+# Heads and hidden channels are split in the first product of a branch and summed in the second, so
+# a block needs two sums over `tensor`.
+BLOCK_RULES = (
     ShardingRule(r'attn/qkv/kernel$', ('fsdp', None, 'tensor', None)),
     ShardingRule(r'attn/qkv/bias$', (None, 'tensor', None)),
     ShardingRule(r'attn/out/kernel$', ('tensor', None, 'fsdp')),
     ShardingRule(r'mlp/c_fc/kernel$', ('fsdp', 'tensor')),
     ShardingRule(r'mlp/c_fc/bias$', ('tensor',)),
     ShardingRule(r'mlp/c_proj/kernel$', ('tensor', 'fsdp')),
+)
+
+# Of raw and prepared trees, whole or one layer.
+SHARDING_RULES = (
+    *BLOCK_RULES,
     ShardingRule(r'token_embedding$', ('fsdp',)),
     ShardingRule(r'proj(ection)?/kernel$', ('fsdp', None)),
     ShardingRule(r'(bias|scale|embedding)$'),
