@@ -34,6 +34,7 @@ from dist_jax.models.api import Model, ParamGroup, Tree
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import (
+    Affine,
     Dtype,
     LayerNorm,
     Linear,
@@ -317,20 +318,9 @@ class DecoderAttention(nn.Module):
 
     def _projection(self, name: str, width: int) -> tuple[jax.Array, jax.Array]:
         """Kernel (C, h, e) and bias (h, e) in the compute dtype."""
-        kernel, bias = _Affine(self.qkv_dim, name=name)(width)
-        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        found = Affine((self.qkv_dim,), xavier_uniform, name=name)((width,))
+        kernel, bias = (found[part].astype(self.dtype) for part in ('kernel', 'bias'))
         return kernel.reshape(width, self.num_heads, -1), bias.reshape(self.num_heads, -1)
-
-
-class _Affine(nn.Module):
-    """The parameters of a linear map, for callers that do not apply it as it stands."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
-        kernel = self.param('kernel', xavier_uniform, (width, self.features))
-        return kernel, self.param('bias', nn.initializers.zeros, (self.features,))
 
 
 class DecoderMlp(nn.Module):

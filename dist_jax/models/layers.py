@@ -314,6 +314,25 @@ class Linear(nn.Module):
         return x
 
 
+class Affine(nn.Module):
+    """The parameters of a linear map, for callers that do not apply it as it stands.
+
+    `kernel` (*inputs, *outputs) and `bias` (*outputs,).
+    """
+
+    outputs: tuple[int, ...]
+    kernel_init: Initializer
+    bias_init: Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, inputs: tuple[int, ...]) -> dict[str, jax.Array]:
+        shape = (*inputs, *self.outputs)
+        return {
+            'kernel': self.param('kernel', self.kernel_init, shape),
+            'bias': self.param('bias', self.bias_init, self.outputs),
+        }
+
+
 class Mlp(nn.Module):
     """Two linear maps with QuickGELU between: parameters `c_fc` and `c_proj`."""
 
@@ -370,29 +389,18 @@ class QueryAttention(nn.Module):
     @nn.compact
     def __call__(self, query: jax.Array, memory: jax.Array) -> jax.Array:
         width = query.shape[-1]
-        kernel, bias = _PackedProjection(self.num_heads, width // self.num_heads, name='qkv')(width)
-        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        init = nn.initializers.variance_scaling(
+            1.0, 'fan_avg', 'uniform', in_axis=0, out_axis=(1, 2, 3)
+        )
+        shape = (3, self.num_heads, width // self.num_heads)
+        qkv = Affine(shape, init, name='qkv')((width,))
+        kernel, bias = (qkv[name].astype(self.dtype) for name in ('kernel', 'bias'))
         q = einsum('nc,chd->nhd', query.astype(self.dtype), kernel[:, 0]) + bias[0]
         out, weights = query_attention(
             q, memory.astype(self.dtype), kernel[:, 1], kernel[:, 2], bias[2]
         )
         self.sow('intermediates', 'weights', weights)
         return _MergeHeads(width, dtype=self.dtype, name='out')(out)
-
-
-class _PackedProjection(nn.Module):
-    num_heads: int
-    head_dim: int
-
-    @nn.compact
-    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
-        shape = (3, self.num_heads, self.head_dim)
-        init = nn.initializers.variance_scaling(
-            1.0, 'fan_avg', 'uniform', in_axis=0, out_axis=(1, 2, 3)
-        )
-        return self.param('kernel', init, (width, *shape)), self.param(
-            'bias', nn.initializers.zeros, shape
-        )
 
 
 class _MergeHeads(nn.Module):

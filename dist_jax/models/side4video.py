@@ -32,13 +32,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models import heads, kernels
+from dist_jax.models import heads, kernels, transformer
 from dist_jax.models.api import Model, ParamGroup, Tree
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.batch_norm import BatchNorm
 from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import (
     ACTIVATIONS,
+    Affine,
     Dtype,
     Initializer,
     LayerNorm,
@@ -55,20 +56,15 @@ from dist_jax.models.time_conv import DepthwiseTimeConv, Stem
 from dist_jax.sharding import ShardingRule, split_batch
 
 HEAD_DIM = 64
-# What a layer keeps for its backward pass; None for all.
-REMAT = {'none': None, 'branches': (STREAM, STATISTICS), 'layers': (STATISTICS,)}
+# What a layer keeps for its backward pass, where it computes anything again.
+REMAT = {'none': (), 'branches': (STREAM, STATISTICS), 'layers': (STATISTICS,)}
 STEM_FRAMES = 3
 
 # Source: the release decays every trained tensor: biases, norms and the position table too.
 PARAM_GROUPS = (ParamGroup(r'.', weight_decay=1.0),)
 
 SHARDING_RULES = (
-    ShardingRule(r'attn/qkv/kernel$', ('fsdp', None, 'tensor', None)),
-    ShardingRule(r'attn/qkv/bias$', (None, 'tensor', None)),
-    ShardingRule(r'attn/out/kernel$', ('tensor', None, 'fsdp')),
-    ShardingRule(r'mlp/c_fc/kernel$', ('fsdp', 'tensor')),
-    ShardingRule(r'mlp/c_fc/bias$', ('tensor',)),
-    ShardingRule(r'mlp/c_proj/kernel$', ('tensor', 'fsdp')),
+    *transformer.BLOCK_RULES,
     ShardingRule(r'(conv/pw_[12]|tap/linear|classifier)/kernel$', ('fsdp', None)),
     ShardingRule(r'(stem|conv/dw)/kernel$', ('fsdp',)),
     ShardingRule(r'(bias|scale|positional_embedding)$'),
@@ -273,22 +269,6 @@ class FrameAttention(nn.Module):
         return kernels.trained_attention(tokens.astype(self.dtype), attn, tokens.shape[1] - 1)
 
 
-class Affine(nn.Module):
-    """The parameters of a linear map: kernel (*inputs, *outputs) and bias (*outputs)."""
-
-    outputs: tuple[int, ...]
-    kernel_init: Initializer
-    bias_init: Initializer
-
-    @nn.compact
-    def __call__(self, inputs: tuple[int, ...]) -> dict[str, jax.Array]:
-        shape = (*inputs, *self.outputs)
-        return {
-            'kernel': self.param('kernel', self.kernel_init, shape),
-            'bias': self.param('bias', self.bias_init, self.outputs),
-        }
-
-
 class Scale(nn.Module):
     """The parameters of a norm: scale and bias (width,)."""
 
@@ -452,7 +432,7 @@ class Side4VideoNet(nn.Module):
             remat=self.remat != 'none',
             unroll=self.unroll,
             in_axes=(0, nn.broadcast, nn.broadcast),
-            keep=REMAT[self.remat] or (),
+            keep=REMAT[self.remat],
         )
         s, seen = layers(
             mlp_hidden=self.mlp_hidden,
