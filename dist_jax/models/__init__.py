@@ -17,6 +17,7 @@ from dist_jax.models import (
     frame_mean,
     side4video,
     side4video_params,
+    sts,
 )
 from dist_jax.models.api import Model
 
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     'evl': Family(evl.build),
     'frame_mean': Family(frame_mean.build),
     'side4video': Family(side4video.build, batch_statistics=True),
+    'sts': Family(sts.build, reads_backbone=False, batch_statistics=True),
 }
 
 # `family` in the metadata of a converted backbone -> kind. Names of sizes are unique over all.

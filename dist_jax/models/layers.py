@@ -416,7 +416,7 @@ class _MergeHeads(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Classifier on a clip embedding (B, E) -> float32 logits (B, num_classes)."""
+    """Classifier on a clip embedding (B, E) -> logits (B, num_classes), at least float32."""
 
     num_classes: int
     kernel_init: Initializer = trunc_normal
@@ -424,10 +424,12 @@ class LinearHead(nn.Module):
 
     @nn.compact
     def __call__(self, embedding: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(embedding.dtype, jnp.float32)
         classifier = Linear(
             self.num_classes,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
+            dtype=dtype,
             name='classifier',
         )
-        return classifier(embedding.astype(jnp.float32))
+        return classifier(embedding)
