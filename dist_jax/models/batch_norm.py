@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dist_jax.models.layers import Initializer
+from dist_jax.models.layers import Initializer, widened
 from dist_jax.models.stack import STATISTICS, mark
 from dist_jax.sharding import split_batch
 
@@ -94,7 +94,7 @@ class BatchNorm(nn.Module):
 
 def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
     """(x - mean) * factor + bias in float32, rounded to the dtype of x."""
-    return ((x.astype(jnp.float32) - mean) * factor + bias).astype(x.dtype)
+    return ((widened(x) - mean) * factor + bias).astype(x.dtype)
 
 
 def _clip_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,8 +104,8 @@ def _clip_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     mean of n values, so what squares lose against each other is bounded, however large the mean.
     """
     inner = tuple(range(1, x.ndim - 1))
-    first = x[:, *(slice(1) for _ in inner)].astype(jnp.float32)
-    shifted = x.astype(jnp.float32) - first
+    first = widened(x[:, *(slice(1) for _ in inner)])
+    shifted = widened(x) - first
     offset, squares = shifted.mean(inner), jnp.square(shifted).mean(inner)
     return first.reshape(offset.shape) + offset, jnp.maximum(squares - jnp.square(offset), 0)
 
@@ -114,7 +114,7 @@ def _group_statistics(
     mean: jax.Array, variance: jax.Array, real: jax.Array, groups: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Joins statistics (B, C) of clips: real clips (groups, 1), mean and variance (groups, C)."""
-    weights = real[:, None].astype(jnp.float32)
+    weights = real[:, None].astype(mean.dtype)
     clips = _group_sums(weights, groups)
     of_each = jnp.maximum(clips, 1)
     joint = _group_sums(weights * mean, groups) / of_each
@@ -176,8 +176,8 @@ def _normalise_backward(groups: int, eps: float, kept: tuple, upstream: jax.Arra
     x, scale, mean, variance, share = kept
     inner = tuple(range(1, x.ndim - 1))
     inverse = jax.lax.rsqrt(variance + eps)
-    upstream = upstream.astype(jnp.float32)
-    normalised = (x.astype(jnp.float32) - _wide(mean, x)) * _wide(inverse, x)
+    upstream = widened(upstream)
+    normalised = (widened(x) - _wide(mean, x)) * _wide(inverse, x)
     sums = upstream.sum(inner), (upstream * normalised).sum(inner)
     # What the mean and the variance pass on to every value that is in them.
     by_mean, by_variance = (

@@ -95,6 +95,11 @@ def _einsum_backward(subscripts: str, factors: tuple, upstream: jax.Array) -> tu
 einsum_to_float32.defvjp(_einsum_forward, _einsum_backward)
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """`x` as float32; of float64, in which a network may be checked, it stays."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def precision_of(*operands: jax.Array) -> jax.lax.Precision | None:
     """For a product of these: what is asked for around it, or, of narrower arrays, the quick one.
 
@@ -424,12 +429,12 @@ class LinearHead(nn.Module):
 
     @nn.compact
     def __call__(self, embedding: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(embedding.dtype, jnp.float32)
+        embedding = widened(embedding)
         classifier = Linear(
             self.num_classes,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
-            dtype=dtype,
+            dtype=embedding.dtype,
             name='classifier',
         )
         return classifier(embedding)

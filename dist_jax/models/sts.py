@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from dist_jax.models import conv3d, heads
 from dist_jax.models.api import Model, ParamGroup, Tree
 from dist_jax.models.batch_norm import BatchNorm
-from dist_jax.models.layers import Dtype, Initializer, Linear, Pixels, uniform
+from dist_jax.models.layers import Dtype, Initializer, Linear, Pixels, uniform, widened
 from dist_jax.models.stack import STATISTICS
 from dist_jax.sharding import ShardingRule
 
@@ -419,7 +419,7 @@ def _linear_init(fan_in: int, rules: Rules) -> Initializer:
 
 def _pooled(x: jax.Array) -> jax.Array:
     """(B, T, H, W, C) -> (B, C), at least float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2, 3))
+    return widened(x).mean((1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
