@@ -34,21 +34,16 @@ makes of their combination without the order cannot help it in evaluation, by 2.
 times are known do tell the class: that is the task.
 """
 
-import json
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
-import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
+
+from input_pipeline import built_in, world
 
 CLASS_NAMES = (
     'moves right, then down',
@@ -60,9 +55,7 @@ CLASS_NAMES = (
     'moves left, then up',
     'moves up, then left',
 )
-NUM_OBJECTS = 4
 FORMAT_VERSION = 2  # raise when the pixels of a clip change: sets of another version are not reused
-SPLITS = ('train', 'val')
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ def plan_clip(
     Returns:
       The plan of the clip.
     """
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    rng = np.random.default_rng([seed, built_in.SPLITS.index(split), index])
     start = rng.integers(size, size=2)
     appearance = int(rng.integers(2**31))
 
@@ -111,49 +104,6 @@ def plan_clip(
     return ClipPlan(label, (start + ordered.reshape(num_frames, 2)) % size, appearance)
 
 
-def _texture(rng: np.random.Generator, size: int, coarse: int) -> np.ndarray:
-    """Smooth coloured noise (size, size, 3) float32, roughly -1 to 1 around a random colour."""
-    noise = rng.uniform(-1, 1, (coarse, coarse, 3)).astype(np.float32)
-    return cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
-
-
-def _sprite(rng: np.random.Generator, size: int, radius: float) -> np.ndarray:
-    """A textured star-shaped object without rotational symmetry: (size, size, 4) float32 RGBA."""
-    corners = int(rng.integers(5, 9))
-    angles = (np.arange(corners) + rng.uniform(-0.25, 0.25, corners)) * 2 * np.pi / corners
-    radii = radius * rng.uniform(0.7, 1.0, corners)
-    radii[rng.integers(corners)] = radius
-    points = size / 2 + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
-    # cv2 draws at 1/16 pixel; the mask is anti-aliased by drawing it four times as large.
-    mask = np.zeros((4 * size, 4 * size), np.uint8)
-    cv2.fillPoly(mask, [np.round(points * 64).astype(np.int32)], 255, cv2.LINE_AA, 4)
-    alpha = cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-
-    bright = rng.uniform(60, 255, 3)
-    bright[rng.integers(3)] = 255
-    dark = rng.uniform(0, 80, 3)
-    turn = rng.uniform(0, 2 * np.pi)
-    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
-    half = np.clip((columns * np.cos(turn) + rows * np.sin(turn)) / 2 + 0.5, 0, 1)[..., None]
-    colour = bright * half + dark * (1 - half) + 40 * _texture(rng, size, 6)
-    return np.dstack([np.clip(colour, 0, 255), alpha]).astype(np.float32)
-
-
-def _picture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Objects on a plain ground, (size, size, 3) uint8; opposite sides of the picture join."""
-    picture = np.empty((size, size, 3), np.float32)
-    picture[:] = rng.uniform(50, 130, 3)
-    box = size // 2
-    for k in range(NUM_OBJECTS):  # one in each quarter, off its centre
-        radius = 0.2 * size * rng.uniform(0.9, 1.2)
-        layer = np.zeros((size, size, 4), np.float32)
-        layer[:box, :box] = _sprite(rng, box, radius)
-        corner = np.array(divmod(k, 2)) * box + rng.uniform(-0.08, 0.08, 2) * size
-        layer = np.roll(layer, np.rint(corner).astype(int), (0, 1))
-        picture += (layer[..., :3] - picture) * layer[..., 3:]
-    return (picture + 0.5).astype(np.uint8)
-
-
 def render_clip(plan: ClipPlan, size: int) -> np.ndarray:
     """Draws the frames of a clip.
 
@@ -164,7 +114,7 @@ def render_clip(plan: ClipPlan, size: int) -> np.ndarray:
     Returns:
       (num_frames, size, size, 3) uint8 RGB.
     """
-    picture = _picture(np.random.default_rng(plan.appearance), size)
+    picture = world.draw_picture(np.random.default_rng(plan.appearance), size)
     return np.stack([np.roll(picture, (down, right), (0, 1)) for right, down in plan.shifts])
 
 
@@ -191,32 +141,6 @@ def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-def _is_complete(out_dir: Path, meta: dict) -> bool:
-    """Whether the folder already holds this very set.
-
-    Raises:
-      ValueError: if the folder holds something else.
-    """
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
-        return False
-    advice = 'choose another folder or delete this one'
-    try:
-        found = json.loads((out_dir / 'meta.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise ValueError(f'{out_dir} is not empty and not a motion clips set; {advice}') from error
-    if found != meta:
-        fields = {k: (found.get(k), v) for k, v in meta.items() if found.get(k) != v}
-        raise ValueError(f'{out_dir} holds another set, (found, wanted) = {fields}; {advice}')
-    for split in SPLITS:
-        count = sum(1 for _ in (out_dir / split).glob('*.mp4'))
-        if count != meta[f'num_{split}']:
-            raise ValueError(
-                f'{out_dir}/{split} has {count} of {meta[f"num_{split}"]} clips; delete {out_dir} '
-                'and generate it again'
-            )
-    return True
-
-
 def generate(
     out_dir: str | os.PathLike,
     num_train: int = 1000,
@@ -226,16 +150,14 @@ def generate(
     fps: int = 16,
     seed: int = 0,
     num_threads: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: built_in.Progress | None = None,
 ) -> bool:
     """Writes the data set, unless the folder already holds it.
 
-    The folder appears whole or not at all: clips are written into a hidden folder beside it, which
-    is then renamed. The same arguments give the same bytes on the same machine.
+    The same arguments give the same bytes on the same machine.
 
     Args:
-      out_dir: folder to create; gets train/, val/, train.txt, val.txt ("path label" lines with
-        paths relative to the folder), labels.txt and meta.json.
+      out_dir: folder to create, see `built_in.write_set`.
       num_train: training clips; classes are balanced to within one clip.
       num_val: validation clips.
       size: frame height and width in pixels, a multiple of 8.
@@ -251,13 +173,9 @@ def generate(
     Raises:
       ValueError: if an argument is out of range or the folder holds something else.
     """
-    if size % 8 or size < 32:
-        raise ValueError(f'size={size} must be a multiple of 8 and at least 32 pixels')
+    world.check_size(size)
     if num_frames % 4 or num_frames < 8:
         raise ValueError(f'num_frames={num_frames} must be a multiple of 4 and at least 8')
-    if num_train < 1 or num_val < 1:
-        raise ValueError(f'num_train={num_train} and num_val={num_val} must be at least 1')
-    out_dir = Path(out_dir)
     meta = {
         'name': 'motion_clips',
         'format_version': FORMAT_VERSION,
@@ -269,52 +187,9 @@ def generate(
         'seed': seed,
         'class_names': list(CLASS_NAMES),
     }
-    if _is_complete(out_dir, meta):
-        return False
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f'.{out_dir.name}.partial-'
-    for stale in out_dir.parent.glob(f'{prefix}*'):  # left behind by a killed run
-        if time.time() - stale.stat().st_mtime > 3600:
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=out_dir.parent))
-    try:
-        _write_set(partial, meta, num_threads, progress)
-        partial.chmod(0o755)
-        if out_dir.exists() and not any(out_dir.iterdir()):
-            out_dir.rmdir()
-        try:
-            partial.rename(out_dir)
-        except OSError:  # another process finished first
-            return not _is_complete(out_dir, meta)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return True
 
+    def write_file(path: Path, split: str, index: int, label: int) -> None:
+        plan = plan_clip(seed, split, index, num_frames, size, label)
+        write_clip(path, render_clip(plan, size), fps)
 
-def _write_set(
-    folder: Path, meta: dict, num_threads: int, progress: Callable[[int, int], None] | None
-) -> None:
-    clips = [(split, i) for split in SPLITS for i in range(meta[f'num_{split}'])]
-
-    def write(clip: tuple[str, int]) -> str:
-        split, index = clip
-        # Balanced: every run of eight clips holds each class once.
-        label = index % len(CLASS_NAMES)
-        plan = plan_clip(meta['seed'], split, index, meta['num_frames'], meta['size'], label)
-        name = f'{split}/{index:06d}.mp4'
-        write_clip(folder / name, render_clip(plan, meta['size']), meta['fps'])
-        return f'{name} {label}'
-
-    for split in SPLITS:
-        (folder / split).mkdir()
-    lines = []
-    with ThreadPoolExecutor(num_threads) as pool:
-        for line in pool.map(write, clips):
-            lines.append(line)
-            if progress is not None:
-                progress(len(lines), len(clips))
-    for split in SPLITS:
-        text = ''.join(f'{line}\n' for line in lines if line.startswith(f'{split}/'))
-        (folder / f'{split}.txt').write_text(text, encoding='utf-8')
-    (folder / 'labels.txt').write_text('\n'.join(CLASS_NAMES) + '\n', encoding='utf-8')
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
+    return built_in.write_set(out_dir, meta, '.mp4', write_file, num_threads, progress)

@@ -120,7 +120,7 @@ def test_another_set_in_the_folder_is_an_error_and_stays(folder, tmp_path):
         generate(folder, **SMALL, seed=5)
     assert contents(folder) == before
     (tmp_path / 'notes.txt').write_text('mine')
-    with pytest.raises(ValueError, match='not empty and not a motion clips set'):
+    with pytest.raises(ValueError, match='not empty and no built-in set'):
         generate(tmp_path, **SMALL)
     assert (tmp_path / 'notes.txt').read_text() == 'mine'
 
@@ -128,7 +128,7 @@ def test_another_set_in_the_folder_is_an_error_and_stays(folder, tmp_path):
 def test_lost_clips_are_noticed(tmp_path):
     generate(tmp_path / 'clips', **SMALL)
     (tmp_path / 'clips' / 'val' / '000004.mp4').unlink()
-    with pytest.raises(ValueError, match='7 of 8 clips'):
+    with pytest.raises(ValueError, match='7 of 8 files'):
         generate(tmp_path / 'clips', **SMALL)
 
 

@@ -1,0 +1,163 @@
+"""What the built-in data sets show: four textured objects over a plain ground.
+
+Opposite sides of a picture join, so that it may be shifted by any number of pixels: what leaves it
+at one side comes back at the other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+NUM_OBJECTS = 4
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the objects of a picture have in common; all else about them is drawn.
+
+    Attributes:
+      shape: a key of `SHAPES`.
+      texture: a key of `TEXTURES`.
+      colour: a key of `COLOURS`.
+    """
+
+    shape: str = 'polygon'
+    texture: str = 'halved'
+    colour: str = 'any'
+
+
+def check_size(size: int) -> None:
+    """Refuses sizes of a picture, in pixels, in which objects cannot be told or files not coded.
+
+    Raises:
+      ValueError: naming the size.
+    """
+    if size % 8 or size < 32:
+        raise ValueError(f'size={size} must be a multiple of 8 and at least 32 pixels')
+
+
+def draw_picture(rng: np.random.Generator, size: int, look: Look = Look()) -> np.ndarray:
+    """Draws objects on a plain ground.
+
+    Args:
+      rng: source of ground, places, sizes and whatever the look leaves open.
+      size: height and width of the picture in pixels, see `check_size`.
+      look: what the objects have in common.
+
+    Returns:
+      (size, size, 3) uint8 RGB.
+    """
+    picture = np.empty((size, size, 3), np.float32)
+    picture[:] = rng.uniform(50, 130, 3)
+    box = size // 2
+    for k in range(NUM_OBJECTS):  # one in each quarter, off its centre
+        radius = 0.2 * size * rng.uniform(0.9, 1.2)
+        layer = np.zeros((size, size, 4), np.float32)
+        layer[:box, :box] = _sprite(rng, box, radius, look)
+        corner = np.array(divmod(k, 2)) * box + rng.uniform(-0.08, 0.08, 2) * size
+        layer = np.roll(layer, np.rint(corner).astype(int), (0, 1))
+        picture += (layer[..., :3] - picture) * layer[..., 3:]
+    return (picture + 0.5).astype(np.uint8)
+
+
+def _sprite(rng: np.random.Generator, size: int, radius: float, look: Look) -> np.ndarray:
+    """An object in two tones, without rotational symmetry: (size, size, 4) float32 RGBA."""
+    points = size / 2 + SHAPES[look.shape](rng, radius)
+    # cv2 draws at 1/16 pixel; the mask is anti-aliased by drawing it four times as large.
+    mask = np.zeros((4 * size, 4 * size), np.uint8)
+    cv2.fillPoly(mask, [np.round(points * 64).astype(np.int32)], 255, cv2.LINE_AA, 4)
+    alpha = cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+    bright = COLOURS[look.colour](rng)
+    dark = rng.uniform(0, 80, 3)
+    turn = rng.uniform(0, 2 * np.pi)
+    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
+    along = columns * np.cos(turn) + rows * np.sin(turn)
+    across = rows * np.cos(turn) - columns * np.sin(turn)
+    blend = np.clip(TEXTURES[look.texture](along, across, size / 4) / 2 + 0.5, 0, 1)[..., None]
+    colour = bright * blend + dark * (1 - blend) + 40 * _noise(rng, size, 6)
+    return np.dstack([np.clip(colour, 0, 255), alpha]).astype(np.float32)
+
+
+def _noise(rng: np.random.Generator, size: int, coarse: int) -> np.ndarray:
+    """Smooth coloured noise (size, size, 3) float32, roughly -1 to 1."""
+    noise = rng.uniform(-1, 1, (coarse, coarse, 3)).astype(np.float32)
+    return cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def _polygon(rng: np.random.Generator, radius: float) -> np.ndarray:
+    corners = int(rng.integers(5, 9))
+    angles = (np.arange(corners) + rng.uniform(-0.25, 0.25, corners)) * 2 * np.pi / corners
+    radii = radius * rng.uniform(0.7, 1.0, corners)
+    radii[rng.integers(corners)] = radius
+    return radii[:, None] * _directions(angles)
+
+
+def _star(rng: np.random.Generator, radius: float) -> np.ndarray:
+    corners = 2 * int(rng.integers(5, 8))
+    angles = np.arange(corners) * 2 * np.pi / corners + rng.uniform(0, 2 * np.pi)
+    radii = radius * rng.uniform(0.85, 1.0, corners)
+    radii[::2] *= 0.45
+    return radii[:, None] * _directions(angles)
+
+
+def _cross(rng: np.random.Generator, radius: float) -> np.ndarray:
+    arm = rng.uniform(0.25, 0.35)
+    quarter = np.array([[1, -arm], [1, arm], [arm, arm]])
+    turns = rng.uniform(0, 2 * np.pi) + np.arange(4) * np.pi / 2
+    points = np.concatenate([quarter @ _rotation(turn) for turn in turns])
+    return 0.95 * radius * points * rng.uniform(0.85, 1.0)
+
+
+def _bar(rng: np.random.Generator, radius: float) -> np.ndarray:
+    half = rng.uniform(0.35, 0.45)
+    points = np.array([[-1, -half], [1, -half], [1, half], [-1, half]])
+    return 0.95 * radius * points @ _rotation(rng.uniform(0, 2 * np.pi))
+
+
+def _directions(angles: np.ndarray) -> np.ndarray:
+    return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+def _rotation(turn: float) -> np.ndarray:
+    return _directions(np.array([turn, turn + np.pi / 2]))
+
+
+# Corners in order around the centre, (corners, 2) float64 pixels, within a radius in pixels.
+SHAPES: dict[str, Callable[[np.random.Generator, float], np.ndarray]] = {
+    'polygon': _polygon,
+    'star': _star,
+    'cross': _cross,
+    'bar': _bar,
+}
+
+# Signed distance from the border between bright and dark in pixels, of places in pixels along and
+# across a direction and a period in pixels. Each has as much of one tone as of the other.
+TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    'halved': lambda along, across, period: along,
+    'striped': lambda along, across, period: _wave(along, period),
+    'checked': lambda along, across, period: (
+        _wave(along, period) * _wave(across, period) * 2 * np.pi / period
+    ),
+}
+
+
+def _wave(place: np.ndarray, period: float) -> np.ndarray:
+    """A sine whose slope is 1 where it rises through 0."""
+    return np.sin(place * 2 * np.pi / period) * period / (2 * np.pi)
+
+
+def _any(rng: np.random.Generator) -> np.ndarray:
+    bright = rng.uniform(60, 255, 3)
+    bright[rng.integers(3)] = 255
+    return bright
+
+
+# The brighter of the two tones, (3,) float64 RGB.
+COLOURS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+    'any': _any,
+    'warm': lambda rng: rng.uniform((255, 60, 60), (255, 255, 130)),
+    'cool': lambda rng: rng.uniform((60, 60, 255), (130, 255, 255)),
+}
