@@ -54,7 +54,7 @@ def prepare_builtin_data(config: ConfigDict, workdir: str) -> None:
     root = config.data.root or os.path.join(workdir, 'data')
     if '://' in root:
         raise ValueError(
-            f'data.root: the built-in clips are video files and cannot lie in {root}; pass '
+            f'data.root: a built-in data set is made of files and cannot lie in {root}; pass '
             '--config.data.root=FOLDER, a folder that all hosts see'
         )
     # The folder appears whole or not at all, so a list in it means that all of it is there.

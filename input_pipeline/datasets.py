@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from input_pipeline import class_names, kinetics, motion_clips
+from input_pipeline import class_names, kinetics, motion_clips, motion_images
 from input_pipeline.transforms import Flip
 
 PLAIN_FLIP = Flip()
@@ -45,7 +45,7 @@ class DatasetInfo:
         separated by '|'. () numbers the names of the lists in sorted order.
       captions: texts take the place of classes.
       frame_rate: frames per second of a set that comes as folders of JPEG files.
-      generate: writes a built-in set into a folder: train.txt, val.txt, labels.txt and the videos.
+      generate: writes a built-in set into a folder: train.txt, val.txt, labels.txt and the files.
     """
 
     num_classes: int | tuple[int, ...]
@@ -66,6 +66,14 @@ KINETICS_SPLITS = {
     'test': SplitFile(('test.csv',)),
 }
 KINETICS = {'class_key': kinetics.merged_key, 'splits': KINETICS_SPLITS}
+BUILT_IN = {
+    'list_format': 'kinetics',
+    'splits': {
+        'train': SplitFile(('train.txt',), 'kinetics'),
+        'validation': SplitFile(('val.txt',), 'kinetics'),
+    },
+    'label_files': ('labels.txt',),
+}
 MSRVTT_JSON = ('MSRVTT_data.json', 'videodatainfo_2017.json', 'train_val_videodatainfo.json')
 
 DATASETS: dict[str, DatasetInfo] = {
@@ -176,15 +184,10 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     # Directions are its classes.
     'motion_clips': DatasetInfo(
-        8,
-        'kinetics',
-        flip=None,
-        splits={
-            'train': SplitFile(('train.txt',), 'kinetics'),
-            'validation': SplitFile(('val.txt',), 'kinetics'),
-        },
-        label_files=('labels.txt',),
-        generate=motion_clips.generate,
+        len(motion_clips.CLASS_NAMES), flip=None, generate=motion_clips.generate, **BUILT_IN
+    ),
+    'motion_images': DatasetInfo(
+        len(motion_images.CLASS_NAMES), generate=motion_images.generate, **BUILT_IN
     ),
     'custom': DatasetInfo(0, 'auto'),
 }

@@ -21,11 +21,13 @@ class Look:
       shape: a key of `SHAPES`.
       texture: a key of `TEXTURES`.
       colour: a key of `COLOURS`.
+      area: of each object in squares of its radius; 0 for what its shape has.
     """
 
     shape: str = 'polygon'
     texture: str = 'halved'
     colour: str = 'any'
+    area: float = 0.0
 
 
 def check_size(size: int) -> None:
@@ -64,7 +66,10 @@ def draw_picture(rng: np.random.Generator, size: int, look: Look = Look()) -> np
 
 def _sprite(rng: np.random.Generator, size: int, radius: float, look: Look) -> np.ndarray:
     """An object in two tones, without rotational symmetry: (size, size, 4) float32 RGBA."""
-    points = size / 2 + SHAPES[look.shape](rng, radius)
+    points = SHAPES[look.shape](rng, radius)
+    if look.area:
+        points *= radius * np.sqrt(look.area / cv2.contourArea(points.astype(np.float32)))
+    points += size / 2
     # cv2 draws at 1/16 pixel; the mask is anti-aliased by drawing it four times as large.
     mask = np.zeros((4 * size, 4 * size), np.uint8)
     cv2.fillPoly(mask, [np.round(points * 64).astype(np.int32)], 255, cv2.LINE_AA, 4)
@@ -76,7 +81,7 @@ def _sprite(rng: np.random.Generator, size: int, radius: float, look: Look) -> n
     rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
     along = columns * np.cos(turn) + rows * np.sin(turn)
     across = rows * np.cos(turn) - columns * np.sin(turn)
-    blend = np.clip(TEXTURES[look.texture](along, across, size / 4) / 2 + 0.5, 0, 1)[..., None]
+    blend = np.clip(TEXTURES[look.texture](along, across, size / 3) / 2 + 0.5, 0, 1)[..., None]
     colour = bright * blend + dark * (1 - blend) + 40 * _noise(rng, size, 6)
     return np.dstack([np.clip(colour, 0, 255), alpha]).astype(np.float32)
 
@@ -98,23 +103,22 @@ def _polygon(rng: np.random.Generator, radius: float) -> np.ndarray:
 def _star(rng: np.random.Generator, radius: float) -> np.ndarray:
     corners = 2 * int(rng.integers(5, 8))
     angles = np.arange(corners) * 2 * np.pi / corners + rng.uniform(0, 2 * np.pi)
-    radii = radius * rng.uniform(0.85, 1.0, corners)
-    radii[::2] *= 0.45
+    radii = radius * rng.uniform(0.9, 1.0, corners)
+    radii[::2] *= 0.5
     return radii[:, None] * _directions(angles)
 
 
 def _cross(rng: np.random.Generator, radius: float) -> np.ndarray:
-    arm = rng.uniform(0.25, 0.35)
-    quarter = np.array([[1, -arm], [1, arm], [arm, arm]])
+    arm = rng.uniform(0.25, 0.33)
+    quarter = radius * np.array([[1, -arm], [1, arm], [arm, arm]])
     turns = rng.uniform(0, 2 * np.pi) + np.arange(4) * np.pi / 2
-    points = np.concatenate([quarter @ _rotation(turn) for turn in turns])
-    return 0.95 * radius * points * rng.uniform(0.85, 1.0)
+    return np.concatenate([quarter @ _rotation(turn) for turn in turns])
 
 
 def _bar(rng: np.random.Generator, radius: float) -> np.ndarray:
-    half = rng.uniform(0.35, 0.45)
-    points = np.array([[-1, -half], [1, -half], [1, half], [-1, half]])
-    return 0.95 * radius * points @ _rotation(rng.uniform(0, 2 * np.pi))
+    half = rng.uniform(0.4, 0.5)
+    points = radius * np.array([[-1, -half], [1, -half], [1, half], [-1, half]])
+    return points @ _rotation(rng.uniform(0, 2 * np.pi))
 
 
 def _directions(angles: np.ndarray) -> np.ndarray:
@@ -133,20 +137,20 @@ SHAPES: dict[str, Callable[[np.random.Generator, float], np.ndarray]] = {
     'bar': _bar,
 }
 
-# Signed distance from the border between bright and dark in pixels, of places in pixels along and
-# across a direction and a period in pixels. Each has as much of one tone as of the other.
+
+def _wave(place: np.ndarray, period: float) -> np.ndarray:
+    # As tall as makes the pixels between the tones as few as those of the one border of 'halved'.
+    return 3 * np.sin(place * 2 * np.pi / period)
+
+
+# How far on the bright side of a border between the tones, in pixels near it, places are that lie
+# so many pixels along and across a direction; and a period in pixels. One half of the plane is
+# bright, whatever the texture.
 TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     'halved': lambda along, across, period: along,
     'striped': lambda along, across, period: _wave(along, period),
-    'checked': lambda along, across, period: (
-        _wave(along, period) * _wave(across, period) * 2 * np.pi / period
-    ),
+    'checked': lambda along, across, period: _wave(along, period) * _wave(across, period),
 }
-
-
-def _wave(place: np.ndarray, period: float) -> np.ndarray:
-    """A sine whose slope is 1 where it rises through 0."""
-    return np.sin(place * 2 * np.pi / period) * period / (2 * np.pi)
 
 
 def _any(rng: np.random.Generator) -> np.ndarray:

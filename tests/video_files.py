@@ -74,3 +74,9 @@ def decode_everything(path: Path) -> np.ndarray:
     """All frames in the plainest way."""
     with av.open(str(path)) as container:
         return np.stack([f.to_ndarray(format='rgb24') for f in container.decode(video=0)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, by their names in it."""
+    files = sorted(path for path in folder.rglob('*') if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

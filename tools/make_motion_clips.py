@@ -1,47 +1,111 @@
-"""Writes the built-in motion clips data set and a contact sheet of it.
+"""Writes a built-in data set, motion clips or still images of them, and a contact sheet of it.
 
 python -m tools.make_motion_clips --out data/motion_clips
 python -m tools.make_motion_clips --out /tmp/small --num_train 100 --num_val 20 --seed 1
+python -m tools.make_motion_clips --images --out data/motion_images
 """
 
 import argparse
 import inspect
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from input_pipeline import motion_clips
+from input_pipeline import motion_clips, motion_images
 from input_pipeline.escape import Console
 
-COLUMNS = 16  # frames of a clip on the contact sheet
+COLUMNS = 16  # pictures of a class on the contact sheet
+
+Pictures = Sequence[np.ndarray]
 
 
-def draw_contact_sheet(out_dir: Path, meta: dict) -> Path:
-    """Draws frames of one validation clip per class.
+@dataclass(frozen=True)
+class BuiltIn:
+    """A built-in data set.
+
+    Attributes:
+      noun: what its files are.
+      generate: writes it.
+      class_names: of its labels.
+      examples: (arguments of `generate`, label) -> at most `COLUMNS` validation pictures.
+      caption: the same arguments -> what those pictures are.
+    """
+
+    noun: str
+    generate: Callable[..., bool]
+    class_names: Sequence[str]
+    examples: Callable[[Mapping[str, Any], int], Pictures]
+    caption: Callable[[Mapping[str, Any]], str]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Arguments of `generate` that have a default."""
+        parameters = inspect.signature(self.generate).parameters
+        return {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+
+
+def _shown(meta: Mapping[str, Any]) -> range:
+    return range(0, meta['num_frames'], max(1, meta['num_frames'] // COLUMNS))
+
+
+def _frames(meta: Mapping[str, Any], label: int) -> Pictures:
+    """Frames of one clip."""
+    size = meta['size']
+    plan = motion_clips.plan_clip(meta['seed'], 'val', label, meta['num_frames'], size, label)
+    return motion_clips.render_clip(plan, size)[list(_shown(meta))]
+
+
+def _stills(meta: Mapping[str, Any], label: int) -> Pictures:
+    """The first pictures of a class."""
+    places = range(label, meta['num_val'], len(motion_images.CLASS_NAMES))[:COLUMNS]
+    return [motion_images.render_image(meta['seed'], 'val', k, meta['size'], label) for k in places]
+
+
+def _caption(meta: Mapping[str, Any]) -> str:
+    shown = _shown(meta)
+    return f'frames {shown[0]}, {shown[1]} .. {shown[-1]} of {meta["num_frames"]}'
+
+
+CLIPS = BuiltIn('clips', motion_clips.generate, motion_clips.CLASS_NAMES, _frames, _caption)
+IMAGES = BuiltIn(
+    'images',
+    motion_images.generate,
+    motion_images.CLASS_NAMES,
+    _stills,
+    lambda meta: 'first validation images of each class',
+)
+
+
+def draw_contact_sheet(out_dir: Path, built_in: BuiltIn, meta: Mapping[str, Any]) -> Path:
+    """Draws validation pictures, a row for each class.
 
     Args:
       out_dir: folder of the data set.
-      meta: arguments of `motion_clips.generate`.
+      built_in: which set it is.
+      meta: arguments of its `generate`.
 
     Returns:
       The PNG that was written, OUT/contact_sheet.png.
     """
-    classes = motion_clips.CLASS_NAMES[: meta['num_val']]
-    num_frames, size = meta['num_frames'], meta['size']
-    shown = range(0, num_frames, max(1, num_frames // COLUMNS))
+    classes = built_in.class_names[: meta['num_val']]
+    rows = [built_in.examples(meta, label) for label in range(len(classes))]
+    columns = max(map(len, rows))
     height = 0.4 + 1.4 * len(classes)
-    figure = Figure(figsize=(1.2 * len(shown), height))
-    axes = figure.subplots(len(classes), len(shown), squeeze=False)
-    for label, row in enumerate(axes):
-        plan = motion_clips.plan_clip(meta['seed'], 'val', label, num_frames, size, label)
-        frames = motion_clips.render_clip(plan, size)
-        for k, axis in zip(shown, row):
-            axis.imshow(frames[k])
+    figure = Figure(figsize=(1.2 * max(columns, 2), height))
+    axes = figure.subplots(len(classes), columns, squeeze=False)
+    for label, (pictures, row) in enumerate(zip(rows, axes)):
+        for axis, picture in zip(row, pictures):
+            axis.imshow(picture)
+        for axis in row:
             axis.set_axis_off()
         row[0].set_title(f'{label}  {classes[label]}', loc='left', fontsize=9)
-    figure.suptitle(f'frames {shown[0]}, {shown[1]} .. {shown[-1]} of {num_frames}', fontsize=9)
+    figure.suptitle(built_in.caption(meta), y=1 - 0.1 / height, fontsize=9)
     figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.3 / height))
     path = out_dir / 'contact_sheet.png'
     figure.savefig(path, dpi=110)
@@ -55,34 +119,46 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = {k: p.default for k, p in inspect.signature(motion_clips.generate).parameters.items()}
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to create')
+    parser.add_argument(
+        '--images',
+        dest='built_in',
+        action='store_const',
+        const=IMAGES,
+        default=CLIPS,
+        help='still images whose classes are shape, texture and colour, in place of clips',
+    )
     for name, text in {
-        'num_train': 'training clips',
-        'num_val': 'validation clips',
+        'num_train': 'training files',
+        'num_val': 'validation files',
         'size': 'frame height and width in pixels, a multiple of 8',
         'num_frames': 'frames per clip, a multiple of 4',
         'fps': 'frames per second',
         'seed': 'seed of all draws',
-        'num_threads': 'clips written at the same time',
+        'num_threads': 'files written at the same time',
     }.items():
         flags = [f'--{name}'] + (['--frames'] if name == 'num_frames' else [])
-        text += ' (default %(default)s)'
-        parser.add_argument(*flags, dest=name, type=int, default=default[name], help=text)
+        default = CLIPS.defaults[name]
+        of_images = IMAGES.defaults.get(name, default)
+        text += f' (default {default}{f", of images {of_images}" * (of_images != default)})'
+        parser.add_argument(*flags, dest=name, type=int, default=argparse.SUPPRESS, help=text)
     arguments = vars(parser.parse_args(argv))
-    out_dir = Path(arguments.pop('out'))
+    out_dir, built_in = Path(arguments.pop('out')), arguments.pop('built_in')
+    foreign = [f'--{name}' for name in arguments if name not in built_in.defaults]
+    if foreign:
+        parser.error(f'{", ".join(foreign)}: {built_in.noun} have none; leave it out')
 
     console = Console()
     columns = (
-        TextColumn('clips'),
+        TextColumn(built_in.noun),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     try:
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task('clips', total=None)
-            written = motion_clips.generate(
+            task = progress.add_task(built_in.noun, total=None)
+            written = built_in.generate(
                 out_dir,
                 **arguments,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
@@ -90,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         console.print(f'error: {error}', style='red', soft_wrap=True)
         return 1
-    sheet = draw_contact_sheet(out_dir, arguments)
+    sheet = draw_contact_sheet(out_dir, built_in, built_in.defaults | arguments)
     what = 'wrote' if written else 'found a complete set in'
     console.print(f'{what} {out_dir}: train.txt, val.txt, labels.txt; see {sheet}', soft_wrap=True)
     return 0

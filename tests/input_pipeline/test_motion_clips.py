@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from video_files import decode_everything
+from video_files import contents, decode_everything
 
 from input_pipeline import sampling
 from input_pipeline.motion_clips import CLASS_NAMES, generate, plan_clip, render_clip, write_clip
@@ -19,11 +19,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('data') / 'clips'
     assert generate(path, **SMALL)
     return path
-
-
-def contents(folder):
-    files = sorted(path for path in folder.rglob('*') if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_lists_labels_and_balance(folder):
