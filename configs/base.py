@@ -48,6 +48,9 @@ def get_config() -> ConfigDict:
 
     config.task = ConfigDict()
     config.task.name = 'classify'  # what is learned, a key of dist_jax.tasks.TASKS
+    # Loss of classify: cross_entropy, or bce, a sigmoid for each class with the mean over classes;
+    # '' for the task's own, cross_entropy.
+    config.task.criterion = ''
 
     config.model = ConfigDict()
     config.model.family = 'dist'  # a key of dist_jax.models.FAMILIES
@@ -182,6 +185,7 @@ def get_config() -> ConfigDict:
 BEFORE_FIELDS = {
     'data.split_names': False,
     'task.name': 'classify',
+    'task.criterion': '',
     'batch_norm.groups': 1,
     'optimizer.name': 'adamw',
     'optimizer.schedule': 'cosine',

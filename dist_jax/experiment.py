@@ -101,11 +101,15 @@ def make_task(config: ConfigDict, labels: Labels) -> Task:
     Raises:
       ValueError: no such task, or one that cannot be learned from such a list.
     """
-    options = config.task.to_dict()
+    options = {field: value for field, value in config.task.to_dict().items() if value != ''}
     chosen = f'task.name={options.pop("name")!r}'
     options |= {'label_smoothing': config.optimizer.label_smoothing, 'fusion': config.eval.fusion}
     return _call(
-        chosen, 'its fields are set in the config file', recipe.task_kind(config), labels, **options
+        chosen,
+        "fields that are '' are left to the task",
+        recipe.task_kind(config),
+        labels,
+        **options,
     )
 
 

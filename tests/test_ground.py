@@ -455,6 +455,8 @@ class Needy(Classify):
     [
         ('needy', {}, r"task.name='needy'.*missing.*threshold"),
         ('classify', {'threshold': 1}, r"task.name='classify' has no option task.threshold"),
+        ('classify', {'criterion': 'mse'}, r"task.criterion='mse' .*cross_entropy, bce"),
+        ('spread', {'criterion': 'bce'}, r"task.name='spread' has no option task.criterion"),
     ],
 )
 def test_fields_that_are_not_those_of_the_task(make_config, monkeypatch, task, fields, message):

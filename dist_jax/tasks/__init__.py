@@ -3,5 +3,5 @@
 from dist_jax.tasks.classify import Classify
 
 # config.task.name -> (class names of each head, label_smoothing=, fusion=, other fields of
-# config.task) -> task.
+# config.task but those that are '') -> task.
 TASKS = {'classify': Classify}

@@ -1,4 +1,4 @@
-"""Classification: cross entropy with smoothed labels, softmax scores averaged over views, top-k.
+"""Classification: a loss with smoothed labels, softmax scores averaged over views, top-k.
 
 A data set may have several heads (verb and noun): a label for each, a loss that is the sum of
 theirs, and scores for each.
@@ -17,6 +17,14 @@ from dist_jax.sharding import gather_rows
 from dist_jax.tasks.api import Figures, Labels, Tree
 from dist_jax.tasks.classify_figures import classification_figures
 
+# config.task.criterion -> (logits, targets), both (B, num_classes), -> float32 (B,). The binary one
+# asks of every class by itself whether a clip is of it, as "ResNet strikes back" (Wightman et al.,
+# arXiv:2110.00476) and the image recipe of STS do.
+CRITERIA: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    'cross_entropy': losses.soft_cross_entropy,
+    'bce': losses.soft_binary_cross_entropy,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Classify:
@@ -27,11 +35,14 @@ class Classify:
       label_smoothing: mass spread over all classes.
       fusion: weight in evaluation of the frozen backbone's own logits (0.5 in the paper's zero-shot
         tests, 1 for the backbone alone, 0 for the trained model alone).
+      criterion: a key of CRITERIA. Scores are a softmax with any: of one view it has the order of
+        the logits, whose top-1 the release of STS takes.
     """
 
     labels: Labels
     label_smoothing: float = 0.0
     fusion: float = 0.0
+    criterion: str = 'cross_entropy'
 
     needs_classes = True
     annotate = None
@@ -39,6 +50,12 @@ class Classify:
     couples_rows = False
     mixes = True
     select_by = 'top1'
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise ValueError(
+                f'task.criterion={self.criterion!r} is not one of {", ".join(CRITERIA)}'
+            )
 
     @property
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -67,10 +84,10 @@ class Classify:
         )
 
     def loss(self, outputs: Tree, targets: Tree, mask: jax.Array) -> jax.Array:
-        """Cross entropy, summed over heads: float32 (B,)."""
+        """The criterion, summed over heads: float32 (B,)."""
         del mask
-        pairs = zip(outputs['logits'], targets)
-        return sum(losses.soft_cross_entropy(logits, wanted) for logits, wanted in pairs)
+        criterion = CRITERIA[self.criterion]
+        return sum(criterion(logits, wanted) for logits, wanted in zip(outputs['logits'], targets))
 
     def predict(self, outputs: Tree, num_views: int) -> dict[str, Tree]:
         """`scores`: for each head float32 (B, num_classes), softmax averaged over views."""
