@@ -136,12 +136,16 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_start_lr = 8e-7  # at step 0
     # Linear, and shorter than num_epochs; with num_steps, counted as its share of num_epochs.
     config.optimizer.warmup_epochs = 6.0
+    # What rises: the rate, to where the schedule then is (join) or to peak_lr (peak), or the peak
+    # of the schedule, which runs meanwhile (scale).
+    config.optimizer.warmup = 'join'
     # The schedule runs from the end of the warm-up to the last step, not from step 0.
     config.optimizer.after_warmup = False
     # The rate is renewed at the first step of an epoch and at those that complete so many steps of
-    # it; 1 for every step.
+    # it; 1 for every step, 0 for every epoch.
     config.optimizer.refresh_steps = 1
     config.optimizer.weight_decay = 1e-4  # of matrices; biases, norms and tables are not decayed
+    config.optimizer.decay_all = False  # those, too
     config.optimizer.b1 = 0.9  # of adamw and lamb, as b2 and eps
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
@@ -189,8 +193,10 @@ BEFORE_FIELDS = {
     'batch_norm.groups': 1,
     'optimizer.name': 'adamw',
     'optimizer.schedule': 'cosine',
+    'optimizer.warmup': 'join',
     'optimizer.after_warmup': False,
     'optimizer.refresh_steps': 1,
+    'optimizer.decay_all': False,
     'optimizer.eps': 1e-8,
     'optimizer.momentum': 0.9,
     'optimizer.nesterov': False,
@@ -205,7 +211,6 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
         (
             'accumulation',
             'batch_norm.groups',
-            'optimizer.refresh_steps',
             'data.repeats',
             'eval.num_clips',
             'checkpoint.keep',
@@ -232,6 +237,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
             'optimizer.end_lr',
             'optimizer.warmup_start_lr',
             'optimizer.warmup_epochs',
+            'optimizer.refresh_steps',
             'optimizer.weight_decay',
             'optimizer.clip_norm',
             'eval.every_epochs',
@@ -298,6 +304,7 @@ DECAYS = ('optimizer.b1', 'optimizer.b2', 'optimizer.momentum', 'optimizer.ema_d
 CHOICES = {
     'optimizer.name': ('adamw', 'sgd', 'lamb'),
     'optimizer.schedule': ('cosine', 'linear', 'constant'),
+    'optimizer.warmup': ('join', 'peak', 'scale'),
 }
 
 
@@ -329,6 +336,11 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f'{field}={value!r} is not known{_did_you_mean(value, names)}')
     if config.optimizer.nesterov and not config.optimizer.momentum:
         raise ValueError('optimizer.nesterov=True needs optimizer.momentum above 0, it is 0')
+    if config.optimizer.warmup == 'scale' and config.optimizer.after_warmup:
+        raise ValueError(
+            "optimizer.warmup='scale' raises the peak of a schedule that runs meanwhile, and "
+            'optimizer.after_warmup=True lets it run afterwards; set one of them otherwise'
+        )
     groups, clips = config.batch_norm.groups, config.batch_size // config.accumulation
     if clips % groups:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,15 +22,18 @@ class OptimizerSettings:
     """An optimizer, its schedule and what goes with them.
 
     Attributes:
-      peak_lr: of the schedule where it starts; the warm-up joins the schedule where it ends.
+      peak_lr: of the schedule where it starts.
       warmup_start_lr: at step 0.
       warmup_steps: linear warm-up.
+      warmup: one of `WARMUPS`, what rises on that line.
       total_steps: length of the schedule, warm-up included.
       after_warmup: whether the schedule starts where the warm-up ends; else at step 0.
-      refresh_steps: steps for which a rate stays; 1 for one of its own for every step.
+      refresh_steps: steps for which a rate stays; 1 for one of its own for every step, 0 for one
+        for every epoch.
       steps_per_epoch: that `refresh_steps` are counted in.
       end_lr: at the last step; a constant schedule does not read it.
       weight_decay: times the group's multiplier.
+      decay_all: every group's multiplier is 1.
       b1, b2, eps: of AdamW and LAMB.
       clip_norm: global gradient norm above which gradients are scaled down; 0 for off.
       name: a key of `OPTIMIZERS`.
@@ -42,7 +46,9 @@ class OptimizerSettings:
     warmup_steps: float
     total_steps: int
     end_lr: float = 0.0
+    warmup: str = 'join'
     weight_decay: float = 1e-4
+    decay_all: bool = False
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -77,6 +83,10 @@ SCHEDULES: dict[str, Callable[[jax.Array, float, float], jax.Array]] = {
     'constant': constant,
 }
 
+# What a warm-up raises: the rate to where the schedule is when it ends, the rate to the schedule's
+# peak, or the peak of the schedule, which runs meanwhile.
+WARMUPS = ('join', 'peak', 'scale')
+
 
 def make_schedule(settings: OptimizerSettings) -> Schedule:
     """Step -> learning rate: linear warm-up into a schedule over the whole run.
@@ -85,41 +95,57 @@ def make_schedule(settings: OptimizerSettings) -> Schedule:
     the warm-up rises linearly to the cosine's value at the end of the warm-up, not to its peak. The
     Side4Video release's cosine starts at the end of the warm-up (`after_warmup`), and its rate is
     that of the newest step that began an epoch or completed ten of its steps (`refresh_steps`).
+    STS renews the rate with the epoch alone (`refresh_steps` 0): on images (timm) the warm-up
+    rises to the peak, 'peak'; on videos (mmcv) the cosine runs meanwhile and is multiplied, at
+    every step, by a factor that rises to 1, 'scale'.
     """
-    shape = SCHEDULES[settings.schedule]
-    begin = settings.warmup_steps if settings.after_warmup else 0
+    shape, refresh_steps = SCHEDULES[settings.schedule], settings.refresh_steps
+    start, peak = settings.warmup_start_lr, settings.peak_lr
+    # Times are counted in steps, or, where a rate is that of an epoch, in epochs: exactly.
+    unit = 1 if refresh_steps else settings.steps_per_epoch
+    warmup, total = settings.warmup_steps / unit, settings.total_steps / unit
+    begin = warmup if settings.after_warmup else 0
 
-    def after_warmup(step: jax.Array) -> jax.Array:
-        progress = jnp.minimum((step - begin) / (settings.total_steps - begin), 1.0)
-        return shape(progress, settings.peak_lr, settings.end_lr)
+    def curve(time: jax.Array, peak: float | jax.Array = peak) -> jax.Array:
+        progress = jnp.minimum((time - begin) / (total - begin), 1.0)
+        return shape(progress, peak, settings.end_lr)
+
+    def line(time: jax.Array, top: float | jax.Array) -> jax.Array:
+        return start + (top - start) * time / warmup
 
     def refreshed(step: jax.Array) -> jax.Array:
-        first = jnp.ceil(jnp.floor(step / settings.steps_per_epoch) * settings.steps_per_epoch)
-        done = jnp.floor((step - first + 1) / settings.refresh_steps) * settings.refresh_steps
+        epoch = jnp.floor(step / settings.steps_per_epoch)
+        if not refresh_steps:
+            return epoch
+        first = jnp.ceil(epoch * settings.steps_per_epoch)
+        done = jnp.floor((step - first + 1) / refresh_steps) * refresh_steps
         return first + jnp.maximum(done - 1, 0)
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        if settings.refresh_steps > 1:
-            step = refreshed(step)
-        if not settings.warmup_steps:
-            return after_warmup(step)
-        start = settings.warmup_start_lr
-        top = after_warmup(jnp.float32(settings.warmup_steps))
-        rising = start + (top - start) * step / settings.warmup_steps
-        return jnp.where(step < settings.warmup_steps, rising, after_warmup(step))
+        time = step if refresh_steps == 1 else refreshed(step)
+        if not warmup:
+            return curve(time)
+        if settings.warmup == 'scale':
+            now = step / unit
+            return curve(time, jnp.where(now < warmup, line(now, peak), peak))
+        top = curve(jnp.float32(warmup)) if settings.warmup == 'join' else peak
+        return jnp.where(time < warmup, line(time, top), curve(time))
 
     return schedule
 
 
 def describe_schedule(settings: OptimizerSettings) -> str:
     """What the learning rate will do, as a line of the log."""
-    rate = make_schedule(settings)
-    first, top, last = (float(rate(s)) for s in (0, settings.warmup_steps, settings.total_steps))
+    rate, stays = make_schedule(settings), settings.refresh_steps != 1
+    # A rate that stays is not asked for in between, and never comes to the schedule's end.
+    joined = math.ceil(settings.warmup_steps) if stays else settings.warmup_steps
+    end = settings.total_steps - stays
+    first, top, last = (float(rate(s)) for s in (0, joined, end))
+    every = f'{settings.refresh_steps} steps' if settings.refresh_steps else 'epoch'
     return (
         f'{first:.3g}, {top:.3g} after {settings.warmup_steps:.4g} steps of warm-up, '
-        f'{last:.3g} at step {settings.total_steps} ({settings.schedule})'
-        + (f', renewed every {settings.refresh_steps} steps' * (settings.refresh_steps > 1))
+        f'{last:.3g} at step {end} ({settings.schedule})' + f', renewed every {every}' * stays
     )
 
 
@@ -202,7 +228,9 @@ def make_optimizer(
     Gradients are clipped before all else; groups scale the update at the end.
     """
     assigned = assign_groups(params, groups)
-    decay = jax.tree.map(lambda g: g.weight_decay * settings.weight_decay, assigned)
+    decay = jax.tree.map(
+        lambda g: settings.weight_decay * (1.0 if settings.decay_all else g.weight_decay), assigned
+    )
     speed = jax.tree.map(lambda g: g.learning_rate, assigned)
 
     def scale_groups(updates: Tree, _: Tree) -> Tree:

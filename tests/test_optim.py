@@ -79,6 +79,76 @@ def test_epochs_may_end_between_two_steps():
     np.testing.assert_allclose(found, 1 - np.array(firsts) / 10, rtol=1e-6)
 
 
+IMAGES = {  # of STS, on ImageNet: five epochs to the peak, a rate for each epoch
+    'name': 'lamb',
+    'peak_lr': 5e-3,
+    'end_lr': 1e-6,
+    'warmup_start_lr': 5e-6,
+    'warmup_epochs': 5.0,
+    'warmup': 'peak',
+    'refresh_steps': 0,
+}
+VIDEOS = {  # and on videos: a factor from 0.1 to 1, of every step, on a cosine of every epoch
+    'name': 'sgd',
+    'peak_lr': 0.02,
+    'end_lr': 0.0,
+    'warmup_start_lr': 0.002,
+    'warmup_epochs': 5.0,
+    'warmup': 'scale',
+    'refresh_steps': 0,
+}
+
+
+def image_rates(epoch):
+    rising = 5e-6 + epoch * (5e-3 - 5e-6) / 5
+    return np.where(
+        epoch < 5, rising, 1e-6 + 0.5 * (5e-3 - 1e-6) * (1 + np.cos(np.pi * epoch / 300))
+    )
+
+
+def video_rates(step, steps_per_epoch, epochs):
+    factor = np.minimum(0.1 + 0.9 * step / (5 * steps_per_epoch), 1)
+    return factor * 0.5 * 0.02 * (1 + np.cos(np.pi * (step // steps_per_epoch) / epochs))
+
+
+def settings_of(optimizer, num_epochs, num_videos=96, batch_size=8, num_steps=0):
+    config = frame_mean.get_config('demo')
+    config.update(num_epochs=num_epochs, batch_size=batch_size, num_steps=num_steps)
+    config.optimizer.update(optimizer)
+    base.check(config)
+    return train.optimizer_settings(config, train.make_plan(config, num_videos))
+
+
+def rates(settings):
+    return jax.vmap(optim.make_schedule(settings))(jnp.arange(settings.total_steps))
+
+
+def test_the_schedule_of_images_has_a_rate_for_every_epoch():
+    settings, step = settings_of(IMAGES, 300.0), np.arange(300 * 12)
+    np.testing.assert_allclose(rates(settings), image_rates(step // 12), rtol=1e-5, atol=1e-9)
+    described = '5e-06, 0.005 after 60 steps of warm-up, 1.14e-06 at step 3599 (cosine)'
+    assert optim.describe_schedule(settings) == f'{described}, renewed every epoch'
+    # Twelve and a half steps: an epoch begins with the first step that is wholly in it.
+    found = rates(settings_of(IMAGES, 300.0, num_videos=100))
+    first = np.flatnonzero(np.diff(found))[:3] + 1
+    assert first.tolist() == [13, 25, 38]
+    np.testing.assert_allclose(found[:60:13], image_rates(np.arange(5)), rtol=1e-5)
+
+
+def test_the_schedule_of_videos_rises_with_the_cosine():
+    settings, step = settings_of(VIDEOS, 50.0), np.arange(50 * 12)
+    np.testing.assert_allclose(rates(settings), video_rates(step, 12, 50), rtol=1e-5, atol=2e-9)
+    described = '0.002, 0.0195 after 60 steps of warm-up, 1.97e-05 at step 599 (cosine)'
+    assert optim.describe_schedule(settings) == f'{described}, renewed every epoch'
+
+
+def test_short_runs_keep_the_shares_of_their_epochs():
+    found = rates(settings_of(IMAGES, 300.0, num_steps=60))  # five epochs a step
+    np.testing.assert_allclose(found, image_rates(5.0 * np.arange(60)), rtol=1e-5, atol=1e-9)
+    found = rates(settings_of(VIDEOS, 50.0, num_steps=150))
+    np.testing.assert_allclose(found, video_rates(np.arange(150), 3, 50), rtol=1e-5, atol=2e-9)
+
+
 def test_no_warmup():
     schedule = optim.make_schedule(dataclasses.replace(SETTINGS, warmup_steps=0))
     np.testing.assert_allclose(schedule(0), 3.2e-4, rtol=1e-6)
@@ -108,6 +178,7 @@ def test_the_log_says_where_a_schedule_ends(name, end):
 def test_configs_choose_from_the_tables():
     assert base.CHOICES['optimizer.name'] == tuple(optim.OPTIMIZERS)
     assert base.CHOICES['optimizer.schedule'] == tuple(optim.SCHEDULES)
+    assert base.CHOICES['optimizer.warmup'] == optim.WARMUPS
 
 
 @pytest.mark.parametrize(
@@ -118,6 +189,9 @@ def test_configs_choose_from_the_tables():
             r"optimizer\.name='adam' .*did you mean 'adamw'\? There are: adamw, sgd, lamb",
         ),
         ({'schedule': 'step'}, r"optimizer\.schedule='step' .*There are: cosine, linear, constant"),
+        ({'warmup': 'peaks'}, r"optimizer\.warmup='peaks' .*did you mean 'peak'"),
+        ({'warmup': 'scale', 'after_warmup': True}, r"warmup='scale' raises .*after_warmup=True"),
+        ({'refresh_steps': -1}, r'optimizer\.refresh_steps=-1 must be at least 0'),
         ({'eps': 0.0}, r'optimizer\.eps=0\.0 must be above 0'),
         ({'momentum': 1.0}, r'optimizer\.momentum=1\.0 must be at least 0 and below 1'),
         ({'nesterov': True, 'momentum': 0.0}, r'optimizer\.nesterov=True needs .*momentum'),
@@ -188,8 +262,9 @@ DECAYED = (ParamGroup('kernel$', learning_rate=0.5), ParamGroup('bias$', weight_
 
 
 def updated(settings):
-    """Parameters after `GRADIENTS`."""
-    settings = dataclasses.replace(settings, warmup_steps=0, schedule='constant')
+    """Parameters after `GRADIENTS`, at a constant rate where there is no warm-up."""
+    if not settings.warmup_steps:
+        settings = dataclasses.replace(settings, schedule='constant')
     p = {'kernel': jnp.asarray(KERNEL), 'bias': jnp.asarray(BIAS)}
     optimizer = optim.make_optimizer(p, DECAYED, settings)
     state = optimizer.init(p)
@@ -204,12 +279,14 @@ def clipped(gradients, limit):
     return {name: g * min(1.0, limit / norm) for name, g in gradients.items()}
 
 
+@pytest.mark.parametrize('decay_all', [False, True])
 @pytest.mark.parametrize('nesterov', [False, True])
 @pytest.mark.parametrize('momentum', [0.0, 0.9])
-def test_sgd_is_torchs(momentum, nesterov):
+def test_sgd_is_torchs(momentum, nesterov, decay_all):
     rate, decay, limit = 0.1, 0.05, 0.8
     expected = {}
-    for name, p, d, lr in (('kernel', KERNEL, decay, 0.5 * rate), ('bias', BIAS, 0.0, rate)):
+    of_bias = decay if decay_all else 0.0
+    for name, p, d, lr in (('kernel', KERNEL, decay, 0.5 * rate), ('bias', BIAS, of_bias, rate)):
         m = None
         for gradients in GRADIENTS:
             g = clipped(gradients, limit)[name] + d * p
@@ -220,7 +297,9 @@ def test_sgd_is_torchs(momentum, nesterov):
         SETTINGS,
         name='sgd',
         peak_lr=rate,
+        warmup_steps=0,
         weight_decay=decay,
+        decay_all=decay_all,
         clip_norm=limit,
         momentum=momentum,
         nesterov=nesterov,
@@ -229,21 +308,22 @@ def test_sgd_is_torchs(momentum, nesterov):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
 
 
-def test_lamb_is_that_of_the_image_recipe():
+@pytest.mark.parametrize('limit', [1.0, 40.0])
+def test_lamb_is_that_of_the_image_recipe(limit):
     """Clipped to norm 1; u = m/(sqrt(v)+eps) + wd p, unbiased; times |p|/|u| where wd is not 0."""
     rate, decay, eps, b1, b2 = 5e-3, 0.02, 1e-6, 0.9, 0.999
     expected = {}
     for name, p, d, lr in (('kernel', KERNEL, decay, 0.5 * rate), ('bias', BIAS, 0.0, rate)):
         m = v = 0.0
         for t, gradients in enumerate(GRADIENTS, 1):
-            g = clipped(gradients, 1.0)[name]
+            g = clipped(gradients, limit)[name]
             m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
             u = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps) + d * p
             ratio = np.linalg.norm(p) / np.linalg.norm(u) if d else 1.0
             p = p - lr * ratio * u
         expected[name] = p
     settings = optim.OptimizerSettings(
-        rate, 0.0, 0, 10, weight_decay=decay, eps=eps, clip_norm=1.0, name='lamb'
+        rate, 0.0, 0, 10, weight_decay=decay, eps=eps, clip_norm=limit, name='lamb'
     )
     found = updated(settings)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), found, expected)
@@ -300,8 +380,9 @@ def test_a_run_from_before_optimizers_had_names_continues():
     rest = {'class_names': [], 'train_list_sha256': '', 'backbone': {'params_sha256': ''}}
     saved = base.plain(config)
     fields = ('name', 'schedule', 'eps', 'momentum', 'nesterov', 'after_warmup', 'refresh_steps')
-    for field in fields:
+    for field in (*fields, 'warmup', 'decay_all'):
         del saved['optimizer'][field]
+    del saved['task']['criterion']
     del saved['batch_norm']
     checkpoint.check_same_run({'config': saved, **rest}, {'config': base.plain(config), **rest})
     config.optimizer.name = 'sgd'
