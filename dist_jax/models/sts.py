@@ -34,9 +34,7 @@ FORMS = ('image', 'video')
 STS = (*conv3d.MODES, 'off')
 REMAT = ('none', 'blocks')
 
-# Source: fine-tuning decays every tensor; pre-training, and X3D on Kinetics, kernels alone.
-DECAY_ALL = (ParamGroup(r'.', weight_decay=1.0),)
-DECAY_KERNELS = (
+PARAM_GROUPS = (
     ParamGroup(r'/kernel$', weight_decay=1.0),
     ParamGroup(r'/(bias|scale)$', weight_decay=0.0),
 )
@@ -283,7 +281,7 @@ def build(
     dtype: Any = jnp.bfloat16,
     dropout: float = 0.5,
     stochastic_depth: float = 0.0,
-    decay_norms: bool = True,
+    inflate: bool = False,
     remat: str = 'none',
     batch_norm_groups: int = 1,
 ) -> Model:
@@ -301,7 +299,7 @@ def build(
       dropout: share of the features of a clip that are dropped before the classifier.
       stochastic_depth: chance that a clip passes by the last block; it grows from 0 at the first.
         Huang et al., arXiv:1603.09382.
-      decay_norms: whether norms and biases are decayed as kernels are.
+      inflate: whether training that starts from other weights spreads the centre taps over time.
       remat: what the backward pass computes again: 'none', or 'blocks'.
       batch_norm_groups: groups of clips whose statistics are taken together; see `batch_norm`.
 
@@ -330,9 +328,24 @@ def build(
         ),
         dtype=dtype,
         pixels=PIXELS,
-        param_groups=DECAY_ALL if decay_norms else DECAY_KERNELS,
+        param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,
     )
+
+
+def inflated(variables: Tree) -> Tree:
+    """Kernels over three frames as (1/9, 1/3, 1/9) of their centre taps.
+
+    Source: the release, where the configs say so; the taps' sum is 5/9 of the centre, not all.
+    """
+
+    def spread(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim != 5 or leaf.shape[0] != 3:
+            return leaf
+        shares = jnp.asarray([1 / 9, 1 / 3, 1 / 9], leaf.dtype).reshape(3, 1, 1, 1, 1)
+        return leaf[1:2] * shares
+
+    return jax.tree.map(spread, variables)
 
 
 def classifier(num_classes: Sequence[int], spec: NetworkSpec, form: str) -> heads.Head:
