@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import functools
 import itertools
 import logging
@@ -50,8 +52,8 @@ CHUNK_BYTES = 16 * 2**20
 # a piece of many layers has less of each: these are smaller for the same use.
 LAYER_CHUNK_BYTES = 2**20
 
-# Parts that are on their way to the disk while the next one is made.
-WRITES_AHEAD = 2
+# Of parts that are on their way to the disk while the next one is made; a larger one goes alone.
+BYTES_AHEAD = 2**27
 
 # Larger arrays, and those that change their dtype, are read in slices of this size, one after the
 # other: so much is held twice.
@@ -640,7 +642,7 @@ class _PartsHandler(ocp.type_handlers.NumpyHandler):
         infos: Sequence[ocp.type_handlers.ParamInfo],
         args: Sequence[ocp.SaveArgs],
     ) -> None:
-        for value, info, arg in zip(values, infos, args, strict=True):
+        async def opened(value: PartedArray, info: Any, arg: ocp.SaveArgs) -> ts.TensorStore:
             await info.await_path_creation()
             spec = ocp.type_handlers.get_json_tspec_write(
                 info,
@@ -651,17 +653,24 @@ class _PartsHandler(ocp.type_handlers.NumpyHandler):
                 process_index=jax.process_index(),
                 arg=arg,
             )
-            array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-            # Waiting for a write flushes it; without, tensorstore gathers gigabytes for one file.
-            writing: list[tuple[Any, int]] = []
+            return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+
+        # Waiting for anything flushes what was written, which takes a while however little that is.
+        # Without, tensorstore gathers gigabytes for one file.
+        arrays = await asyncio.gather(*map(opened, values, infos, args))
+        writing: collections.deque[tuple[Any, int]] = collections.deque()
+        ahead = 0
+        for value, array in zip(values, arrays, strict=True):
             for part, start in value.parts():
-                if len(writing) == WRITES_AHEAD:
-                    await self._written(*writing.pop(0))
+                while writing and ahead + part.nbytes > BYTES_AHEAD:
+                    ahead -= writing[0][1]
+                    await self._written(*writing.popleft())
                 where = array[start : start + len(part)] if part.ndim else array
                 future = where.write(part, can_reference_source_data_indefinitely=True)
                 writing.append((future, part.nbytes))
-            for future, size in writing:
-                await self._written(future, size)
+                ahead += part.nbytes
+        for future, size in writing:
+            await self._written(future, size)
 
     async def _written(self, future: Any, size: int) -> None:
         await future
