@@ -11,15 +11,25 @@ from collections.abc import Sequence
 from input_pipeline import escape
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
-KINDS = ('dist', 'evl', 'side4video', 'huggingface', 'openai', 'openclip', 'eva', 'eva_openclip')
+KINDS = (
+    'dist',
+    'evl',
+    'side4video',
+    'sts',
+    'huggingface',
+    'openai',
+    'openclip',
+    'eva',
+    'eva_openclip',
+)
 
 DESCRIPTION = """\
 Converts downloaded checkpoints into the form that training reads, and exports ours back.
 
-CLIP (OpenAI, Hugging Face, OpenCLIP), EVA-02-CLIP (BAAI, OpenCLIP), DiST, EVL and Side4Video files
-become one orbax directory with parameters, geometry, activation and the hash of the source. PyTorch
-is not needed and no code from a file is run; a file that holds more than tensors is refused with
-the way out.
+CLIP (OpenAI, Hugging Face, OpenCLIP), EVA-02-CLIP (BAAI, OpenCLIP), DiST, EVL, Side4Video and STS
+files become one orbax directory with parameters, geometry, activation and the hash of the source.
+PyTorch is not needed and no code from a file is run; a file that holds more than tensors is refused
+with the way out.
 """
 
 EXAMPLES = """\
@@ -50,6 +60,11 @@ examples:
   dist_jax convert k400_b16_8f.pt side4video_k400 --backbone clip_b16
   dist_jax convert --export side4video_k400 side4video.safetensors
   dist_jax convert --export side4video_k400 whole.safetensors --with_backbone --backbone clip_b16
+
+  # STS of the authors, trained on images or on videos; config.init_from takes either
+  dist_jax convert csn50_imagenet.pth.tar sts_csn50_imagenet
+  dist_jax convert csn50_k400.pth sts_csn50_k400
+  dist_jax convert --export sts_csn50_imagenet sts_csn50_imagenet.safetensors
 
   # a trained run under its authors' names
   dist_jax convert --export runs/b16 mine.safetensors --step best

@@ -18,6 +18,7 @@ from dist_jax.models import (
     side4video,
     side4video_params,
     sts,
+    sts_params,
 )
 from dist_jax.models.api import Model
 
@@ -56,6 +57,7 @@ NAMINGS = (
     *dist_params.NAMINGS,
     *evl_params.NAMINGS,
     *side4video_params.NAMINGS,
+    *sts_params.NAMINGS,
     *clip_params.NAMINGS,
     *eva_params.NAMINGS,
 )

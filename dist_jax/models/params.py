@@ -92,6 +92,7 @@ class Row:
         Trailing axes may be left out. Empty: the tensor is the leaf.
       sizes: axis sizes that the pattern needs and the shapes do not give.
       fill: value of a slot that has no source tensor (a key bias that a format leaves out).
+      roll: places by which the first axis is turned in the target: its last ones come first.
     """
 
     source_name: str | None
@@ -100,6 +101,7 @@ class Row:
     index: tuple[int | slice, ...] = ()
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     fill: float | None = None
+    roll: int = 0
 
     @property
     def slot(self) -> str:
@@ -123,10 +125,14 @@ class Row:
 
     def forward(self, tensor: np.ndarray) -> np.ndarray:
         """Source layout -> target layout (a view where possible)."""
-        return einops.rearrange(tensor, self.pattern, **self.sizes) if self.pattern else tensor
+        if self.pattern:
+            tensor = einops.rearrange(tensor, self.pattern, **self.sizes)
+        return np.roll(tensor, self.roll, 0) if self.roll else tensor
 
     def backward(self, value: np.ndarray) -> np.ndarray:
         """Target layout -> source layout."""
+        if self.roll:
+            value = np.roll(value, -self.roll, 0)
         if not self.pattern:
             return value
         source, target = self.pattern.split('->')

@@ -351,14 +351,15 @@ def inflated(variables: Tree) -> Tree:
 def classifier(num_classes: Sequence[int], spec: NetworkSpec, form: str) -> heads.Head:
     """The head of a form: its initial values are PyTorch's defaults, or small and without bias."""
     paths = [spec.pathway] if spec.fast is None else [spec.pathway, spec.fast]
-    width = spec.hidden or sum(_out_channels(path) for path in paths)
+    width = spec.hidden or sum(out_channels(path) for path in paths)
     inits = {'kernel_init': uniform(width), 'bias_init': uniform(width)}
     if form == 'video':
         inits = {'kernel_init': nn.initializers.normal(0.01)}
     return heads.Head('linear', tuple(num_classes), **inits)
 
 
-def _out_channels(spec: PathwaySpec) -> int:
+def out_channels(spec: PathwaySpec) -> int:
+    """Channels that come out of a pathway."""
     stage = len(spec.widths) - 1
     units = spec.last or spec.block(stage, spec.depths[-1] - 1, spec.widths[-1], 1)
     return units[-1].features
