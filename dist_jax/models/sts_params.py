@@ -133,7 +133,7 @@ def _depths(tensors: Mapping[str, Any], prefix: str) -> tuple[int, ...]:
 
 def network(sizes: Mapping[str, Any]) -> sts.NetworkSpec:
     """The network of `infer_sizes`, or of `run_sizes`."""
-    if sizes['network']:
+    if 'kind' not in sizes:
         return sts.NETWORKS[sizes['network']]
     options = sizes['options']
     return KINDS[sizes['kind']].make(**options | {'depths': tuple(options['depths'])})
@@ -159,7 +159,7 @@ def abstract_variables(sizes: Mapping[str, Any]) -> Tree:
 
 
 def sts_rows(sizes: Mapping[str, Any]) -> list[Row]:
-    """Table of the names: a row for each leaf. Reads network (kind and options without), form."""
+    """Table of the names: a row for each leaf. Reads form, and what `network` does."""
     return _rows(sizes, abstract_variables(sizes))
 
 

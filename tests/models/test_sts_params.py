@@ -142,9 +142,8 @@ def test_networks_of_the_table_are_known_by_their_sizes(name):
     tensors = {each.name: each for each in outgoing(tree, sts_params.sts_rows(sizes))}
     found = sts_params.infer_sizes(tensors)
     assert (found['network'], found['form'], found['num_classes']) == (name, 'image', 1)
-    # As it comes out of the metadata.
-    found = json.loads(json.dumps(found)) | {'network': None}
-    assert sts_params.network(found) == sts.NETWORKS[name]
+    from_metadata = json.loads(json.dumps(found))
+    assert sts_params.network(from_metadata) == sts.NETWORKS[name]
 
 
 @pytest.mark.parametrize(
