@@ -116,6 +116,38 @@ def test_values_far_from_zero(dtype):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=precision, atol=precision)
 
 
+def test_values_of_64_bits_keep_them():
+    x, variables = make()
+    mask, factor = MASKS['some'], np.random.default_rng(1).normal(size=SHAPE)
+    with jax.enable_x64(True):
+        x, variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (x, variables))
+        found, expected = trained(x, variables, mask, 4), exact(x, variables, mask, 4)
+        for got, want in zip(found, expected):
+            assert got.dtype == jnp.float64
+            np.testing.assert_allclose(got, want, rtol=1e-13, atol=1e-13)
+
+        def gradients(function):
+            def loss(params, x):
+                return (jnp.sin(function(params, x)) * factor).sum()
+
+            return jax.grad(loss, (0, 1))(variables['params'], x)
+
+        stats = variables['batch_stats']
+        got = gradients(lambda p, x: trained(x, {'params': p, 'batch_stats': stats}, mask, 4)[0])
+        want = gradients(lambda p, x: plain(p, stats, x, mask, 4))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, want)
+
+
+@pytest.mark.parametrize('mask', MASKS.values(), ids=MASKS)
+def test_without_running_values_those_of_the_batch_are_taken(mask):
+    x, variables = make()
+    kept = {'mean': np.zeros(5), 'var': np.ones(5)}
+    _, mean, var = exact(x, {**variables, 'batch_stats': kept}, mask, 4, keep=0)
+    _, *found = trained(x, {'params': variables['params']}, mask, 4)
+    for got, want in zip(found, (mean, var)):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
+
+
 def test_masked_clips_count_for_nothing():
     x, variables = make()
     other, mask = x.copy(), MASKS['some']

@@ -23,8 +23,10 @@ class BatchNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) * scale + bias, each channel for itself.
 
     Ioffe and Szegedy, arXiv:1502.03167, as torch.nn.BatchNorm3d: a batch is normalised with its
-    biased variance, and the running one is unbiased. Statistics are float32 and lie in
-    `batch_stats`: `mean` and `var` (C,). Only training with that collection mutable changes them.
+    biased variance, and the running one is unbiased. Statistics are float32, or float64 where x is,
+    and lie in `batch_stats`: `mean` and `var` (C,). Only training with that collection mutable
+    changes them. Training without that collection makes it from the batch alone, which is what
+    averages over batches are made of; where no clip is real, it holds zeros and ones.
 
     Differs: the releases store the running values of the first device; here all groups count, each
     as much as another. A group of one value has no unbiased variance, and its biased one, 0, is
@@ -67,6 +69,7 @@ class BatchNorm(nn.Module):
         size, channels = x.shape[0], x.shape[-1]
         scale = self.param('scale', self.scale_init, (channels,))
         bias = self.param('bias', self.bias_init, (channels,))
+        keep = self.keep if self.has_variable('batch_stats', 'mean') else 0.0
         mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,))
         variance = self.variable('batch_stats', 'var', jnp.ones, (channels,))
         if not train or self.is_initializing():
@@ -85,7 +88,7 @@ class BatchNorm(nn.Module):
         old = mean.value, variance.value
         unbiased = found[0], found[1] * (count / jnp.maximum(count - 1, 1))
         mean.value, variance.value = (
-            _moved(before, new, clips, self.keep) for before, new in zip(old, unbiased)
+            _moved(before, new, clips, keep) for before, new in zip(old, unbiased)
         )
         used = (_rows(jnp.where(clips > 0, new, before), size) for before, new in zip(old, found))
         share = real[:, None] / _rows(jnp.maximum(count, 1), size)
@@ -93,12 +96,12 @@ class BatchNorm(nn.Module):
 
 
 def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
-    """(x - mean) * factor + bias in float32, rounded to the dtype of x."""
+    """(x - mean) * factor + bias in the dtype of statistics, rounded to that of x."""
     return ((widened(x) - mean) * factor + bias).astype(x.dtype)
 
 
 def _clip_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance of each clip: (B, ..., C) -> two of float32 (B, C), in one pass.
+    """Mean and biased variance of each clip: (B, ..., C) -> two of (B, C), in one pass.
 
     A value of the clip is taken off first. It lies at most sqrt(n) standard deviations from the
     mean of n values, so what squares lose against each other is bounded, however large the mean.
@@ -165,7 +168,7 @@ def _normalise(
       variance: likewise.
       share: (B, 1), of a value of each row in the mean of its group.
     """
-    return _affine(x, _wide(mean, x), _wide(jax.lax.rsqrt(variance + eps) * scale, x), bias)
+    return _affine(x, _beside(mean, x), _beside(jax.lax.rsqrt(variance + eps) * scale, x), bias)
 
 
 def _normalise_forward(groups: int, eps: float, x: jax.Array, scale: jax.Array, *rest) -> tuple:
@@ -177,20 +180,20 @@ def _normalise_backward(groups: int, eps: float, kept: tuple, upstream: jax.Arra
     inner = tuple(range(1, x.ndim - 1))
     inverse = jax.lax.rsqrt(variance + eps)
     upstream = widened(upstream)
-    normalised = (widened(x) - _wide(mean, x)) * _wide(inverse, x)
+    normalised = (widened(x) - _beside(mean, x)) * _beside(inverse, x)
     sums = upstream.sum(inner), (upstream * normalised).sum(inner)
     # What the mean and the variance pass on to every value that is in them.
     by_mean, by_variance = (
-        _wide(_rows(_group_sums(each, groups), len(x)) * share, x) for each in sums
+        _beside(_rows(_group_sums(each, groups), len(x)) * share, x) for each in sums
     )
-    to_x = (upstream - by_mean - normalised * by_variance) * _wide(inverse * scale, x)
-    bias_gradient, scale_gradient = (each.sum(0) for each in sums)
+    to_x = (upstream - by_mean - normalised * by_variance) * _beside(inverse * scale, x)
+    bias_gradient, scale_gradient = (each.sum(0).astype(scale.dtype) for each in sums)
     return to_x.astype(x.dtype), scale_gradient, bias_gradient, None, None, None
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-def _wide(rows: jax.Array, x: jax.Array) -> jax.Array:
+def _beside(rows: jax.Array, x: jax.Array) -> jax.Array:
     """(B, C) -> (B, 1, ..., 1, C), beside x."""
     return rows.reshape(len(x), *[1] * (x.ndim - 2), x.shape[-1])
