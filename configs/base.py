@@ -61,6 +61,9 @@ def get_config() -> ConfigDict:
     # into, data x fsdp, for a form in which devices need nothing of each other.
     config.batch_norm = ConfigDict()
     config.batch_norm.groups = 1  # must divide batch_size / accumulation
+    # Above 0, running statistics are replaced after every epoch and after the last step by the
+    # average of those of so many batches, the next ones of the training stream, not mixed.
+    config.batch_norm.precise_batches = 0
 
     config.data = ConfigDict()
     config.data.name = 'kinetics400'  # a key of input_pipeline.datasets.DATASETS
@@ -191,6 +194,7 @@ BEFORE_FIELDS = {
     'task.name': 'classify',
     'task.criterion': '',
     'batch_norm.groups': 1,
+    'batch_norm.precise_batches': 0,
     'optimizer.name': 'adamw',
     'optimizer.schedule': 'cosine',
     'optimizer.warmup': 'join',
@@ -229,6 +233,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
         (
             'seed',
             'num_steps',
+            'batch_norm.precise_batches',
             'data.num_threads',
             'data.buffer_size',
             'mixing.mixup_alpha',
@@ -277,6 +282,7 @@ MOST: dict[str, float] = {
     **dict.fromkeys(
         ('num_steps', 'num_epochs', 'accumulation', 'optimizer.refresh_steps'), 2**31 - 1
     ),
+    'batch_norm.precise_batches': 2**20,
     **dict.fromkeys(('batch_size', 'eval.batch_size', 'batch_norm.groups'), 2**20),
     **dict.fromkeys(('data.image_size', 'eval.image_size', 'data.resize', 'eval.resize'), 2**12),
     **dict.fromkeys(('data.num_frames', 'eval.num_clips', 'data.repeats'), 2**12),

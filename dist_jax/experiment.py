@@ -141,12 +141,13 @@ def make_model(config: ConfigDict, backbone: Backbone | None, labels: Labels) ->
     options = config.model.to_dict()
     name = options.pop('family')
     dtype = options.pop('dtype')
-    groups = config.batch_norm.groups
-    if groups != 1 and not family.batch_statistics:
-        raise ValueError(
-            f'batch_norm.groups={groups}: model.family={name!r} has no batch statistics; leave it '
-            'at 1'
-        )
+    for field, left in (('groups', 1), ('precise_batches', 0)):
+        value = config.batch_norm[field]
+        if value != left and not family.batch_statistics:
+            raise ValueError(
+                f'batch_norm.{field}={value}: model.family={name!r} has no batch statistics; '
+                f'leave it at {left}'
+            )
     if dtype not in DTYPES:
         raise ValueError(f'model.dtype={dtype!r} is not one of {", ".join(DTYPES)}')
     return _call(
@@ -157,7 +158,7 @@ def make_model(config: ConfigDict, backbone: Backbone | None, labels: Labels) ->
         num_classes=tuple(map(len, labels)),
         num_frames=config.data.num_frames,
         dtype=DTYPES[dtype],
-        **({'batch_norm_groups': groups} if family.batch_statistics else {}),
+        **({'batch_norm_groups': config.batch_norm.groups} if family.batch_statistics else {}),
         **options,
     )
 

@@ -671,7 +671,8 @@ class _Health:
         steps = [row.get('step', -1) for row in rows.values()]
         quiet = min((row.get('since', 0) for row in rows.values()), default=0)
         busy = any(
-            row.get('doing') in ('evaluating', 'saving', 'starting') for row in rows.values()
+            row.get('doing') in ('averaging', 'evaluating', 'saving', 'starting')
+            for row in rows.values()
         )
         if not steps or max(steps) < 1 or busy or quiet < self._lost_after:
             self._warned = self._lost_after

@@ -51,6 +51,7 @@ from dist_jax.views import Views
 from dist_jax.workdir_lock import locked
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog
+from input_pipeline.batches import Batches
 from input_pipeline.video_list import LabelledSource
 from input_pipeline.workers import Skipped
 
@@ -80,7 +81,14 @@ class Plan:
 
     def evaluates_after(self, done: int) -> bool:
         """Whether an evaluation follows after this many steps; one follows the last."""
-        passed = math.floor(done / self.eval_every) > math.floor((done - 1) / self.eval_every)
+        return self._passes(self.eval_every, done)
+
+    def ends_epoch(self, done: int) -> bool:
+        """Whether an epoch ended with the newest of this many steps, or the run."""
+        return self._passes(self.steps_per_epoch, done)
+
+    def _passes(self, every: float, done: int) -> bool:
+        passed = math.floor(done / every) > math.floor((done - 1) / every)
         return passed or done == self.total_steps
 
 
@@ -289,6 +297,9 @@ def _train(
         eval_step=step.make_eval_step(
             parts.test_model, task, mesh, abstract.eval_variables, test_frozen
         ),
+        statistics_step=step.make_statistics_step(
+            model, task, step_settings(config), mesh, abstract.params, frozen
+        ),
         checkpoints=checkpoints,
         metadata=metadata,
         writer=writer,
@@ -438,6 +449,7 @@ class _Loop:
     test_frozen: Tree
     train_step: Any
     eval_step: Any
+    statistics_step: Any
     checkpoints: checkpoint.Checkpoints
     metadata: dict[str, Any]
     writer: MetricWriter
@@ -452,19 +464,8 @@ class _Loop:
         """Runs to the end or to a stop signal: state, last evaluation, whether it was stopped."""
         config, plan = self.config, self.plan
         start = int(state.step)
-        keys = ('video', 'mask', *self.task.element_spec)  # what goes to the devices
         bad_videos = open_bad_videos(self.workdir, config, len(self.train_source))
-        batches = pipeline.train_batches(
-            self.train_source,
-            self.train_reader,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start,
-            num_steps=plan.total_steps,
-            host=feed(self.mesh),
-            readers=recipe.readers(config),
-            skipped=bad_videos.skipped,
-        )
+        batches = self._batches(start, plan.total_steps, bad_videos)
         pending: collections.deque[tuple[int, dict[str, np.ndarray], Any]] = collections.deque()
         meter = _Meter(config.batch_size)
         result: Evaluation | None = None
@@ -484,7 +485,7 @@ class _Loop:
                         batch = next(batches)
                     pod.note(doing='computing')
                     bad_videos.add(batch)
-                    device_batch = to_global({k: batch[k] for k in keys}, self.mesh)
+                    device_batch = to_global({k: batch[k] for k in self._keys}, self.mesh)
                     if number == start:
                         bar.line('compiling the step')
                     # The call returns once the step is compiled, and does not wait for its result.
@@ -509,6 +510,9 @@ class _Loop:
                         bar.line(_line(scalars, plan.total_steps - done))
                     if last or _due(done, config.log.every_steps or COUNTED_EVERY):
                         share_bad_videos(bad_videos)
+                    if config.batch_norm.precise_batches and plan.ends_epoch(done):
+                        self._settle(pending, 0)
+                        state = self._with_precise_statistics(state, meter, bar, bad_videos)
                     evaluating = self._evaluates_after(done)
                     stopped = stop.reached() and not last
                     due = _due(done, config.checkpoint.every_steps)
@@ -532,6 +536,55 @@ class _Loop:
             batches.close()
             self.num_bad_videos = len(bad_videos)
         return state, result, stopped
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        """What of a batch goes to the devices."""
+        return ('video', 'mask', *self.task.element_spec)
+
+    def _batches(self, start: int, end: int, bad_videos: BadVideoLog) -> Batches:
+        """Those of steps `start` to `end` - 1 of the training stream."""
+        return pipeline.train_batches(
+            self.train_source,
+            self.train_reader,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start,
+            num_steps=end,
+            host=feed(self.mesh),
+            readers=recipe.readers(self.config),
+            skipped=bad_videos.skipped,
+        )
+
+    def _with_precise_statistics(
+        self, state: step.TrainState, meter: _Meter, bar: Bar, bad_videos: BadVideoLog
+    ) -> step.TrainState:
+        """The state with statistics that evaluation applies averaged over the next batches.
+
+        They are those that the training stream goes on with, or would after the last step, so a run
+        that is started again averages over the same. A stop waits for the end of it: what is saved
+        of a step always has its own statistics.
+        """
+        pod.note(doing='averaging')
+        config, done = self.config, int(state.step)
+        bar.line(f'statistics of {config.batch_norm.precise_batches} batches')
+        variables = state.eval_variables
+        params = variables.pop('params')
+        found = step.Statistics(variables, np.float32(0))
+        batches = self._batches(done, done + config.batch_norm.precise_batches, bad_videos)
+        waiting = collections.deque()
+        with meter.pause(), contextlib.closing(batches):
+            for number, batch in enumerate(batches, done):
+                bad_videos.add(batch)
+                device_batch = to_global({k: batch[k] for k in self._keys}, self.mesh)
+                found = self.statistics_step(
+                    params, self.frozen, device_batch, np.int32(number), found
+                )
+                waiting.append(found.parts)
+                if len(waiting) > STEPS_IN_FLIGHT:
+                    waiting.popleft().block_until_ready()
+            jax.block_until_ready(found)
+        return state.with_eval_collections(found.mean)
 
     def _evaluates_after(self, done: int) -> bool:
         return self.val_source is not None and self.plan.evaluates_after(done)

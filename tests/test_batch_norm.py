@@ -1,11 +1,13 @@
 """Batch normalisation: statistics of groups, masks, gradients, and what devices tell each other."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dist_jax.models.batch_norm import BatchNorm
+from dist_jax.models.stack import scan_trainable
 
 EPS = 1e-5
 SHAPE = (8, 2, 3, 3, 5)
@@ -146,6 +148,26 @@ def test_without_running_values_those_of_the_batch_are_taken(mask):
     _, *found = trained(x, {'params': variables['params']}, mask, 4)
     for got, want in zip(found, (mean, var)):
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
+
+
+class Layer(nn.Module):
+    """A layer of a stack, in training."""
+
+    @nn.compact
+    def __call__(self, x):
+        return BatchNorm(name='bn')(x, None, True), None
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_layers_of_a_stack_give_those_of_the_batch_too(remat):
+    x, _ = make()
+    layers = scan_trainable(Layer, 2, remat=remat, unroll=False, in_axes=())()
+    params = layers.init(jax.random.key(0), x)['params']
+    _, changed = layers.apply({'params': params}, x, mutable=['batch_stats'])
+    found = changed['batch_stats']['bn']
+    assert found['mean'].shape == found['var'].shape == (2, 5)
+    np.testing.assert_allclose(found['mean'][0], x.mean((0, 1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(found['mean'][1], 0, atol=1e-5)
 
 
 def test_masked_clips_count_for_nothing():

@@ -243,6 +243,7 @@ def test_a_killed_run_ends_as_one_that_never_stopped(clips, tmp_path, devices):
             'num_steps': 12,
             'mesh.fsdp': min(devices, 2),
             'batch_norm.groups': 4,
+            'batch_norm.precise_batches': 2,
             'optimizer.ema_decay': 0.5,
         }
         arguments = [f'--config.{field}={value}' for field, value in fields.items()]

@@ -859,6 +859,10 @@ def test_what_may_change_between_sessions():
             r'groups=3 must divide the 2 clips of batch_size=4 / accumulation=2',
         ),
         ({'batch_norm.groups': 2}, r"groups=2: model\.family='dist' has no batch statistics"),
+        (
+            {'batch_norm.precise_batches': 2},
+            r"precise_batches=2: model\.family='dist' has no batch statistics; leave it at 0",
+        ),
         ({'backbone.checkpoint': ''}, r'backbone\.checkpoint is empty'),
         ({'backbone.name': 'tiny2'}, r"backbone\.name='tiny2' is not one of"),
         ({'model.family': 'dits'}, r"model\.family='dits' is not one of"),
