@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -28,7 +29,8 @@ from input_pipeline.sources import read_label_map
 
 log = logging.getLogger('dist_jax')
 
-MISSING = ('error', 'fresh')  # values of config.init_missing
+ALL_FRESH = 'all_fresh'
+MISSING = ('error', 'fresh', ALL_FRESH)  # values of config.init_missing
 MOST_NAMED = 20  # classes in a message
 
 
@@ -39,7 +41,8 @@ class Origin:
     Attributes:
       path: a run's folder or a converted checkpoint.
       label_map: files of its class names, where it does not hold them; '' where it does.
-      missing: what becomes of classes that are not there, of MISSING.
+      missing: what becomes of classes that are not there, of MISSING; with ALL_FRESH, none is taken
+        to be there.
       class_key: names of classes with the same key are the same class.
       verify: compare what is read with its digests.
     """
@@ -62,7 +65,8 @@ def load_variables(origin: Origin, model: Model, variables: Tree, labels: Labels
       origin: where they are.
       model: whose they are.
       variables: {'params': ..., **collections}, leaves with the shapes, dtypes and shardings to
-        read into; arrays, where classes may start with their values.
+        read into; arrays where training starts: classes may start with their values, and what
+        `Model.left_behind` names may be left behind.
       labels: class names of each head.
 
     Raises:
@@ -71,6 +75,9 @@ def load_variables(origin: Origin, model: Model, variables: Tree, labels: Labels
     path, verify = origin.path, origin.verify
     folder = checkpoint.find_checkpoint(path) if checkpoint.is_run(path) else None
     stored = checkpoint.stored_variables(folder) if folder else converted.stored_variables(path)
+    trains = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+    if trains:
+        stored = _without_left_behind(path, stored, variables, model)
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables
     )
@@ -80,9 +87,14 @@ def load_variables(origin: Origin, model: Model, variables: Tree, labels: Labels
             log.info('the classifier of %s is left out: this model has none', path)
         return _read_variables(path, folder, stored, wanted, model, verify)
 
+    if 'head' not in stored['params']:
+        log.info('%s has no classifier', path)
+    elif origin.missing == ALL_FRESH:
+        log.info('the classifier of %s is left out, init_missing=%s', path, origin.missing)
+        del stored['params']['head']
     places = _class_places(origin, folder, heads.classes_of(stored['params']), labels)
     missing = sum(int((place < 0).sum()) for place in places)
-    if missing and not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables)):
+    if missing and not trains:
         raise ValueError(f'{path} lacks {missing} classes, and nothing can be tested without them')
     fresh = variables['params']['head']
     if 'head' not in stored['params']:
@@ -173,6 +185,19 @@ def _read_variables(
     return unflatten(leaves)
 
 
+def _without_left_behind(path: str, stored: Tree, variables: Tree, model: Model) -> Tree:
+    known, asked = flatten(stored), flatten(variables)
+    left = [
+        name
+        for name in known
+        if name not in asked
+        and any(re.search(pattern, _without_collection(name)) for pattern in model.left_behind)
+    ]
+    if left:
+        log.info('%s has what this model has no place for, left behind: %s', path, ', '.join(left))
+    return unflatten({name: leaf for name, leaf in known.items() if name not in left})
+
+
 def _fits(
     model: Model,
     name: str,
@@ -213,7 +238,6 @@ def _class_places(
     """
     path = origin.path
     if not num_stored:
-        log.info('%s has no classifier', path)
         known: Labels = ((),) * len(labels)
     elif origin.label_map:
         known = tuple(read_label_map(name.strip()).names for name in origin.label_map.split(','))
@@ -226,7 +250,8 @@ def _class_places(
     else:
         raise ValueError(
             f'{path} has {num_stored} classes and does not name them, the list has '
-            f'{tuple(map(len, labels))}; pass its names with --config.init_label_map=FILE'
+            f'{tuple(map(len, labels))}; pass its names with --config.init_label_map=FILE, or '
+            f'--config.init_missing={ALL_FRESH} to start all classes anew'
         )
     if num_stored and tuple(map(len, known)) != num_stored:
         raise ValueError(

@@ -368,7 +368,10 @@ def start_from(
     state: step.TrainState, origin: init_from.Origin, model: Model, labels: Labels
 ) -> step.TrainState:
     """A fresh state with the parameters and collections of another network."""
-    return _with_variables(state, init_from.load_variables(origin, model, state.variables, labels))
+    variables = init_from.load_variables(origin, model, state.variables, labels)
+    if model.begin is not None:
+        variables = jax.jit(model.begin, out_shardings=shardings(variables))(variables)
+    return _with_variables(state, variables)
 
 
 def start_from_backbone(

@@ -57,6 +57,7 @@ class ConvNet(nn.Module):
     groups: int
     head: heads.Head
     dtype: Any
+    shift: bool = False
 
     @nn.compact
     def __call__(self, inputs, *, mask=None, train=False):
@@ -67,11 +68,27 @@ class ConvNet(nn.Module):
         x = nn.relu(x).astype(jnp.float32).mean((1, 2, 3))
         if 'hint' in inputs:
             x = x + inputs['hint'].mean(-1, keepdims=True)
+        if self.shift:
+            x = x + self.param('shift', nn.initializers.zeros, (self.width,))
         return {'embedding': x, 'logits': self.head(x, {})}
 
 
-def build(*, num_classes, num_frames, dtype, width, kernel_frames, batch_norm_groups=1) -> Model:
-    """The network; a kernel over fewer frames becomes one over more."""
+def build(
+    *,
+    num_classes,
+    num_frames,
+    dtype,
+    width,
+    kernel_frames,
+    batch_norm_groups=1,
+    shift=False,
+    spread=False,
+) -> Model:
+    """The network; a kernel over fewer frames becomes one over more.
+
+    Without `shift` it leaves that of others behind; with `spread` it begins with the middle of
+    their kernels in all of their three frames.
+    """
     del num_frames
 
     def fit(path: str, stored: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -79,15 +96,23 @@ def build(*, num_classes, num_frames, dtype, width, kernel_frames, batch_norm_gr
         before = (shape[0] - stored.shape[0]) // 2
         return jnp.pad(stored, [(before, before), *[(0, 0)] * 4])
 
+    def begin(variables):
+        variables = jax.tree.map(lambda x: x, variables)
+        conv = variables['params']['conv']
+        conv['kernel'] = conv['kernel'][1] * jnp.array([0.25, 0.5, 0.25]).reshape(3, 1, 1, 1, 1)
+        return variables
+
     return Model(
         net=ConvNet(
-            width, kernel_frames, batch_norm_groups, heads.Head('linear', num_classes), dtype
+            width, kernel_frames, batch_norm_groups, heads.Head('linear', num_classes), dtype, shift
         ),
         dtype=dtype,
         pixels=Pixels((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
         param_groups=(ParamGroup('kernel$'), ParamGroup('', weight_decay=0.0)),
         sharding_rules=(ShardingRule(''),),
         fit=fit,
+        left_behind=('^shift$',),
+        begin=begin if spread else None,
     )
 
 

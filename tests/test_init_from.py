@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 
+import conv_family
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from kinetics_tables import whole_tables, write_tables, youtube_id
 
 from configs import dist
-from dist_jax import backbones, checkpoint, evaluate, experiment, init_from, recipe, train
+from dist_jax import backbones, checkpoint, evaluate, experiment, init_from, recipe, step, train
 from dist_jax.models import converted, heads
 from dist_jax.sharding import make_mesh
 from input_pipeline import class_names
@@ -334,6 +335,89 @@ def test_a_run_is_tested_on_one_of_the_sets(linear_run, make_config, merged, tmp
     config = make_config('kinetics400', init_from=linear_run, init_missing='fresh', **lists)
     with pytest.raises(ValueError, match='lacks 1 classes, and nothing can be tested'):
         evaluate.run(config, '', None, str(tmp_path))
+
+
+def form(**options):
+    """A network of the test family, and variables as training draws them."""
+    sizes = {'num_classes': (3,), 'num_frames': 2, 'dtype': jnp.float32, 'width': 4}
+    model = conv_family.build(kernel_frames=3, **(sizes | options))
+    inputs = {'video': jnp.zeros((1, 2, 8, 8, 3))}
+    variables = jax.jit(model.net.init)(jax.random.key(1), inputs)
+    return model, variables
+
+
+def saved(variables, path, seed=2):
+    """A converted checkpoint of such variables, with other values."""
+    variables = noise(variables, seed)
+    metadata = {'family': 'conv', 'name': 'x', 'spec': {}, 'sources': [], 'source_sha256': ''}
+    metadata |= {'precision': 'float32', 'ignored': [], 'collections': ['batch_stats']}
+    converted.save_converted(path, converted.stored_tree(variables), metadata)
+    return variables
+
+
+def taken(path, model, variables, **origin):
+    return init_from.load_variables(
+        init_from.Origin(str(path), **origin), model, variables, (('a', 'b', 'c'),)
+    )
+
+
+def shapes(variables):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables
+    )
+
+
+@pytest.mark.parametrize('num_classes', [3, 5])
+def test_all_classes_may_start_anew(tmp_path, caplog, num_classes):
+    before = saved(form(num_classes=(num_classes,))[1], tmp_path / 'x')
+    model, drawn = form()
+    with caplog.at_level(logging.INFO, 'dist_jax'):
+        found = taken(tmp_path / 'x', model, drawn, missing='all_fresh')
+    assert 'is left out, init_missing=all_fresh' in caplog.text
+    assert '0 of 3 classes taken' in caplog.text and 'has no classifier' not in caplog.text
+    assert_equal(found['params'].pop('head'), drawn['params']['head'])
+    del before['params']['head']
+    assert_equal(found, before)
+    with pytest.raises(ValueError, match='lacks 3 classes, and nothing can be tested'):
+        taken(tmp_path / 'x', model, shapes(drawn), missing='all_fresh')
+
+
+def test_what_a_model_leaves_behind(tmp_path, caplog):
+    image, video = form(shift=True), form()
+    before = saved(image[1], tmp_path / 'image')
+    with caplog.at_level(logging.INFO, 'dist_jax'):
+        found = taken(tmp_path / 'image', *video)
+    assert 'left behind: params/shift' in caplog.text
+    del before['params']['shift']
+    assert_equal(found, before)
+    # A network that has a place for it takes it, and one that is tested must have one.
+    assert 'shift' in taken(tmp_path / 'image', *image)['params']
+    with pytest.raises(ValueError, match=r'params/shift: the model has no such parameter'):
+        taken(tmp_path / 'image', video[0], shapes(video[1]))
+    # Nothing else may be left over, and nothing may be missing.
+    more = {**image[1], 'params': image[1]['params'] | {'other': {'bias': jnp.zeros(2)}}}
+    saved(more, tmp_path / 'more')
+    with pytest.raises(ValueError) as error:
+        taken(tmp_path / 'more', *video)
+    _, *lines = str(error.value).splitlines()
+    assert lines == ['  params/other/bias: the model has no such parameter']
+    saved(video[1], tmp_path / 'video')
+    with pytest.raises(ValueError, match=r'  params/shift: not in the checkpoint$'):
+        taken(tmp_path / 'video', *image)
+
+
+def test_training_begins_with_what_a_model_makes_of_it(tmp_path):
+    model, drawn = form(spread=True)
+    before = saved(drawn, tmp_path / 'x')
+    origin, labels = init_from.Origin(str(tmp_path / 'x')), (('a', 'b', 'c'),)
+    params, stats = drawn['params'], {'batch_stats': drawn['batch_stats']}
+    ema = step.fresh_average(drawn)
+    state = train.start_from(step.TrainState(0, params, stats, (), ema), origin, model, labels)
+    assert_equal(taken(tmp_path / 'x', model, drawn), before)  # and a test with what is there
+    kernel = before['params']['conv']['kernel']
+    before['params']['conv']['kernel'] = np.stack([kernel[1] / 4, kernel[1] / 2, kernel[1] / 4])
+    assert_equal(state.variables, before)
+    assert_equal(state.eval_variables, before)
 
 
 def test_a_module_of_the_name_of_the_classifier_is_refused():

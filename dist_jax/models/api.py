@@ -59,6 +59,11 @@ class Model:
         or checkpoint that another size of this family wrote starts here (a kernel over more frames,
         a table of other positions); ValueError where it cannot. None where only equal shapes can
         be taken.
+      left_behind: regular expressions searched in 'a/b/kernel' paths: what of another network's run
+        or checkpoint training starts without. Everything else there must have a place here.
+      begin: {'params': ..., **collections} of the run or checkpoint that training starts from ->
+        what it starts with, of the same structure, shapes and dtypes; None for as they are. Neither
+        a run that goes on nor an evaluation calls it.
       attention: (variables of `net`, inputs as for it) -> float32 (B, t, g, g), the share of the
         query's attention on each patch of each frame that the backbone sees. Non-negative; the sum
         over (t, g, g) is at most 1, class tokens have the rest. t divides T, and map i belongs to
@@ -73,6 +78,8 @@ class Model:
     frozen: Frozen | None = None
     from_backbone: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fit: Callable[[str, jax.Array, tuple[int, ...]], jax.Array] | None = None
+    left_behind: tuple[str, ...] = ()
+    begin: Callable[[Tree], Tree] | None = None
     attention: Callable[[Tree, Tree], jax.Array] | None = None
 
     def normalize(self, video: jax.Array) -> jax.Array:
