@@ -138,7 +138,7 @@ def recipe() -> dict[str, object]:
     return {
         'num_epochs': 50.0,
         # The release drops the classifier of the images, whatever its classes are called.
-        'init_missing': 'head',
+        'init_missing': 'all_fresh',
         'optimizer': {
             'name': 'sgd',
             'refresh_steps': 0,

@@ -330,6 +330,9 @@ def build(
         pixels=PIXELS,
         param_groups=PARAM_GROUPS,
         sharding_rules=SHARDING_RULES,
+        # X3D's network for images has one more bias than that for videos.
+        left_behind=(r'^fc1/bias$',) if form == 'video' else (),
+        begin=inflated if inflate else None,
     )
 
 
