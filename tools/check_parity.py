@@ -8,6 +8,9 @@ recorded value of the tensor. A recorded tensor that nothing was compared with i
 Gradients that are zero on paper are rounding noise in a recording. Ours have to be small beside
 the largest recorded gradient of their section, whatever the scale of the loss.
 
+Convolutional networks with batch statistics magnify rounding: those of STS have bounds of their own
+in float32, and with --float64 they run in float64, as they were recorded, within 1e-6 and 1e-5.
+
 A recording is rounded too. Where a bound is missed and the family has a reading in float64, ours
 has to be at least as near to it as the recording, whose own distance has to be one that rounding
 explains. The bound is then twice that distance: no two runs that are as near differ by more.
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,11 +29,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
 from input_pipeline.escape import Console, lines, styled
-from tools.parity import clip, dist, evl, side4video, side4video_exact
+from tools.parity import clip, dist, evl, side4video, side4video_exact, sts
 from tools.parity.golden import Golden, gradient_section, is_gradient, read_golden
 
 FORWARD_BOUND = 1e-5
@@ -44,6 +49,8 @@ ZERO_GRADIENT_BOUND = 1e-5
 # of a norm would be: it moves them by 5.5e-5.
 ROUNDING = {'forward': 1e-4, 'gradient': 1e-3}
 
+# Of a convolutional network in float64, (forward, gradient).
+FLOAT64_BOUNDS = (1e-6, 1e-5)
 ZERO = 'zero on paper: over the largest gradient beside it'
 
 EXAMPLES = """\
@@ -51,6 +58,7 @@ examples:
   python -m tools.check_parity tests/golden/dist_small.safetensors
   python -m tools.check_parity tests/golden/clip/hf --json rows.json
   python -m tools.check_parity tests/golden/clip/* --forward_bound 2e-6
+  python -m tools.check_parity tests/golden/sts_*.safetensors --float64
 
 exit code: 0 all within bounds, 1 something is not, 2 a file that cannot be checked
 """
@@ -64,11 +72,21 @@ class Family:
       matches: recognises its files.
       run: golden -> {recorded name: our array}.
       exact: golden -> {recorded name: float64}, by other means than ours; None where there is none.
+      run64: golden -> {recorded name: our array}, all in float64; None where there is no such way.
+      error: (golden, name, recorded, ours) -> how far a tensor is off, where its family has a
+        measure of its own for it, else None.
+      bounds: of `run`, (forward, gradient), of a file.
     """
 
     matches: Callable[[Golden], bool]
     run: Callable[[Golden], dict[str, np.ndarray]]
     exact: Callable[[Golden], dict[str, np.ndarray]] | None = None
+    run64: Callable[[Golden], dict[str, np.ndarray]] | None = None
+    error: Callable[[Golden, str, np.ndarray, np.ndarray], float | None] | None = None
+    bounds: Callable[[Golden], tuple[float, float]] = lambda golden: (
+        FORWARD_BOUND,
+        GRADIENT_BOUND,
+    )
 
 
 FAMILIES: dict[str, Family] = {
@@ -76,6 +94,15 @@ FAMILIES: dict[str, Family] = {
     'dist': Family(dist.matches, dist.run),
     'evl': Family(evl.matches, evl.run),
     'side4video': Family(side4video.matches, side4video.run, side4video_exact.run),
+    'sts': Family(
+        sts.matches,
+        sts.run,
+        run64=functools.partial(sts.run, dtype=jnp.float64),
+        error=sts.error,
+        bounds=lambda golden: (
+            sts.FLOAT32_BOUNDS if sts.is_network(golden) else (FORWARD_BOUND, GRADIENT_BOUND)
+        ),
+    ),
 }
 
 
@@ -124,10 +151,13 @@ def compare(
     forward_bound: float = FORWARD_BOUND,
     gradient_bound: float = GRADIENT_BOUND,
     zero_beside: float | None = None,
+    measured: Callable[[np.ndarray, np.ndarray], float | None] = lambda recorded, ours: None,
 ) -> ParityRow:
     """One recorded tensor against ours; None where the model gave nothing of that name.
 
-    Of a gradient that is zero on paper, `zero_beside` is the largest recorded one of its section.
+    `measured` (recorded, ours) may say how far a tensor is off; where it does not, the largest
+    deviation over the largest value counts. Of a gradient that is zero on paper, `zero_beside` is
+    the largest recorded one of its section.
     """
     kind = 'gradient' if is_gradient(name) else 'forward'
     bound = gradient_bound if kind == 'gradient' else forward_bound
@@ -145,6 +175,8 @@ def compare(
         elif zero_beside is not None:
             error, bound, note = float(np.abs(ours).max(initial=0.0)), ZERO_GRADIENT_BOUND, ZERO
             error /= zero_beside or 1.0
+        elif (own := measured(recorded, np.asarray(ours, np.float64))) is not None:
+            error = own
         elif max_abs == 0:
             error, note = deviation, 'all zero: absolute'
         else:
@@ -174,17 +206,24 @@ def judge(row: ParityRow, recorded: np.ndarray, ours: np.ndarray, exact: np.ndar
 def check(
     path: str | os.PathLike[str],
     *,
-    forward_bound: float = FORWARD_BOUND,
-    gradient_bound: float = GRADIENT_BOUND,
+    forward_bound: float | None = None,
+    gradient_bound: float | None = None,
+    float64: bool = False,
 ) -> list[ParityRow]:
     """Runs our model on a golden file or folder and compares everything recorded.
+
+    Args:
+      path: of it.
+      forward_bound: None for that of the family.
+      gradient_bound: likewise.
+      float64: run our model in float64.
 
     Returns:
       One row a recorded tensor, worst first.
 
     Raises:
       FileNotFoundError: nothing at `path`.
-      ValueError: no golden file, or of no known family.
+      ValueError: no golden file, of no known family, or of one that has no float64.
     """
     golden = read_golden(path)
     family = next((name for name, row in FAMILIES.items() if row.matches(golden)), None)
@@ -201,8 +240,20 @@ def check(
     def in_layout(name: str, value: np.ndarray) -> np.ndarray:
         return np.asarray(value).reshape(-1)[:: strides[name]] if name in strides else value
 
-    with jax.default_matmul_precision('highest'):
-        ours = FAMILIES[family].run(golden)
+    run, bounds = FAMILIES[family].run, FAMILIES[family].bounds(golden)
+    if float64:
+        run, bounds = FAMILIES[family].run64, FLOAT64_BOUNDS
+        if run is None:
+            raise ValueError(f'{path}: {family} computes in float32 at most; leave --float64 out')
+    forward_bound = bounds[0] if forward_bound is None else forward_bound
+    gradient_bound = bounds[1] if gradient_bound is None else gradient_bound
+    measure = FAMILIES[family].error
+
+    def measured(name: str, recorded: np.ndarray, ours: np.ndarray) -> float | None:
+        return None if measure is None else measure(golden, name, recorded, ours)
+
+    with jax.default_matmul_precision('highest'), jax.enable_x64(float64):
+        ours = run(golden)
     ours = {name: in_layout(name, value) for name, value in ours.items()}
     largest = _largest_gradients(golden)
     rows = [
@@ -215,6 +266,7 @@ def check(
             forward_bound=forward_bound,
             gradient_bound=gradient_bound,
             zero_beside=largest[gradient_section(name)] if name in golden.zero_gradients else None,
+            measured=functools.partial(measured, name),
         )
         for name, value in recorded.items()
     ]
@@ -309,8 +361,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument('paths', nargs='+', metavar='FILE', help='golden file or folder')
     parser.add_argument('--json', metavar='FILE', help='write the rows of all files as a JSON list')
-    parser.add_argument('--forward_bound', type=float, default=FORWARD_BOUND)
-    parser.add_argument('--gradient_bound', type=float, default=GRADIENT_BOUND)
+    parser.add_argument('--forward_bound', type=float, help='default: that of the family')
+    parser.add_argument('--gradient_bound', type=float, help='default: that of the family')
+    parser.add_argument('--float64', action='store_true', help='run our model in float64')
     args = parser.parse_args(argv)
     console = Console()
     rows: list[ParityRow] = []
@@ -318,7 +371,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in args.paths:
         try:
             found = check(
-                path, forward_bound=args.forward_bound, gradient_bound=args.gradient_bound
+                path,
+                forward_bound=args.forward_bound,
+                gradient_bound=args.gradient_bound,
+                float64=args.float64,
             )
         except (ValueError, OSError) as error:
             print(lines(f'error: {error}'), file=sys.stderr)
