@@ -130,7 +130,8 @@ def make_schedule(settings: OptimizerSettings) -> Schedule:
             now = step / unit
             return curve(time, jnp.where(now < warmup, line(now, peak), peak))
         top = curve(jnp.float32(warmup)) if settings.warmup == 'join' else peak
-        return jnp.where(time < warmup, line(time, top), curve(time))
+        rising = line(time, top)
+        return jnp.where(time < warmup, rising, curve(time))
 
     return schedule
 

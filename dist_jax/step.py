@@ -401,6 +401,7 @@ def _accumulate(
     """
     if parts == 1:
         return gradients(collections, batch, jnp.int32(0))
+    sliced = _sliced(batch, parts)
 
     def body(carry: tuple[Any, Tree, Tree], part: tuple[Tree, jax.Array]) -> tuple[Any, None]:
         loss, collections, total = carry
@@ -409,8 +410,7 @@ def _accumulate(
         return (loss + part_loss, collections, jax.tree.map(jnp.add, total, grads)), None
 
     start = (jnp.zeros(()), collections, jax.tree.map(jnp.zeros_like, params))
-    sliced = _sliced(batch, parts), jnp.arange(parts)
-    (loss, collections, grads), _ = jax.lax.scan(body, start, sliced)
+    (loss, collections, grads), _ = jax.lax.scan(body, start, (sliced, jnp.arange(parts)))
     return (loss, collections), grads
 
 
