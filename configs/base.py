@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     # Its class names, where it does not hold them (converted checkpoints); as data.label_map.
     config.init_label_map = ''
     # Classes that a linear classifier finds no weights for there, by name: error, fresh to start
-    # them anew, or all_fresh to start all classes anew, whatever their names.
+    # them anew, or all_fresh to train all classes anew, whatever their names.
     config.init_missing = 'error'
 
     # Devices are data x fsdp x tensor. Batches are split over data and fsdp, weights over fsdp and

@@ -41,8 +41,8 @@ class Origin:
     Attributes:
       path: a run's folder or a converted checkpoint.
       label_map: files of its class names, where it does not hold them; '' where it does.
-      missing: what becomes of classes that are not there, of MISSING; with ALL_FRESH, none is taken
-        to be there.
+      missing: what becomes of classes that are not there, of MISSING; with ALL_FRESH, training
+        takes none to be there.
       class_key: names of classes with the same key are the same class.
       verify: compare what is read with its digests.
     """
@@ -89,7 +89,7 @@ def load_variables(origin: Origin, model: Model, variables: Tree, labels: Labels
 
     if 'head' not in stored['params']:
         log.info('%s has no classifier', path)
-    elif origin.missing == ALL_FRESH:
+    elif origin.missing == ALL_FRESH and trains:
         log.info('the classifier of %s is left out, init_missing=%s', path, origin.missing)
         del stored['params']['head']
     places = _class_places(origin, folder, heads.classes_of(stored['params']), labels)
