@@ -251,18 +251,19 @@ def stored_variables(path: PathLike) -> Tree:
 
 
 def load_variables(path: PathLike, abstract: Tree, *, verify: bool = True) -> Tree:
-    """Reads `variables` of a converted network.
+    """Reads `variables` of a converted network, or some of them.
 
     Args:
       path: a converted checkpoint.
-      abstract: {'params': ..., **collections} with shapes, dtypes and shardings.
+      abstract: {'params': ..., **collections} with shapes, dtypes and shardings; what is stored
+        besides is not read.
       verify: see `load_params`.
 
     Raises:
       ValueError: as of `load_params`.
     """
     tree = stored_tree(abstract)
-    found = load_params(path, list(tree), abstract=tree, verify=verify)
+    found = load_params(path, list(flatten(tree)), abstract=tree, verify=verify)
     return variables(found, load_metadata(path))
 
 
