@@ -25,8 +25,8 @@ _KERNEL_TO_THEIRS = (4, 3, 0, 1, 2)
 
 _CAPTURED = (sts.Unit, sts.Block, sts.Pathway)
 
-# Of networks in float32, (forward, gradient): PyTorch's own float32 runs of the recorded ones differ
-# from float64 by up to 2e-5 in logits and 7e-4 in the length of a gradient, by their metadata.
+# Of networks in float32, (forward, gradient): by their metadata, PyTorch's own float32 runs of the
+# recorded ones differ from float64 by up to 2e-5 in logits and 7e-4 in the length of a gradient.
 FLOAT32_BOUNDS = (2e-5, 7e-4)
 
 # A network is run once, and compiling it takes longer than that.
