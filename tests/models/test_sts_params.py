@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from pathlib import Path
 
 import jax
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dist_jax import checkpoint, convert, main
+from configs import sts as configs
+from dist_jax import checkpoint, convert, init_from, main, step
 from dist_jax.models import converted, sts, sts_params
 from dist_jax.models.naming import Options
 from dist_jax.models.params import export_tree, flatten, outgoing
 from dist_jax.models.source_files import SourceFiles, open_source
+from dist_jax.sharding import make_mesh
 from dist_jax.step import TrainState
 from tools.fuzzing.torch_files import save_state_dict
 from tools.parity.golden import read_golden
@@ -214,12 +217,6 @@ def test_a_lost_stage_and_other_flags_are_named(tmp_path, capsys):
 # Runs, and starting from what was converted.
 
 
-def model_of(network, form, classes=5):
-    return sts.build(
-        num_classes=(classes,), num_frames=1, network=network, form=form, dtype=jnp.float32
-    )
-
-
 def write_run(folder, network, form):
     """A run of one step with random values; its variables."""
     sizes = sts_params.run_sizes({'network': network, 'form': form}, None) | {'num_classes': 5}
@@ -266,3 +263,53 @@ def test_a_run_goes_out_under_the_names_of_its_form(network, form, tmp_path):
     assert (metadata['name'], metadata['spec']['network']) == (f'sts_{network}_{form}', network)
     found = converted.load_params(tmp_path / 'net', as_numpy=True)
     jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
+def loaded(path, network, **origin):
+    """What a run on videos of three classes starts with, and what it would have drawn."""
+    model = sts.build(num_classes=(3,), num_frames=8, network=network, dtype=jnp.float32)
+    sizes = sts_params.run_sizes({'network': network, 'form': 'video'}, None) | {'num_classes': 3}
+    abstract = converted.variables(
+        sts_params.abstract_variables(sizes), {converted.COLLECTIONS: sts_params.COLLECTIONS}
+    )
+    rng = np.random.default_rng(2)
+    drawn = jax.tree.map(
+        lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype('f'), leaf.sharding),
+        step.place_variables(model, abstract, make_mesh()),
+    )
+    labels = (tuple(f'class {k}' for k in range(3)),)
+    return init_from.load_variables(
+        init_from.Origin(str(path), **origin), model, drawn, labels
+    ), drawn
+
+
+@pytest.mark.parametrize('kind', ['slowfast', 'x3d'])
+def test_a_network_of_pictures_starts_one_of_videos(kind, tmp_path, monkeypatch, caplog):
+    made = sts_params.KINDS[kind].make(**RECORDED[kind])
+    monkeypatch.setitem(sts.NETWORKS, 'recorded', made)
+    save_file(recorded(kind, 'image'), tmp_path / 'in.safetensors')
+    path = tmp_path / 'net'
+    metadata = convert.convert(tmp_path / 'in.safetensors', path)
+    assert metadata['spec']['network'] == 'recorded'
+    stored = flatten(converted.variables(converted.load_params(path, as_numpy=True), metadata))
+    with caplog.at_level(logging.INFO, 'dist_jax'):
+        found, drawn = loaded(path, 'recorded', missing=configs.recipe()['init_missing'])
+    found, drawn = flatten(found), flatten(drawn)
+    assert found.keys() == stored.keys() - {'params/fc1/bias'}
+    assert ('params/fc1/kernel' in found) == (kind == 'x3d')
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, (drawn if '/head/' in name else stored)[name])
+    assert ('params/fc1/bias' in caplog.text) == (kind == 'x3d')
+
+
+def test_another_network_is_listed_by_name(tmp_path):
+    save_file(small('csn')[1], tmp_path / 'in.safetensors')
+    convert.convert(tmp_path / 'in.safetensors', tmp_path / 'net')
+    with pytest.raises(ValueError, match='net does not fit the model') as caught:
+        loaded(tmp_path / 'net', 'x3d_tiny', missing=configs.recipe()['init_missing'])
+    for line in (
+        'params/conv1/conv/kernel: the model has no such parameter',
+        'params/conv1_s/conv/kernel: not in the checkpoint',
+        'batch_stats/layer1_0/conv2/bn/var: stored (4,), the model needs (18,)',
+    ):
+        assert line in caught.value.args[0]
