@@ -3,9 +3,9 @@
 Such a file is a zip archive with a pickle program (`data.pkl`) and one raw file per storage.
 `pickle.Unpickler` would import and call whatever the program names; here the program is walked by
 a small interpreter that knows only the instructions PyTorch writes and builds only plain values:
-numbers, strings, lists, dicts, arrays, and `Module` records for TorchScript objects. No name in
-the file is ever resolved to Python code, so there is nothing to call. Names outside a short list
-are refused, all of them in one message.
+numbers, strings, lists, dicts, arrays, and `Module` records for TorchScript objects and for the
+command lines that training scripts save. No name in the file is ever resolved to Python code, so
+there is nothing to call. Names outside a short list are refused, all of them in one message.
 
 Storages are slices of the memory-mapped file, never copied here. Every entry that is read must be
 stored uncompressed (PyTorch always does that), so no declared size can exceed the file itself.
@@ -301,6 +301,10 @@ class _Name:
     name: str
 
 
+# Classes that only hold attributes, read as `Module`s: training scripts save their command lines.
+_RECORDS = ('argparse.Namespace',)
+
+
 @dataclasses.dataclass(frozen=True)
 class _ModuleClass:
     name: str
@@ -510,7 +514,7 @@ class _Interpreter:
         full = f'{module}.{name}'
         if full in self.builders:
             return _Name(full)
-        if module == '__torch__' or module.startswith('__torch__.'):
+        if full in _RECORDS or module == '__torch__' or module.startswith('__torch__.'):
             return _ModuleClass(full)
         if module == 'torch' and name in _STORAGES:
             return _StorageClass(_DTYPES[_STORAGES[name]])

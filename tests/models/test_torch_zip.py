@@ -102,6 +102,7 @@ def test_training_checkpoint_with_parameters_and_metadata(tmp_path):
             'state': {0: {'step': 12, 'exp_avg': saver.tensor(np.ones(4, np.float32))}},
             'param_groups': [{'lr': 1e-3, 'betas': (0.9, 0.999), 'params': [0]}],
         },
+        'args': Build(New(Global('argparse', 'Namespace')), {'lr': 0.005, 'data_dir': '/data'}),
         'big': 2**60,
         'dtype': Global('torch', 'float16'),
         'shape': Reduce(Global('torch', 'Size'), ((2, 3),)),
@@ -109,6 +110,7 @@ def test_training_checkpoint_with_parameters_and_metadata(tmp_path):
     root = read_torch_zip(saver.save(tmp_path / 'a.pt', value)).root
     assert root['epoch'] == 3 and root['big'] == 2**60 and root['shape'] == (2, 3)
     assert root['optimizer']['param_groups'][0]['betas'] == (0.9, 0.999)
+    assert root['args'].attributes == {'lr': 0.005, 'data_dir': '/data'}
     assert list(flatten_tensors(root['state_dict'])) == ['layer.weight', 'layer.bias']
 
 
@@ -170,7 +172,8 @@ def _attacks(command: str) -> dict[str, object]:
         'torch hub': Reduce(Global('torch.hub', 'load'), (command, 'x')),
         'numpy reconstruct': Global('numpy.core.multiarray', '_reconstruct'),
         'functools.partial': Reduce(Global('functools', 'partial'), (Global('os', 'system'),)),
-        'argparse.Namespace': New(Global('argparse', 'Namespace')),
+        'another class of argparse': New(Global('argparse', 'FileType')),
+        'called argparse.Namespace': Reduce(Global('argparse', 'Namespace'), (command,)),
         'nested in a list': {'state_dict': {}, 'extra': [1, [system]]},
         'nested in a tuple': {'extra': (1, (system, 2))},
         'as a dict key': Pairs([(system, 1)]),
@@ -242,13 +245,13 @@ def test_attack_among_real_tensors_names_every_global(tmp_path):
     saver = Saver()
     value = {
         'model': {'w': saver.tensor(np.ones(3, np.float32))},
-        'args': Build(New(Global('argparse', 'Namespace')), {'lr': 0.1}),
+        'args': Build(New(Global('argparse', 'FileType')), {'lr': 0.1}),
         'best': Reduce(Global('numpy.core.multiarray', 'scalar'), (1, 2)),
         'hook': Reduce(Global('os', 'system'), (f'touch {marker}',)),
     }
     with pytest.raises(UnsafeCheckpointError) as caught:
         read_torch_zip(saver.save(tmp_path / 'a.pt', value))
-    for name in ('argparse.Namespace', 'numpy.core.multiarray.scalar', 'os.system'):
+    for name in ('argparse.FileType', 'numpy.core.multiarray.scalar', 'os.system'):
         assert name in str(caught.value)
     assert not marker.exists()
 
