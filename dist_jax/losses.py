@@ -1,10 +1,12 @@
-"""Per-example losses, float32 of shape (B,), and their masked mean."""
+"""Per-example losses (B,), float32 or of wider logits float64, and their masked mean."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from dist_jax.models.layers import widened
 
 
 def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
@@ -15,12 +17,12 @@ def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross entropy of (B, num_classes) logits with target distributions -> (B,)."""
-    return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1)
+    return -(targets * jax.nn.log_softmax(widened(logits))).sum(-1)
 
 
 def soft_binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Binary cross entropy of each (B, num_classes) logit with its target, mean over classes."""
-    return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets).mean(-1)
+    return optax.sigmoid_binary_cross_entropy(widened(logits), targets).mean(-1)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array, total: jax.Array) -> jax.Array:

@@ -34,6 +34,9 @@ def test_criteria_of_mixed_targets(criterion, formula):
     expected = sum(formula(*(np.asarray(part, np.float64) for part in pair)) for pair in pairs)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (outputs, targets))
+        np.testing.assert_allclose(task.loss(*wide, jnp.ones(4)), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize('criterion', CRITERIA)
