@@ -186,7 +186,7 @@ class NetworkSpec:
 RESNET50 = (3, 4, 6, 3)
 
 
-def _doubled(width: int, stages: int = 4) -> tuple[int, ...]:
+def _doubled(width: int, stages: int) -> tuple[int, ...]:
     return tuple(width * 2**stage for stage in range(stages))
 
 
@@ -211,7 +211,8 @@ def slowonly(width: int = 64, depths: tuple[int, ...] = RESNET50) -> NetworkSpec
 
 def _slow(width: int, depths: tuple[int, ...]) -> PathwaySpec:
     stem = (UnitSpec('conv1', width, (1, 7, 7), 2),)
-    return PathwaySpec(stem, True, slow_block, _doubled(width), depths, zero_last=True)
+    widths = _doubled(width, len(depths))
+    return PathwaySpec(stem, True, slow_block, widths, depths, zero_last=True)
 
 
 def slowfast(
@@ -223,7 +224,8 @@ def slowfast(
 ) -> NetworkSpec:
     """SlowFast-50."""
     stem = (UnitSpec('conv1', fast_width, (5, 7, 7), 2),)
-    fast = PathwaySpec(stem, True, fast_block, _doubled(fast_width), depths, zero_last=True)
+    widths = _doubled(fast_width, len(depths))
+    fast = PathwaySpec(stem, True, fast_block, widths, depths, zero_last=True)
     return NetworkSpec(_slow(width, depths), fast, ratio, fusion_kernel)
 
 
