@@ -4,12 +4,21 @@ Source: Li et al., "In Defense of Image Pre-Training for Spatiotemporal Recognit
 arXiv:2205.01721. Activations are (B, T, H, W, C), kernels (kt, kh, kw, in / groups, out) of odd
 sizes; padding is (k - 1) / 2 of zeros at both ends of each axis. A clip of one frame only meets the
 centre temporal taps, so that a network over frames is one over pictures there.
+
+Forms differ between devices. A TPU is fastest with convolutions, even of one filter a channel,
+which it does as products of 128 channels a tap: XLA's shifted products on its vector unit take four
+times as long. XLA's CPU takes up to a hundred times as long for the gradients of convolutions over
+three axes, or of groups, as for the same work as convolutions of pictures and shifted products.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dist_jax.models.layers import precision_of
 
@@ -17,13 +26,18 @@ from dist_jax.models.layers import precision_of
 # over the flattened frame, or along rows and columns with zeros beyond the border.
 MODES = ('official', 'clean')
 
+_LANES = 128  # channels that a TPU works on at once
+
+# A temporal slice of 3 x 3 weights is read as a line of 9 taps, and reaches this far to each side.
+_REACH = 4
+
 
 def conv3d(x: jax.Array, kernel: jax.Array, stride: int = 1, time_stride: int = 1) -> jax.Array:
-    """Convolution without bias.
+    """Convolution without bias, summed in float32 or wider.
 
     Args:
       x: (B, T, H, W, in) of any float dtype.
-      kernel: (kt, kh, kw, in, out), or (kt, kh, kw, 1, in) for one filter a channel.
+      kernel: (kt, kh, kw, in, out), or (kt, kh, kw, 1, in) for one filter a channel; dtype of `x`.
       stride: along height and width.
       time_stride: along time.
 
@@ -32,18 +46,15 @@ def conv3d(x: jax.Array, kernel: jax.Array, stride: int = 1, time_stride: int = 
     """
     if x.shape[1] == 1:
         kernel, time_stride = _centre(kernel), 1
+    strides = (time_stride, stride, stride)
     if is_depthwise(x, kernel):
-        return _depthwise(x, kernel, stride)
-    kt, kh, kw = kernel.shape[:3]
-    if (kh, kw) == (1, 1) and stride > 1:
-        x, stride = x[:, :, ::stride, ::stride], 1
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (time_stride, stride, stride),
-        [(k // 2, k // 2) for k in (kt, kh, kw)],
-        dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'),
-        precision=precision_of(x, kernel),
+        return _filter_channels(x, kernel, strides, [size // 2 for size in kernel.shape[:3]])
+    if kernel.shape[1:3] == (1, 1):
+        x, strides = x[:, :, ::stride, ::stride], (time_stride, 1, 1)
+    # Over three axes, the gradient of a strided kernel takes a TPU five times as long.
+    pictures = kernel.shape[0] == 1 and strides[1] > 1
+    return _by_platform(
+        x, kernel, _convolve_pictures, _convolve_pictures if pictures else _convolve_frames, strides
     )
 
 
@@ -63,11 +74,29 @@ def sts_conv3d(
       first.
 
     Raises:
-      ValueError: the official mode has no meaning for such a frame or stride.
+      ValueError: the official mode has no meaning for frames of this size and this stride.
     """
-    if is_depthwise(x, kernel):
-        return _sts_depthwise(x, kernel, stride, mode)
-    return _sts_temporal(x, kernel, mode)
+    if not is_depthwise(x, kernel):
+        return _sts_temporal(mode, x, kernel[:, 0, 0])
+    h, w = x.shape[2:4]
+    if mode == 'official' and (h % stride or w % stride):
+        raise ValueError(
+            f'a space-time separable convolution of stride {stride} on frames of {h} x {w}: both '
+            'must be even; choose data.image_size and eval.image_size divisible by 32, or '
+            'model.sts=clean'
+        )
+    # All channels at once: of appearance, the centre is a 3 x 3 filter, and the outer slices are
+    # lines beside it, of zeros for what else is in the same lanes.
+    channels = x.shape[-1]
+    seen = jnp.arange(channels) < (channels + 1) // 2
+    rows, centre, columns = kernel
+    moving = jnp.stack([jnp.where(seen, 0, rows), centre, jnp.where(seen, 0, columns)])
+    lanes = min(channels, -(-channels // 2 // _LANES) * _LANES)
+    first, seen = x[..., :lanes], seen[:lanes]
+    lines = _line(first, jnp.where(seen, rows[..., :lanes], 0), stride, mode)
+    turned = _line(first.swapaxes(2, 3), jnp.where(seen, columns[..., :lanes], 0), stride, mode)
+    lines = jnp.pad(lines + turned.swapaxes(2, 3), [(0, 0)] * 4 + [(0, channels - lanes)])
+    return conv3d(x, moving, stride) + lines
 
 
 def is_depthwise(x: jax.Array, kernel: jax.Array) -> bool:
@@ -80,77 +109,160 @@ def _centre(kernel: jax.Array) -> jax.Array:
     return kernel[middle : middle + 1]
 
 
-def _depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    kt, kh, kw = kernel.shape[:3]
-    t, h, w = x.shape[1:4]
-    padded = jnp.pad(x, [(0, 0), *((k // 2, k // 2) for k in (kt, kh, kw)), (0, 0)])
-    taps = (
-        padded[:, d : d + t, a : a + h : stride, b : b + w : stride] * kernel[d, a, b, 0]
-        for d in range(kt)
-        for a in range(kh)
-        for b in range(kw)
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """What products are summed in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _by_platform(
+    x: jax.Array,
+    kernel: jax.Array,
+    on_cpu: Callable[..., jax.Array],
+    elsewhere: Callable[..., jax.Array],
+    *settings: Sequence[int],
+) -> jax.Array:
+    def wide(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        # Gradients of a shifted array are summed in its dtype, without a matrix unit.
+        to = _wide(x.dtype)
+        return on_cpu(x.astype(to), kernel.astype(to), *settings).astype(x.dtype)
+
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=wide, default=lambda x, kernel: elsewhere(x, kernel, *settings)
     )
-    return sum(taps).astype(x.dtype)
 
 
-def _sts_temporal(x: jax.Array, kernel: jax.Array, mode: str) -> jax.Array:
-    size, out = kernel.shape[0], kernel.shape[-1]
-    half = (out + 1) // 2
-    quarter = (half + 1) // 2
-    joined = kernel[:, 0, 0].transpose(1, 0, 2).reshape(-1, size * out)
-    before, centre, after = jnp.split(
-        jnp.einsum('...i,io->...o', x, joined, precision=precision_of(x, joined)), 3, -1
+def _convolve_frames(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        [(size // 2, size // 2) for size in kernel.shape[:3]],
+        dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'),
+        precision=precision_of(x, kernel),
     )
 
-    def part(axis: int, low: int, high: int) -> jax.Array:
-        return (
-            _moved(before[..., low:high], axis, 1, mode)
-            + centre[..., low:high]
-            + _moved(after[..., low:high], axis, -1, mode)
+
+def _convolve_pictures(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> jax.Array:
+    """`_convolve_frames` with the frames of the temporal taps side by side as channels."""
+    kt, kh, kw, _, out = kernel.shape
+    b, t, h, w, _ = x.shape
+    padded = jnp.pad(x, [(0, 0), (kt // 2, kt // 2), (0, 0), (0, 0), (0, 0)])
+    frames = jnp.concatenate([padded[:, d : d + t : strides[0]] for d in range(kt)], -1)
+    y = jax.lax.conv_general_dilated(
+        frames.reshape(-1, h, w, frames.shape[-1]),
+        kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, -1, out),
+        strides[1:],
+        [(kh // 2, kh // 2), (kw // 2, kw // 2)],
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        precision=precision_of(x, kernel),
+    )
+    return y.reshape(b, -1, *y.shape[1:])
+
+
+def _filter_channels(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[int]
+) -> jax.Array:
+    """One filter (kt, kh, kw, 1, C) a channel, `padding` zeros at both ends of the three axes."""
+    return _by_platform(x, kernel, _filter_by_shifts, _filter_by_groups, strides, padding)
+
+
+def _filter_by_groups(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[int]
+) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        [(size, size) for size in padding],
+        dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'),
+        feature_group_count=x.shape[-1],
+        precision=precision_of(x, kernel),
+    )
+
+
+def _filter_by_shifts(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[int]
+) -> jax.Array:
+    padded = jnp.pad(x, [(0, 0), *((size, size) for size in padding), (0, 0)])
+    kernel = kernel[..., 0, :]
+
+    def shifted(start: tuple[int, ...]) -> jax.Array:
+        ends = (
+            size - kernel_size + first + 1
+            for size, kernel_size, first in zip(padded.shape[1:4], kernel.shape, start)
         )
+        window = (slice(*bounds) for bounds in zip(start, ends, strides))
+        return padded[:, *window]
 
-    parts = (part(3, 0, quarter), part(2, quarter, half), part(1, half, out))
-    return jnp.concatenate(parts, -1).astype(x.dtype)
-
-
-def _moved(x: jax.Array, axis: int, steps: int, mode: str) -> jax.Array:
-    """Every value `steps` places later on an axis; what comes in is 0 or of the next line."""
-    size = x.shape[axis]
-    pads = [(0, 0)] * x.ndim
-    if axis > 1 and mode == 'official':
-        flat = x if axis == 3 else x.swapaxes(2, 3)
-        shape = flat.shape
-        flat = _moved(flat.reshape(*shape[:2], -1, shape[-1]), 2, steps, 'clean').reshape(shape)
-        return flat if axis == 3 else flat.swapaxes(2, 3)
-    pads[axis] = (max(steps, 0), max(-steps, 0))
-    return jax.lax.slice_in_dim(jnp.pad(x, pads), max(-steps, 0), max(-steps, 0) + size, axis=axis)
-
-
-def _sts_depthwise(x: jax.Array, kernel: jax.Array, stride: int, mode: str) -> jax.Array:
-    half = (x.shape[-1] + 1) // 2
-    seen, moving = x[..., :half], x[..., half:]
-    rows, middle, columns = kernel[..., :half]
-    appearance = (
-        _depthwise(seen, middle[None], stride)
-        + _line(seen, rows, stride, mode)
-        + _line(seen.swapaxes(2, 3), columns, stride, mode).swapaxes(2, 3)
-    )
-    motion = conv3d(moving, kernel[..., half:], stride)
-    return jnp.concatenate([appearance, motion], -1)
+    return sum(shifted(start) * kernel[start] for start in np.ndindex(kernel.shape[:3]))
 
 
 def _line(x: jax.Array, kernel: jax.Array, stride: int, mode: str) -> jax.Array:
-    """Nine taps along the rows: (B, T, H, W, C), (3, 3, 1, C) -> one value a stride."""
-    taps = kernel.reshape(9, -1)
-    h, w = x.shape[2:4]
+    """Nine taps (3, 3, 1, C) along the rows of frames; official rows go on in the next one."""
+    b, t, h, w, _ = x.shape
+    taps = kernel.reshape(1, 1, -1, *kernel.shape[2:])
     if mode == 'clean':
-        return _depthwise(x[:, :, ::stride], taps[None, None, :, None], 1)[:, :, :, ::stride]
-    if stride > 1 and (h % stride or w % stride):
-        raise ValueError(
-            f'a space-time separable convolution of stride {stride} on frames of {h} x {w}: both '
-            'must be even; choose data.image_size and eval.image_size divisible by 32, or '
-            'model.sts=clean'
-        )
-    flat = jnp.pad(x.reshape(*x.shape[:2], h * w, -1), [(0, 0), (0, 0), (4, 4), (0, 0)])
-    y = sum(flat[:, :, j : j + h * w : stride * stride] * taps[j] for j in range(9))
-    return y.reshape(*x.shape[:2], h // stride, w // stride, -1).astype(x.dtype)
+        return _filter_channels(x, taps, (1, stride, stride), (0, 0, _REACH))
+    if stride == 1 and w >= 8 * _REACH:
+        # With the ends of the rows beside: to flatten so large a frame would take a TPU longer.
+        before = jnp.pad(x[:, :, :-1, -_REACH:], [(0, 0)] * 2 + [(1, 0)] + [(0, 0)] * 2)
+        after = jnp.pad(x[:, :, 1:, :_REACH], [(0, 0)] * 2 + [(0, 1)] + [(0, 0)] * 2)
+        return _filter_channels(jnp.concatenate([before, x, after], 3), taps, (1, 1, 1), (0, 0, 0))
+    flat = x.reshape(b, t, 1, h * w, -1)
+    y = _filter_channels(flat, taps, (1, 1, stride * stride), (0, 0, _REACH))
+    return y.reshape(b, t, h // stride, w // stride, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sts_temporal(mode: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Products (B, T, H, W, in) x (3, in, out) of each tap, which are then moved."""
+    before, centre, after = (_product('...i,io->...o', x, tap) for tap in kernel)
+    return (_neighbour(before, 1, mode) + centre + _neighbour(after, -1, mode)).astype(x.dtype)
+
+
+def _sts_temporal_forward(mode: str, x: jax.Array, kernel: jax.Array) -> tuple:
+    return _sts_temporal(mode, x, kernel), (x, kernel)
+
+
+def _sts_temporal_backward(
+    mode: str, kept: tuple[jax.Array, jax.Array], upstream: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """To move by a step the other way is the transpose of moving."""
+    x, kernel = kept
+    moved = (_neighbour(upstream, -1, mode), upstream, _neighbour(upstream, 1, mode))
+    to_x = sum(_product('...o,io->...i', one, tap) for one, tap in zip(moved, kernel, strict=True))
+    to_kernel = jnp.stack([_product('bthwi,bthwo->io', x, one) for one in moved])
+    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
+
+
+_sts_temporal.defvjp(_sts_temporal_forward, _sts_temporal_backward)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        subscripts, a, b, precision=precision_of(a, b), preferred_element_type=_wide(a.dtype)
+    )
+
+
+def _neighbour(x: jax.Array, step: int, mode: str) -> jax.Array:
+    """What comes `step` (1 or -1) before each place on the line of its channel.
+
+    The first quarter of the channels has lines along rows, the second along columns, the half along
+    time. Beyond its ends there are zeros, or, officially, the row or column beside.
+    """
+    _, _, h, w, channels = x.shape
+    half = (channels + 1) // 2
+    number = jnp.arange(channels)
+    one = (step, -step)
+    rows, columns = _moved(x, {3: one}), _moved(x, {2: one})
+    if mode == 'official':
+        rows += _moved(x, {2: one, 3: (step - step * w, step * w - step)})
+        columns += _moved(x, {2: (step - step * h, step * h - step), 3: one})
+    in_frame = jnp.where(number < (half + 1) // 2, rows, columns)
+    return jnp.where(number < half, in_frame, _moved(x, {1: one}))
+
+
+def _moved(x: jax.Array, by: dict[int, tuple[int, int]]) -> jax.Array:
+    """Zeros before and after axes, or so many values less where negative."""
+    config = [(*by.get(axis, (0, 0)), 0) for axis in range(x.ndim)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
