@@ -102,7 +102,23 @@ VARIANTS: dict[str, dict[str, object]] = {
     'slowonly50_ssv2': {**_on_something(), 'model.inflate': True},  # 62.7
     'slowfast50_4x16_ssv2': _on_something(32),  # 57.2
     'x3d_s_ssv2': _on_something(),  # 58.3
-    'demo_images': {'demo': True, 'model.form': 'image'},
+    # `_imagenet` and `_k400` in small.
+    'demo_images': {
+        'demo': True,
+        'data.name': 'motion_images',
+        'data.num_frames': 1,
+        'data.flip': True,
+        'model.form': 'image',
+        'model.sts': 'off',
+        'task.criterion': 'bce',
+        'batch_size': 32,
+        'num_epochs': 16.0,
+        'eval.every_epochs': 4.0,
+        'optimizer.name': 'lamb',
+        'optimizer.peak_lr': 5e-3,
+        'optimizer.warmup_epochs': 1.0,
+        'optimizer.weight_decay': 0.02,
+    },
     'demo': {'demo': True},
 }
 VARIANTS = {
@@ -154,7 +170,18 @@ def recipe() -> dict[str, object]:
 
 
 def demo(config: ConfigDict) -> None:
-    """STS at a size that two cores train in minutes."""
+    """STS at a size that two cores train in minutes: pictures, or clips."""
     base.demo(config)
     config.backbone.update(name='', checkpoint='')
     config.model.update(network='csn_tiny', dropout=0.0)
+    config.update(batch_size=16, num_epochs=3.0)
+    config.optimizer.update(
+        name='adamw',
+        refresh_steps=1,
+        warmup='join',
+        warmup_epochs=0.25,
+        peak_lr=4e-3,
+        weight_decay=0.01,
+        decay_all=False,
+    )
+    config.eval.every_epochs = 0.5

@@ -190,9 +190,9 @@ def _doubled(width: int, stages: int) -> tuple[int, ...]:
     return tuple(width * 2**stage for stage in range(stages))
 
 
-def csn(width: int = 64, depths: tuple[int, ...] = RESNET50) -> NetworkSpec:
-    """ir-CSN-50."""
-    stem = (UnitSpec('conv1', width, (3, 7, 7), 2),)
+def csn(width: int = 64, depths: tuple[int, ...] = RESNET50, stem_size: int = 7) -> NetworkSpec:
+    """ir-CSN-50; the stem's kernel is 3 x 7 x 7."""
+    stem = (UnitSpec('conv1', width, (3, stem_size, stem_size), 2),)
     widths = _doubled(width, len(depths))
     return NetworkSpec(PathwaySpec(stem, True, csn_block, widths, depths, eps=1e-3))
 
@@ -250,7 +250,7 @@ NETWORKS: dict[str, NetworkSpec] = {
     'slowfast50_4x16': slowfast(8, 5),
     'slowfast50_8x8': slowfast(4, 7),
     'x3d_s': x3d(),
-    'csn_tiny': csn(16, (1, 1, 1)),
+    'csn_tiny': csn(16, (1, 1, 1), stem_size=3),
     'x3d_tiny': x3d(8, (1, 1, 1)),
 }
 
