@@ -21,7 +21,7 @@ from configs import dist as dist_config
 from conv_family import build as build_conv
 from dist_jax import checkpoint, mixup, step, train
 from dist_jax.models import (
-    clip, converted, digests, dist, eva, evl, frame_mean, frozen, heads, side4video)
+    clip, converted, digests, dist, eva, evl, frame_mean, frozen, heads, side4video, sts)
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.batch_norm import BatchNorm
 from dist_jax.sharding import (
@@ -46,6 +46,7 @@ MODELS = {
                        kernel_frames=3, batch_norm_groups=4),
     'side4video': side4video.build(BACKBONE, side_dim=128, batch_norm_groups=4, remat='layers',
                                    **OPTIONS),
+    'sts': sts.build(network='csn_tiny', batch_norm_groups=8, **OPTIONS),
 }
 MESHES = {
     'dist': [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)],
@@ -53,6 +54,7 @@ MESHES = {
     'frame_mean': [],
     'conv': [(8, 1, 1), (2, 2, 2)],
     'side4video': [(2, 2, 2)],
+    'sts': [(8, 1, 1), (1, 8, 1)],
 }
 mixing = mixup.Mixing(mixup_alpha=0.8)
 # Momentum keeps the gradients themselves; Adam would hide their size.
@@ -147,13 +149,13 @@ def close_together(a, b, bound):
     assert error < bound, error
 
 
-def check_step(found, expected, floor=1e-6):
+def check_step(found, expected, floor=1e-6, slack=1):
     (state, metrics), (state1, metrics1) = found, expected
     assert metrics1['clips'] == 7 and metrics1['loss'] > 0 and metrics1['grad_norm'] > 0
     close(metrics['loss'], metrics1['loss'], 1e-6)
     close(metrics['grad_norm'], metrics1['grad_norm'], 1e-6)
-    close_together(state.opt_state, state1.opt_state, 1e-6)  # the gradients
-    close(state.opt_state, state1.opt_state, 1e-5, floor)  # every one of them
+    close_together(state.opt_state, state1.opt_state, slack * 1e-6)  # the gradients
+    close(state.opt_state, state1.opt_state, slack * 1e-5, floor)  # every one of them
     close(state.params, state1.params, 1e-5)  # what starts at zero is gradient alone
     close(state.ema, state1.ema, 1e-5)
     close(state.collections, state1.collections, 1e-5)  # of all real clips, on every device
@@ -174,7 +176,8 @@ for name, family in families.items():
         same_places(state, devices.abstract)
         # Biases right before batch norms have gradients that are rounding alone.
         floor = 1e-2 if name == 'side4video' else 1e-6
-        check_step(jax.device_get((state, metrics)), results[name], floor)
+        slack = 5 if name == 'sts' else 1  # of norms over as little as four values
+        check_step(jax.device_get((state, metrics)), results[name], floor, slack)
         if name == 'conv':
             close(devices.statistics(family.fresh, 0), averaged, 1e-5)
         if name == 'dist' and size in ((8, 1, 1), (2, 2, 2)):
