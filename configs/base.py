@@ -89,6 +89,8 @@ def get_config() -> ConfigDict:
     config.data.sampling = ''
     # Frames of a 30 fps video for interval sampling, of the file itself for stride sampling.
     config.data.frame_interval = 8
+    # Of JPEG pictures: libjpeg, with the pixels that published image recipes saw, or ffmpeg.
+    config.data.jpeg_decoder = 'libjpeg'
     # Clips of a video in its batch: decoded once, transformed so many times. They count in
     # batch_size, and an epoch has so many more.
     config.data.repeats = 1
@@ -193,6 +195,7 @@ BEFORE_FIELDS = {
     'data.split_names': False,
     'task.name': 'classify',
     'task.criterion': '',
+    'data.jpeg_decoder': 'ffmpeg',
     'batch_norm.groups': 1,
     'batch_norm.precise_batches': 0,
     'optimizer.name': 'adamw',
@@ -308,6 +311,7 @@ MOST: dict[str, float] = {
 DECAYS = ('optimizer.b1', 'optimizer.b2', 'optimizer.momentum', 'optimizer.ema_decay')
 # Names that fields choose from, the keys of a table of dist_jax each.
 CHOICES = {
+    'data.jpeg_decoder': ('libjpeg', 'ffmpeg'),
     'optimizer.name': ('adamw', 'sgd', 'lamb'),
     'optimizer.schedule': ('cosine', 'linear', 'constant'),
     'optimizer.warmup': ('join', 'peak', 'scale'),

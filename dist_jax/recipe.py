@@ -244,6 +244,7 @@ def train_reader(
             transforms=tuple(steps),
             repeats=data.repeats,
             annotate=annotate,
+            jpeg_decoder=data.jpeg_decoder,
         )
 
 
@@ -370,6 +371,7 @@ def eval_reader(
             interpolation=data.resize_interpolation,
             layout=test.crop_layout,
             annotate=annotate,
+            jpeg_decoder=data.jpeg_decoder,
         )
 
 

@@ -21,6 +21,7 @@ from etils import epath
 
 from input_pipeline import sampling
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
+from input_pipeline.jpeg import JpegReader
 from input_pipeline.pipeline import Source, open_video, reading
 from input_pipeline.video_list import Record
 from input_pipeline.workers import ATTEMPTS, KINDS, Skipped
@@ -259,7 +260,9 @@ def check_record(record: Record, full: bool = False, max_pixels: int = MAX_PIXEL
         check_frames(video, first, total, full)
 
 
-def check_frames(video: VideoReader, first: int, total: int, full: bool = False) -> None:
+def check_frames(
+    video: VideoReader | JpegReader, first: int, total: int, full: bool = False
+) -> None:
     """Decodes frames of an open video: all of a part, or an 8-frame sample of segments.
 
     Raises:

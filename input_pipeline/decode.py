@@ -1,4 +1,4 @@
-"""From an encoded video and frame numbers to pixels; the only importer of a decoder.
+"""From an encoded video and frame numbers to pixels, with FFmpeg.
 
 A reader opens a file, runs through its packets once without decoding (about a millisecond for ten
 seconds of video), and so knows the exact number of frames and where the key frames are. `frames`
@@ -19,7 +19,9 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
+from PIL import ExifTags, Image
 
+from input_pipeline import jpeg_markers
 from input_pipeline.regular_files import NotRegularError, SteadyFile, describe
 
 MAX_PIXELS = 4096 * 2304  # of one frame; 4K video passes
@@ -28,6 +30,8 @@ MAX_PIXELS = 4096 * 2304  # of one frame; 4K video passes
 MAX_ASPECT = 32
 MAX_PACKETS = 2**20  # of a video: 4.8 hours at 60 frames per second
 MAX_BOXES = 2**20  # of an mp4 file: 35 hours in fragments of a second
+# Passes over the picture of a JPEG. Encoders make about ten; each takes time, even of few bytes.
+MAX_SCANS = 100
 MAX_CLIP_BYTES = 2 * 2**30  # of frames that are returned at once: 75 of 4096 x 2304
 # What is kept of the packets in memory; streams with more are read again.
 MAX_CACHED_BYTES = 64 * 2**20
@@ -53,11 +57,21 @@ _FORMATS = (
 _COUNT_BY_DECODING = ('vp8',)
 # Decoders in which leaving out frames that are never referred to was checked to be exact.
 _SKIP_UNREFERENCED = ('h264',)
-_STILL = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n')  # JPEG and PNG
+_STILL = (jpeg_markers.START, b'\x89PNG\r\n\x1a\n')
 # Boxes of an mp4 file that lead to what tells kind and number of samples, and these.
 _MP4_TO_SAMPLES = (b'moov', b'trak', b'mdia', b'minf', b'stbl', b'moof', b'traf')
 _MP4_SAMPLES = (b'hdlr', b'stsz', b'stz2', b'trun')
 _MP4_CONTENT = (b'moov', b'mdat', b'moof')
+# EXIF orientation -> a display matrix of the same effect, for `turn`; others are upright.
+_EXIF_MATRIX = {
+    2: (-1, 0, 0, 0, 1),
+    3: (-1, 0, 0, 0, -1),
+    4: (1, 0, 0, 0, -1),
+    5: (0, 1, 0, 1, 0),
+    6: (0, 1, 0, -1, 0),
+    7: (0, -1, 0, -1, 0),
+    8: (0, -1, 0, 1, 0),
+}
 _NO_TIME = -(2**63)  # FFmpeg's own, of a packet without a time stamp
 _SEEK_COST = 2  # a jump costs about as much as decoding this many packets
 
@@ -116,6 +130,37 @@ def stack(
     return video
 
 
+def open_steady(path: str | os.PathLike) -> SteadyFile:
+    """Opens a file; raises DecodeError if it cannot be opened or is no regular file."""
+    name = os.fspath(path)
+    try:
+        return SteadyFile(path)
+    except NotRegularError as error:
+        raise DecodeError(name, 'not a video', str(error)) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DecodeError(name, 'missing', 'no such file') from error
+    except OSError as error:
+        raise DecodeError(name, 'unreadable', describe(error)) from error
+    except ValueError as error:  # a name that no file can have
+        raise DecodeError(name, 'missing', str(error)) from error
+
+
+def check_size(path: str, width: int, height: int, max_pixels: int) -> None:
+    """Raises DecodeError for a frame that is too large or too long, before it is allocated."""
+    if width * height > max_pixels:
+        reason = f'{width} x {height} is over max_pixels={max_pixels}'
+        raise DecodeError(path, 'too large', reason)
+    if max(width, height) > MAX_ASPECT * min(width, height) > 0:
+        reason = f'{width} x {height}: one side is over {MAX_ASPECT} times the other'
+        raise DecodeError(path, 'too large', reason)
+
+
+def check_scans(path: str, content: bytes) -> None:
+    """Raises DecodeError for a JPEG of so many scans that it would hardly end."""
+    if jpeg_markers.count_scans(content) > MAX_SCANS:
+        raise DecodeError(path, 'too large', f'a JPEG of more than {MAX_SCANS} scans')
+
+
 class VideoReader:
     """One open video; use it as a context manager.
 
@@ -128,21 +173,22 @@ class VideoReader:
 
     def __init__(
         self,
-        source: str | os.PathLike | bytes,
+        source: str | os.PathLike | bytes | SteadyFile,
         max_pixels: int = MAX_PIXELS,
         name: str = '<bytes>',
     ):
         """Opens a video and counts its frames.
 
         Args:
-          source: path, or the bytes of a file. The name does not matter, the content decides.
+          source: path, the bytes of a file, or an open one, which is closed with this reader. The
+            name does not matter, the content decides.
           max_pixels: largest height * width to accept; checked before anything is allocated.
-          name: of bytes, for messages.
+          name: of bytes and open files, for messages.
 
         Raises:
           DecodeError: if it cannot be read.
         """
-        self.path = name if isinstance(source, bytes) else os.fspath(source)
+        self.path = name if isinstance(source, (bytes, SteadyFile)) else os.fspath(source)
         self._container = None
         self._file: SteadyFile | io.BytesIO | None = None
         self._packets = []
@@ -195,8 +241,12 @@ class VideoReader:
         if error is not None:
             raise self._error('unreadable', describe(error)) from error
 
-    def _open(self, source: str | os.PathLike | bytes, max_pixels: int) -> None:
-        self._file = file = self._opened(source)
+    def _open(self, source: str | os.PathLike | bytes | SteadyFile, max_pixels: int) -> None:
+        if isinstance(source, bytes):
+            file = io.BytesIO(source)
+        else:
+            file = source if isinstance(source, SteadyFile) else open_steady(source)
+        self._file = file
         with self._failing_as('unreadable'):
             head = file.read(64)
             num_bytes = file.seek(0, os.SEEK_END)
@@ -209,8 +259,10 @@ class VideoReader:
             file.seek(0)
             if head.startswith(_STILL) and num_bytes <= MAX_CACHED_BYTES:
                 content = file.read()
-                if head.startswith(_STILL[0]) and not _has_end(content):
-                    raise self._error('truncated', 'a JPEG without its end marker')
+                if head.startswith(jpeg_markers.START):
+                    if not jpeg_markers.has_end(content):
+                        raise self._error('truncated', 'a JPEG without its end marker')
+                    check_scans(self.path, content)
                 file.close()
                 # FFmpeg takes the name of an image for a pattern of names: one without a name.
                 self._file = file = io.BytesIO(content)
@@ -235,7 +287,7 @@ class VideoReader:
         if context is None:
             raise self._error('corrupt', 'no decoder for the video stream')
         with self._failing_as('corrupt'):
-            self._check_size(context.width, context.height, max_pixels)
+            check_size(self.path, context.width, context.height, max_pixels)
             context.options = {'max_pixels': str(max_pixels)}  # also for sizes inside the stream
             context.thread_type = 'NONE'  # readers run in threads; one more level would not help
             context.thread_count = 1
@@ -260,28 +312,6 @@ class VideoReader:
     def _check_packets(self, count: int) -> None:
         if count > MAX_PACKETS:
             raise self._error('too large', f'more than {MAX_PACKETS} packets')
-
-    def _check_size(self, width: int, height: int, max_pixels: int) -> None:
-        if width * height > max_pixels:
-            reason = f'{width} x {height} is over max_pixels={max_pixels}'
-            raise self._error('too large', reason)
-        if max(width, height) > MAX_ASPECT * min(width, height) > 0:
-            reason = f'{width} x {height}: one side is over {MAX_ASPECT} times the other'
-            raise self._error('too large', reason)
-
-    def _opened(self, source: str | os.PathLike | bytes) -> SteadyFile | io.BytesIO:
-        if isinstance(source, bytes):
-            return io.BytesIO(source)
-        try:
-            return SteadyFile(source)
-        except NotRegularError as error:
-            raise self._error('not a video', str(error)) from error
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise self._error('missing', 'no such file') from error
-        except OSError as error:
-            raise self._error('unreadable', describe(error)) from error
-        except ValueError as error:  # a name that no file can have
-            raise self._error('missing', str(error)) from error
 
     def _read_packets(self) -> None:
         """Runs through the packets: the frames in order of time, the key frames, the packets."""
@@ -371,9 +401,22 @@ class VideoReader:
         """
         if self._turned is False and not decoded.rotation:
             return None
-        matrix = decoded.side_data.get(SideDataType.DISPLAYMATRIX)
+        try:
+            matrix = decoded.side_data.get(SideDataType.DISPLAYMATRIX)
+        except ValueError:  # of an enumeration of PyAV that lacks EXIF
+            return self._exif_matrix()
         self._turned = self._turned or matrix is not None
         return None if matrix is None else tuple(np.frombuffer(matrix, np.int32)[:5].tolist())
+
+    def _exif_matrix(self) -> tuple[int, ...] | None:
+        """What the EXIF orientation of a picture stands for."""
+        self._file.seek(0)
+        try:
+            with Image.open(self._file) as picture:
+                orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception as error:  # Pillow raises what it likes
+            raise self._error('corrupt', f'EXIF: {error}') from error
+        return _EXIF_MATRIX.get(orientation)
 
     def frame_range(self, start: float | None, end: float | None) -> tuple[int, int]:
         """The part of the video between two times.
@@ -463,7 +506,7 @@ class VideoReader:
     def _pictures(self, wanted: np.ndarray, shortcuts: bool) -> Iterator[tuple[int, np.ndarray]]:
         shape, count = None, 0
         for index, frame in self._pick(wanted, shortcuts):
-            self._check_size(frame.width, frame.height, self._max_pixels)
+            check_size(self.path, frame.width, frame.height, self._max_pixels)
             with self._failing_as('corrupt'):
                 picture = self._reformatter.reformat(frame, format='rgb24', threads=1)
                 picture = turn(_pixels(picture), self.display_matrix(frame))
@@ -572,15 +615,6 @@ def _starts_like_video(head: bytes) -> bool:
     """Whether the first bytes are those of an mp4, Matroska or AVI file."""
     avi = head[:4] == b'RIFF' and head[8:11] == b'AVI'
     return avi or head[:4] == b'\x1aE\xdf\xa3' or head[4:8] in (b'ftyp', b'moov', b'mdat')
-
-
-def _has_end(jpeg: bytes) -> bool:
-    """Whether a JPEG has its end marker; FFmpeg paints what is missing grey, without a word."""
-    position = 2
-    while jpeg[position : position + 1] == b'\xff' and jpeg[position + 1 : position + 2] != b'\xda':
-        # Not the start of a scan yet: a segment that states its length.
-        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4], 'big')
-    return jpeg.find(b'\xff\xd9', position) >= 0
 
 
 def _declared_bytes(file: BinaryIO, head: bytes, num_bytes: int) -> int:

@@ -24,6 +24,7 @@ from numpy.typing import DTypeLike
 from input_pipeline.batches import RECORD_FIELDS, Batches, HostPart, Readers
 from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
 from input_pipeline.frame_folder import FrameFolder
+from input_pipeline.jpeg import DECODERS, JpegReader, open_file
 from input_pipeline.regular_files import describe
 from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
 from input_pipeline.transforms import Transform, ViewCrops, apply, choose
@@ -95,6 +96,7 @@ def _blank_rows(annotate: Annotate | None, label: Label | np.ndarray) -> Rows:
 
 def _check_reader(reader: 'TrainReader | EvalReader') -> None:
     protocol = choose('sampling', reader.sampling, PROTOCOLS)
+    choose('jpeg_decoder', reader.jpeg_decoder, dict.fromkeys(DECODERS))
     for name in ('num_frames', 'image_size', 'interval'):
         if getattr(reader, name) < 1:
             raise ValueError(f'{name}={getattr(reader, name)} must be at least 1')
@@ -105,8 +107,15 @@ def _check_reader(reader: 'TrainReader | EvalReader') -> None:
         raise ValueError(f'annotate makes {sorted(taken)}, which every batch has; rename its keys')
 
 
-def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader | FrameFolder:
+def open_video(
+    record: Record, max_pixels: int = MAX_PIXELS, jpeg_decoder: str = 'libjpeg'
+) -> VideoReader | JpegReader | FrameFolder:
     """Opens the video of a record, from its file, its folder of frames or from where it says.
+
+    Args:
+      record: what to read.
+      max_pixels: larger frames are refused.
+      jpeg_decoder: of single pictures, one of `jpeg.DECODERS`.
 
     Raises:
       DecodeError: if the video cannot be read.
@@ -114,10 +123,10 @@ def open_video(record: Record, max_pixels: int = MAX_PIXELS) -> VideoReader | Fr
     if record.load is None:
         if os.path.isdir(record.path):
             return FrameFolder(record.path, max_pixels)
-        return VideoReader(record.path, max_pixels)
+        return open_file(record.path, max_pixels, jpeg_decoder=jpeg_decoder)
     with reading(record.path):
         content = record.load()
-    return VideoReader(content, max_pixels, record.path)
+    return open_file(content, max_pixels, record.path, jpeg_decoder)
 
 
 @contextmanager
@@ -154,6 +163,7 @@ class TrainReader:
       repeats: clips of a record, S: the same frames, transformed S times with own draws.
       max_pixels: larger frames are refused.
       annotate: makes further keys of the batches.
+      jpeg_decoder: of single pictures, one of `jpeg.DECODERS`.
     """
 
     num_frames: int
@@ -164,6 +174,7 @@ class TrainReader:
     repeats: int = 1
     max_pixels: int = MAX_PIXELS
     annotate: Annotate | None = None
+    jpeg_decoder: str = 'libjpeg'
 
     def __post_init__(self):
         _check_reader(self)
@@ -192,7 +203,7 @@ class TrainReader:
           DecodeError: if the video cannot be read.
         """
         with reading(record.path):
-            with open_video(record, self.max_pixels) as video:
+            with open_video(record, self.max_pixels, self.jpeg_decoder) as video:
                 first, total = video.frame_range(record.start, record.end)
                 protocol = PROTOCOLS[self.sampling]
                 indices = protocol.train(total, self.num_frames, rng, self.interval, video.fps)
@@ -220,6 +231,7 @@ class EvalReader:
       size, rounding, interpolation, layout: how they are cut, see `transforms.ViewCrops`.
       max_pixels: larger frames are refused.
       annotate: makes further keys of the batches.
+      jpeg_decoder: of single pictures, one of `jpeg.DECODERS`.
     """
 
     num_frames: int
@@ -234,6 +246,7 @@ class EvalReader:
     layout: str = 'ends'
     max_pixels: int = MAX_PIXELS
     annotate: Annotate | None = None
+    jpeg_decoder: str = 'libjpeg'
 
     def __post_init__(self):
         _check_reader(self)
@@ -273,7 +286,8 @@ class EvalReader:
           DecodeError: if the video cannot be read.
         """
         cut = self._cut()
-        with reading(record.path), open_video(record, self.max_pixels) as video:
+        opened = functools.partial(open_video, record, self.max_pixels, self.jpeg_decoder)
+        with reading(record.path), opened() as video:
             first, total = video.frame_range(record.start, record.end)
             protocol = PROTOCOLS[self.sampling]
             indices = protocol.test(

@@ -32,8 +32,9 @@ from rich.table import Table
 from dist_jax import contact_sheet
 from dist_jax.drawing import cut, theme
 from input_pipeline.bad_videos import check_frames
-from input_pipeline.decode import DecodeError, VideoReader
+from input_pipeline.decode import DecodeError
 from input_pipeline.escape import Console, json_text
+from input_pipeline.jpeg import open_file
 from input_pipeline.machine import num_cpus
 from input_pipeline.pipeline import open_video
 from input_pipeline.records import BuiltSplit, Identity, is_built, read_example, read_index
@@ -241,7 +242,7 @@ def check_record(source: BuiltSplit, index: int, full: bool = False) -> tuple[st
     if found != expected:
         return 'mismatch', f'the record has {found}, the index {expected}'
     try:
-        with VideoReader(content, name=source[index].path) as video:
+        with open_file(content, name=source[index].path) as video:
             stated = int(source.index.facts['num_frames'][index])
             if video.num_frames != stated:
                 return 'mismatch', f'{video.num_frames} frames, the index says {stated}'

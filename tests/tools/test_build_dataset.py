@@ -17,10 +17,15 @@ import pytest
 import tensorflow_datasets as tfds
 from buckets import stand_in_for_buckets
 from etils import epath
+from PIL import Image
 from video_files import pictures, write_video
 
+from configs import base
+from configs.inputs import INPUTS
+from dist_jax import recipe
 from input_pipeline.datasets import DATASETS
 from input_pipeline.decode import VideoReader
+from input_pipeline.pipeline import train_batches
 from input_pipeline.records import BuiltSplit
 from tools import build_dataset
 from tools.building.shards import ShardBuilder
@@ -261,6 +266,39 @@ def test_builds_from_the_original_files(tmp_path, name, video):
     if name == 'something_v1':
         assert reader.num_frames == 5
         assert reader.fps == 12
+
+
+def test_pictures_give_the_same_clips_from_folders_and_shards(tmp_path):
+    imagenet1k(tmp_path, b'')
+    picture = Image.fromarray(pictures(1)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    unlike = {'turned': ('JPEG', {'exif': exif}), 'png': ('PNG', {}), 'cmyk': ('JPEG', {})}
+    for name, (kind, options) in unlike.items():
+        file = tmp_path / f'lists/train/n00000500/{name}.JPEG'
+        picture.convert('CMYK' if name == 'cmyk' else 'RGB').save(file, kind, **options)
+    put(tmp_path / 'lists/train/n00000500/half.JPEG', file.read_bytes()[:300])
+    folders = tmp_path / 'lists'
+    out = build('imagenet1k', tmp_path, '--annotations', folders, '--videos', tmp_path / 'videos')
+    (problem,) = json.loads((out / 'report.json').read_text())['train']['videos']
+    assert problem['kind'] == 'truncated' and 'half.JPEG' in json.dumps(problem)
+    (folders / 'train/n00000500/half.JPEG').unlink()
+
+    config = base.get_config()
+    config.update_from_flattened_dict(INPUTS['sts_imagenet'])
+    config.data.update(name='imagenet1k', image_size=32)
+    clips = {}
+    for place in (folders / 'train', out):
+        config.data.train_list = str(place)
+        source = recipe.open_split(config, 'train')
+        assert source.class_names[500] == 'n00000500'
+        (batch,) = train_batches(
+            source, recipe.train_reader(config), batch_size=15, seed=3, num_steps=1
+        )
+        assert batch['mask'].all()
+        clips[place] = batch
+    for key in ('video', 'label', 'index'):
+        np.testing.assert_array_equal(clips[folders / 'train'][key], clips[out][key])
 
 
 def test_frame_folders_keep_their_pictures(tmp_path, video):

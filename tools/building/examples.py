@@ -13,6 +13,7 @@ from input_pipeline.bad_videos import check_frames
 from input_pipeline.decode import VideoReader
 from input_pipeline.encode import transcode
 from input_pipeline.escape import terminal
+from input_pipeline.jpeg import open_file
 from input_pipeline.records import FACTS
 from input_pipeline.video_list import Names
 from tools.building.plan import Entry, Options
@@ -59,7 +60,7 @@ class VideoMaker:
                 self.close()
                 self._source, self._reader = source, VideoReader(source, name=entry.name)
             content = self._transcode(self._reader, start=entry.start, end=entry.end)
-        with VideoReader(content, name=entry.name) as video:
+        with open_file(content, name=entry.name) as video:
             full = options.full_check and not options.short_side
             check_frames(video, 0, video.num_frames, full)
             height, width = video.size
