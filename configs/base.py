@@ -92,8 +92,11 @@ def get_config() -> ConfigDict:
     # Of JPEG pictures: libjpeg, with the pixels that published image recipes saw, or ffmpeg.
     config.data.jpeg_decoder = 'libjpeg'
     # Clips of a video in its batch: decoded once, transformed so many times. They count in
-    # batch_size, and an epoch has so many more.
+    # batch_size.
     config.data.repeats = 1
+    # An epoch has so many times more clips; without, it has as many clips as the list has videos,
+    # and so many epochs go through the list once.
+    config.data.repeats_extend_epoch = True
     # Training clips go through what follows from top to bottom; docs/augmentation.md has the
     # values of the four systems. One draw for a clip, the same in all its frames.
     config.data.rand_augment = ''  # policy such as 'rand-m7-n4-mstd0.5-inc1'; '' for none
@@ -196,6 +199,7 @@ BEFORE_FIELDS = {
     'task.name': 'classify',
     'task.criterion': '',
     'data.jpeg_decoder': 'ffmpeg',
+    'data.repeats_extend_epoch': True,
     'batch_norm.groups': 1,
     'batch_norm.precise_batches': 0,
     'optimizer.name': 'adamw',

@@ -93,12 +93,16 @@ class Plan:
 
 
 def make_plan(config: ConfigDict, num_videos: int) -> Plan:
-    """Steps of a run over a list of this length; each video gives data.repeats clips.
+    """Steps of a run over a list of this length.
+
+    Each video gives data.repeats clips; they make an epoch longer, or take the place of other
+    videos in it (data.repeats_extend_epoch).
 
     Raises:
       ValueError: the run would have no step.
     """
-    per_epoch = num_videos * config.data.repeats / config.batch_size
+    repeats = config.data.repeats if config.data.repeats_extend_epoch else 1
+    per_epoch = num_videos * repeats / config.batch_size
     total = config.num_steps or math.floor(config.num_epochs * per_epoch)
     if total < 1:
         raise ValueError(

@@ -289,6 +289,8 @@ def test_an_epoch_has_every_clip_of_every_video():
     config = dist.get_config('b16_8+16f_k400')
     config.data.repeats = 2
     assert train.make_plan(config, 240_000).total_steps == 36 * 2 * 240_000 // 256
+    config.data.repeats_extend_epoch = False  # half of the videos, twice
+    assert train.make_plan(config, 240_000).total_steps == 36 * 240_000 // 256
 
 
 def test_evl_rows_follow_the_released_recipe():
