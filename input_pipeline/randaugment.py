@@ -361,7 +361,8 @@ def _warp(video: np.ndarray, matrix: np.ndarray, warp: Warp) -> np.ndarray:
     x, y = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
     outside = np.zeros((height, width), bool)
     for (by_x, by_y, offset), size in zip(matrix, (width, height)):
-        place = by_x * x + by_y * y + offset
+        # A row or a column where one of the terms is zero.
+        place = (by_x * x if by_x else 0.0) + (by_y * y if by_y else 0.0) + offset
         outside |= (place < 0) | (place >= size)
     mask = outside.astype(np.uint8)
     fill = np.empty(video.shape[1:], np.uint8)
