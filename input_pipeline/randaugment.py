@@ -5,6 +5,7 @@ A policy is written as timm writes it, 'rand-m7-n4-mstd0.5-inc1' or 'original-ms
 and blends are cut to integers as there.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -345,6 +346,12 @@ def _sharpness(video: np.ndarray, factor: float) -> np.ndarray:
     return _blend(smooth, picture, factor).reshape(video.shape)
 
 
+@functools.lru_cache(maxsize=4)  # sizes hardly change, and to fill three levels in turn is slow
+def _filled(height: int, width: int, levels: tuple[int, int, int]) -> np.ndarray:
+    """A picture of one colour; not to be changed."""
+    return np.tile(np.array(levels, np.uint8), (height, width, 1))
+
+
 def _warp(video: np.ndarray, matrix: np.ndarray, warp: Warp) -> np.ndarray:
     """Resamples frames.
 
@@ -365,8 +372,7 @@ def _warp(video: np.ndarray, matrix: np.ndarray, warp: Warp) -> np.ndarray:
         place = (by_x * x if by_x else 0.0) + (by_y * y if by_y else 0.0) + offset
         outside |= (place < 0) | (place >= size)
     mask = outside.astype(np.uint8)
-    fill = np.empty(video.shape[1:], np.uint8)
-    fill[:] = warp.fill
+    fill = _filled(height, width, warp.fill)
     # OpenCV counts from the centre of the first pixel.
     centred = matrix.copy()
     centred[:, 2] += matrix[:, :2].sum(1) / 2 - 0.5
