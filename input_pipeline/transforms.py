@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from input_pipeline import resample
+
 Label = int | tuple[int, ...]
 
 # OpenCV would start threads of its own inside every reader thread.
@@ -105,24 +107,30 @@ def _opencv(flag: int) -> Callable[[np.ndarray, int, int], np.ndarray]:
     return run
 
 
-def _pillow(resample: Image.Resampling) -> Callable[[np.ndarray, int, int], np.ndarray]:
+def _each(
+    resize: Callable[[np.ndarray, int, int], np.ndarray | Image.Image],
+) -> Callable[[np.ndarray, int, int], np.ndarray]:
     def run(video: np.ndarray, height: int, width: int) -> np.ndarray:
         resized = np.empty((len(video), height, width, 3), np.uint8)
         for frame, target in zip(video, resized):
-            picture = Image.fromarray(np.ascontiguousarray(frame))
-            target[:] = picture.resize((width, height), resample)
+            target[:] = resize(frame, height, width)
         return resized
 
     return run
 
 
+def _bilinear_by_pillow(frame: np.ndarray, height: int, width: int) -> Image.Image:
+    picture = Image.fromarray(np.ascontiguousarray(frame))
+    return picture.resize((width, height), Image.Resampling.BILINEAR)
+
+
 # (T, H, W, 3) uint8, height, width -> resized. Without smoothing a shrunken picture has aliases;
-# DiST, EVL and STS train on these. Side4Video resizes with Pillow, which smooths.
+# DiST, EVL and STS train on these. Side4Video resizes as Pillow, which smooths.
 INTERPOLATION: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
     'bilinear': _opencv(cv2.INTER_LINEAR),
     'bicubic': _opencv(cv2.INTER_CUBIC),
-    'smooth_bilinear': _pillow(Image.Resampling.BILINEAR),
-    'smooth_bicubic': _pillow(Image.Resampling.BICUBIC),
+    'smooth_bilinear': _each(_bilinear_by_pillow),
+    'smooth_bicubic': _each(resample.resize),
 }
 
 
