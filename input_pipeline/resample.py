@@ -12,7 +12,9 @@ import cv2
 import numpy as np
 
 _BITS = 22  # of Pillow's weights behind the point
-_ROWS = 8  # of a band: small products stay in the thread that asks for them
+_ROWS = 8  # of a band
+# Multiplications of a product: larger ones would be shared with threads, which wait for each other.
+_PRODUCT = 2**18
 _MOST = 512  # more than 255 times the weights of a pixel, without their signs, can sum up to
 _SUPPORT = 2.0  # pixels, of the larger of both pictures, beyond which nothing is weighed
 
@@ -68,7 +70,10 @@ def _resize_rows(rows: np.ndarray, n_out: int) -> np.ndarray:
     plan = _plan(n_in, n_out)
     levels, sums = rows.astype(np.float32), np.empty((n_out, m), np.float32)
     for made, read, band in plan.bands:
-        np.matmul(band, levels[read], out=sums[made])
+        step = max(1, _PRODUCT // band.size)
+        for start in range(0, m, step):
+            part = slice(start, start + step)
+            np.matmul(band, levels[read, part], out=sums[made, part])
     taps = plan.weights.shape[1]
     error = taps * _MOST * 2.0**-24
     low, high = (cv2.add(sums, e, dtype=cv2.CV_8U).ravel() for e in (-error, error))
