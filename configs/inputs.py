@@ -93,11 +93,13 @@ INPUTS: dict[str, dict[str, object]] = {
         'data.flip': False,
         'eval.num_clips': 1,
     },
-    # Pictures are videos of one frame. Three copies of each: 100 epochs are the published 300.
+    # Pictures are videos of one frame. An epoch shows a third of them, three times each. Evaluation
+    # of the release: eval.resize=(256,), 224 / 0.875.
     'sts_imagenet': {
         'data.sampling': 'segment',
         'data.num_frames': 1,
         'data.repeats': 3,
+        'data.repeats_extend_epoch': False,
         'data.rand_augment': 'rand-m7-mstd0.5-inc1',
         'data.augment_fill': (124, 116, 104),
         'data.augment_after_crop': True,

@@ -257,7 +257,8 @@ def test_recipes_follow_their_papers():
     assert kinds(recipe.train_reader(published('evl_k400'))) == [RandAugment, RandomResizedCrop]
     image = recipe.train_reader(published('sts_imagenet'))
     assert kinds(image) == [RandomResizedCrop, RandAugment, Flip]
-    assert (image.transforms[1].num_ops, image.num_frames, image.repeats) == (2, 1, 3)
+    policy = RandAugment(7.0, 2, 0.5, True, 0.5, 10.0, Warp('bicubic', (124, 116, 104)))
+    assert (image.transforms[1], image.num_frames, image.repeats) == (policy, 1, 3)
     retrieval = recipe.train_reader(published('side4video_retrieval'))
     assert kinds(retrieval) == [CentreCrop]
 

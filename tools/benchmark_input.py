@@ -4,16 +4,22 @@
   python -m tools.benchmark_input --json figures.json --plot figures.png
   python -m tools.benchmark_input --list k400/train.txt --root /data/k400
   python -m tools.benchmark_input --quick
+  python -m tools.benchmark_input --images
+  python -m tools.benchmark_input --images --list imagenet/train
 
 All pipelines read the same videos and the same frames in the same run, in turns, on one thread,
 with the training recipe of DiST B/16 8+16. Their figures are clips per second of CPU time, which is
 clips per second and core. The published style decodes every frame with PyAV, converts all of them
 to RGB and transforms the chosen ones in float32. Scaling over processes and threads is wall clock:
 run on an idle machine. decord comes with the benchmark extra; without it its row is left out.
+
+With --images: JPEG pictures of 500 x 375 and 110 kB, or those of a list, with the recipe of STS on
+ImageNet, beside Pillow and numpy in float32 as torchvision and timm do, on the same draws.
 """
 
 import argparse
 import collections
+import dataclasses
 import functools
 import json
 import math
@@ -22,7 +28,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +39,9 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from configs import dist
-from dist_jax.models import clip
+from configs import base, dist
+from configs.inputs import INPUTS
+from dist_jax.models import clip, sts
 from dist_jax.recipe import train_reader
 from input_pipeline import sampling
 from input_pipeline.batches import Readers
@@ -42,9 +49,11 @@ from input_pipeline.decode import VideoReader
 from input_pipeline.encode import transcode
 from input_pipeline.escape import Console
 from input_pipeline.pipeline import TrainReader, record_rng, train_batches
+from input_pipeline.randaugment import RandAugment
 from input_pipeline.sources import open_source
 from input_pipeline.transforms import RandomResizedCrop, apply
 from input_pipeline.video_list import Record, VideoList
+from tools.benchmarking import images
 
 try:
     import decord
@@ -178,9 +187,29 @@ def check_agreement(paths: list[str], recipe: TrainReader) -> None:
 
 
 def measure_pipelines(
-    files: dict[str, list[str]], recipe: TrainReader, repeats: int, tick: Callable[[], None]
+    pipelines: Mapping[str, Callable[[int, np.random.Generator], object]],
+    num_files: int,
+    repeats: int,
+    tick: Callable[[], None],
 ) -> dict[str, float]:
-    """Clips per second of CPU time of every pipeline, which take turns at every draw."""
+    """Files per second of CPU time of every pipeline, which take turns at every draw."""
+    seconds = dict.fromkeys(pipelines, 0.0)
+    for repeat in range(-1, repeats):  # the first round brings files and code into memory
+        for number in range(num_files):
+            for name, read in pipelines.items():
+                rng = record_rng(0, max(repeat, 0), number)
+                start = time.process_time()
+                read(number, rng)
+                if repeat >= 0:
+                    seconds[name] += time.process_time() - start
+            tick()
+    return {name: repeats * num_files / spent for name, spent in seconds.items()}
+
+
+def video_pipelines(
+    files: dict[str, list[str]], recipe: TrainReader
+) -> dict[str, Callable[[int, np.random.Generator], object]]:
+    """What is measured on videos: (number of the file, rng) -> a clip."""
     pipelines = {
         'published style': (read_published_style, 'original'),
         'published style, transcoded': (read_published_style, DEFAULT),
@@ -190,17 +219,10 @@ def measure_pipelines(
     if decord is not None:
         pipelines['decord, original'] = (read_decord, 'original')
         pipelines['decord, transcoded'] = (read_decord, DEFAULT)
-    seconds = dict.fromkeys(pipelines, 0.0)
-    for repeat in range(-1, repeats):  # the first round brings files and code into memory
-        for number in range(len(files['original'])):
-            for name, (read, kind) in pipelines.items():
-                rng = record_rng(0, max(repeat, 0), number)
-                start = time.process_time()
-                read(files[kind][number], rng, recipe)
-                if repeat >= 0:
-                    seconds[name] += time.process_time() - start
-            tick()
-    return {name: repeats * len(files['original']) / spent for name, spent in seconds.items()}
+    return {
+        name: lambda number, rng, read=read, kind=kind: read(files[kind][number], rng, recipe)
+        for name, (read, kind) in pipelines.items()
+    }
 
 
 def measure_stages(
@@ -238,7 +260,7 @@ def clip_rate(
     source: VideoList, recipe: TrainReader, workers: int, threads: int, clips: int
 ) -> tuple[float, float]:
     """Clips a second of wall clock, and CPU milliseconds of this process for a clip."""
-    batch_size, first = 4, 4
+    batch_size, first = 4 * recipe.repeats, 4
     batches = train_batches(
         source,
         recipe,
@@ -378,32 +400,41 @@ def host_needs(clips_per_core: float, scaling: float, trainer_ms: float) -> dict
     }
 
 
-def find_videos(arguments: argparse.Namespace, folder: str, sizes: Sizes) -> Iterator[str]:
-    """Paths of the original videos: those of the list, or generated."""
+def find_files(
+    arguments: argparse.Namespace, count: int, write: Callable[[int], Path]
+) -> Iterator[str]:
+    """Paths of the original files: those of the list, spread over it, or generated."""
     if arguments.list:
         source = open_source(arguments.list, root=arguments.root)
-        yield from (source[k].path for k in range(min(sizes.videos, len(source))))
+        numbers = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+        yield from (source[k].path for k in numbers.tolist())
         return
-    for k in range(sizes.videos):
-        path = Path(folder) / f'original_{k}.mp4'
-        write_video(path, k, sizes.seconds)
-        yield str(path)
+    yield from (str(write(k)) for k in range(count))
 
 
-def measure(arguments: argparse.Namespace, sizes: Sizes, progress: Progress) -> dict:
-    """All figures."""
-    recipe = train_reader(dist.get_config(CONFIG), clip.PIXELS)
+def start_figures() -> dict:
+    """The machine, and what else it does."""
     load = os.getloadavg()
-    figures: dict = {'machine': platform.processor(), 'cpus': os.cpu_count(), 'load_before': load}
+    return {'machine': platform.processor(), 'cpus': os.cpu_count(), 'load_before': load}
 
-    def ticker(what: str, total: int) -> Callable[[], None]:
-        task = progress.add_task(what, total=total)
-        return lambda: progress.update(task, advance=1, refresh=True)
+
+def measure(
+    arguments: argparse.Namespace, sizes: Sizes, ticker: Callable[[str, int], Callable[[], None]]
+) -> dict:
+    """All figures of videos."""
+    recipe = train_reader(dist.get_config(CONFIG), clip.PIXELS)
+    figures = start_figures()
 
     with tempfile.TemporaryDirectory() as folder:
         tick = ticker('writing videos', sizes.videos)
         files: dict[str, list[str]] = collections.defaultdict(list)
-        for number, path in enumerate(find_videos(arguments, folder, sizes)):
+
+        def write(number: int) -> Path:
+            path = Path(folder) / f'original_{number}.mp4'
+            write_video(path, number, sizes.seconds)
+            return path
+
+        for number, path in enumerate(find_files(arguments, sizes.videos, write)):
             files['original'].append(path)
             for kind, (interval, crf, codec) in TRANSCODED.items():
                 name = Path(folder) / f'{kind}_{number}.mp4'
@@ -420,7 +451,9 @@ def measure(arguments: argparse.Namespace, sizes: Sizes, progress: Progress) -> 
         }
 
         rounds = num_videos * (sizes.repeats + 1)
-        rates = measure_pipelines(files, recipe, sizes.repeats, ticker('pipelines', rounds))
+        rates = measure_pipelines(
+            video_pipelines(files, recipe), num_videos, sizes.repeats, ticker('pipelines', rounds)
+        )
         rounds = num_videos * sizes.repeats * len(files)
         tick = ticker('stages', rounds)
         figures['stage_ms'] = {
@@ -465,6 +498,116 @@ def measure(arguments: argparse.Namespace, sizes: Sizes, progress: Progress) -> 
     return figures
 
 
+def image_pipelines(
+    paths: list[str], recipe: TrainReader
+) -> dict[str, tuple[int, Callable[[int, np.random.Generator], object]]]:
+    """What is measured on pictures: clips of a read, and (number of the file, rng) -> clips."""
+    plain = tuple(t for t in recipe.transforms if not isinstance(t, RandAugment))
+    one = dataclasses.replace(recipe, repeats=1)
+    made = {
+        'Pillow, float32': (images.read_with_pillow, one),
+        'ours': (read_ours, recipe),
+        'ours, one clip a picture': (read_ours, one),
+        'ours, one clip, by FFmpeg': (read_ours, dataclasses.replace(one, jpeg_decoder='ffmpeg')),
+        'Pillow, float32, no RandAugment': (
+            images.read_with_pillow,
+            dataclasses.replace(one, transforms=plain),
+        ),
+        'ours, no RandAugment': (read_ours, dataclasses.replace(recipe, transforms=plain)),
+    }
+    return {
+        name: (
+            reader.repeats,
+            lambda number, rng, read=read, reader=reader: read(paths[number], rng, reader),
+        )
+        for name, (read, reader) in made.items()
+    }
+
+
+def check_pictures(paths: list[str], recipe: TrainReader) -> None:
+    """Raises RuntimeError unless both pipelines make the same pixels, but for RandAugment."""
+    plain = tuple(t for t in recipe.transforms if not isinstance(t, RandAugment))
+    reader = dataclasses.replace(recipe, transforms=plain, repeats=1)
+    for number, path in enumerate(paths):
+        theirs = images.augment_with_pillow(path, record_rng(0, 0, number).spawn(1)[0], reader)
+        if not np.array_equal(read_ours(path, record_rng(0, 0, number), reader)[0], theirs):
+            raise RuntimeError(f'Pillow and this pipeline make other pixels of {path}')
+
+
+def measure_images(
+    arguments: argparse.Namespace, sizes: Sizes, ticker: Callable[[str, int], Callable[[], None]]
+) -> dict:
+    """All figures of pictures."""
+    config = base.get_config()
+    config.update_from_flattened_dict(INPUTS['sts_imagenet'] | {'data.name': 'imagenet1k'})
+    recipe = train_reader(config, sts.PIXELS)
+    figures = start_figures()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def write(number: int) -> Path:
+            path = Path(folder) / f'{number}.JPEG'
+            images.write_picture(path, number)
+            return path
+
+        paths = list(find_files(arguments, 2 * sizes.videos, write))
+        if not arguments.list:  # lists may hold pictures that lie on their side
+            check_pictures(paths, recipe)
+        figures['kilobytes'] = np.mean([os.path.getsize(path) for path in paths]) / 1e3
+        made = image_pipelines(paths, recipe)
+        repeats = 4 * sizes.repeats
+        rates = measure_pipelines(
+            {name: read for name, (_, read) in made.items()},
+            len(paths),
+            repeats,
+            ticker('pipelines', len(paths) * (repeats + 1)),
+        )
+        rates = {name: made[name][0] * rate for name, rate in rates.items()}
+        source = VideoList([Record(path, 0, path) for path in paths], ('0',))
+        longer = dataclasses.replace(sizes, clips=8 * sizes.clips)  # they are cheap
+        tick = ticker('workers and threads', 4 * sizes.runs)
+        wall, trainer_ms = measure_scaling(source, recipe, longer, tick)
+    theirs, plain = rates['Pillow, float32'], rates['Pillow, float32, no RandAugment']
+    return figures | {
+        'clips_per_s': rates,
+        'ratio': rates['ours'] / theirs,
+        'one_clip_ratio': rates['ours, one clip a picture'] / theirs,
+        'no_rand_augment_ratio': rates['ours, no RandAugment'] / plain,
+        'scaling': {'pictures': wall | {'trainer_ms_per_clip': trainer_ms}},
+        'two_worker_scaling': wall['2 workers'] / wall['1 workers'],
+        'two_thread_scaling': wall['2 threads'] / wall['1 threads'],
+        'load_after': os.getloadavg(),
+    }
+
+
+def show_images(figures: dict, console: Console) -> None:
+    """Prints the figures of pictures as tables."""
+    rates = figures['clips_per_s']
+    plain = rates['Pillow, float32, no RandAugment']
+    title = f'pictures of {figures["kilobytes"]:.0f} kB, one core'
+    table = Table('pipeline', 'clips/s', 'ms', 'of Pillow, float32', title=title)
+    for name, rate in rates.items():
+        theirs = plain if name.endswith('no RandAugment') else rates['Pillow, float32']
+        table.add_row(name, f'{rate:.0f}', f'{1e3 / rate:.2f}', f'{rate / theirs:.2f}x')
+    console.print(table)
+    show_scaling(figures, console)
+
+
+def show_scaling(figures: dict, console: Console) -> None:
+    """Prints what processes and threads bring."""
+    ways = [f'{n} {kind}' for kind in ('workers', 'threads') for n in (1, 2)]
+    table = Table('file', *ways, 'trainer ms', title='clips/s, wall clock')
+    for kind, row in figures['scaling'].items():
+        table.add_row(
+            kind, *(f'{row[way]:.1f}' for way in ways), f'{row["trainer_ms_per_clip"]:.2f}'
+        )
+    console.print(table)
+    console.print(
+        f'2 workers give {figures["two_worker_scaling"]:.2f}x of one, 2 threads '
+        f'{figures["two_thread_scaling"]:.2f}x of one (load average '
+        f'{figures["load_before"][0]:.1f} before, {figures["load_after"][0]:.1f} after).'
+    )
+
+
 def show(figures: dict, console: Console) -> None:
     """Prints the figures as tables."""
     published = figures['published_style_clips_per_s']
@@ -483,17 +626,8 @@ def show(figures: dict, console: Console) -> None:
         table.add_row(kind, *cells, f'{file["kilobytes"]:.0f}', psnr)
     console.print(table)
 
-    ways = [f'{n} {kind}' for kind in ('workers', 'threads') for n in (1, 2)]
-    table = Table('file', *ways, 'trainer ms', title='clips/s, wall clock')
-    for kind, row in figures['scaling'].items():
-        table.add_row(
-            kind, *(f'{row[way]:.1f}' for way in ways), f'{row["trainer_ms_per_clip"]:.2f}'
-        )
-    console.print(table)
+    show_scaling(figures, console)
     console.print(
-        f'2 workers give {figures["two_worker_scaling"]:.2f}x of one, 2 threads '
-        f'{figures["two_thread_scaling"]:.2f}x of one (load average '
-        f'{figures["load_before"][0]:.1f} before, {figures["load_after"][0]:.1f} after). '
         f'Memory grew by {figures["rss_growth_mib"]:.1f} MiB over '
         f'{figures["memory_batches"]} batches, from {figures["rss_mib"][0]:.0f} MiB.',
     )
@@ -547,21 +681,30 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--list', help='measure videos of this list (default: generate some)')
+    parser.add_argument('--images', action='store_true', help='measure pictures, not videos')
+    parser.add_argument('--list', help='measure files of this list (default: generate some)')
     parser.add_argument('--root', default='', help='folder the paths of the list start from')
     parser.add_argument('--quick', action='store_true', help='seconds instead of minutes')
     parser.add_argument('--json', metavar='FILE', help='also write the figures there')
-    parser.add_argument('--plot', metavar='FILE', help='also draw them, as PNG')
+    parser.add_argument('--plot', metavar='FILE', help='also draw them, as PNG (of videos)')
     arguments = parser.parse_args(argv)
+    if arguments.images and arguments.plot:
+        parser.error('--plot is for videos')
+    run, report = (measure_images, show_images) if arguments.images else (measure, show)
     console = Console()
     try:
         # Drawn between measurements, not by a thread that would be measured too.
         with Progress(console=console, auto_refresh=False) as progress:
-            figures = measure(arguments, QUICK if arguments.quick else FULL, progress)
+
+            def ticker(what: str, total: int) -> Callable[[], None]:
+                task = progress.add_task(what, total=total)
+                return lambda: progress.update(task, advance=1, refresh=True)
+
+            figures = run(arguments, QUICK if arguments.quick else FULL, ticker)
     except ValueError as error:
         console.print(f'error: {error}', style='red', soft_wrap=True)
         return 2
-    show(figures, console)
+    report(figures, console)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + '\n', encoding='utf-8')
     if arguments.plot:

@@ -1,9 +1,17 @@
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from video_files import pictures, write_video
 
+from dist_jax.models import sts
+from input_pipeline.pipeline import TrainReader, record_rng
+from input_pipeline.randaugment import RandAugment, Warp
+from input_pipeline.transforms import Flip, RandomResizedCrop
+from input_pipeline.video_list import Record
 from tools import benchmark_input
+from tools.benchmarking import images
 
 
 @pytest.mark.slow
@@ -29,6 +37,41 @@ def test_benchmark_writes_its_figures(tmp_path, capsys):
     assert set(figures['stage_ms']) == {'original', *benchmark_input.TRANSCODED}
     assert picture.read_bytes().startswith(b'\x89PNG')
     assert 'of published style' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_pictures_are_measured_beside_pillow(tmp_path, capsys):
+    for k in range(2):
+        folder = tmp_path / f'pictures/n0000000{k}'
+        folder.mkdir(parents=True)
+        Image.fromarray(pictures(1, 96, 128, seed=k)[0]).save(folder / 'a.JPEG')
+    report = tmp_path / 'figures.json'
+    arguments = ['--images', '--list', f'{tmp_path}/pictures', '--json', str(report)]
+    assert benchmark_input.main(['--quick', *arguments]) == 0
+    figures = json.loads(report.read_text())
+    rates = figures['clips_per_s']
+    assert figures['ratio'] == pytest.approx(rates['ours'] / rates['Pillow, float32'])
+    assert set(figures['scaling']['pictures']) >= {'1 workers', '2 workers', '1 threads'}
+    assert 'of Pillow, float32' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        benchmark_input.main(['--images', '--plot', 'figures.png'])
+
+
+def test_both_pipelines_make_the_same_pixels_of_a_picture(tmp_path):
+    paths = [str(tmp_path / f'{k}.JPEG') for k in range(3)]
+    for k, path in enumerate(paths):
+        images.write_picture(path, k)
+    policy = RandAugment(7.0, 2, 0.5, True, warp=Warp('bicubic', (124, 116, 104)))
+    crop = RandomResizedCrop(64, (0.08, 1.0), interpolation='smooth_bicubic')
+    recipe = TrainReader(1, 64, transforms=(crop, policy, Flip()), repeats=2)
+    benchmark_input.check_pictures(paths, recipe)
+    for k in range(24):
+        path = paths[k % 3]
+        ours, _ = recipe.read(Record(path, 0, ''), record_rng(0, 0, k))
+        theirs = images.read_with_pillow(path, record_rng(0, 0, k), recipe)
+        for clip, levels in zip(ours, theirs):
+            expected = sts.PIXELS.normalize(clip[0]).transpose(2, 0, 1)
+            assert np.abs(levels - expected).mean() < 0.03  # two grey levels
 
 
 def test_growth_of_memory_is_from_the_second_fifth_to_the_last():

@@ -1,0 +1,1 @@
+"""What the input pipeline is measured with and against."""
