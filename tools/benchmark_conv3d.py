@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.table import Table
-
 from dist_jax.plan import topology as topologies
 from input_pipeline.escape import Console
 
@@ -72,6 +70,9 @@ SHAPES = {
 }
 TILE = 128
 
+_HEAD = ('network', 'frames', 'size', 'stride', 'channels', 'plain', 'STS', 'ratio', 'matrix units')
+_LINE = '{:16} {:>6} {:>5} {:>6} {:>12} {:>7} {:>7} {:>6} {:>12}'
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
@@ -93,21 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (topologies.MissingCompilerError, ValueError) as error:
         console.print(str(error))
         return 1
-    table = Table(
-        *('network', 'frames', 'size', 'stride', 'channels', 'plain', 'STS', 'ratio'),
-        'matrix units',
-        title=f'M cycles, {arguments.topology}, {arguments.batch_size} clips, {arguments.mode}',
-    )
+    console.print(f'M cycles, {arguments.topology}, {arguments.batch_size} clips, {arguments.mode}')
+    console.print(_LINE.format(*_HEAD))
     rows = []
     for name in arguments.networks or SHAPES:
         for row in measure(name, arguments.batch_size, cycles):
             rows.append(row)
-            channels = f'{row["channels"]} -> {row["out"]}' if row['out'] else row['channels']
-            counts = (row[key] for key in ('plain', 'sts', 'ratio', 'matrix'))
-            numbers = (f'{count:.2f}' for count in counts)
+            channels = f'{row["channels"]} -> {row["out"] or row["channels"]}'
+            counts = (f'{row[key]:.2f}' for key in ('plain', 'sts', 'ratio', 'matrix'))
             facts = (row[key] for key in ('network', 'frames', 'size', 'stride'))
-            table.add_row(*map(str, facts), str(channels), *numbers)
-    console.print(table)
+            console.print(_LINE.format(*facts, channels, *counts))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
     return 0

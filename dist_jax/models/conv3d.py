@@ -26,8 +26,6 @@ from dist_jax.models.layers import precision_of
 # over the flattened frame, or along rows and columns with zeros beyond the border.
 MODES = ('official', 'clean')
 
-_LANES = 128  # channels that a TPU works on at once
-
 # A temporal slice of 3 x 3 weights is read as a line of 9 taps, and reaches this far to each side.
 _REACH = 4
 
@@ -86,17 +84,16 @@ def sts_conv3d(
             'model.sts=clean'
         )
     # All channels at once: of appearance, the centre is a 3 x 3 filter, and the outer slices are
-    # lines beside it, of zeros for what else is in the same lanes.
+    # lines beside it.
     channels = x.shape[-1]
-    seen = jnp.arange(channels) < (channels + 1) // 2
+    half = (channels + 1) // 2
     rows, centre, columns = kernel
+    seen = jnp.arange(channels) < half
     moving = jnp.stack([jnp.where(seen, 0, rows), centre, jnp.where(seen, 0, columns)])
-    lanes = min(channels, -(-channels // 2 // _LANES) * _LANES)
-    first, seen = x[..., :lanes], seen[:lanes]
-    lines = _line(first, jnp.where(seen, rows[..., :lanes], 0), stride, mode)
-    turned = _line(first.swapaxes(2, 3), jnp.where(seen, columns[..., :lanes], 0), stride, mode)
-    lines = jnp.pad(lines + turned.swapaxes(2, 3), [(0, 0)] * 4 + [(0, channels - lanes)])
-    return conv3d(x, moving, stride) + lines
+    first = x[..., :half]
+    lines = _line(first, rows[..., :half], stride, mode)
+    lines += _line(first.swapaxes(2, 3), columns[..., :half], stride, mode).swapaxes(2, 3)
+    return conv3d(x, moving, stride) + jnp.pad(lines, [(0, 0)] * 4 + [(0, channels - half)])
 
 
 def is_depthwise(x: jax.Array, kernel: jax.Array) -> bool:
@@ -148,6 +145,9 @@ def _convolve_pictures(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) 
     b, t, h, w, _ = x.shape
     padded = jnp.pad(x, [(0, 0), (kt // 2, kt // 2), (0, 0), (0, 0), (0, 0)])
     frames = jnp.concatenate([padded[:, d : d + t : strides[0]] for d in range(kt)], -1)
+    if (kh, kw) == (1, 1):
+        kernel = kernel.reshape(-1, out)
+        return jnp.einsum('...i,io->...o', frames, kernel, precision=precision_of(x, kernel))
     y = jax.lax.conv_general_dilated(
         frames.reshape(-1, h, w, frames.shape[-1]),
         kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, -1, out),
