@@ -2,11 +2,13 @@
 
     python -m tools.kill_and_resume
     python -m tools.kill_and_resume --workdir=/tmp/kills --kills=10
+    python -m tools.kill_and_resume --config=configs/sts.py:demo_images
 
 One run trains without interruption. A second one, with the same config, is killed with SIGKILL at
 different moments, each time started again with the same command: while it starts, between steps,
 inside a save (while orbax's temporary folder is there), during an evaluation, which is between a
-save and its score. Both must end with the same parameters, bit for bit, and validation figures.
+save and its score. Both must end with the same parameters and batch statistics, bit for bit, and
+validation figures.
 """
 
 from __future__ import annotations
@@ -58,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     straight = folder / 'straight'
     subprocess.run([*command, *overrides, f'--workdir={straight}'], check=True)
     # The second run reads the same clips and backbone, and nothing else of the first.
+    backbone = straight / 'backbone'
     shared = [
-        f'--config.backbone.checkpoint={straight / "backbone"}',
+        *([f'--config.backbone.checkpoint={backbone}'] if backbone.exists() else []),
         f'--config.data.root={straight / "data"}',
         '--config.data.train_list=train.txt',
         '--config.data.val_list=val.txt',
