@@ -29,6 +29,12 @@ MODES = ('official', 'clean')
 # A temporal slice of 3 x 3 weights is read as a line of 9 taps, and reaches this far to each side.
 _REACH = 4
 
+_LANES = 128  # channels of a register of a TPU
+
+# Lines of an axis that are as long get their neighbours' ends; for shorter ones it takes a TPU less
+# to flatten the frame, turned for columns.
+_LONG = {3: 32, 2: 28}
+
 
 def conv3d(x: jax.Array, kernel: jax.Array, stride: int = 1, time_stride: int = 1) -> jax.Array:
     """Convolution without bias, summed in float32 or wider.
@@ -83,17 +89,26 @@ def sts_conv3d(
             'must be even; choose data.image_size and eval.image_size divisible by 32, or '
             'model.sts=clean'
         )
-    # All channels at once: of appearance, the centre is a 3 x 3 filter, and the outer slices are
-    # lines beside it.
+    # To take half of the lanes of a register costs a TPU more than to filter them with zeros.
+    half = (x.shape[-1] + 1) // 2
+    lanes = x.shape[-1] if x.shape[-1] <= _LANES else half
+    forms = (functools.partial(_sts_depthwise, stride, mode, size) for size in (half, lanes))
+    on_cpu, elsewhere = forms
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
+
+
+def _sts_depthwise(
+    stride: int, mode: str, lanes: int, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    """All channels at once; lines, which appearance has beside a 3 x 3 filter, of the first."""
     channels = x.shape[-1]
-    half = (channels + 1) // 2
     rows, centre, columns = kernel
-    seen = jnp.arange(channels) < half
+    seen = jnp.arange(channels) < (channels + 1) // 2
     moving = jnp.stack([jnp.where(seen, 0, rows), centre, jnp.where(seen, 0, columns)])
-    first = x[..., :half]
-    lines = _line(first, rows[..., :half], stride, mode)
-    lines += _line(first.swapaxes(2, 3), columns[..., :half], stride, mode).swapaxes(2, 3)
-    return conv3d(x, moving, stride) + jnp.pad(lines, [(0, 0)] * 4 + [(0, channels - half)])
+    rows, columns = (jnp.where(seen, taps, 0)[..., :lanes] for taps in (rows, columns))
+    first = x[..., :lanes]
+    lines = _line(first, rows, stride, mode, 3) + _line(first, columns, stride, mode, 2)
+    return conv3d(x, moving, stride) + jnp.pad(lines, [(0, 0)] * 4 + [(0, channels - lanes)])
 
 
 def is_depthwise(x: jax.Array, kernel: jax.Array) -> bool:
@@ -197,19 +212,28 @@ def _filter_by_shifts(
     return sum(shifted(start) * kernel[start] for start in np.ndindex(kernel.shape[:3]))
 
 
-def _line(x: jax.Array, kernel: jax.Array, stride: int, mode: str) -> jax.Array:
-    """Nine taps (3, 3, 1, C) along the rows of frames; official rows go on in the next one."""
-    b, t, h, w, _ = x.shape
-    taps = kernel.reshape(1, 1, -1, *kernel.shape[2:])
+def _line(x: jax.Array, kernel: jax.Array, stride: int, mode: str, axis: int) -> jax.Array:
+    """Nine taps (3, 3, 1, C) along axis 3 or 2 of frames; official lines go on in the next one."""
+    length = kernel.shape[0] * kernel.shape[1]
+
+    def taps(axis: int) -> jax.Array:
+        return kernel.reshape(*(length if i == axis else 1 for i in (1, 2, 3)), *kernel.shape[2:])
+
+    padding = [_REACH if i == axis else 0 for i in (1, 2, 3)]
     if mode == 'clean':
-        return _filter_channels(x, taps, (1, stride, stride), (0, 0, _REACH))
-    if stride == 1 and w >= 8 * _REACH:
-        # With the ends of the rows beside: to flatten so large a frame would take a TPU longer.
-        before = jnp.pad(x[:, :, :-1, -_REACH:], [(0, 0)] * 2 + [(1, 0)] + [(0, 0)] * 2)
-        after = jnp.pad(x[:, :, 1:, :_REACH], [(0, 0)] * 2 + [(0, 1)] + [(0, 0)] * 2)
-        return _filter_channels(jnp.concatenate([before, x, after], 3), taps, (1, 1, 1), (0, 0, 0))
+        return _filter_channels(x, taps(axis), (1, stride, stride), padding)
+    if stride == 1 and x.shape[axis] >= _LONG[axis]:
+        # The ends of the lines beside, moved by one, are what comes before and after.
+        size, other = x.shape[axis], 5 - axis
+        before = jax.lax.slice_in_dim(x, size - _REACH, size, axis=axis)
+        after = jax.lax.slice_in_dim(x, 0, _REACH, axis=axis)
+        parts = _moved(before, {other: (1, -1)}), x, _moved(after, {other: (-1, 1)})
+        return _filter_channels(jnp.concatenate(parts, axis), taps(axis), (1, 1, 1), (0, 0, 0))
+    if axis == 2:
+        return _line(x.swapaxes(2, 3), kernel, stride, mode, 3).swapaxes(2, 3)
+    b, t, h, w, _ = x.shape
     flat = x.reshape(b, t, 1, h * w, -1)
-    y = _filter_channels(flat, taps, (1, 1, stride * stride), (0, 0, _REACH))
+    y = _filter_channels(flat, taps(3), (1, 1, stride * stride), (0, 0, _REACH))
     return y.reshape(b, t, h // stride, w // stride, -1)
 
 
