@@ -36,6 +36,8 @@ _LANES = 128  # channels of a register of a TPU
 _LONG = {3: 32, 2: 28}
 
 
+# Networks have few shapes and many layers of each: one trace, and one gradient, of each shape.
+@functools.partial(jax.jit, static_argnames=('stride', 'time_stride'))
 def conv3d(x: jax.Array, kernel: jax.Array, stride: int = 1, time_stride: int = 1) -> jax.Array:
     """Convolution without bias, summed in float32 or wider.
 
@@ -62,6 +64,7 @@ def conv3d(x: jax.Array, kernel: jax.Array, stride: int = 1, time_stride: int = 
     )
 
 
+@functools.partial(jax.jit, static_argnames=('stride', 'mode'))
 def sts_conv3d(
     x: jax.Array, kernel: jax.Array, stride: int = 1, mode: str = 'official'
 ) -> jax.Array:
