@@ -93,6 +93,8 @@ def infer_sizes(tensors: Mapping[str, Any]) -> dict[str, Any]:
         'width': shape(f'{root}{kind.stem}', 5)[0],
         'depths': _depths(tensors, f'{path}layer'),
     }
+    if name == 'csn':
+        options['stem_size'] = shape(f'{root}{kind.stem}', 5)[3]
     if name == 'slowfast':
         lateral = f'{path}conv1_lateral.conv.weight'
         frames = shape(lateral, 5)[2]

@@ -24,7 +24,7 @@ from tools.parity.golden import read_golden
 
 GOLDEN = Path(__file__).parent.parent / 'golden'
 RECORDED = {
-    'csn': {'width': 8, 'depths': (3, 4, 6, 3)},
+    'csn': {'width': 8, 'depths': (3, 4, 6, 3), 'stem_size': 7},
     'r2plus1d': {'width': 4, 'depths': (3, 4, 6, 3)},
     'slowonly': {'width': 8, 'depths': (3, 4, 6, 3)},
     'slowfast': {
