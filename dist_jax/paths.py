@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from input_pipeline.list_formats import VIDEO_SUFFIXES, files_below
+from input_pipeline.list_formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES, files_below
 
 CHECKPOINTS = 'checkpoints'  # of a run, in its workdir
 RANDOM = 'random'  # in place of a backbone
@@ -86,23 +86,33 @@ def check_training_inputs(fields: Mapping[str, Any]) -> None:
 
 def saved_root(workdir: str) -> str:
     """`data.root` of a run in a local folder; '' where it cannot be told."""
+    return str(_saved_data(workdir).get('root', ''))
+
+
+def reads_pictures(workdir: str) -> bool:
+    """Whether clips of a run in a local folder have one frame; False where it cannot be told."""
+    return _saved_data(workdir).get('num_frames') == 1
+
+
+def _saved_data(workdir: str) -> dict[str, Any]:
     try:
         with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as file:
-            return str(json.load(file)['data']['root'])
+            return dict(json.load(file)['data'])
     except (OSError, ValueError, KeyError, TypeError):
-        return ''
+        return {}
 
 
 def _found(name: str) -> bool:
     return not name or '://' in name or os.path.exists(os.path.expanduser(name))
 
 
-def find_videos(names: Sequence[str]) -> list[str]:
+def find_videos(names: Sequence[str], pictures: bool = False) -> list[str]:
     """Video files, those of folders included, in order of their paths.
 
     Args:
       names: of files, taken whatever they are called, and folders, in which files with the suffix
         of a video are taken at any depth, but for hidden ones.
+      pictures: take those with the suffix of a picture, too.
 
     Raises:
       ValueError: a path that is not there, or a folder without a video.
@@ -110,6 +120,7 @@ def find_videos(names: Sequence[str]) -> list[str]:
     missing = [name for name in names if not os.path.exists(name)]
     if missing:
         raise ValueError('no file or folder ' + ', '.join(missing))
+    suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES if pictures else VIDEO_SUFFIXES
     found: list[str] = []
     for name in names:
         if not os.path.isdir(name):
@@ -118,9 +129,10 @@ def find_videos(names: Sequence[str]) -> list[str]:
         inside = [
             os.path.join(name, file)
             for file in files_below(name)
-            if file.lower().endswith(VIDEO_SUFFIXES)
+            if file.lower().endswith(suffixes)
         ]
         if not inside:
-            raise ValueError(f'{name}: no video in this folder ({", ".join(VIDEO_SUFFIXES)})')
+            kinds = 'video or picture' if pictures else 'video'
+            raise ValueError(f'{name}: no {kinds} in this folder ({", ".join(suffixes)})')
         found += inside
     return found

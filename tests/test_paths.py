@@ -13,6 +13,10 @@ def test_a_folder_stands_for_the_videos_in_it(tmp_path):
     odd = str(tmp_path / 'odd.bin')  # a file is taken whatever it is called
     found = [f'{tmp_path}/{name}' for name in ('a/3.avi', 'b/1.webm', 'b/2.MP4')]
     assert paths.find_videos([odd, str(tmp_path)]) == [odd, *found]
+    (tmp_path / 'a' / '4.JPEG').touch()
+    assert paths.find_videos([str(tmp_path / 'a')]) == found[:1]
+    both = [found[0], f'{tmp_path}/a/4.JPEG']
+    assert paths.find_videos([str(tmp_path / 'a')], pictures=True) == both
     (tmp_path / 'empty').mkdir()
     with pytest.raises(ValueError, match='empty: no video in this folder'):
         paths.find_videos([str(tmp_path / 'empty')])
