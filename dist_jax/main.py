@@ -152,6 +152,12 @@ class UsageError(Exception):
 
 # Errors whose message is enough.
 KNOWN_ERRORS = (UsageError, ValueError, OSError, RuntimeError, FloatingPointError)
+# As XLA says it, of CPUs and of TPUs.
+_OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED.*out of memory', re.IGNORECASE | re.DOTALL)
+_LESS_MEMORY = (
+    'Training takes less with more accumulation, evaluation with a smaller eval.batch_size, '
+    'eval.num_clips, eval.num_crops or eval.image_size, which a run may change.'
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = ending.WRONG if isinstance(error, UsageError) else ending.code_of(error)
         text = f'dist_jax {argv[0]}: {brief or error}' if known else traceback.format_exc()
         if known and not brief and not isinstance(error, UsageError):
+            if _OUT_OF_MEMORY.search(text):
+                text += f'\n{_LESS_MEMORY}'
             text += '\n(set DIST_JAX_TRACEBACK=1 for where it came from)'
         if pod.current() is None:
             _complain(text)
@@ -217,7 +225,7 @@ def _overview() -> str:
     width = max(map(len, COMMANDS))
     rows = '\n'.join(f'  {name:{width}}  {text}' for name, (_, text) in COMMANDS.items())
     return (
-        'Image-to-video transfer with a frozen backbone.\n\n'
+        'Video models that are made of image models.\n\n'
         f'usage: dist_jax COMMAND ...\n\ncommands:\n{rows}\n\n{EXAMPLES}'
     )
 

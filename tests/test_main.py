@@ -210,6 +210,8 @@ def test_errors_of_the_run_are_one_message(monkeypatch, capsys):
     assert code == 2 and 'dist_jax train: data.train_list is empty' in message
     code, message = fail(RuntimeError('too many bad videos'))
     assert code == 1 and 'too many bad videos' in message and 'DIST_JAX_TRACEBACK' in message
+    code, message = fail(RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.'))
+    assert code == 1 and '9 bytes.\nTraining takes less with' in message
     code, message = fail(train.NonFiniteError('step 3: loss nan'))
     assert code == 1 and 'dist_jax train: step 3: loss nan' in message
     monkeypatch.setenv('DIST_JAX_TRACEBACK', '1')
