@@ -39,9 +39,13 @@ Curves = Mapping[tuple[str, str], Sequence[Curve]]
 def main(argv: list[str] | None = None) -> int:
     """Trains what is missing and shows all; the exit status of a run that did not end well."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog='python -m tools.compare_sts',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--out', default='runs/sts', help='folder of all (default %(default)s)')
+    parser.add_argument(
+        '--out', default='runs/compare_sts', help='folder of all (default %(default)s)'
+    )
     parser.add_argument('--seeds', type=int, default=1, help='runs of each kind (default 1)')
     parser.add_argument('overrides', nargs='*', help='config fields, as config.num_epochs=5')
     arguments = parser.parse_args(argv)
