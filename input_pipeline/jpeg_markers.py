@@ -1,8 +1,12 @@
 """What the markers of a JPEG file say of it, before anything is decoded or allocated."""
 
+import re
 from typing import NamedTuple
 
 START = b'\xff\xd8\xff'
+_FILL = re.compile(rb'\xff+')
+# Full ones of a file of 64 MiB are a thousand.
+_MOST_SEGMENTS = 2**14
 _SCAN, _END = b'\xff\xda', b'\xff\xd9'
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential and progressive
 # Lossless, hierarchical and arithmetic frames, and markers without a length: not of a header that
@@ -18,13 +22,23 @@ class Frame(NamedTuple):
 
 
 def _next_segment(content: bytes, position: int) -> int:
-    return position + 2 + int.from_bytes(content[position + 2 : position + 4], 'big')
+    length = int.from_bytes(content[position + 2 : position + 4], 'big')
+    return _without_fill(content, position + 2 + length)
+
+
+def _without_fill(content: bytes, position: int) -> int:
+    """The position of a marker itself, before which there may be any number of 0xff."""
+    if content[position : position + 2] != b'\xff\xff':
+        return position
+    return _FILL.match(content, position).end() - 1
 
 
 def _first_scan(content: bytes) -> int:
     """Position behind the segments of the header, which state their lengths."""
-    position = 2
-    while content[position : position + 1] == b'\xff' and content[position : position + 2] != _SCAN:
+    position = _without_fill(content, 2)
+    for _ in range(_MOST_SEGMENTS):
+        if content[position : position + 1] != b'\xff' or content[position : position + 2] == _SCAN:
+            break
         position = _next_segment(content, position)
     return position
 
@@ -55,7 +69,7 @@ def find_frame(content: bytes) -> Frame | None:
     end = content.find(_END, scan)
     if content[scan : scan + 2] != _SCAN or end < 0 or content.find(START, end) >= 0:
         return None
-    found, position = None, 2
+    found, position = None, _without_fill(content, 2)
     while position < scan:
         marker = content[position + 1]
         if marker in _OTHERS or (marker in _FRAMES and found):

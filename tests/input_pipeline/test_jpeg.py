@@ -48,6 +48,8 @@ ORDINARY = {
     'grey': encoded(PICTURE.convert('L')),
     'RGB': encoded(keep_rgb=True),
     'junk behind': encoded() + b'junk',
+    'fill before markers': encoded().replace(b'\xff\xdb', b'\xff\xff\xff\xdb'),
+    'fill first': encoded(progressive=True).replace(b'\xff\xd8', b'\xff\xd8\xff\xff\xff', 1),
 }
 
 
@@ -77,10 +79,12 @@ def test_pictures_are_turned_upright_by_their_exif_orientation(orientation):
         assert np.abs(found.astype(int) - expected).max() <= 3
 
 
+ALL_COLOURS = encoded(subsampling='4:4:4')
 UNUSUAL = {
     'CMYK': (encoded(PICTURE.convert('CMYK'), subsampling='4:4:4', quality=95), 1),
     'PNG under the name of a JPEG': (encoded(kind='PNG'), 1),
-    'two pictures': (encoded(subsampling='4:4:4') + encoded(subsampling='4:4:4'), 2),
+    'a header of many parts': (ALL_COLOURS[:2] + b'\xff\xe5\0\2' * 2**14 + ALL_COLOURS[2:], 1),
+    'two pictures': (2 * ALL_COLOURS, 2),
 }
 
 
