@@ -7,6 +7,7 @@ START = b'\xff\xd8\xff'
 _FILL = re.compile(rb'\xff+')
 # Full ones of a file of 64 MiB are a thousand.
 _MOST_SEGMENTS = 2**14
+_INDEX = b'MPF\0'  # of multi-picture files, as telephones and stereo cameras write them
 _SCAN, _END = b'\xff\xda', b'\xff\xd9'
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential and progressive
 # Lossless, hierarchical and arithmetic frames, and markers without a length: not of a header that
@@ -60,16 +61,17 @@ def find_frame(content: bytes) -> Frame | None:
       content: of a whole file.
 
     Returns:
-      Its frame; None for what is no JPEG, has no end, holds several pictures, or is not grey, YCbCr
-      or RGB of 8 bits in Huffman codes.
+      Its frame, the first of a file with a multi-picture index, where others are previews, depths
+      and the like; None for what is no JPEG, has no end, holds several pictures without an index,
+      or is not grey, YCbCr or RGB of 8 bits in Huffman codes.
     """
     if not content.startswith(START):
         return None
     scan = _first_scan(content)
     end = content.find(_END, scan)
-    if content[scan : scan + 2] != _SCAN or end < 0 or content.find(START, end) >= 0:
+    if content[scan : scan + 2] != _SCAN or end < 0:
         return None
-    found, position = None, _without_fill(content, 2)
+    one, found, position = content.find(START, end) < 0, None, _without_fill(content, 2)
     while position < scan:
         marker = content[position + 1]
         if marker in _OTHERS or (marker in _FRAMES and found):
@@ -79,5 +81,6 @@ def find_frame(content: bytes) -> Frame | None:
             found = Frame(256 * sides[0] + sides[1], 256 * sides[2] + sides[3])
             if precision != 8 or components not in (1, 3) or not min(found):
                 return None
+        one |= marker == 0xE2 and content.startswith(_INDEX, position + 4)
         position = _next_segment(content, position)
-    return found
+    return found if one else None

@@ -22,11 +22,11 @@ PICTURE = Image.fromarray(pictures(1, HEIGHT, WIDTH)[0])
 
 
 def encoded(picture=PICTURE, kind='JPEG', orientation=0, **options):
-    exif = Image.Exif()
     if orientation:
-        exif[0x0112] = orientation
+        options['exif'] = Image.Exif()
+        options['exif'][0x0112] = orientation
     file = io.BytesIO()
-    picture.save(file, kind, exif=exif, **options)
+    picture.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -99,6 +99,15 @@ def test_unusual_files_go_through_ffmpeg(tmp_path, name):
             assert video.num_frames == num_frames
             found = video.frames([0])[0]
         assert np.abs(found.astype(int) - by_pillow(content)).max() <= 4
+
+
+def test_the_first_picture_of_an_indexed_file_is_read():
+    preview = PICTURE.resize((21, 15))
+    content = encoded(kind='MPO', save_all=True, append_images=[preview], quality=90)
+    with open_file(content) as video:
+        assert isinstance(video, JpegReader)
+        assert (video.num_frames, video.size) == (1, (HEIGHT, WIDTH))
+    np.testing.assert_array_equal(read(content), by_pillow(content))
 
 
 def sized(height, width):
