@@ -222,6 +222,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
         (
             'accumulation',
             'batch_norm.groups',
+            'data.image_size',
             'data.repeats',
             'eval.num_clips',
             'checkpoint.keep',
@@ -311,14 +312,24 @@ MOST: dict[str, float] = {
     'model.ada_pooling_layers': 2**10,
     **dict.fromkeys((name for name in POSITIVE if name.startswith('model.')), 2**10),
 }
-# 1 would never forget.
-DECAYS = ('optimizer.b1', 'optimizer.b2', 'optimizer.momentum', 'optimizer.ema_decay')
+# Decays, which would never forget with 1, and shares of what is dropped, which would leave nothing.
+BELOW_ONE = (
+    'optimizer.b1',
+    'optimizer.b2',
+    'optimizer.momentum',
+    'optimizer.ema_decay',
+    'model.dropout',
+    'model.mlp_dropout',
+    'model.head_dropout',
+    'model.stochastic_depth',
+)
 # Names that fields choose from, the keys of a table of dist_jax each.
 CHOICES = {
     'data.jpeg_decoder': ('libjpeg', 'ffmpeg'),
     'optimizer.name': ('adamw', 'sgd', 'lamb'),
     'optimizer.schedule': ('cosine', 'linear', 'constant'),
     'optimizer.warmup': ('join', 'peak', 'scale'),
+    'init_missing': ('error', 'fresh', 'all_fresh'),
 }
 
 
@@ -342,7 +353,7 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f'{field}={value} must be above 0')
         if field.endswith('.resize') and value != int(value):
             raise ValueError(f'{field}={value} must be whole pixels')
-        if field in DECAYS and not 0 <= value < 1:
+        if field in BELOW_ONE and not 0 <= value < 1:
             raise ValueError(f'{field}={value} must be at least 0 and below 1')
     for field, names in CHOICES.items():
         value = flat(config)[field]

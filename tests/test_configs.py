@@ -1,5 +1,6 @@
 """Every row of every config: it builds, its step traces, its size is the published one."""
 
+import math
 import re
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, dist, evl, frame_mean, side4video
-from dist_jax import backbones, checkpoint, optim, recipe, step, train
+from configs import base, dist, evl, frame_mean, side4video, sts
+from dist_jax import backbones, checkpoint, init_from, optim, recipe, step, train
 from dist_jax.plan import compiling
 from dist_jax.sharding import make_mesh
 from input_pipeline.datasets import DATASETS
@@ -208,6 +209,33 @@ def test_a_run_that_is_shorter_than_its_warm_up_is_refused(num_steps):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_every_row_passes_its_own_check(name):
     base.check(CONFIGS[name])
+
+
+@pytest.mark.parametrize('variant', sts.VARIANTS)
+def test_rows_of_sts_pass_their_check(variant):
+    base.check(sts.get_config(variant))
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('model.dropout', 1.5, r'must be at least 0 and below 1'),
+        ('model.dropout', math.nan, 'must be a finite number'),
+        ('model.stochastic_depth', 1.0, r'must be at least 0 and below 1'),
+        ('model.stochastic_depth', -0.5, r'must be at least 0 and below 1'),
+        ('data.image_size', 0, 'must be at least 1'),
+        ('init_missing', 'fresch', r"is not known; did you mean 'fresh'"),
+    ],
+)
+def test_fields_out_of_range_are_named(field, value, message):
+    config = sts.get_config('demo')
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=rf'^{re.escape(field)}=.*{message}'):
+        base.check(config)
+
+
+def test_init_missing_is_chosen_from_its_table():
+    assert base.CHOICES['init_missing'] == init_from.MISSING
 
 
 def test_paths_are_made_absolute_where_a_run_starts(tmp_path, monkeypatch):
