@@ -31,8 +31,8 @@ def write_set(
     Args:
       out_dir: folder to create; gets train/, val/, train.txt, val.txt ("path label" lines with
         paths relative to the folder), labels.txt and meta.json.
-      meta: what the set is, as JSON: `name`, `num_train` and `num_val` (files), `class_names`, and
-        whatever else decides its bytes.
+      meta: what the set is, as JSON: `name`, `num_train` and `num_val` (files), `class_names`,
+        `seed`, and whatever else decides its bytes.
       suffix: of the files, with its dot.
       write_file: called as (path, split, index in the split, label), from several threads. Classes
         are balanced to within one file.
@@ -43,11 +43,15 @@ def write_set(
       True if it wrote the set, False if the set was there.
 
     Raises:
-      ValueError: if a split is empty or the folder holds something else.
+      ValueError: if a split is empty, a number out of range or the folder holds something else.
     """
     num_train, num_val = meta['num_train'], meta['num_val']
     if num_train < 1 or num_val < 1:
         raise ValueError(f'num_train={num_train} and num_val={num_val} must be at least 1')
+    if num_threads < 1:
+        raise ValueError(f'num_threads={num_threads} must be at least 1')
+    if meta['seed'] < 0:
+        raise ValueError(f'seed={meta["seed"]} must be at least 0')
     out_dir = Path(out_dir)
     if _is_complete(out_dir, meta, suffix):
         return False
@@ -81,8 +85,8 @@ def _is_complete(out_dir: Path, meta: Mapping[str, Any], suffix: str) -> bool:
         return False
     advice = 'choose another folder or delete this one'
     try:
-        found = json.loads((out_dir / 'meta.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
+        found = dict(json.loads((out_dir / 'meta.json').read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f'{out_dir} is not empty and no built-in set; {advice}') from error
     if found != meta:
         fields = {k: (found.get(k), v) for k, v in meta.items() if found.get(k) != v}

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 NUM_OBJECTS = 4
+MAX_SIZE = 4096  # pixels; beyond, a slip that would fill the memory
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def check_size(size: int) -> None:
     Raises:
       ValueError: naming the size.
     """
-    if size % 8 or size < 32:
-        raise ValueError(f'size={size} must be a multiple of 8 and at least 32 pixels')
+    if size % 8 or not 32 <= size <= MAX_SIZE:
+        raise ValueError(f'size={size} must be a multiple of 8, and 32 to {MAX_SIZE} pixels')
 
 
 def draw_picture(rng: np.random.Generator, size: int, look: Look = Look()) -> np.ndarray:

@@ -118,6 +118,10 @@ def test_another_set_in_the_folder_is_an_error_and_stays(folder, tmp_path):
     with pytest.raises(ValueError, match='not empty and no built-in set'):
         generate(tmp_path, **SMALL)
     assert (tmp_path / 'notes.txt').read_text() == 'mine'
+    for text in ('[]', '3', '{'):
+        (tmp_path / 'meta.json').write_text(text)
+        with pytest.raises(ValueError, match='choose another folder or delete this one'):
+            generate(tmp_path, **SMALL)
 
 
 def test_lost_clips_are_noticed(tmp_path):
@@ -146,6 +150,9 @@ def test_an_interrupted_generation_leaves_nothing_that_looks_whole(tmp_path):
         ({'size': 50}, 'size=50'),
         ({'num_frames': 10}, 'num_frames=10'),
         ({'num_val': 0}, 'num_val=0'),
+        ({'size': 10**6}, 'size=1000000 must be .* 32 to 4096'),
+        ({'seed': -1}, 'seed=-1 must be at least 0'),
+        ({'num_threads': 0}, 'num_threads=0 must be at least 1'),
     ],
 )
 def test_wrong_arguments_are_errors(tmp_path, change, message):
