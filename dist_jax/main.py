@@ -512,7 +512,9 @@ def _evaluate(argv: Sequence[str]) -> int:
 
 def _predict(argv: Sequence[str]) -> int:
     parser = _parser('predict', 'Top-5 of single videos, with a picture of each.', PREDICT_HELP)
-    parser.add_argument('videos', nargs='+', metavar='VIDEO', help='files, and folders of them')
+    parser.add_argument(
+        'videos', nargs='+', metavar='VIDEO', help='videos or pictures, and folders of them'
+    )
     parser.add_argument('--workdir', required=True, help='folder of the run')
     parser.add_argument(
         '--step', help="checkpoint to use: a number or 'best'; the newest by default"
@@ -532,8 +534,7 @@ def _predict(argv: Sequence[str]) -> int:
     with _wrong_usage():
         paths.check_run(arguments.workdir)
         paths.check_inputs(_named_fields(config_arguments), ())
-        pictures = paths.reads_pictures(arguments.workdir)
-        videos = paths.find_videos(arguments.videos, pictures)
+        videos = paths.find_videos(arguments.videos)
     if arguments.labels and not os.path.exists(arguments.labels):
         raise UsageError(f'--labels: no file {arguments.labels}')
     from dist_jax import predict, trained

@@ -86,53 +86,42 @@ def check_training_inputs(fields: Mapping[str, Any]) -> None:
 
 def saved_root(workdir: str) -> str:
     """`data.root` of a run in a local folder; '' where it cannot be told."""
-    return str(_saved_data(workdir).get('root', ''))
-
-
-def reads_pictures(workdir: str) -> bool:
-    """Whether clips of a run in a local folder have one frame; False where it cannot be told."""
-    return _saved_data(workdir).get('num_frames') == 1
-
-
-def _saved_data(workdir: str) -> dict[str, Any]:
     try:
         with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as file:
-            return dict(json.load(file)['data'])
+            return str(json.load(file)['data']['root'])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return ''
 
 
 def _found(name: str) -> bool:
     return not name or '://' in name or os.path.exists(os.path.expanduser(name))
 
 
-def find_videos(names: Sequence[str], pictures: bool = False) -> list[str]:
+def find_videos(names: Sequence[str]) -> list[str]:
     """Video files, those of folders included, in order of their paths.
 
     Args:
       names: of files, taken whatever they are called, and folders, in which files with the suffix
-        of a video are taken at any depth, but for hidden ones.
-      pictures: take those with the suffix of a picture, too.
+        of a video are taken at any depth, but for hidden ones; of one without, those of a picture.
 
     Raises:
-      ValueError: a path that is not there, or a folder without a video.
+      ValueError: a path that is not there, or a folder with neither.
     """
     missing = [name for name in names if not os.path.exists(name)]
     if missing:
         raise ValueError('no file or folder ' + ', '.join(missing))
-    suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES if pictures else VIDEO_SUFFIXES
     found: list[str] = []
     for name in names:
         if not os.path.isdir(name):
             found.append(name)
             continue
-        inside = [
-            os.path.join(name, file)
-            for file in files_below(name)
-            if file.lower().endswith(suffixes)
-        ]
-        if not inside:
-            kinds = 'video or picture' if pictures else 'video'
-            raise ValueError(f'{name}: no {kinds} in this folder ({", ".join(suffixes)})')
-        found += inside
+        files = list(files_below(name))
+        for suffixes in (VIDEO_SUFFIXES, IMAGE_SUFFIXES):
+            inside = [file for file in files if file.lower().endswith(suffixes)]
+            if inside:
+                break
+        else:
+            known = ', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+            raise ValueError(f'{name}: no video and no picture in this folder ({known})')
+        found += [os.path.join(name, file) for file in inside]
     return found

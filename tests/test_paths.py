@@ -13,12 +13,13 @@ def test_a_folder_stands_for_the_videos_in_it(tmp_path):
     odd = str(tmp_path / 'odd.bin')  # a file is taken whatever it is called
     found = [f'{tmp_path}/{name}' for name in ('a/3.avi', 'b/1.webm', 'b/2.MP4')]
     assert paths.find_videos([odd, str(tmp_path)]) == [odd, *found]
-    (tmp_path / 'a' / '4.JPEG').touch()
-    assert paths.find_videos([str(tmp_path / 'a')]) == found[:1]
-    both = [found[0], f'{tmp_path}/a/4.JPEG']
-    assert paths.find_videos([str(tmp_path / 'a')], pictures=True) == both
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(ValueError, match='empty: no video in this folder'):
+    for name in ('empty/notes.txt', 'pictures/a.JPEG', 'pictures/b.txt', 'b/frame.jpg'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert paths.find_videos([f'{tmp_path}/pictures']) == [f'{tmp_path}/pictures/a.JPEG']
+    assert paths.find_videos([f'{tmp_path}/b']) == found[1:]  # pictures beside videos are not meant
+    with pytest.raises(ValueError, match='empty: no video and no picture in this folder'):
         paths.find_videos([str(tmp_path / 'empty')])
     with pytest.raises(ValueError, match=r'no file or folder x\.mp4, y'):
         paths.find_videos(['x.mp4', odd, 'y'])
