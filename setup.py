@@ -10,7 +10,7 @@ BEAM = 'apache-beam>=2.70'  # wants protobuf 6, which jax, grain, tfds and orbax
 setup(
     name='dist_jax',
     version='0.1.0',
-    description='Image-to-video transfer with a frozen backbone, in JAX/Flax, for Cloud TPU pods',
+    description='Video models made of image models, in JAX/Flax, for Cloud TPU pods',
     long_description=README.read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
