@@ -28,6 +28,7 @@ COLLECTIONS = ('batch_stats',)
 ROOTS = {'image': 'get_feature.', 'video': 'backbone.'}
 
 MAX_STAGES = 4
+MAX_BLOCKS = 200  # of all stages; tracing a thousand takes minutes, and published ones have 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,8 @@ def infer_sizes(tensors: Mapping[str, Any]) -> dict[str, Any]:
             'fusion_kernel': frames,
             'ratio': RATIOS[frames],
         }
+    if name == 'r2plus1d' and options['width'] < 2:
+        raise ValueError(f'{root}{kind.stem}: of one channel, no shortcut of this network is made')
     spec = kind.make(**options)
     classifier = _heads(form, spec)[_CLASSIFIER]
     return {
@@ -130,6 +133,8 @@ def _depths(tensors: Mapping[str, Any], prefix: str) -> tuple[int, ...]:
         if not depth:
             missing = f'{prefix}{stage + 1}.0'
             raise ValueError(f'{missing} is missing; this is no complete STS checkpoint')
+    if sum(depths) > MAX_BLOCKS:
+        raise ValueError(f'{prefix}: {sum(depths)} blocks, more than {MAX_BLOCKS}')
     return depths
 
 

@@ -214,6 +214,16 @@ def test_a_lost_stage_and_other_flags_are_named(tmp_path, capsys):
     assert 'shape (4, 3, 7, 7), expected 5 axes' in capsys.readouterr().err
 
 
+def test_names_alone_make_no_deep_network():
+    tensors = small('csn')[1]
+    blocks = {f'backbone.layer{1 + i % 4}.{i // 4}.x': np.zeros(1) for i in range(400)}
+    with pytest.raises(ValueError, match=r'backbone\.layer: 400 blocks, more than 200'):
+        sts_params.infer_sizes(tensors | blocks)
+    stem = {'backbone.conv1.conv.conv_t.weight': np.zeros((1, 3, 3, 1, 1))}
+    with pytest.raises(ValueError, match='of one channel, no shortcut'):
+        sts_params.infer_sizes(small('r2plus1d')[1] | stem)
+
+
 # Runs, and starting from what was converted.
 
 
