@@ -244,12 +244,12 @@ def _run(golden: Golden, name: str, dtype: Any) -> dict[str, Any]:
     variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), converted.variables(tree, found))
     collections = {'batch_stats': variables['batch_stats']}
 
-    info, group = golden.config['runs'][name], _group(golden, name)
+    info = golden.config['runs'][name]
     mode = 'official' if info.get('sts') else 'off'
     spec, form = sts_params.network(sizes), sizes['form']
     head = sts.classifier((sizes['num_classes'],), spec, form)
     net = sts.StsNet(spec, sts.Rules(dtype, sts=mode, form=form), head)
-    labels = jnp.asarray(golden.tensors[f'{group["inputs_from"]}label']).astype(jnp.int32)
+    video, labels = _inputs(golden, name, dtype)
     targets = losses.smooth_one_hot(labels, sizes['num_classes'], 0.0)
     train = info['mode'] == 'train'
 
@@ -267,7 +267,7 @@ def _run(golden: Golden, name: str, dtype: Any) -> dict[str, Any]:
 
     (loss, (logits, seen)), gradients = jax.jit(
         jax.value_and_grad(forward, has_aux=True), compiler_options=_QUICK
-    )(variables['params'], _video(golden, name, dtype))
+    )(variables['params'], video)
     made = {'logits': logits, 'loss': loss.reshape(1)}
     made |= _features(spec, seen['intermediates'])
     tree = converted.stored_tree({'params': gradients, 'batch_stats': seen['batch_stats']})
@@ -287,13 +287,16 @@ def _run(golden: Golden, name: str, dtype: Any) -> dict[str, Any]:
     return outputs | {f'gradstats/{name}': np.asarray(sums)}
 
 
-def _video(golden: Golden, name: str, dtype: Any) -> jax.Array:
-    group = _group(golden, name)
+def _inputs(golden: Golden, name: str, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Clips and labels of a run; variants without pictures of their own take the shared ones."""
+    place, kind = _group(golden, name)['inputs_from'], 'video'
     if _of_images(name):
-        places = [f'{group["inputs_from"]}v3d/image', 'inputs/v3d/image']
-        image = next(golden.tensors[each] for each in places if each in golden.tensors)
-        return jnp.asarray(image[:, :, None].transpose(_TO_OURS), dtype)
-    return _activations(golden, f'{group["inputs_from"]}video', dtype)
+        kind = 'v3d/image'
+        place = place if f'{place}{kind}' in golden.tensors else 'inputs/'
+    clips = golden.tensors[f'{place}{kind}']
+    clips = clips[:, :, None] if clips.ndim == 4 else clips
+    labels = golden.tensors[f'{place}label']
+    return jnp.asarray(clips.transpose(_TO_OURS), dtype), jnp.asarray(labels).astype(jnp.int32)
 
 
 def _features(spec: sts.NetworkSpec, seen: Tree) -> dict[str, Any]:
