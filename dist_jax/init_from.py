@@ -266,11 +266,12 @@ def _class_places(
         if lacking and origin.missing == 'error':
             raise ValueError(_lacking_text(path, head, names, lacking, own))
         moved = sum(k >= 0 and own[k] != name for name, k in zip(names, place))
-        log.info(
-            'classifier of head %d: %d of %d classes taken from %s by name (%d of them '
-            'under another name), %d start fresh',
-            *(head, len(names) - len(lacking), len(names), path, moved, len(lacking)),
-        )
+        if num_stored:
+            log.info(
+                'classifier of head %d: %d of %d classes taken from %s by name (%d of them '
+                'under another name), %d start fresh',
+                *(head, len(names) - len(lacking), len(names), path, moved, len(lacking)),
+            )
         places.append(place)
     return places
 
