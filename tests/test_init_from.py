@@ -374,7 +374,7 @@ def test_all_classes_may_start_anew(tmp_path, caplog, num_classes):
     with caplog.at_level(logging.INFO, 'dist_jax'):
         found = taken(tmp_path / 'x', model, drawn, missing='all_fresh')
     assert 'is left out, init_missing=all_fresh' in caplog.text
-    assert '0 of 3 classes taken' in caplog.text and 'has no classifier' not in caplog.text
+    assert 'classes taken' not in caplog.text and 'has no classifier' not in caplog.text
     assert_equal(found['params'].pop('head'), drawn['params']['head'])
     head = before['params'].pop('head')
     assert_equal(found, before)
