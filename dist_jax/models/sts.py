@@ -125,7 +125,12 @@ def x3d_block(stage: int, index: int, width: int, stride: int) -> Units:
     squeeze = _squeezed(inner) if index % 2 == 0 else 0
     return (
         UnitSpec('conv1', inner),
-        UnitSpec('conv2', inner, (3, 3, 3), stride, 'swish', True, False, True, squeeze),
+        UnitSpec(
+            *('conv2', inner, (3, 3, 3), stride, 'swish'),
+            depthwise=True,
+            separable=True,
+            squeeze=squeeze,
+        ),
         UnitSpec('conv3', width, activation=''),
     )
 
