@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models.layers import precision_of
+from dist_jax.models.layers import einsum, einsum_to_float32, precision_of, widened
 
 # How the appearance half of an STS convolution reads its temporal taps: as the released code does,
 # over the flattened frame, or along rows and columns with zeros beyond the border.
@@ -95,9 +95,10 @@ def sts_conv3d(
     # To take half of the lanes of a register costs a TPU more than to filter them with zeros.
     half = (x.shape[-1] + 1) // 2
     lanes = x.shape[-1] if x.shape[-1] <= _LANES else half
-    forms = (functools.partial(_sts_depthwise, stride, mode, size) for size in (half, lanes))
-    on_cpu, elsewhere = forms
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
+    form = functools.partial(_sts_depthwise, stride, mode)
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=functools.partial(form, half), default=functools.partial(form, lanes)
+    )
 
 
 def _sts_depthwise(
@@ -124,11 +125,6 @@ def _centre(kernel: jax.Array) -> jax.Array:
     return kernel[middle : middle + 1]
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    """What products are summed in."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _by_platform(
     x: jax.Array,
     kernel: jax.Array,
@@ -138,8 +134,7 @@ def _by_platform(
 ) -> jax.Array:
     def wide(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # Gradients of a shifted array are summed in its dtype, without a matrix unit.
-        to = _wide(x.dtype)
-        return on_cpu(x.astype(to), kernel.astype(to), *settings).astype(x.dtype)
+        return on_cpu(widened(x), widened(kernel), *settings).astype(x.dtype)
 
     return jax.lax.platform_dependent(
         x, kernel, cpu=wide, default=lambda x, kernel: elsewhere(x, kernel, *settings)
@@ -164,8 +159,7 @@ def _convolve_pictures(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) 
     padded = jnp.pad(x, [(0, 0), (kt // 2, kt // 2), (0, 0), (0, 0), (0, 0)])
     frames = jnp.concatenate([padded[:, d : d + t : strides[0]] for d in range(kt)], -1)
     if (kh, kw) == (1, 1):
-        kernel = kernel.reshape(-1, out)
-        return jnp.einsum('...i,io->...o', frames, kernel, precision=precision_of(x, kernel))
+        return einsum('...i,io->...o', frames, kernel.reshape(-1, out))
     y = jax.lax.conv_general_dilated(
         frames.reshape(-1, h, w, frames.shape[-1]),
         kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, -1, out),
@@ -243,7 +237,7 @@ def _line(x: jax.Array, kernel: jax.Array, stride: int, mode: str, axis: int) ->
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sts_temporal(mode: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Products (B, T, H, W, in) x (3, in, out) of each tap, which are then moved."""
-    before, centre, after = (_product('...i,io->...o', x, tap) for tap in kernel)
+    before, centre, after = (einsum_to_float32('...i,io->...o', x, tap) for tap in kernel)
     return (_neighbour(before, 1, mode) + centre + _neighbour(after, -1, mode)).astype(x.dtype)
 
 
@@ -257,18 +251,14 @@ def _sts_temporal_backward(
     """To move by a step the other way is the transpose of moving."""
     x, kernel = kept
     moved = (_neighbour(upstream, -1, mode), upstream, _neighbour(upstream, 1, mode))
-    to_x = sum(_product('...o,io->...i', one, tap) for one, tap in zip(moved, kernel, strict=True))
-    to_kernel = jnp.stack([_product('bthwi,bthwo->io', x, one) for one in moved])
+    to_x = sum(
+        einsum_to_float32('...o,io->...i', one, tap) for one, tap in zip(moved, kernel, strict=True)
+    )
+    to_kernel = jnp.stack([einsum_to_float32('bthwi,bthwo->io', x, one) for one in moved])
     return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
 
 
 _sts_temporal.defvjp(_sts_temporal_forward, _sts_temporal_backward)
-
-
-def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(
-        subscripts, a, b, precision=precision_of(a, b), preferred_element_type=_wide(a.dtype)
-    )
 
 
 def _neighbour(x: jax.Array, step: int, mode: str) -> jax.Array:

@@ -76,11 +76,11 @@ def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def einsum_to_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`einsum` whose result is not rounded to the dtype of `a` and `b`, but its gradient is.
 
-    What comes back is a factor of two products; in float32 both would have to be of float32 arrays.
+    Products of float64 stay float64. What comes back is a factor of two products; in float32 both
+    would have to be of float32 arrays.
     """
-    return jnp.einsum(
-        subscripts, a, b, precision=precision_of(a, b), preferred_element_type=jnp.float32
-    )
+    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    return jnp.einsum(subscripts, a, b, precision=precision_of(a, b), preferred_element_type=wide)
 
 
 def _einsum_forward(subscripts: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
