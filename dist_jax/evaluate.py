@@ -19,7 +19,7 @@ from dist_jax.reports import page
 from dist_jax.sharding import check_batch_size, make_mesh
 from dist_jax.tasks.api import Figures, Table, Task
 from dist_jax.trained import load_trained
-from dist_jax.views import Views
+from dist_jax.views import Views, ViewStep
 from input_pipeline import bad_videos
 
 
@@ -57,12 +57,13 @@ def with_videos(
     return dataclasses.replace(figures, scalars={**figures.scalars, **counts}, sections=sections)
 
 
-def evaluate(views: Views, task: Task) -> Evaluation:
+def evaluate(views: Views, task: Task, query_step: ViewStep) -> Evaluation:
     """Judges what a step says of a list.
 
     Args:
       views: of the list, fresh.
       task: what the step does.
+      query_step: see `step.make_query_step`; not called where the task has no queries.
 
     Raises:
       ending.StoppedError: it was stopped.
@@ -72,9 +73,12 @@ def evaluate(views: Views, task: Task) -> Evaluation:
     """
     source = views.source
     start = time.monotonic()
-    evaluator = task.evaluator(lambda index: str(source[index].path))
+    queries, evaluator = task.queries(source), task.evaluator(source)
     for rows in views:
         evaluator.add(rows)
+    if queries is not None:
+        for rows in views.answers(query_step, queries):
+            evaluator.add_queries(rows)
     unreadable = views.unreadable()
     limit = bad_videos.allowed(views.protocol.max_bad_share, len(source))
     if len(unreadable) > limit or len(unreadable) == len(source):
@@ -105,9 +109,8 @@ def run(
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
     source = recipe.open_split(config, 'val')
     trained = load_trained(config, workdir, step_number, recipe.labels_of(source))
-    eval_step = step.make_eval_step(
-        trained.model, trained.task, mesh, trained.variables, trained.frozen
-    )
+    parts = (trained.model, trained.task, mesh, trained.variables, trained.frozen)
+    eval_step, query_step = step.make_eval_step(*parts), step.make_query_step(*parts)
     with Bar('evaluate', -(-len(source) // config.eval.batch_size)) as bar:
         bar.line(f'{len(source)} videos, compiling the step')
         views = Views(
@@ -115,12 +118,12 @@ def run(
             trained.variables,
             trained.frozen,
             source,
-            recipe.eval_protocol(config, trained.task.annotate),
+            recipe.eval_protocol(config, trained.task.eval_annotate),
             mesh,
-            input_keys=trained.task.input_keys,
+            input_keys=trained.task.eval_input_keys,
             on_batch=bar.update,
         )
-        result = evaluate(views, trained.task)
+        result = evaluate(views, trained.task, query_step)
     stored = {
         **result.figures.scalars,
         'step': trained.step,

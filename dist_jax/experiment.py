@@ -103,14 +103,18 @@ def make_task(config: ConfigDict, labels: Labels) -> Task:
     """
     options = {field: value for field, value in config.task.to_dict().items() if value != ''}
     chosen = f'task.name={options.pop("name")!r}'
-    options |= {'label_smoothing': config.optimizer.label_smoothing, 'fusion': config.eval.fusion}
-    return _call(
-        chosen,
-        "fields that are '' are left to the task",
-        recipe.task_kind(config),
-        labels,
-        **options,
-    )
+    kind = recipe.task_kind(config)
+    known = inspect.signature(kind).parameters
+    for field, value in (
+        ('optimizer.label_smoothing', config.optimizer.label_smoothing),
+        ('eval.fusion', config.eval.fusion),
+    ):
+        name = field.partition('.')[2]
+        if name in known:
+            options[name] = value
+        elif value:
+            raise ValueError(f'{field}={value}: {chosen} has no such option; set it to 0')
+    return _call(chosen, "fields that are '' are left to the task", kind, labels, **options)
 
 
 def _call(chosen: str, way_out: str, build: Callable[..., Any], *parts: Any, **options: Any) -> Any:

@@ -154,6 +154,11 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
             f'{path}: has captions and no classes: it is for text-video retrieval and cannot be '
             'used for classification'
         )
+    if task_kind(config).needs_captions and source.class_names:
+        raise ValueError(
+            f'{path}: has classes and no captions, and task.name={config.task.name!r} matches '
+            'videos and sentences; name a list with captions (a CSV "path,caption", say)'
+        )
     return source
 
 

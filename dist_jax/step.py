@@ -35,6 +35,7 @@ from dist_jax.tasks.api import Task
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Network = Callable[[Tree], tuple[Tree, Tree]]  # parameters -> outputs, collections
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -226,30 +227,11 @@ def make_train_step(
     Raises:
       ValueError: the task cannot be trained with these settings.
     """
-    if task.couples_rows and settings.accumulation > 1:
-        raise ValueError(
-            f'accumulation={settings.accumulation}: the loss of this task compares all rows of a '
-            'batch, and parts of it would be another loss; set accumulation=1'
-        )
     if settings.mixing.enabled and not task.mixes:
         raise ValueError(
             f'mixing.probability={settings.mixing.probability}: this task has no targets that '
             'could be mixed; set mixing.probability=0'
         )
-
-    def loss_fn(
-        params: Tree, collections: Tree, inputs: Tree, part: Tree, key: jax.Array, total: jax.Array
-    ) -> tuple[jax.Array, Tree]:
-        outputs, updated = model.net.apply(
-            {'params': gather_params(params, model.sharding_rules), **collections},
-            inputs,
-            mask=part['mask'],
-            train=True,
-            rngs={'dropout': key},
-            mutable=list(collections),
-        )
-        per_row = task.loss(outputs, part['targets'], part['mask'])
-        return losses.masked_mean(per_row, part['mask'], total), updated
 
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         mix_key, dropout_key = _step_keys(settings.seed, state.step)
@@ -258,18 +240,28 @@ def make_train_step(
         mixed, targets = mix(mix_key, batch['video'], task.targets(batch), mask, settings.mixing)
         video, targets = split_batch((model.normalize(mixed), targets))
 
-        def part_gradients(collections: Tree, part: Tree, index: jax.Array) -> tuple[Any, Tree]:
+        def network(collections: Tree, part: Tree, index: jax.Array) -> Network:
             # The cut: what is frozen is outside of what is differentiated.
             inputs = jax.lax.stop_gradient(model.inputs(frozen, part['inputs']))
             key = jax.random.fold_in(dropout_key, index)
-            return jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, collections, inputs, part, key, total
+            return lambda params: model.net.apply(
+                {'params': gather_params(params, model.sharding_rules), **collections},
+                inputs,
+                mask=part['mask'],
+                train=True,
+                rngs={'dropout': key},
+                mutable=list(collections),
             )
+
+        def loss_of(outputs: Tree, rows: Tree) -> jax.Array:
+            per_row = task.loss(outputs, rows['targets'], rows['mask'])
+            return losses.masked_mean(per_row, rows['mask'], total)
 
         inputs = {'video': video} | {name: batch[name] for name in task.input_keys}
         parts = {'inputs': inputs, 'targets': targets, 'mask': mask}
-        (loss, collections), grads = _accumulate(
-            part_gradients, state.collections, parts, settings.accumulation, state.params
+        coupled = task.couples_rows and settings.accumulation > 1
+        (loss, collections), grads = (_accumulate_coupled if coupled else _accumulate)(
+            network, loss_of, state.params, state.collections, parts, settings.accumulation
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -388,17 +380,39 @@ def _shardings(placed: Tree | None, mesh: Mesh) -> Tree:
 
 
 def _accumulate(
-    gradients: Callable[[Tree, Tree, jax.Array], tuple[Any, Tree]],
+    network: Callable[[Tree, Tree, jax.Array], Network],
+    loss_of: Callable[[Tree, Tree], jax.Array],
+    params: Tree,
     collections: Tree,
     batch: Tree,
     parts: int,
-    params: Tree,
 ) -> tuple[tuple[jax.Array, Tree], Tree]:
     """Sums loss and gradients over `parts` slices of the batch, with one slice in memory.
 
     Collections go from slice to slice: running statistics move once in each, and the groups of
     `batch_norm` are of the rows of a slice.
+
+    Args:
+      network: (collections, slice, its number) -> the network on it.
+      loss_of: (outputs, the same rows) -> their part of the loss.
+      params: of the network.
+      collections: before the first slice.
+      batch: trees of (B, ...).
+      parts: B / parts rows each.
+
+    Returns:
+      (loss, collections after the last slice), gradients.
     """
+
+    def gradients(collections: Tree, rows: Tree, index: jax.Array) -> tuple[Any, Tree]:
+        run = network(collections, rows, index)
+
+        def loss_fn(params: Tree) -> tuple[jax.Array, Tree]:
+            outputs, updated = run(params)
+            return loss_of(outputs, rows), updated
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
     if parts == 1:
         return gradients(collections, batch, jnp.int32(0))
     sliced = _sliced(batch, parts)
@@ -411,6 +425,46 @@ def _accumulate(
 
     start = (jnp.zeros(()), collections, jax.tree.map(jnp.zeros_like, params))
     (loss, collections, grads), _ = jax.lax.scan(body, start, (sliced, jnp.arange(parts)))
+    return (loss, collections), grads
+
+
+def _accumulate_coupled(
+    network: Callable[[Tree, Tree, jax.Array], Network],
+    loss_of: Callable[[Tree, Tree], jax.Array],
+    params: Tree,
+    collections: Tree,
+    batch: Tree,
+    parts: int,
+) -> tuple[tuple[jax.Array, Tree], Tree]:
+    """As `_accumulate`, of a loss that compares all rows of the batch.
+
+    A first pass keeps the outputs of all slices, whose loss is that of the whole batch; a second
+    one makes each slice again and sends the gradient of its outputs back. So the memory is that of
+    a slice and of all outputs, and everything but the backward pass is computed twice.
+
+    Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
+    (arXiv:2101.06983).
+    """
+    sliced = _sliced(batch, parts), jnp.arange(parts)
+
+    def forward(collections: Tree, part: tuple[Tree, jax.Array]) -> tuple[Tree, Tree]:
+        rows, index = part
+        outputs, collections = network(collections, split_batch(rows), index)(params)
+        return collections, outputs
+
+    _, outputs = jax.lax.scan(forward, collections, sliced)
+    together = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+    loss, upstream = jax.value_and_grad(loss_of)(split_batch(together), batch)
+
+    def backward(carry: tuple[Tree, Tree], part: tuple[Any, Tree]) -> tuple[Any, None]:
+        (collections, total), ((rows, index), upstream) = carry, part
+        run = network(collections, split_batch(rows), index)
+        _, pull, collections = jax.vjp(run, params, has_aux=True)
+        (grads,) = pull(split_batch(upstream))
+        return (collections, jax.tree.map(jnp.add, total, grads)), None
+
+    start = collections, jax.tree.map(jnp.zeros_like, params)
+    (collections, grads), _ = jax.lax.scan(backward, start, (sliced, _sliced(upstream, parts)))
     return (loss, collections), grads
 
 
@@ -433,7 +487,8 @@ def make_eval_step(
 ) -> Callable[[Tree, Tree, Batch], dict[str, Tree]]:
     """The jitted evaluation: (variables, frozen, batch) -> what the task predicts, (B, ...) leaves.
 
-    The batch has `video` (B, V, T, H, W, 3) uint8, V views of each, and the task's `input_keys`.
+    The batch has `video` (B, V, T, H, W, 3) uint8, V views of each, and the task's
+    `eval_input_keys`.
 
     Args:
       model: the family's model.
@@ -445,12 +500,32 @@ def make_eval_step(
 
     def step(variables: Tree, frozen: Tree, batch: Batch) -> dict[str, Tree]:
         views = batch['video'].shape[1]
-        clips = {name: jnp.repeat(batch[name], views, axis=0) for name in task.input_keys} | {
+        clips = {name: jnp.repeat(batch[name], views, axis=0) for name in task.eval_input_keys} | {
             'video': clips_of_views(model, batch['video'])
         }
         gathered = gather_params(variables['params'], model.sharding_rules)
         outputs = model.net.apply({**variables, 'params': gathered}, model.inputs(frozen, clips))
         return task.predict(outputs, views)
+
+    return jit_on_rows(step, mesh, variables, frozen)
+
+
+def make_query_step(
+    model: Model,
+    task: Task,
+    mesh: Mesh,
+    variables: Tree | None = None,
+    frozen: Tree | None = None,
+) -> Callable[[Tree, Tree, Batch], dict[str, Tree]]:
+    """The jitted answers to `Task.queries`: (variables, frozen, rows) -> (Q, ...) leaves.
+
+    Arguments are those of `make_eval_step`.
+    """
+
+    def step(variables: Tree, frozen: Tree, rows: Batch) -> dict[str, Tree]:
+        gathered = gather_params(variables['params'], model.sharding_rules)
+        outputs = model.net.apply({**variables, 'params': gathered}, model.inputs(frozen, rows))
+        return task.predict_queries(outputs)
 
     return jit_on_rows(step, mesh, variables, frozen)
 

@@ -238,6 +238,7 @@ def _train(
     verify = config.checkpoint.verify
     parts = experiment.assemble(config, labels, experiment.find_backbone(config, workdir))
     task, model = parts.task, parts.model
+    train_source = task.samples(train_source)
     train_reader = recipe.train_reader(config, model.pixels, labels, task.annotate)
     frozen = parts.load_frozen(mesh, verify=verify)
 
@@ -286,6 +287,7 @@ def _train(
         workdir, start, config.log.tensorboard, evaluated=checkpoints.has_score(start)
     )
     _write_overview(workdir, writer, config, state, frozen)
+    tested = (parts.test_model, task, mesh, abstract.eval_variables, test_frozen)
     run = _Loop(
         config=config,
         workdir=workdir,
@@ -298,9 +300,8 @@ def _train(
         frozen=frozen,
         test_frozen=test_frozen,
         train_step=train_step,
-        eval_step=step.make_eval_step(
-            parts.test_model, task, mesh, abstract.eval_variables, test_frozen
-        ),
+        eval_step=step.make_eval_step(*tested),
+        query_step=step.make_query_step(*tested),
         statistics_step=step.make_statistics_step(
             model, task, step_settings(config), mesh, abstract.params, frozen
         ),
@@ -456,6 +457,7 @@ class _Loop:
     test_frozen: Tree
     train_step: Any
     eval_step: Any
+    query_step: Any
     statistics_step: Any
     checkpoints: checkpoint.Checkpoints
     metadata: dict[str, Any]
@@ -656,14 +658,16 @@ class _Loop:
                     state.eval_variables,
                     self.test_frozen,
                     self.val_source,
-                    recipe.eval_protocol(config, self.task.annotate, config.data.max_bad_share),
+                    recipe.eval_protocol(
+                        config, self.task.eval_annotate, config.data.max_bad_share
+                    ),
                     self.mesh,
-                    input_keys=self.task.input_keys,
+                    input_keys=self.task.eval_input_keys,
                     skipped=self.val_skipped,
                     on_batch=bar.update,
                     should_stop=stop.reached if stop is not None else lambda: False,
                 )
-                result = evaluate(views, self.task)
+                result = evaluate(views, self.task, self.query_step)
             except (BadVideosError, NonFiniteScoresError) as error:  # the same on all hosts
                 self.val_error = str(error).splitlines()[0]
                 if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""Runs a step over all views of the videos of a list, every video once, on all hosts.
+"""Runs a step over all views of the videos of a list, or over rows, each once, on all hosts.
 
 Evaluations, and whoever else wants something of every video, get rows from here.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -137,6 +137,32 @@ class Views:
         own = {key: rows for key, rows in batch.items() if key not in RECORD_FIELDS}
         rows = {'index': batch['index']} | own | local_rows(found)
         return jax.tree.map(lambda leaf: leaf[kept], rows)
+
+    def answers(self, step: ViewStep, rows: Mapping[str, np.ndarray]) -> Iterator[dict[str, Tree]]:
+        """Runs another step over rows that every host has; each comes out on one host.
+
+        Args:
+          step: see `step.make_query_step`.
+          rows: (Q, ...) arrays, which it reads.
+
+        Yields:
+          `index` (the numbers of rows), the rows and what the step gives, batch by batch.
+
+        Raises:
+          ending.StoppedError: `should_stop` said so.
+        """
+        _, variables, frozen = self._run
+        count, batch_size = len(next(iter(rows.values()))), self.protocol.batch_size
+        of_host = batch_size // self._part.count
+        own = np.arange(of_host) + of_host * self._part.index
+        for start in range(0, count, batch_size):
+            if self._should_stop():
+                raise ending.StoppedError('the evaluation was stopped')
+            index = start + own
+            batch = {name: leaf[np.minimum(index, count - 1)] for name, leaf in rows.items()}
+            found = local_rows(step(variables, frozen, to_global(batch, self._mesh)))
+            kept = (index < count) & self._part.first
+            yield jax.tree.map(lambda leaf, kept=kept: leaf[kept], {'index': index} | batch | found)
 
     def unreadable(self) -> tuple[tuple[str, str], ...]:
         """(path, reason) of the videos of all hosts, in the order of the list.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -61,6 +61,8 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, inputs, *, mask=None, train=False):
+        if 'video' not in inputs:  # a query
+            return {'hint': inputs['hint']}
         kernel = (self.kernel_frames, 3, 3)
         conv = nn.Conv(self.width, kernel, (1, 4, 4), use_bias=False, dtype=self.dtype, name='conv')
         x = conv(inputs['video'])
@@ -131,19 +133,22 @@ class Spread:
     """Embeddings of a batch should lie apart, and at `place`: a loss that couples rows."""
 
     labels = ()
-    needs_classes = False
-    annotate = Reading()
+    needs_classes = needs_captions = False
+    annotate = eval_annotate = Reading()
     element_spec: ClassVar = {
         'hint': jax.ShapeDtypeStruct((2,), jnp.float32),
         'place': jax.ShapeDtypeStruct((), jnp.int32),
     }
-    input_keys = ('hint',)
+    input_keys = eval_input_keys = ('hint',)
     couples_rows = True
     mixes = False
     select_by = 'nearness'
 
-    def __init__(self, labels, label_smoothing, fusion):
+    def __init__(self, labels):
         """Of a list's classes nothing is read."""
+
+    def samples(self, source):
+        return source
 
     def check(self, outputs):
         assert outputs['embedding'].ndim == 2
@@ -160,7 +165,15 @@ class Spread:
         x = outputs['embedding'].mean(-1)
         return {'position': x.reshape(-1, num_views).mean(1)}
 
-    def evaluator(self, name: Callable[[int], str]):
+    def queries(self, source):
+        """How long the names of the videos are."""
+        names = [source[i].video_id for i in range(len(source))]
+        return {'hint': np.float32([[len(name), 0] for name in names])}
+
+    def predict_queries(self, outputs):
+        return {'length': outputs['hint'][:, 0]}
+
+    def evaluator(self, source):
         return Nearness()
 
 
@@ -168,7 +181,10 @@ class Nearness:
     """How near all videos of the list are to their places."""
 
     def __init__(self):
-        self.parts = []
+        self.parts, self.queries = [], []
+
+    def add_queries(self, rows: Mapping[str, Any]) -> None:
+        self.queries.append({key: rows[key] for key in ('index', 'hint', 'length')})
 
     def add(self, rows: Mapping[str, Any]) -> None:
         self.parts.append({key: rows[key] for key in ('index', 'place', 'position')})
@@ -176,7 +192,9 @@ class Nearness:
     def result(self) -> Figures:
         rows = gather_rows(self.parts)
         nearness = -float(np.abs(rows['position'] - rows['place']).mean())
-        details = {'order': rows['index'].tolist()}
+        queries = gather_rows(self.queries)
+        np.testing.assert_array_equal(queries['length'], queries['hint'][:, 0])
+        details = {'order': rows['index'].tolist(), 'queries': queries['index'].tolist()}
         return Figures({'nearness': nearness}, line=f'nearness {nearness:.3f}', details=details)
 
 

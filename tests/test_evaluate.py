@@ -95,7 +95,7 @@ class Scorer:
         return gather_rows(list(self.views(source, **options)))
 
     def __call__(self, source, **options):
-        return evaluate.evaluate(self.views(source, **options), self.trained.task)
+        return evaluate.evaluate(self.views(source, **options), self.trained.task, None)
 
 
 @pytest.fixture(scope='module')

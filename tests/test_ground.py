@@ -298,14 +298,19 @@ def test_its_steps_are_planned_for_one_device():
 
 
 class Steps:
-    """Steps of the family on a mesh of so many devices."""
+    """Steps of the family on one device."""
 
-    def __init__(self, **settings):
-        labels = (tuple('abc'),)
+    def __init__(self, task=None, groups=1, **settings):
+        self.task = Classify((tuple('abc'),)) if task is None else task
         self.model = conv_family.build(
-            num_classes=(3,), num_frames=2, dtype=jnp.float32, width=4, kernel_frames=3
+            num_classes=tuple(map(len, self.task.labels)),
+            num_frames=2,
+            dtype=jnp.float32,
+            width=4,
+            kernel_frames=3,
+            batch_norm_groups=groups,
         )
-        self.task, optimizer = Classify(labels), optax.sgd(0.1)
+        optimizer = optax.sgd(0.1)
         mesh = make_mesh(jax.devices()[:1])
         shape = (4, 2, 8, 8, 3)
         settings = step.StepSettings(**settings)
@@ -367,6 +372,29 @@ def test_parts_without_a_real_clip_change_nothing():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
 
 
+def test_a_loss_over_all_rows_has_the_gradient_of_the_whole_batch_in_parts():
+    rng = np.random.default_rng(0)
+    batch = batch_of() | {'hint': rng.random((4, 2), np.float32), 'place': np.arange(4)}
+    del batch['label']
+    # Parts are rows 0 and 2, rows 1 and 3; groups are rows that follow each other.
+    ordered = {name: value[[0, 2, 1, 3]] for name, value in batch.items()}
+    parts = Steps(conv_family.Spread(()), accumulation=2)
+    whole = Steps(conv_family.Spread(()), groups=2)
+    found, metrics = parts.step(jax.tree.map(jnp.copy, parts.fresh), {}, batch)
+    expected, wanted = whole.step(jax.tree.map(jnp.copy, whole.fresh), {}, ordered)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
+        (found.params, metrics),
+        (expected.params, wanted),
+    )
+    # The statistics of the slices, one after the other.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x, y),
+        found.collections,
+        Steps(accumulation=2)(batch | {'label': np.zeros(4, np.int32)}).collections,
+    )
+
+
 def test_the_average_holds_statistics_too():
     steps = Steps(ema_decay=0.75)
     after, before = steps(batch_of()), steps.fresh.eval_variables
@@ -386,7 +414,7 @@ def test_the_average_holds_statistics_too():
 def test_tasks_learn_from_rows_of_zeros(mask):
     mask = jnp.array(mask, jnp.float32)
     for name, make in TASKS.items():
-        task = make((('a', 'b'),), label_smoothing=0.1, fusion=0.0)
+        task = make((('a', 'b'),))
         batch = {k: jnp.zeros((2, *row.shape), row.dtype) for k, row in task.element_spec.items()}
         outputs = {'embedding': jnp.zeros((2, 4)), 'logits': (jnp.zeros((2, 2)),)}
 
@@ -406,7 +434,7 @@ def test_a_task_with_its_own_keys_trains_and_is_judged(make_config, tmp_path):
     assert summary['val_nearness'] < 0 and summary['best_val_nearness'] >= summary['val_nearness']
     config = trained.saved_config(str(tmp_path / 'run'))
     figures, _ = evaluate.run(config, str(tmp_path / 'run'), 'best', str(tmp_path))
-    assert figures['order'] == list(range(10))
+    assert figures['order'] == figures['queries'] == list(range(10))
     assert figures['nearness'] == pytest.approx(summary['best_val_nearness'], rel=1e-6)
     assert 'num_classes' not in summary and not any(
         'head' in name for name in read(tmp_path / 'run')
@@ -428,7 +456,7 @@ class Halved:
 
 
 class Halves(Classify):
-    annotate = Halved()
+    annotate = eval_annotate = Halved()
 
     def __init__(self, labels, *, colour='red', **options):
         super().__init__((('first', 'second'),), **options)
@@ -551,7 +579,6 @@ def test_what_a_kind_of_backbone_does_not_have(on_cells, family, options, messag
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'accumulation': 2}, 'accumulation=2: the loss of this task compares all rows'),
         ({'mixing.probability': 0.5}, 'mixing.probability=0.5: this task has no targets'),
     ],
 )

@@ -98,7 +98,7 @@ def eval_step(config: ConfigDict, mesh: Mesh) -> Step:
     variables = step.place_variables(model, parts.abstract_variables(), mesh)
     reader = recipe.eval_reader(config)
     batch = step.example_batch(task, (videos, *reader.shape))
-    batch = {name: batch[name] for name in ('video', *task.input_keys)}
+    batch = {name: batch[name] for name in ('video', *task.eval_input_keys)}
     arguments = {'variables': variables, 'frozen': frozen, 'batch': _split(batch, mesh)}
     function = step.make_eval_step(model, task, mesh, variables, frozen)
     counted = flops.count_model(model, task, frozen, parts.test_shape)

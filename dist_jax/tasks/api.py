@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+import numpy as np
 
 from input_pipeline.pipeline import Annotate
+from input_pipeline.video_list import LabelledSource
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,8 +91,15 @@ class Evaluator(Protocol):
     def add(self, rows: Mapping[str, Tree]) -> None:
         """Takes rows of this host, axis 0 of every leaf, without padding and unreadable videos.
 
-        They are `index` (the number of the record), `label` and the keys of `Task.annotate`, and
-        what `Task.predict` returns.
+        They are `index` (the number of the record), `label` and the keys of `Task.eval_annotate`,
+        and what `Task.predict` returns.
+        """
+
+    def add_queries(self, rows: Mapping[str, Tree]) -> None:
+        """Takes rows of this host of `Task.queries`, each on one host; of tasks that have any.
+
+        They are `index` (the number of the query), its keys, and what `Task.predict_queries`
+        returns.
         """
 
     def result(self) -> Figures:
@@ -107,12 +116,16 @@ class Task(Protocol):
     Attributes:
       needs_classes: whether it reads those: a list of captions alone is no list for it, and all its
         lists have the same.
+      needs_captions: whether it reads captions: a list of classes is no list for it.
       labels: class names of each head of the network, those of the list or its own; () where there
         are no classes.
-      annotate: makes the task's own keys of a batch from a record, in a reader; None for none.
-      element_spec: what goes to the devices beside `video` and `mask`: name -> shape and dtype of
-        one row. `label` is there without being made.
-      input_keys: names of those that the network reads, too; in evaluation as well.
+      annotate: makes the task's own keys of a training batch from a record, in a reader; None for
+        none.
+      eval_annotate: likewise of a batch of an evaluation.
+      element_spec: what goes to the devices in training beside `video` and `mask`: name -> shape
+        and dtype of one row. `label` is there without being made.
+      input_keys: names of those that the network reads, too.
+      eval_input_keys: keys of `eval_annotate` that the network reads.
       couples_rows: the loss of a row reads other rows, so that a batch cannot be cut into parts.
       mixes: whether targets are distributions, which mixup and cutmix may average.
       select_by: the scalar of an evaluation by which the best checkpoint is chosen; the higher, the
@@ -120,13 +133,19 @@ class Task(Protocol):
     """
 
     needs_classes: bool
+    needs_captions: bool
     labels: Labels
     annotate: Annotate | None
+    eval_annotate: Annotate | None
     element_spec: Mapping[str, jax.ShapeDtypeStruct]
     input_keys: tuple[str, ...]
+    eval_input_keys: tuple[str, ...]
     couples_rows: bool
     mixes: bool
     select_by: str
+
+    def samples(self, source: LabelledSource) -> LabelledSource:
+        """What of a list is trained on, a record each; the list itself where that is its videos."""
 
     def check(self, outputs: Tree) -> None:
         """Raises ValueError if a network with these outputs (shapes) cannot do this."""
@@ -144,5 +163,12 @@ class Task(Protocol):
     def predict(self, outputs: Tree, num_views: int) -> dict[str, Tree]:
         """Answers (B, ...) from outputs of B * num_views clips, the views of a video together."""
 
-    def evaluator(self, name: Callable[[int], str]) -> Evaluator:
-        """A fresh judge; `name` says what a message calls the record of an index."""
+    def queries(self, source: LabelledSource) -> Mapping[str, np.ndarray] | None:
+        """What a list is judged with beside its videos: rows (Q, ...) that the network reads by
+        themselves, the same on all hosts; None for nothing."""
+
+    def predict_queries(self, outputs: Tree) -> dict[str, Tree]:
+        """Answers (Q, ...) from outputs of queries."""
+
+    def evaluator(self, source: LabelledSource) -> Evaluator:
+        """A fresh judge of the answers to a list."""

@@ -16,6 +16,7 @@ from dist_jax import losses, metrics
 from dist_jax.sharding import gather_rows
 from dist_jax.tasks.api import Figures, Labels, Tree
 from dist_jax.tasks.classify_figures import classification_figures
+from input_pipeline.video_list import LabelledSource
 
 # config.task.criterion -> (logits, targets), both (B, num_classes), -> float32 (B,). The binary one
 # asks of every class by itself whether a clip is of it, as "ResNet strikes back" (Wightman et al.,
@@ -45,8 +46,9 @@ class Classify:
     criterion: str = 'cross_entropy'
 
     needs_classes = True
-    annotate = None
-    input_keys = ()
+    needs_captions = False
+    annotate = eval_annotate = None
+    input_keys = eval_input_keys = ()
     couples_rows = False
     mixes = True
     select_by = 'top1'
@@ -62,6 +64,10 @@ class Classify:
         """`label`: class index, one for each head where there are several."""
         heads = len(self.labels)
         return {'label': jax.ShapeDtypeStruct((heads,) if heads > 1 else (), jnp.int32)}
+
+    def samples(self, source: LabelledSource) -> LabelledSource:
+        """The videos of the list."""
+        return source
 
     def check(self, outputs: Tree) -> None:
         """Raises ValueError if there are no logits of these classes, or none to fuse with."""
@@ -98,17 +104,20 @@ class Classify:
         scores = (jax.nn.softmax(head.astype(jnp.float32)) for head in logits)
         return {'scores': tuple(s.reshape(-1, num_views, s.shape[-1]).mean(1) for s in scores)}
 
-    def evaluator(self, name: Callable[[int], str]) -> ClassifyEvaluator:
+    def queries(self, source: LabelledSource) -> None:
+        """There are none."""
+
+    def evaluator(self, source: LabelledSource) -> ClassifyEvaluator:
         """A fresh judge."""
-        return ClassifyEvaluator(self.labels, name)
+        return ClassifyEvaluator(self.labels, source)
 
 
 class ClassifyEvaluator:
     """Accuracies of a list; see `Figures`."""
 
-    def __init__(self, labels: Labels, name: Callable[[int], str]):
+    def __init__(self, labels: Labels, source: LabelledSource):
         self._labels = labels
-        self._name = name
+        self._source = source
         self._rows: list[dict[str, Tree]] = []
 
     def add(self, rows: Mapping[str, Tree]) -> None:
@@ -119,7 +128,7 @@ class ClassifyEvaluator:
         """Accuracies of all that were added on all hosts."""
         rows = gather_rows(self._rows)
         scores, labels = rows['scores'], rows['label'].reshape(len(rows['index']), -1)
-        metrics.check_finite(scores, lambda row: self._name(int(rows['index'][row])))
+        metrics.check_finite(scores, lambda row: self._source[int(rows['index'][row])].path)
         heads = [metrics.classification(s, labels[:, i]) for i, s in enumerate(scores)]
         joint = metrics.joint_top1(scores, labels) if len(heads) > 1 else None
         return classification_figures(heads, joint, self._labels)
