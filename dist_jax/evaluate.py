@@ -17,7 +17,7 @@ from dist_jax.json_file import write_json
 from dist_jax.progress import Bar
 from dist_jax.reports import page
 from dist_jax.sharding import check_batch_size, make_mesh
-from dist_jax.tasks.api import Figures, Table, Task
+from dist_jax.tasks.api import Figures, Table, Task, labels_of
 from dist_jax.trained import load_trained
 from dist_jax.views import Views, ViewStep
 from input_pipeline import bad_videos
@@ -108,7 +108,8 @@ def run(
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
     source = recipe.open_split(config, 'val')
-    trained = load_trained(config, workdir, step_number, recipe.labels_of(source))
+    trained = load_trained(config, workdir, step_number, labels_of(source))
+    trained.task.check_list(source, 'data.val_list')
     parts = (trained.model, trained.task, mesh, trained.variables, trained.frozen)
     eval_step, query_step = step.make_eval_step(*parts), step.make_query_step(*parts)
     with Bar('evaluate', -(-len(source) // config.eval.batch_size)) as bar:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from dist_jax.models.layers import Pixels
@@ -31,7 +30,6 @@ from input_pipeline.video_list import LabelledSource
 
 log = logging.getLogger('dist_jax')
 
-MOST_NAMED = 10  # classes in a warning
 EVAL_AHEAD = 4  # batches of an evaluation that are made ahead; they are large
 
 
@@ -160,29 +158,6 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
             'videos and sentences; name a list with captions (a CSV "path,caption", say)'
         )
     return source
-
-
-def labels_of(source: LabelledSource) -> Labels:
-    """Class names of each head; () where there are none."""
-    names = source.class_names
-    return names if not names or isinstance(names[0], tuple) else (tuple(names),)
-
-
-def warn_of_classes(source: LabelledSource, field: str) -> None:
-    """Warns of a list with nothing to tell apart, and of classes that no video belongs to."""
-    if jax.process_index() != 0:
-        return
-    for names, own in zip(labels_of(source), source.labels.reshape(len(source), -1).T):
-        if len(names) == 1:
-            log.warning('%s has one class, %r: there is nothing to tell apart', field, names[0])
-        empty = np.flatnonzero(np.bincount(own, minlength=len(names)) == 0)
-        if len(empty):
-            named = ', '.join(repr(names[k]) for k in empty[:MOST_NAMED])
-            log.warning(
-                '%s has no video of %d of the %d classes: %s',
-                *(field, len(empty), len(names)),
-                named + (f' and {len(empty) - MOST_NAMED} more' * (len(empty) > MOST_NAMED)),
-            )
 
 
 def list_sha256(source: LabelledSource) -> str:

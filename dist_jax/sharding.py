@@ -271,21 +271,36 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return {'xla_enable_async_all_gather': 'true'}
 
 
+def parts_here() -> int:
+    """How many parts a batch is split into; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in BATCH) if sizes else 1
+
+
 def split_batch(tree: Tree, axis: int = 0) -> Tree:
     """Keeps the clips, or frames, on `axis` of every leaf split over `data` and `fsdp`.
 
     An axis that is not a multiple of their sizes is left as it is.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    if not sizes:
+    if not jax.sharding.get_abstract_mesh().shape:
         return tree
-    parts = math.prod(sizes[name] for name in BATCH)
+    parts = parts_here()
     spec = PartitionSpec(*[None] * axis, BATCH)
 
     def one(x: jax.Array) -> jax.Array:
         return x if x.shape[axis] % parts else jax.lax.with_sharding_constraint(x, spec)
 
     return jax.tree.map(one, tree)
+
+
+def everywhere(tree: Tree) -> Tree:
+    """Every device gets all of every leaf, as an array that all rows of a batch are compared with.
+
+    Gradients are summed over devices.
+    """
+    if not jax.sharding.get_abstract_mesh().shape:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
 
 
 def split_params(tree: Tree, rules: Sequence[ShardingRule]) -> Tree:

@@ -46,7 +46,7 @@ from dist_jax.sharding import (
     to_global,
     to_host,
 )
-from dist_jax.tasks.api import Labels, Task
+from dist_jax.tasks.api import Labels, Task, labels_of
 from dist_jax.views import Views
 from dist_jax.workdir_lock import locked
 from input_pipeline import pipeline
@@ -226,18 +226,19 @@ def _train(
         recipe.resolve_paths(config)
     train_source = recipe.open_split(config, 'train')
     val_source = recipe.open_split(config, 'val') if config.data.val_list else None
-    labels = recipe.labels_of(train_source)
+    labels = labels_of(train_source)
     needs_classes = recipe.task_kind(config).needs_classes
-    if needs_classes and val_source is not None and recipe.labels_of(val_source) != labels:
+    if needs_classes and val_source is not None and labels_of(val_source) != labels:
         raise ValueError(
             f'{config.data.train_list} and {config.data.val_list} have different classes; '
             'name one file of class names for both in data.label_map'
         )
-    if needs_classes:
-        recipe.warn_of_classes(train_source, 'data.train_list')
     verify = config.checkpoint.verify
     parts = experiment.assemble(config, labels, experiment.find_backbone(config, workdir))
     task, model = parts.task, parts.model
+    task.check_list(train_source, 'data.train_list')
+    if val_source is not None:
+        task.check_list(val_source, 'data.val_list')
     train_source = task.samples(train_source)
     train_reader = recipe.train_reader(config, model.pixels, labels, task.annotate)
     frozen = parts.load_frozen(mesh, verify=verify)

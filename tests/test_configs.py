@@ -12,6 +12,8 @@ from configs import base, dist, evl, frame_mean, side4video, sts
 from dist_jax import backbones, checkpoint, init_from, optim, recipe, step, train
 from dist_jax.plan import compiling
 from dist_jax.sharding import make_mesh
+from dist_jax.tasks.api import labels_of
+from dist_jax.tasks.classify import Classify
 from input_pipeline.datasets import DATASETS
 from input_pipeline.sources import open_source
 
@@ -309,7 +311,7 @@ def test_a_list_with_nothing_to_learn_from_is_a_warning(tmp_path, caplog):
             tmp_path / 'list.txt', 'kinetics', label_map=str(tmp_path / 'labels.txt')
         )
         caplog.clear()
-        recipe.warn_of_classes(source, 'data.train_list')
+        Classify(labels_of(source)).check_list(source, 'data.train_list')
         assert all(text in caplog.text for text in ['data.train_list', *expected])
 
 

@@ -17,6 +17,7 @@ from dist_jax.models import (
     frame_mean,
     side4video,
     side4video_params,
+    side4video_retrieval,
     sts,
     sts_params,
 )
@@ -46,6 +47,7 @@ FAMILIES: dict[str, Family] = {
     'evl': Family(evl.build),
     'frame_mean': Family(frame_mean.build),
     'side4video': Family(side4video.build, batch_statistics=True),
+    'side4video_retrieval': Family(side4video_retrieval.build, batch_statistics=True),
     'sts': Family(sts.build, reads_backbone=False, batch_statistics=True),
 }
 

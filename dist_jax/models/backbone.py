@@ -49,6 +49,7 @@ class Taps:
       summary: applied to queries and keys (N, L, h, d) inside each of these blocks; its result is
         returned in their place, so that they are not kept. None returns them.
       stem: whether the stream before the first block is returned.
+      class_token: whether the class token behind the last block is returned; it needs every block.
       embedding: whether the projected class embedding is returned; it needs every block.
     """
 
@@ -57,6 +58,7 @@ class Taps:
     attention: tuple[int, ...] = ()
     summary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     stem: bool = False
+    class_token: bool = False
     embedding: bool = False
 
     def names(self) -> tuple[str, ...]:
@@ -66,6 +68,7 @@ class Taps:
             'stem': self.stem,
             'outputs': self.outputs,
             **dict.fromkeys(attention, self.attention),
+            'class_token': self.class_token,
             'embedding': self.embedding,
         }
         return tuple(name for name, wanted in asked.items() if wanted)
@@ -82,7 +85,8 @@ class Taps:
             blocks = getattr(self, name)
             if list(blocks) != sorted(set(blocks)):
                 raise ValueError(f'taps {name}={blocks} must be increasing, without repeats')
-        return depth if self.embedding else max(asked, default=-1) + 1
+        whole = self.embedding or self.class_token
+        return depth if whole else max(asked, default=-1) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,12 @@ class Kind:
       encode_image: (`visual`, pixels (N, H, W, 3) or `layers.patchify` of them (N, g*g, p*p*3),
         spec, taps, unroll=) -> what the taps ask for, as `clip.encode_image` returns it. What this
         kind does not have (queries and keys of convolutions) is left out.
+      projection: subtrees of `visual` behind the last block, the norm and the map to the embedding.
+      project_image: (those of `visual`, class tokens (N, W) behind the last block) -> float32
+        (N, E).
       encode_text: (`text`, tokens (n, S) int32, spec) -> float32 (n, E); None without a text tower.
+      encode_words: (`text`, tokens, spec, dtype=, unroll=, remat=) -> the embeddings of all tokens,
+        (n, S, E) of that dtype, which may be trained; likewise.
     """
 
     specs: Mapping[str, Spec]
@@ -116,7 +125,10 @@ class Kind:
     tables: tuple[str, ...]
     resize: Callable[[Any, Any], Any]
     encode_image: Callable[..., dict[str, jax.Array]]
+    projection: tuple[str, ...] = ()
+    project_image: Callable[[Tree, jax.Array], jax.Array] | None = None
     encode_text: Callable[..., jax.Array] | None = None
+    encode_words: Callable[..., jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,8 +111,9 @@ def encode_image(
 
     Returns:
       Only what was asked for, of: `stem` (N, L, W); `outputs` (K, N, L, W); `queries` and `keys`
-      (K, N, L, h, d), or `attention` (K, ...) where the taps have a summary of them; `embedding`
-      (N, E), not L2-normalised. L = 1 + g*g, class token first, patches row-major.
+      (K, N, L, h, d), or `attention` (K, ...) where the taps have a summary of them;
+      `class_token` (N, W); `embedding` (N, E), not L2-normalised. L = 1 + g*g, class token first,
+      patches row-major.
 
     Raises:
       ValueError: the image size is not the spec's, or a tap names a block that is not there.
@@ -172,5 +173,8 @@ KIND = Kind(
     tables=('visual/positional_embedding',),
     resize=lambda table, spec: layers.resize_positions(table, (spec.grid,) * 2),
     encode_image=encode_image,
+    projection=('ln_post', 'proj'),
+    project_image=project_image,
     encode_text=transformer.encode_text,
+    encode_words=transformer.encode_words,
 )

@@ -354,5 +354,8 @@ KIND = Kind(
     tables=('visual/positional_embedding',),
     resize=lambda table, spec: layers.resize_positions(table, (spec.grid,) * 2),
     encode_image=encode_image,
+    projection=('norm', 'head'),
+    project_image=project_image,
     encode_text=transformer.encode_text,
+    encode_words=transformer.encode_words,
 )

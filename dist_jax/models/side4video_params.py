@@ -15,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dist_jax.models import clip, clip_params, eva_params, side4video
+from dist_jax.models import clip, clip_params, eva_params, side4video, side_network
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.clip_params import fused_attention_rows, linear_rows, norm_rows, output_rows
 from dist_jax.models.naming import Export, Inside, Naming, Options, Plan, abstract_network
@@ -81,7 +81,7 @@ def side4video_rows(hparams: Mapping[str, Any]) -> list[Row]:
     """Table of the names. Reads side_dim, depth and post_norm."""
     post_norm = hparams['post_norm']
     root, blocks = _ON_EVA if post_norm else _ON_CLIP
-    num_heads = hparams['side_dim'] // side4video.HEAD_DIM
+    num_heads = hparams['side_dim'] // side_network.HEAD_DIM
     rows = [
         Row(_STEM, 'stem/kernel', 'o i t h w -> t h w i o'),
         Row('visual.side_conv1.bias', 'stem/bias'),

@@ -111,9 +111,11 @@ class DepthwiseTimeConv(nn.Module):
     Parameters `kernel` (3, C) and `bias` (C,). The result has the dtype of `x`.
     """
 
+    kernel_init: Initializer = uniform(3)
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param('kernel', uniform(3), (3, x.shape[-1]))
+        kernel = self.param('kernel', self.kernel_init, (3, x.shape[-1]))
         bias = self.param('bias', uniform(3), x.shape[-1:])
         return _depthwise(x, kernel, bias)
 

@@ -149,6 +149,8 @@ def encode_image(
     ]
     x, tapped = scan_frozen(one_block, x, params['blocks'], wanted, unroll=unroll, rules=rules)
     found |= tapped
+    if taps.class_token:
+        found['class_token'] = x[:, 0]
     if taps.embedding:
         found['embedding'] = project(params, x[:, 0])
     return found
@@ -227,28 +229,70 @@ def encode_text(
       (n, E) float32, the projected feature at the end-of-text position (the largest id of the
       row), not L2-normalised.
     """
+    params = gather_unstacked(params, SHARDING_RULES)
+    x = _text_stream(params, tokens, spec, dtype, unroll)
+    return _project_text(params, at_end(x, tokens)).astype(jnp.float32)
+
+
+@jax.named_scope('text_tower')
+def encode_words(
+    params: Tree,
+    tokens: jax.Array,
+    spec: TextSpec,
+    *,
+    dtype: Any = jnp.float32,
+    unroll: bool = False,
+    remat: bool = False,
+) -> jax.Array:
+    """As `encode_text`, but the projected feature of every token: (n, S, E) in `dtype`.
+
+    Args:
+      remat: the backward pass computes what is inside of a block again.
+    """
+    params = gather_unstacked(params, SHARDING_RULES)
+    return _project_text(params, _text_stream(params, tokens, spec, dtype, unroll, remat))
+
+
+def at_end(x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The row of (n, S, ...) at the end of each text (n, S), its largest token."""
+    return jnp.take_along_axis(x, tokens.argmax(-1)[:, None, None], axis=1)[:, 0]
+
+
+def _text_stream(
+    params: Tree,
+    tokens: jax.Array,
+    spec: TextSpec,
+    dtype: Any,
+    unroll: bool,
+    remat: bool = False,
+) -> jax.Array:
+    """The stream (n, S, Wt) behind the last block."""
     length = tokens.shape[1]
     if length > spec.context_length:
         raise ValueError(f'{length} tokens, but the text tower reads at most {spec.context_length}')
-    params = gather_unstacked(params, SHARDING_RULES)
     x = params['token_embedding'][tokens] + params['positional_embedding'][:length]
     causal = jnp.tril(jnp.ones((length, length), bool))
 
-    def layer(x: jax.Array, one: Tree, _: None) -> tuple[jax.Array, Tree]:
-        return block(x, one, spec.activation, causal)[0], {}
+    def run(x: jax.Array, one: Tree) -> jax.Array:
+        return block(x, one, spec.activation, causal)[0]
 
+    run = jax.checkpoint(run, prevent_cse=unroll) if remat else run
     x, _ = scan_frozen(
-        layer,
+        lambda x, one, _: (run(x, one), {}),
         x.astype(dtype),
         params['blocks'],
         [None] * spec.text_depth,
         unroll=unroll,
         rules=SHARDING_RULES,
     )
-    end = jnp.take_along_axis(x, tokens.argmax(-1)[:, None, None], axis=1)[:, 0]
-    z = layers.layer_norm(end, **params['ln_final'])
-    kernel = params['text_projection']['kernel'].astype(dtype)
-    return layers.einsum('nw,we->ne', z, kernel).astype(jnp.float32)
+    return x
+
+
+def _project_text(params: Tree, x: jax.Array) -> jax.Array:
+    """The last norm and the projection of (..., Wt) -> (..., E)."""
+    z = layers.layer_norm(x, **params['ln_final'])
+    kernel = params['text_projection']['kernel'].astype(z.dtype)
+    return layers.einsum('...w,we->...e', z, kernel)
 
 
 def gather_unstacked(params: Tree, rules: tuple[ShardingRule, ...]) -> Tree:

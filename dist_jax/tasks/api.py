@@ -23,6 +23,12 @@ Tree = Any
 Labels = tuple[tuple[str, ...], ...]  # class names of each head; () where there are none
 
 
+def labels_of(source: LabelledSource) -> Labels:
+    """Class names of each head; () where there are none."""
+    names = source.class_names
+    return names if not names or isinstance(names[0], tuple) else (tuple(names),)
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Rows for a person, on the console or on a page.
@@ -143,6 +149,13 @@ class Task(Protocol):
     couples_rows: bool
     mixes: bool
     select_by: str
+
+    def check_list(self, source: LabelledSource, where: str) -> None:
+        """Warns in the log of what a list lacks; `where` names it.
+
+        Raises:
+          ValueError: it lacks what this task cannot do without.
+        """
 
     def samples(self, source: LabelledSource) -> LabelledSource:
         """What of a list is trained on, a record each; the list itself where that is its videos."""

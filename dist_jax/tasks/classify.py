@@ -7,16 +7,22 @@ theirs, and scores for each.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dist_jax import losses, metrics
 from dist_jax.sharding import gather_rows
-from dist_jax.tasks.api import Figures, Labels, Tree
+from dist_jax.tasks.api import Figures, Labels, Tree, labels_of
 from dist_jax.tasks.classify_figures import classification_figures
 from input_pipeline.video_list import LabelledSource
+
+log = logging.getLogger('dist_jax')
+
+MOST_NAMED = 10  # classes in a warning
 
 # config.task.criterion -> (logits, targets), both (B, num_classes), -> float32 (B,). The binary one
 # asks of every class by itself whether a clip is of it, as "ResNet strikes back" (Wightman et al.,
@@ -64,6 +70,23 @@ class Classify:
         """`label`: class index, one for each head where there are several."""
         heads = len(self.labels)
         return {'label': jax.ShapeDtypeStruct((heads,) if heads > 1 else (), jnp.int32)}
+
+    def check_list(self, source: LabelledSource, where: str) -> None:
+        """Warns of a list with nothing to tell apart, and of classes that no video belongs to."""
+        if jax.process_index() != 0:
+            return
+        columns = source.labels.reshape(len(source), -1).T
+        for names, own in zip(labels_of(source), columns):
+            if len(names) == 1:
+                log.warning('%s has one class, %r: there is nothing to tell apart', where, names[0])
+            empty = np.flatnonzero(np.bincount(own, minlength=len(names)) == 0)
+            if len(empty):
+                named = ', '.join(repr(names[k]) for k in empty[:MOST_NAMED])
+                log.warning(
+                    '%s has no video of %d of the %d classes: %s',
+                    *(where, len(empty), len(names)),
+                    named + (f' and {len(empty) - MOST_NAMED} more' * (len(empty) > MOST_NAMED)),
+                )
 
     def samples(self, source: LabelledSource) -> LabelledSource:
         """The videos of the list."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dist_jax.models import clip, side4video
+from dist_jax.models import clip, side4video, side_network
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.params import flatten
 
@@ -74,20 +74,20 @@ def apply(variables, features, mask=None, train=False, **options):
 
 def test_class_tokens_are_shifted_without_wrapping_around():
     token = jnp.arange(1.0, 25.0).reshape(2, 3, 4)
-    shifted = side4video.shift_class_token(token)
+    shifted = side_network.shift_class_token(token)
     for t in range(3):
         ahead = token[:, t + 1, :2] if t < 2 else jnp.zeros((2, 2))
         behind = token[:, t - 1, 2:] if t else jnp.zeros((2, 2))
         np.testing.assert_array_equal(shifted[:, t], jnp.concatenate([ahead, behind], -1))
-    two = side4video.shift_class_token(token[:1, :2])
+    two = side_network.shift_class_token(token[:1, :2])
     np.testing.assert_array_equal(two[0], [[5, 6, 0, 0], [0, 0, 3, 4]])
-    np.testing.assert_array_equal(side4video.shift_class_token(token[:, :1]), np.zeros((2, 1, 4)))
+    np.testing.assert_array_equal(side_network.shift_class_token(token[:, :1]), np.zeros((2, 1, 4)))
 
 
 def test_patches_ask_and_the_class_token_is_only_looked_at():
     """Two heads written out; nothing comes out in the place of the last, the class token."""
     normal = jax.nn.initializers.normal(0.2)
-    attention = side4video.FrameAttention(normal, normal, normal, jnp.float32)
+    attention = side_network.FrameAttention(normal, normal, normal, jnp.float32)
     tokens = jax.random.normal(jax.random.key(0), (2, 5, 128))
     found, variables = attention.init_with_output(jax.random.key(1), tokens)
     params = jax.tree.map(np.asarray, variables['params'])
