@@ -147,6 +147,7 @@ DATASETS: dict[str, DatasetInfo] = {
             'validation': SplitFile(MSRVTT_JSON, 'msrvtt', 'validate'),
             'test': SplitFile(('test_videodatainfo.json', *MSRVTT_JSON), 'msrvtt', 'test'),
             'train_9k': SplitFile(('MSRVTT_train.9k.csv',), 'msrvtt'),
+            'train_7k': SplitFile(('MSRVTT_train.7k.csv',), 'msrvtt'),
             'test_1k': SplitFile(('MSRVTT_JSFUSION_test.csv',), 'msrvtt'),
         },
         captions=True,

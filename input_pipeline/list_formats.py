@@ -5,6 +5,7 @@ data set name their files differently: where a list gives no names, `exists` tel
 Whatever bytes a list has, a parser raises no other error than ValueError and OSError.
 """
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -29,6 +30,7 @@ from input_pipeline.text_files import (
     read_text,
     split_lines,
 )
+from input_pipeline.tokenizer import check_text
 
 Exists = Callable[[str], bool]
 
@@ -172,7 +174,7 @@ def _rows_csv(
     # Text has commas of its own: the delimiter is in every line.
     delimiter = max(';\t,', key=lambda sign: sum(sign in line for line in lines))
     rows = read_csv(path, delimiter)
-    header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+    header = _header(rows)
     if not _KNOWN_COLUMNS & set(header):
         if subset:
             raise _no_subset(path, subset, purpose, 'the list has no header and no column split')
@@ -181,13 +183,7 @@ def _rows_csv(
     for column in _KNOWN_COLUMNS | {'split'}:
         if header.count(column) > 1:
             raise ValueError(f'{rows[0][0]}: column {column} appears twice, found {quoted(header)}')
-    table = []
-    for where, row in rows[1:]:
-        if len(row) < len(header):
-            raise ValueError(
-                f'{where}: {len(row)} fields, the header has {len(header)}: {quoted(row)}'
-            )
-        table.append((where, dict(zip(header, (cell.strip() for cell in row)))))
+    table = list(_table(rows))
     if 'split' in header:
         wanted = choose_split((row['split'] for _, row in table), str(path), subset, purpose)
         table = [(where, row) for where, row in table if not wanted or row['split'] == wanted]
@@ -199,6 +195,21 @@ def _rows_csv(
         yield from _rows_epic_csv(path, table, header)
     else:
         yield from _rows_plain_csv(path, table, header, exists)
+
+
+def _header(rows: Sequence[tuple[str, list[str]]]) -> list[str]:
+    return [cell.strip().lower() for cell in rows[0][1]] if rows else []
+
+
+def _table(rows: Sequence[tuple[str, list[str]]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows below a header, by its names."""
+    header = _header(rows)
+    for where, row in rows[1:]:
+        if len(row) < len(header):
+            raise ValueError(
+                f'{where}: {len(row)} fields, the header has {len(header)}: {quoted(row)}'
+            )
+        yield where, dict(zip(header, (cell.strip() for cell in row)))
 
 
 def _rows_bare_csv(
@@ -241,7 +252,7 @@ def _one_of(names: Sequence[str], header: Sequence[str], path: Path, what: str) 
 def _rows_plain_csv(path: Path, table: list, header: list[str], exists: Exists) -> Iterator[Row]:
     path_column = _one_of(_PATH_COLUMNS, header, path, 'path')
     if not set(_LABEL_COLUMNS) & set(header) and set(_CAPTION_COLUMNS) & set(header):
-        yield from _rows_caption_csv(table, path_column, header)
+        yield from _merged(_rows_caption_csv(table, path_column, header))
         return
     label_column = _one_of(_LABEL_COLUMNS, header, path, 'label')
     second = f'{label_column}_2'
@@ -259,15 +270,40 @@ def _rows_plain_csv(path: Path, table: list, header: list[str], exists: Exists) 
 
 
 def _rows_caption_csv(table: list, path_column: str, header: list[str]) -> Iterator[Row]:
-    """One caption a line; the lines of a video need not follow each other."""
+    """One caption a line."""
     column = next(name for name in _CAPTION_COLUMNS if name in header)
-    first, captions = {}, {}
     for where, row in table:
-        name = row[path_column]
-        first.setdefault(name, (where, row.get('video_id', '')))
-        captions.setdefault(name, []).append(row[column])
-    for name, (where, video_id) in first.items():
-        yield Row(where, name, video_id=video_id, captions=tuple(captions[name]))
+        yield Row(
+            where,
+            row[path_column],
+            video_id=row.get('video_id', ''),
+            start=_seconds(row.get('start', ''), where),
+            end=_seconds(row.get('end', ''), where),
+            captions=(row[column],),
+        )
+
+
+def _merged(rows: Iterable[Row]) -> Iterator[Row]:
+    """One row for a video, with all its captions; its rows need not follow each other."""
+    first, captions = {}, {}
+    for row in rows:
+        check_captions(row)
+        video = (row.path, row.start, row.end)
+        first.setdefault(video, row)
+        captions.setdefault(video, []).extend(row.captions)
+    for video, row in first.items():
+        yield dataclasses.replace(row, captions=tuple(captions[video]))
+
+
+def check_captions(row: Row) -> None:
+    """Raises ValueError, naming the line, if there is no caption or one that is no text."""
+    if not row.captions or not all(caption.strip() for caption in row.captions):
+        raise ValueError(f'{row.where}: no caption')
+    for caption in row.captions:
+        try:
+            check_text(caption)
+        except ValueError as error:
+            raise ValueError(f'{row.where}: {error}') from error
 
 
 def _rows_kinetics_csv(path: Path, table: list, header: list[str], exists: Exists) -> Iterator[Row]:
@@ -404,21 +440,25 @@ def _rows_json(path: Path, subset: str, purpose: str = '', **unused) -> Iterator
         entries = [pair for pair, split in zip(entries, splits) if not wanted or split == wanted]
     elif subset:
         raise _no_subset(path, subset, purpose, 'its objects have no field split')
-    for where, entry in entries:
-        path_field = next((name for name in _PATH_COLUMNS if name in entry), None)
-        label_field = next((name for name in _LABEL_COLUMNS if name in entry), None)
-        caption_field = next((name for name in _CAPTION_COLUMNS if name in entry), None)
-        if path_field is None or (label_field is None and caption_field is None):
-            raise ValueError(f'{where}: needs path and label, found {quoted(sorted(entry))}')
-        yield Row(
-            where,
-            _text(entry, path_field, where),
-            () if label_field is None else _labels(entry[label_field], where),
-            _name(entry.get('video_id', ''), 'video_id', where),
-            _seconds(entry.get('start'), where),
-            _seconds(entry.get('end'), where),
-            _texts(entry, caption_field, where) if label_field is None else (),
-        )
+    rows = [_json_row(where, entry) for where, entry in entries]
+    yield from rows if any(row.labels for row in rows) else _merged(rows)
+
+
+def _json_row(where: str, entry: dict[str, Any]) -> Row:
+    path_field = next((name for name in _PATH_COLUMNS if name in entry), None)
+    label_field = next((name for name in _LABEL_COLUMNS if name in entry), None)
+    caption_field = next((name for name in _CAPTION_COLUMNS if name in entry), None)
+    if path_field is None or (label_field is None and caption_field is None):
+        raise ValueError(f'{where}: needs path and label, found {quoted(sorted(entry))}')
+    return Row(
+        where,
+        _text(entry, path_field, where),
+        () if label_field is None else _labels(entry[label_field], where),
+        _name(entry.get('video_id', ''), 'video_id', where),
+        _seconds(entry.get('start'), where),
+        _seconds(entry.get('end'), where),
+        _texts(entry, caption_field, where) if label_field is None else (),
+    )
 
 
 def _labels(value: Any, where: str) -> tuple[str, ...]:
@@ -430,30 +470,47 @@ def _rows_msrvtt(path: Path, subset: str, purpose: str = '', **unused) -> Iterat
     """MSR-VTT: the official JSON with videos and sentences, or a CSV of the retrieval splits.
 
     A CSV lists video ids. Its column sentence is the caption (test of 1k-A); without one the
-    captions come from MSRVTT_data.json beside it (train of 9k).
+    captions come from MSRVTT_data.json beside it (train of 9k and 7k).
     """
-    if path.suffix == '.json':
+    if path.suffix.lower() == '.json':
         videos, captions = _read_msrvtt_json(path)
+        wanted = choose_split((split for _, split in videos), str(path), subset, purpose)
         for place, (name, split) in enumerate(videos):
-            if not subset or split == subset:
+            if not wanted or split == wanted:
                 where = f'{path}.videos[{place}]'
                 yield Row(where, f'{name}.mp4', video_id=name, captions=captions.get(name, ()))
         return
     if subset:
         raise _no_subset(path, subset, purpose, 'a CSV of MSR-VTT is one split')
     rows = read_csv(path)
-    header = rows[0][1] if rows else []
+    header = _header(rows)
     if 'video_id' not in header:
         raise ValueError(f'{path}:1: no column video_id, found {quoted(header)}')
-    own = 'sentence' in header
-    captions = {} if own else _read_msrvtt_json(path.parent / 'MSRVTT_data.json')[1]
-    for where, fields in rows[1:]:
-        if len(fields) < len(header):
-            raise ValueError(f'{where}: {len(fields)} fields, the header has {len(header)}')
-        row = dict(zip(header, fields))
+    if 'sentence' in header:
+        yield from _merged(
+            Row(
+                where,
+                f'{row["video_id"]}.mp4',
+                video_id=row['video_id'],
+                captions=(row['sentence'],),
+            )
+            for where, row in _table(rows)
+        )
+        return
+    captions = _read_msrvtt_json(_beside(path, 'MSRVTT_data.json'))[1]
+    for where, row in _table(rows):
         name = row['video_id']
-        texts = (row['sentence'],) if own else captions.get(name, ())
-        yield Row(where, f'{name}.mp4', video_id=name, captions=texts)
+        yield Row(where, f'{name}.mp4', video_id=name, captions=captions.get(name, ()))
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The file that a list of ids takes its captions from."""
+    file = path.parent / name
+    if not file.exists():
+        raise ValueError(
+            f'{path}: the captions of its ids are read from {name} beside it, but {file} is missing'
+        )
+    return file
 
 
 def _read_msrvtt_json(path: Path) -> tuple[list[tuple[str, str]], dict[str, tuple[str, ...]]]:
@@ -462,8 +519,9 @@ def _read_msrvtt_json(path: Path) -> tuple[list[tuple[str, str]], dict[str, tupl
     if not isinstance(content, dict) or not {'videos', 'sentences'} <= content.keys():
         raise ValueError(f'{path}: not the MSR-VTT format, an object with videos and sentences')
     captions = {}
-    where = f'{path}.sentences'
-    for sentence in _objects(content['sentences'], where, 'video_id and caption'):
+    sentences = _objects(content['sentences'], f'{path}.sentences', 'video_id and caption')
+    for place, sentence in enumerate(sentences):
+        where = f'{path}.sentences[{place}]'
         name = _name(sentence.get('video_id'), 'video_id', where)
         captions.setdefault(name, []).append(_text(sentence, 'caption', where))
     where = f'{path}.videos'
@@ -480,7 +538,7 @@ def _read_msrvtt_json(path: Path) -> tuple[list[tuple[str, str]], dict[str, tupl
 def _rows_msvd(path: Path, exists: Exists, **unused) -> Iterator[Row]:
     """MSVD: a list of video ids, with AllVideoDescriptions.txt ("id caption" lines) beside it."""
     captions = {}
-    for _, line in read_lines(path.parent / 'AllVideoDescriptions.txt'):
+    for _, line in read_lines(_beside(path, 'AllVideoDescriptions.txt')):
         if not line.startswith('#'):
             name, _, text = line.partition(' ')
             captions.setdefault(name, []).append(text.strip())
@@ -694,7 +752,7 @@ def guess_format(list_path: str | os.PathLike, usual: str = '') -> str:
             return found
         _refuse_one_class(path)
     elif suffix in ('.csv', '.tsv'):
-        return 'csv'
+        return _guess_csv(path, usual)
     elif suffix == '.jsonl':
         return 'json'
     elif suffix == '.json':
@@ -716,6 +774,12 @@ def guess_format(list_path: str | os.PathLike, usual: str = '') -> str:
         f'{path}: cannot tell the format of this list; set it to one of {", ".join(FORMATS)} '
         '(data.list_format)'
     )
+
+
+def _guess_csv(path: Path, usual: str) -> str:
+    header = set(_header(read_csv(path))) if usual == 'msrvtt' else set()
+    ids_alone = 'video_id' in header and not header & set(_PATH_COLUMNS)
+    return usual if ids_alone else 'csv'
 
 
 def _guess_json(content: Any) -> str:

@@ -14,6 +14,7 @@ from input_pipeline.list_formats import (
     LIST_FORMATS,
     Exists,
     Row,
+    check_captions,
     check_subset,
     guess_format,
 )
@@ -152,8 +153,8 @@ def read_rows(
     for row in rows:
         if len(row.labels) != num_heads or not row.path:
             raise ValueError(f'{row.where}: expected a path and {num_heads} label(s) as above it')
-        if not num_heads and not (row.captions and all(row.captions)):
-            raise ValueError(f'{row.where}: no caption')
+        if not num_heads:
+            check_captions(row)
     return rows
 
 

@@ -215,6 +215,129 @@ def test_json_and_json_lines(tmp_path):
         assert source[1].label == 1
 
 
+def captions(source, root):
+    """Name of the file and captions of each video."""
+    return [
+        (source[k].path.removeprefix(f'{root}/'), source[k].captions) for k in range(len(source))
+    ]
+
+
+def open_usual(name, path, purpose, **fields):
+    """As a run opens a list of a data set."""
+    usual = DATASETS[name].list_format
+    return open_source(path, 'auto', usual_format=usual, purpose=purpose, **fields)
+
+
+def msrvtt(folder, splits=('train', 'validate', 'test')):
+    content = {
+        'videos': [{'video_id': f'video{k}', 'split': s, 'id': k} for k, s in enumerate(splits)],
+        'sentences': [
+            {'caption': f'text {j} of {k}', 'video_id': f'video{k}', 'sen_id': 3 * j + k}
+            for j in range(2)
+            for k in range(len(splits))
+        ],
+    }
+    return write(folder / 'MSRVTT_data.json', json.dumps(content))
+
+
+def test_msrvtt_reads_the_split_that_a_run_means(tmp_path):
+    videos = msrvtt(tmp_path)
+    found = [(f'video{k}.mp4', (f'text 0 of {k}', f'text 1 of {k}')) for k in range(3)]
+    assert captions(open_usual('msrvtt', videos, 'train'), tmp_path) == found[:1]
+    assert captions(open_usual('msrvtt', videos, 'val'), tmp_path) == found[1:2]
+    assert captions(open_usual('msrvtt', videos, 'val', subset='test'), tmp_path) == found[2:]
+    assert captions(open_source(videos), tmp_path) == found  # of no run: as a check reads it
+    test_only = msrvtt(tmp_path / 'official', ('test', 'test'))
+    assert len(open_usual('msrvtt', test_only, 'val')) == 2
+    with pytest.raises(ValueError, match=r"split 'test'.*train list.*data\.train_subset"):
+        open_usual('msrvtt', test_only, 'train')
+
+
+@pytest.mark.parametrize('train', ['MSRVTT_train.9k.csv', 'MSRVTT_train.7k.csv'])
+def test_msrvtt_as_the_csv_of_the_retrieval_splits(tmp_path, train):
+    msrvtt(tmp_path)
+    write(tmp_path / train, 'video_id\nvideo2\nvideo0\n')
+    text = 'key,vid_key,video_id,sentence\nret0,msr7,video1,"one, two"\nret1,msr8,video0,three\n'
+    test = write(tmp_path / 'MSRVTT_JSFUSION_test.csv', text)
+    source = open_usual('msrvtt', tmp_path / train, 'train', root='/msrvtt')
+    assert captions(source, '/msrvtt')[0] == ('video2.mp4', ('text 0 of 2', 'text 1 of 2'))
+    assert [source[k].video_id for k in range(2)] == ['video2', 'video0']
+    source = open_usual('msrvtt', test, 'val')
+    assert captions(source, tmp_path) == [('video1.mp4', ('one, two',)), ('video0.mp4', ('three',))]
+    own = write(tmp_path / 'own.csv', 'video_id,path,caption\nA,a.avi,a text\n')
+    assert captions(open_usual('msrvtt', own, 'val'), tmp_path) == [('a.avi', ('a text',))]
+
+
+def test_msvd_and_vatex(tmp_path):
+    text = '# MSR Video Description Corpus\na_1_2 a cat sits\nb_0_9 a dog\na_1_2 a cat\n'
+    write(tmp_path / 'AllVideoDescriptions.txt', text)
+    videos = write(tmp_path / 'train_list.txt', 'b_0_9\na_1_2\n')
+    for purpose in ('train', 'val'):
+        assert captions(open_usual('msvd', videos, purpose), tmp_path) == [
+            ('b_0_9.avi', ('a dog',)),
+            ('a_1_2.avi', ('a cat sits', 'a cat')),
+        ]
+    entries = [{'videoID': 'x-1_000001_000011', 'enCap': ['a', 'b'], 'chCap': ['\u4e00']}]
+    videos = write(tmp_path / 'vatex_training_v1.0.json', json.dumps(entries))
+    for purpose in ('train', 'val'):
+        source = open_usual('vatex', videos, purpose)
+        assert captions(source, tmp_path) == [('x-1_000001_000011.mp4', ('a', 'b'))]
+
+
+def test_captions_of_one_video_come_together_and_parts_stay_apart(tmp_path):
+    text = 'path,caption\nb.mp4,one\na.mp4,"two, too"\nb.mp4,three\n'
+    entries = [dict(path=p, caption=c) for p, c in (('b.mp4', 'one'), ('a.mp4', 'two, too'))]
+    entries.append({'path': 'b.mp4', 'captions': ['three']})
+    lines = '\n'.join(map(json.dumps, entries))
+    for name, content in (('l.csv', text), ('l.jsonl', lines), ('l.json', json.dumps(entries))):
+        source = open_usual('custom', write(tmp_path / name, content), 'train')
+        assert captions(source, tmp_path) == [('b.mp4', ('one', 'three')), ('a.mp4', ('two, too',))]
+        assert (source.class_names, source.num_classes, source.labels.shape) == ((), 0, (2, 0))
+    text = 'path,start,end,caption\na.mp4,0,2,one\na.mp4,2,4,two\na.mp4,0,2,three\n'
+    source = open_source(write(tmp_path / 'parts.csv', text))
+    found = [(source[k].start, source[k].end, source[k].captions) for k in range(2)]
+    assert found == [(0, 2, ('one', 'three')), (2, 4, ('two',))]
+
+
+@pytest.mark.parametrize(
+    ('usual', 'name', 'content', 'message'),
+    [
+        ('', 'l.csv', b'path,caption\na,one\nb,\n', r'l\.csv:3: no caption'),
+        ('', 'l.csv', b'path,caption\na,one\na, \n', r'l\.csv:3: no caption'),
+        ('', 'l.csv', b'path,caption\na,caf\xe9\n', r'l\.csv:2: the text caf.xe9 is not UTF-8'),
+        ('', 'l.csv', b'path,caption\na,one\nb\n', r'l\.csv:3: 1 fields, the header has 2'),
+        ('', 'l.jsonl', b'{"path": "a", "captions": []}', r'l\.jsonl:1: no caption'),
+        ('', 'l.jsonl', b'{"path": "a", "captions": ["b", " "]}', 'captions must be a text'),
+        ('', 'l.jsonl', b'{"path": "a", "caption": "\\udcff"}', r'l\.jsonl:1: .* not UTF-8'),
+        ('', 'l.jsonl', b'{"path": "a", "caption": "\\ud83d"}', r'l\.jsonl:1: not valid JSON'),
+        (
+            '',
+            'l.jsonl',
+            b'{"path": "a", "caption": "%s"}' % (b'x' * 10_000_000),
+            r'l\.jsonl:1: the text x{60}\.\.\. has 10000000 characters',
+        ),
+        ('msrvtt', 'l.csv', b'video_id\nvideo0\nvideo9\n', r'l\.csv:3: no caption'),
+        ('msrvtt', 'l.csv', b'video_id,sentence\nvideo0\n', r'l\.csv:2: 1 fields'),
+        ('msrvtt', 'none/l.csv', b'video_id\nvideo0\n', r'none/MSRVTT_data\.json is missing'),
+        ('msvd', 'none/l.txt', b'a_1_2\n', r'l\.txt: .*none/AllVideoDescriptions\.txt is missing'),
+        ('vatex', 'l.json', b'[{"videoID": "a"}]', r'l\.json\[0\]: needs videoID and enCap'),
+        (
+            '',
+            'l.json',
+            b'{"videos": [{"video_id": "v"}], "sentences": [{"video_id": "v", "caption": 5}]}',
+            r'l\.json\.sentences\[0\]: caption must be a text, found 5',
+        ),
+    ],
+)
+def test_wrong_captions_are_errors_with_file_and_line(tmp_path, usual, name, content, message):
+    msrvtt(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_source(tmp_path / name, usual_format=usual, purpose='train')
+    assert str(tmp_path / name) in str(caught.value) and len(str(caught.value)) < 500
+
+
 def test_a_folder_of_class_folders(tmp_path):
     for name in ('run/b.MP4', 'run/deep/a.mov', 'jump/c.webm', 'jump/notes.txt'):
         write(tmp_path / 'videos' / name, '')
