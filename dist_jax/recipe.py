@@ -55,16 +55,19 @@ def prepare_builtin_data(config: ConfigDict, workdir: str) -> None:
             f'data.root: a built-in data set is made of files and cannot lie in {root}; pass '
             '--config.data.root=FOLDER, a folder that all hosts see'
         )
+    train_list, val_list = (
+        os.path.join(root, info.splits[split].names[0]) for split in ('train', 'validation')
+    )
     # The folder appears whole or not at all, so a list in it means that all of it is there.
-    if jax.process_index() == 0 and not os.path.exists(os.path.join(root, 'train.txt')):
+    if jax.process_index() == 0 and not os.path.exists(train_list):
         log.info('making the built-in data set %s in %s', config.data.name, root)
         info.generate(root)
     if jax.process_count() > 1:
         jax.experimental.multihost_utils.sync_global_devices('built-in data')
     config.data.root = root
-    config.data.train_list = os.path.join(root, 'train.txt')
-    config.data.val_list = os.path.join(root, 'val.txt')
-    config.data.label_map = os.path.join(root, 'labels.txt')
+    config.data.train_list = train_list
+    config.data.val_list = val_list
+    config.data.label_map = ','.join(os.path.join(root, name) for name in info.label_files)
 
 
 def resolve_paths(config: ConfigDict) -> None:

@@ -5,8 +5,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,41 @@ SPLITS = ('train', 'val')
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Lists:
+    """What is written beside the files.
+
+    Attributes:
+      suffix: of train and val, the lists, with its dot.
+      line: (name of a file, from the folder on; its split; its index there) -> its line.
+      others: further files, name -> text.
+    """
+
+    suffix: str
+    line: Callable[[str, str, int], str]
+    others: Mapping[str, str] = field(default_factory=dict)
+
+
+def class_of(index: int, class_names: Sequence[str]) -> int:
+    """The label of a file: every run of as many files as there are classes has each class once."""
+    return index % len(class_names)
+
+
+def class_lists(class_names: Sequence[str]) -> Lists:
+    """train.txt and val.txt, lines of "path label", and labels.txt."""
+    return Lists(
+        '.txt',
+        lambda name, split, index: f'{name} {class_of(index, class_names)}',
+        {'labels.txt': '\n'.join(class_names) + '\n'},
+    )
+
+
 def write_set(
     out_dir: str | os.PathLike,
     meta: Mapping[str, Any],
     suffix: str,
-    write_file: Callable[[Path, str, int, int], None],
+    write_file: Callable[[Path, str, int], None],
+    lists: Lists,
     num_threads: int,
     progress: Progress | None = None,
 ) -> bool:
@@ -29,13 +60,13 @@ def write_set(
     is then renamed.
 
     Args:
-      out_dir: folder to create; gets train/, val/, train.txt, val.txt ("path label" lines with
-        paths relative to the folder), labels.txt and meta.json.
-      meta: what the set is, as JSON: `name`, `num_train` and `num_val` (files), `class_names`,
-        `seed`, and whatever else decides its bytes.
+      out_dir: folder to create; gets train/, val/, a list of each with paths relative to the
+        folder, and meta.json.
+      meta: what the set is, as JSON: `name`, `num_train` and `num_val` (files), `seed`, and
+        whatever else decides its bytes.
       suffix: of the files, with its dot.
-      write_file: called as (path, split, index in the split, label), from several threads. Classes
-        are balanced to within one file.
+      write_file: called as (path, split, index in the split), from several threads.
+      lists: what stands beside the files.
       num_threads: files written at the same time.
       progress: called with (files done, files in all) after each file.
 
@@ -62,7 +93,7 @@ def write_set(
             shutil.rmtree(stale, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=prefix, dir=out_dir.parent))
     try:
-        _write(partial, meta, suffix, write_file, num_threads, progress)
+        _write(partial, meta, suffix, write_file, lists, num_threads, progress)
         partial.chmod(0o755)
         if out_dir.exists() and not any(out_dir.iterdir()):
             out_dir.rmdir()
@@ -105,31 +136,28 @@ def _write(
     folder: Path,
     meta: Mapping[str, Any],
     suffix: str,
-    write_file: Callable[[Path, str, int, int], None],
+    write_file: Callable[[Path, str, int], None],
+    lists: Lists,
     num_threads: int,
     progress: Progress | None,
 ) -> None:
-    class_names = meta['class_names']
     files = [(split, i) for split in SPLITS for i in range(meta[f'num_{split}'])]
 
     def write(file: tuple[str, int]) -> str:
         split, index = file
-        # Balanced: every run of as many files as there are classes holds each class once.
-        label = index % len(class_names)
         name = f'{split}/{index:06d}{suffix}'
-        write_file(folder / name, split, index, label)
-        return f'{name} {label}'
+        write_file(folder / name, split, index)
+        return lists.line(name, split, index)
 
     for split in SPLITS:
         (folder / split).mkdir()
-    lines = []
+    texts = dict.fromkeys(SPLITS, '')
     with ThreadPoolExecutor(num_threads) as pool:
-        for line in pool.map(write, files):
-            lines.append(line)
+        for done, ((split, _), line) in enumerate(zip(files, pool.map(write, files)), 1):
+            texts[split] += f'{line}\n'
             if progress is not None:
-                progress(len(lines), len(files))
-    for split in SPLITS:
-        text = ''.join(f'{line}\n' for line in lines if line.startswith(f'{split}/'))
-        (folder / f'{split}.txt').write_text(text, encoding='utf-8')
-    (folder / 'labels.txt').write_text('\n'.join(class_names) + '\n', encoding='utf-8')
+                progress(done, len(files))
+    contents = {f'{split}{lists.suffix}': text for split, text in texts.items()} | lists.others
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding='utf-8')
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')

@@ -35,6 +35,7 @@ times are known do tell the class: that is the task.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -104,17 +105,22 @@ def plan_clip(
     return ClipPlan(label, (start + ordered.reshape(num_frames, 2)) % size, appearance)
 
 
-def render_clip(plan: ClipPlan, size: int) -> np.ndarray:
+def render_clip(
+    plan: ClipPlan,
+    size: int,
+    draw: Callable[[np.random.Generator, int], np.ndarray] = world.draw_picture,
+) -> np.ndarray:
     """Draws the frames of a clip.
 
     Args:
       plan: what to draw.
       size: height and width of the frames in pixels, as in the plan.
+      draw: (rng, size) -> the picture that moves, (size, size, 3) uint8 RGB.
 
     Returns:
       (num_frames, size, size, 3) uint8 RGB.
     """
-    picture = world.draw_picture(np.random.default_rng(plan.appearance), size)
+    picture = draw(np.random.default_rng(plan.appearance), size)
     return np.stack([np.roll(picture, (down, right), (0, 1)) for right, down in plan.shifts])
 
 
@@ -139,6 +145,13 @@ def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:
             frame = reformatter.reformat(frame, format='yuv420p', threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def check_shape(num_frames: int, size: int) -> None:
+    """Raises ValueError, naming it, of a number of frames or a size that a clip cannot have."""
+    world.check_size(size)
+    if num_frames % 4 or num_frames < 8:
+        raise ValueError(f'num_frames={num_frames} must be a multiple of 4 and at least 8')
 
 
 def generate(
@@ -173,9 +186,7 @@ def generate(
     Raises:
       ValueError: if an argument is out of range or the folder holds something else.
     """
-    world.check_size(size)
-    if num_frames % 4 or num_frames < 8:
-        raise ValueError(f'num_frames={num_frames} must be a multiple of 4 and at least 8')
+    check_shape(num_frames, size)
     meta = {
         'name': 'motion_clips',
         'format_version': FORMAT_VERSION,
@@ -188,8 +199,10 @@ def generate(
         'class_names': list(CLASS_NAMES),
     }
 
-    def write_file(path: Path, split: str, index: int, label: int) -> None:
+    def write_file(path: Path, split: str, index: int) -> None:
+        label = built_in.class_of(index, CLASS_NAMES)
         plan = plan_clip(seed, split, index, num_frames, size, label)
         write_clip(path, render_clip(plan, size), fps)
 
-    return built_in.write_set(out_dir, meta, '.mp4', write_file, num_threads, progress)
+    lists = built_in.class_lists(CLASS_NAMES)
+    return built_in.write_set(out_dir, meta, '.mp4', write_file, lists, num_threads, progress)

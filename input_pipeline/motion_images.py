@@ -92,9 +92,11 @@ def generate(
         'class_names': list(CLASS_NAMES),
     }
 
-    def write_file(path: Path, split: str, index: int, label: int) -> None:
+    def write_file(path: Path, split: str, index: int) -> None:
+        label = built_in.class_of(index, CLASS_NAMES)
         picture = render_image(seed, split, index, size, label)
         coded = cv2.imencode('.jpg', cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), JPEG)[1]
         path.write_bytes(coded.tobytes())
 
-    return built_in.write_set(out_dir, meta, '.jpg', write_file, num_threads, progress)
+    lists = built_in.class_lists(CLASS_NAMES)
+    return built_in.write_set(out_dir, meta, '.jpg', write_file, lists, num_threads, progress)
