@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from input_pipeline import class_names, kinetics, motion_clips, motion_images
+from input_pipeline import class_names, kinetics, motion_captions, motion_clips, motion_images
 from input_pipeline.transforms import Flip
 
 PLAIN_FLIP = Flip()
@@ -45,7 +45,8 @@ class DatasetInfo:
         separated by '|'. () numbers the names of the lists in sorted order.
       captions: texts take the place of classes.
       frame_rate: frames per second of a set that comes as folders of JPEG files.
-      generate: writes a built-in set into a folder: train.txt, val.txt, labels.txt and the files.
+      generate: writes a built-in set into a folder: its files, and the lists and class names that
+        `splits` and `label_files` name.
     """
 
     num_classes: int | tuple[int, ...]
@@ -189,6 +190,17 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     'motion_images': DatasetInfo(
         len(motion_images.CLASS_NAMES), generate=motion_images.generate, **BUILT_IN
+    ),
+    'motion_captions': DatasetInfo(
+        0,
+        'json',
+        flip=None,
+        splits={
+            'train': SplitFile(('train.jsonl',), 'json'),
+            'validation': SplitFile(('val.jsonl',), 'json'),
+        },
+        captions=True,
+        generate=motion_captions.generate,
     ),
     'custom': DatasetInfo(0, 'auto'),
 }

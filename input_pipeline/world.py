@@ -1,4 +1,4 @@
-"""What the built-in data sets show: four textured objects over a plain ground.
+"""What the built-in data sets show: four textured objects, or a single one, over a plain ground.
 
 Opposite sides of a picture join, so that it may be shifted by any number of pixels: what leaves it
 at one side comes back at the other.
@@ -52,17 +52,42 @@ def draw_picture(rng: np.random.Generator, size: int, look: Look = Look()) -> np
     Returns:
       (size, size, 3) uint8 RGB.
     """
-    picture = np.empty((size, size, 3), np.float32)
-    picture[:] = rng.uniform(50, 130, 3)
+    picture = _ground(rng, size)
     box = size // 2
     for k in range(NUM_OBJECTS):  # one in each quarter, off its centre
         radius = 0.2 * size * rng.uniform(0.9, 1.2)
-        layer = np.zeros((size, size, 4), np.float32)
-        layer[:box, :box] = _sprite(rng, box, radius, look)
+        sprite = _sprite(rng, box, radius, look)
         corner = np.array(divmod(k, 2)) * box + rng.uniform(-0.08, 0.08, 2) * size
-        layer = np.roll(layer, np.rint(corner).astype(int), (0, 1))
-        picture += (layer[..., :3] - picture) * layer[..., 3:]
+        _lay(sprite, picture, corner)
     return (picture + 0.5).astype(np.uint8)
+
+
+def draw_object(rng: np.random.Generator, size: int, look: Look) -> np.ndarray:
+    """Draws one object in the middle of a plain ground; arguments as of `draw_picture`.
+
+    Returns:
+      (size, size, 3) uint8 RGB.
+    """
+    picture = _ground(rng, size)
+    box = 5 * size // 8
+    radius = 0.25 * size * rng.uniform(0.9, 1.2)
+    _lay(_sprite(rng, box, radius, look), picture, np.full(2, (size - box) / 2))
+    return (picture + 0.5).astype(np.uint8)
+
+
+def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
+    picture = np.empty((size, size, 3), np.float32)
+    picture[:] = rng.uniform(50, 130, 3)
+    return picture
+
+
+def _lay(sprite: np.ndarray, picture: np.ndarray, corner: np.ndarray) -> None:
+    """Lays an object on a picture, its upper left corner at (row, column), rounded to pixels."""
+    box, size = len(sprite), len(picture)
+    layer = np.zeros((size, size, 4), np.float32)
+    layer[:box, :box] = sprite
+    layer = np.roll(layer, np.rint(corner).astype(int), (0, 1))
+    picture += (layer[..., :3] - picture) * layer[..., 3:]
 
 
 def _sprite(rng: np.random.Generator, size: int, radius: float, look: Look) -> np.ndarray:
@@ -122,6 +147,11 @@ def _bar(rng: np.random.Generator, radius: float) -> np.ndarray:
     return points @ _rotation(rng.uniform(0, 2 * np.pi))
 
 
+def _disc(rng: np.random.Generator, radius: float) -> np.ndarray:
+    del rng  # all discs are alike
+    return radius * _directions(np.arange(32) * np.pi / 16)
+
+
 def _directions(angles: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], 1)
 
@@ -136,6 +166,7 @@ SHAPES: dict[str, Callable[[np.random.Generator, float], np.ndarray]] = {
     'star': _star,
     'cross': _cross,
     'bar': _bar,
+    'disc': _disc,
 }
 
 
@@ -165,4 +196,11 @@ COLOURS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     'any': _any,
     'warm': lambda rng: rng.uniform((255, 60, 60), (255, 255, 130)),
     'cool': lambda rng: rng.uniform((60, 60, 255), (130, 255, 255)),
+    # By their names, all apart from each other whatever is drawn.
+    'red': lambda rng: rng.uniform((225, 10, 10), (255, 50, 50)),
+    'green': lambda rng: rng.uniform((20, 190, 20), (60, 230, 60)),
+    'blue': lambda rng: rng.uniform((20, 60, 235), (60, 100, 255)),
+    'yellow': lambda rng: rng.uniform((235, 215, 10), (255, 245, 50)),
+    'purple': lambda rng: rng.uniform((160, 30, 200), (190, 60, 240)),
+    'white': lambda rng: rng.uniform(235, 255, 3),
 }

@@ -1,11 +1,13 @@
-"""Writes a built-in data set, motion clips or still images of them, and a contact sheet of it.
+"""Writes a built-in data set, motion clips or others of their world, and a contact sheet of it.
 
 python -m tools.make_motion_clips --out data/motion_clips
 python -m tools.make_motion_clips --out /tmp/small --num_train 100 --num_val 20 --seed 1
 python -m tools.make_motion_clips --images --out data/motion_images
+python -m tools.make_motion_clips --captions --out data/motion_captions
 """
 
 import argparse
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +19,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from input_pipeline import motion_clips, motion_images
+from input_pipeline import motion_captions, motion_clips, motion_images
 from input_pipeline.escape import Console
 
-COLUMNS = 16  # pictures of a class on the contact sheet
+COLUMNS = 16  # pictures of a row on the contact sheet
+DESCRIBED = 16  # clips with captions on it
 
 Pictures = Sequence[np.ndarray]
 
@@ -32,14 +35,14 @@ class BuiltIn:
     Attributes:
       noun: what its files are.
       generate: writes it.
-      class_names: of its labels.
-      examples: (arguments of `generate`, label) -> at most `COLUMNS` validation pictures.
+      titles: arguments of `generate` -> a text for each row of the contact sheet.
+      examples: (the same arguments, row) -> at most `COLUMNS` validation pictures.
       caption: the same arguments -> what those pictures are.
     """
 
     noun: str
     generate: Callable[..., bool]
-    class_names: Sequence[str]
+    titles: Callable[[Mapping[str, Any]], Sequence[str]]
     examples: Callable[[Mapping[str, Any], int], Pictures]
     caption: Callable[[Mapping[str, Any]], str]
 
@@ -48,6 +51,21 @@ class BuiltIn:
         """Arguments of `generate` that have a default."""
         parameters = inspect.signature(self.generate).parameters
         return {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+
+
+def _classes(names: Sequence[str], meta: Mapping[str, Any]) -> Sequence[str]:
+    return [f'{label}  {name}' for label, name in enumerate(names[: meta['num_val']])]
+
+
+def _described(meta: Mapping[str, Any]) -> range:
+    """Clips with captions, each of another look, and of another motion than the one before."""
+    step = len(motion_captions.MOTIONS) + 1
+    return range(0, meta['num_val'], step)[:DESCRIBED]
+
+
+def _sentences(meta: Mapping[str, Any]) -> Sequence[str]:
+    described = (motion_captions.combination(meta['seed'], 'val', k) for k in _described(meta))
+    return ['\n'.join(motion_captions.describe(*clip)) for clip in described]
 
 
 def _shown(meta: Mapping[str, Any]) -> range:
@@ -61,6 +79,13 @@ def _frames(meta: Mapping[str, Any], label: int) -> Pictures:
     return motion_clips.render_clip(plan, size)[list(_shown(meta))]
 
 
+def _object_frames(meta: Mapping[str, Any], row: int) -> Pictures:
+    """Frames of one clip with captions."""
+    size, index = meta['size'], _described(meta)[row]
+    clip = motion_captions.render_clip(meta['seed'], 'val', index, meta['num_frames'], size)
+    return clip[list(_shown(meta))]
+
+
 def _stills(meta: Mapping[str, Any], label: int) -> Pictures:
     """The first pictures of a class."""
     places = range(label, meta['num_val'], len(motion_images.CLASS_NAMES))[:COLUMNS]
@@ -72,18 +97,25 @@ def _caption(meta: Mapping[str, Any]) -> str:
     return f'frames {shown[0]}, {shown[1]} .. {shown[-1]} of {meta["num_frames"]}'
 
 
-CLIPS = BuiltIn('clips', motion_clips.generate, motion_clips.CLASS_NAMES, _frames, _caption)
+CLIPS = BuiltIn(
+    'clips',
+    motion_clips.generate,
+    functools.partial(_classes, motion_clips.CLASS_NAMES),
+    _frames,
+    _caption,
+)
 IMAGES = BuiltIn(
     'images',
     motion_images.generate,
-    motion_images.CLASS_NAMES,
+    functools.partial(_classes, motion_images.CLASS_NAMES),
     _stills,
     lambda meta: 'first validation images of each class',
 )
+CAPTIONS = BuiltIn('clips', motion_captions.generate, _sentences, _object_frames, _caption)
 
 
 def draw_contact_sheet(out_dir: Path, built_in: BuiltIn, meta: Mapping[str, Any]) -> Path:
-    """Draws validation pictures, a row for each class.
+    """Draws validation pictures, a row for each class or clip.
 
     Args:
       out_dir: folder of the data set.
@@ -93,20 +125,21 @@ def draw_contact_sheet(out_dir: Path, built_in: BuiltIn, meta: Mapping[str, Any]
     Returns:
       The PNG that was written, OUT/contact_sheet.png.
     """
-    classes = built_in.class_names[: meta['num_val']]
-    rows = [built_in.examples(meta, label) for label in range(len(classes))]
+    titles = built_in.titles(meta)
+    rows = [built_in.examples(meta, row) for row in range(len(titles))]
     columns = max(map(len, rows))
-    height = 0.4 + 1.4 * len(classes)
-    figure = Figure(figsize=(1.2 * max(columns, 2), height))
-    axes = figure.subplots(len(classes), columns, squeeze=False)
-    for label, (pictures, row) in enumerate(zip(rows, axes)):
+    above = 0.1 + 0.15 * (1 + titles[0].count('\n'))  # inches of a title
+    height = 0.4 + (1.2 + above) * len(titles)
+    figure = Figure(figsize=(1.2 * max(columns, 4), height))
+    figure.subplots_adjust(0.01, 0.1 / height, 0.99, 1 - (0.3 + above) / height, 0.05, above / 1.2)
+    axes = figure.subplots(len(titles), columns, squeeze=False)
+    for title, pictures, row in zip(titles, rows, axes):
         for axis, picture in zip(row, pictures):
             axis.imshow(picture)
         for axis in row:
             axis.set_axis_off()
-        row[0].set_title(f'{label}  {classes[label]}', loc='left', fontsize=9)
+        row[0].set_title(title, loc='left', fontsize=9)
     figure.suptitle(built_in.caption(meta), y=1 - 0.1 / height, fontsize=9)
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.3 / height))
     path = out_dir / 'contact_sheet.png'
     figure.savefig(path, dpi=110)
     return path
@@ -120,14 +153,13 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to create')
-    parser.add_argument(
-        '--images',
-        dest='built_in',
-        action='store_const',
-        const=IMAGES,
-        default=CLIPS,
-        help='still images whose classes are shape, texture and colour, in place of clips',
-    )
+    parser.set_defaults(built_in=CLIPS)
+    kinds = parser.add_mutually_exclusive_group()
+    for flag, built_in, text in (
+        ('--images', IMAGES, 'still images whose classes are shape, texture and colour'),
+        ('--captions', CAPTIONS, 'clips of one object, with sentences in place of classes'),
+    ):
+        kinds.add_argument(flag, dest='built_in', action='store_const', const=built_in, help=text)
     for name, text in {
         'num_train': 'training files',
         'num_val': 'validation files',
@@ -168,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     sheet = draw_contact_sheet(out_dir, built_in, built_in.defaults | arguments)
     what = 'wrote' if written else 'found a complete set in'
-    console.print(f'{what} {out_dir}: train.txt, val.txt, labels.txt; see {sheet}', soft_wrap=True)
+    console.print(f'{what} {out_dir}; see {sheet}', soft_wrap=True)
     return 0
 
 
