@@ -75,6 +75,8 @@ BUILT_IN = {
     },
     'label_files': ('labels.txt',),
 }
+# Sentences say left and right: no flip.
+CAPTIONS = {'flip': None, 'captions': True}
 MSRVTT_JSON = ('MSRVTT_data.json', 'videodatainfo_2017.json', 'train_val_videodatainfo.json')
 
 DATASETS: dict[str, DatasetInfo] = {
@@ -151,7 +153,7 @@ DATASETS: dict[str, DatasetInfo] = {
             'train_7k': SplitFile(('MSRVTT_train.7k.csv',), 'msrvtt'),
             'test_1k': SplitFile(('MSRVTT_JSFUSION_test.csv',), 'msrvtt'),
         },
-        captions=True,
+        **CAPTIONS,
     ),
     'msvd': DatasetInfo(
         0,
@@ -161,7 +163,7 @@ DATASETS: dict[str, DatasetInfo] = {
             'validation': SplitFile(('val_list.txt',), 'msvd'),
             'test': SplitFile(('test_list.txt',), 'msvd'),
         },
-        captions=True,
+        **CAPTIONS,
     ),
     'vatex': DatasetInfo(
         0,
@@ -174,7 +176,7 @@ DATASETS: dict[str, DatasetInfo] = {
                 'vatex',
             ),
         },
-        captions=True,
+        **CAPTIONS,
     ),
     'imagenet1k': DatasetInfo(
         1000,
@@ -194,13 +196,12 @@ DATASETS: dict[str, DatasetInfo] = {
     'motion_captions': DatasetInfo(
         0,
         'json',
-        flip=None,
         splits={
             'train': SplitFile(('train.jsonl',), 'json'),
             'validation': SplitFile(('val.jsonl',), 'json'),
         },
-        captions=True,
         generate=motion_captions.generate,
+        **CAPTIONS,
     ),
     'custom': DatasetInfo(0, 'auto'),
 }
