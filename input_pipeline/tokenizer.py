@@ -34,14 +34,15 @@ def clean(text: str) -> str:
 
 def check_text(text: str) -> None:
     """Raises ValueError if a text has bytes that are not UTF-8 or over `MOST_CHARACTERS`."""
+    shown = terminal(text[:60]) + '...' * (len(text) > 60)
     if len(text) > MOST_CHARACTERS:
         raise ValueError(
-            f'the text {terminal(text[:60])}... has {len(text)} characters, more than the '
-            f'{MOST_CHARACTERS} of a long description: shorten it'
+            f'the text {shown} has {len(text)} characters, more than the {MOST_CHARACTERS} of a '
+            'long description: shorten it'
         )
     if not text.isascii() and re.search('[\ud800-\udfff]', text):
         raise ValueError(
-            f'the text {terminal(text)} is not UTF-8 and says nothing to a text encoder: save its '
+            f'the text {shown} is not UTF-8 and says nothing to a text encoder: save its '
             'file (a label map, a list of captions) as UTF-8, or rename the folder; class names '
             'may stay with model.head=linear'
         )

@@ -6,9 +6,11 @@ import pickle
 import numpy as np
 import pytest
 
+from input_pipeline import pipeline
 from input_pipeline.captions import CaptionPairs, CaptionTokens, check_captions, sentence_rows
 from input_pipeline.sources import open_source
 from input_pipeline.tokenizer import tokenize
+from input_pipeline.transforms import CentreCrop
 from input_pipeline.video_list import Record, VideoList
 from tools import build_dataset
 
@@ -71,6 +73,24 @@ def test_all_sentences_of_a_list_are_the_rows_of_its_pairs(videos):
         assert rows[key].shape == (6, *shape) and rows[key].dtype == dtype
         np.testing.assert_array_equal(rows[key], [row[key] for row in of_pairs])
     assert owners.tolist() == OWNERS and owners.dtype == np.int64
+
+
+def test_batches_hold_tokens_and_videos_that_cannot_be_read_none(clips, tmp_path):
+    paths = [clips / 'train/000000.mp4', tmp_path / 'missing.mp4', clips / 'train/000002.mp4']
+    videos = VideoList([Record(str(p), (), '', captions=c) for p, c in zip(paths, CAPTIONS)], ())
+    reader = pipeline.TrainReader(
+        num_frames=2, image_size=48, transforms=(CentreCrop(48),), annotate=CaptionTokens(6)
+    )
+    batches = pipeline.train_batches(
+        CaptionPairs(videos), reader, batch_size=6, seed=0, num_steps=1, shuffle=False
+    )
+    (batch,) = batches
+    rows, owners = sentence_rows(videos, 6)
+    assert batch['label'].tolist() == owners.tolist() == OWNERS
+    assert batch['mask'].tolist() == [1, 1, 0, 1, 1, 1]
+    readable = batch['mask'][:, None]
+    np.testing.assert_array_equal(batch['tokens'], rows['tokens'] * readable)
+    np.testing.assert_array_equal(batch['word_mask'], rows['word_mask'] * readable)
 
 
 def test_cut_captions_are_counted_in_the_log(videos, caplog):

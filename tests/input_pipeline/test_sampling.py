@@ -118,6 +118,18 @@ def test_retrieval_by_strides_cuts_evenly_from_multiples():
     assert later.tolist() == [expected, list(range(4, 100, 8))]
 
 
+@pytest.mark.parametrize('num_frames', [1, 6, 12, 16, 32])
+def test_retrieval_shows_all_frames_of_a_short_video_and_no_other(num_frames):
+    rng = np.random.default_rng(0)
+    for num_total in range(1, num_frames + 1):
+        for indices in (
+            sampling.block_train(num_total, num_frames, rng),
+            sampling.block_test(num_total, num_frames, 1)[0],
+            sampling.block_start_test(num_total, num_frames, 1)[0],
+        ):
+            assert set(indices) == set(range(num_total)) and (np.diff(indices) >= 0).all()
+
+
 def test_split_training_takes_each_part_once_and_all_of_a_short_video():
     rng = np.random.default_rng(0)
     draws = np.stack([sampling.split_train(21, 8, rng) for _ in range(500)])

@@ -613,6 +613,8 @@ def test_random_bytes_in_lists_are_value_errors(tmp_path):
         b'[{"video_id": "v0", "caption": "a cat"}]}',
         'v.json': b'[{"videoID": "abc_0_10", "enCap": ["a cat", "a dog"]}]',
         'l.jsonl': b'{"path": "a.mp4", "label": [1, 2], "start": 1.5}\n',
+        'c.csv': b'path,caption\na.mp4,a cat\nb.mp4,"a dog, too"\na.mp4,a tree\n',
+        'c.jsonl': b'{"path": "a", "captions": ["x", "y"]}\n{"path": "a", "caption": "z"}\n',
     }
     label_map = write(tmp_path / 'names.txt', 'run\njump\n')
     pieces = [
