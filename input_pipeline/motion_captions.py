@@ -112,24 +112,10 @@ def generate(
     num_threads: int = 2,
     progress: built_in.Progress | None = None,
 ) -> bool:
-    """Writes the data set, unless the folder already holds it.
+    """Writes the data set, unless the folder already holds it; as `motion_clips.generate`.
 
-    The same arguments give the same bytes on the same machine.
-
-    Args:
-      out_dir: folder to create, see `built_in.write_set`; its lists are train.jsonl and val.jsonl,
-        objects with `path` and `captions`.
-      num_train: training clips.
-      num_val: validation clips, at most one of each look and motion.
-      size: frame height and width in pixels, a multiple of 8.
-      num_frames: frames per clip, a multiple of 4 and at least 8.
-      fps: frames per second.
-      seed: seed of all draws.
-      num_threads: clips written at the same time.
-      progress: called with (clips done, clips in all) after each clip.
-
-    Returns:
-      True if it wrote the set, False if the set was there.
+    Its lists are train.jsonl and val.jsonl, objects with `path` and `captions`. There are at most
+    as many validation clips as looks and motions.
 
     Raises:
       ValueError: if an argument is out of range or the folder holds something else.
