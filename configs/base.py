@@ -137,7 +137,9 @@ def get_config() -> ConfigDict:
     config.mixing.switch_probability = 0.5  # share of cutmix among them
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = 'adamw'  # adamw, sgd (decay in the gradient, as torch's) or lamb
+    # adamw, sgd (decay in the gradient, as torch's), lamb, or bertadam (as adamw, without bias
+    # correction).
+    config.optimizer.name = 'adamw'
     config.optimizer.schedule = 'cosine'  # of the learning rate: cosine, linear or constant
     config.optimizer.peak_lr = 3.2e-4  # at the top of the schedule
     config.optimizer.end_lr = 0.0  # at the last step; not of constant
@@ -154,12 +156,15 @@ def get_config() -> ConfigDict:
     config.optimizer.refresh_steps = 1
     config.optimizer.weight_decay = 1e-4  # of matrices; biases, norms and tables are not decayed
     config.optimizer.decay_all = False  # those, too
-    config.optimizer.b1 = 0.9  # of adamw and lamb, as b2 and eps
+    config.optimizer.b1 = 0.9  # of adamw, lamb and bertadam, as b2 and eps
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.momentum = 0.9  # of sgd
     config.optimizer.nesterov = False  # of sgd
     config.optimizer.clip_norm = 0.0  # global gradient norm; 0 for no clipping
+    # Gradient norm of each tensor, clipped after that; 0 for no clipping. Layers count each by
+    # itself where the family says which arrays stack them.
+    config.optimizer.clip_tensor_norm = 0.0
     config.optimizer.label_smoothing = 0.1
     # Moving average of parameters and batch statistics, used in evaluation; 0 for none.
     config.optimizer.ema_decay = 0.0
@@ -209,6 +214,7 @@ BEFORE_FIELDS = {
     'optimizer.refresh_steps': 1,
     'optimizer.decay_all': False,
     'optimizer.eps': 1e-8,
+    'optimizer.clip_tensor_norm': 0.0,
     'optimizer.momentum': 0.9,
     'optimizer.nesterov': False,
 }
@@ -253,6 +259,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
             'optimizer.refresh_steps',
             'optimizer.weight_decay',
             'optimizer.clip_norm',
+            'optimizer.clip_tensor_norm',
             'eval.every_epochs',
             'eval.image_size',
             'model.ada_pooling_layers',
@@ -326,7 +333,7 @@ BELOW_ONE = (
 # Names that fields choose from, the keys of a table of dist_jax each.
 CHOICES = {
     'data.jpeg_decoder': ('libjpeg', 'ffmpeg'),
-    'optimizer.name': ('adamw', 'sgd', 'lamb'),
+    'optimizer.name': ('adamw', 'sgd', 'lamb', 'bertadam'),
     'optimizer.schedule': ('cosine', 'linear', 'constant'),
     'optimizer.warmup': ('join', 'peak', 'scale'),
     'init_missing': ('error', 'fresh', 'all_fresh'),

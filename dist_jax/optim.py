@@ -1,18 +1,18 @@
-"""Optimizers and learning-rate schedules by name, and groups of parameters."""
+"""Optimizers and learning-rate schedules by name, groups of parameters, clipping and bounds."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dist_jax.models.api import ParamGroup, Tree
+from dist_jax.models.api import Model, ParamGroup, TensorAxes, Tree
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -34,8 +34,10 @@ class OptimizerSettings:
       end_lr: at the last step; a constant schedule does not read it.
       weight_decay: times the group's multiplier.
       decay_all: every group's multiplier is 1.
-      b1, b2, eps: of AdamW and LAMB.
+      b1, b2, eps: of AdamW, LAMB and BertAdam.
       clip_norm: global gradient norm above which gradients are scaled down; 0 for off.
+      clip_tensor_norm: norm above which the gradient of a tensor is scaled down, after that; 0 for
+        off.
       name: a key of `OPTIMIZERS`.
       schedule: a key of `SCHEDULES`.
       momentum, nesterov: of SGD.
@@ -53,6 +55,7 @@ class OptimizerSettings:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 0.0
+    clip_tensor_norm: float = 0.0
     name: str = 'adamw'
     schedule: str = 'cosine'
     after_warmup: bool = False
@@ -95,6 +98,8 @@ def make_schedule(settings: OptimizerSettings) -> Schedule:
     the warm-up rises linearly to the cosine's value at the end of the warm-up, not to its peak. The
     Side4Video release's cosine starts at the end of the warm-up (`after_warmup`), and its rate is
     that of the newest step that began an epoch or completed ten of its steps (`refresh_steps`).
+    The cosine of BertAdam (the Side4Video release for retrieval) runs from step 0 and is not moved
+    to where the warm-up ends: the rate falls from the peak to the cosine there ('peak').
     STS renews the rate with the epoch alone (`refresh_steps` 0): on images (timm) the warm-up
     rises to the peak, 'peak'; on videos (mmcv) the cosine runs meanwhile and is multiplied, at
     every step, by a factor that rises to 1, 'scale'.
@@ -207,10 +212,39 @@ def lamb(settings: OptimizerSettings, decay: Tree) -> Parts:
     return *adamw(settings, decay), optax.masked(optax.scale_by_trust_ratio(), decayed)
 
 
+class Moments(NamedTuple):
+    """Running means of gradients and of their squares, of the parameters' structure."""
+
+    mu: Tree
+    nu: Tree
+
+
+def bertadam(settings: OptimizerSettings, decay: Tree) -> Parts:
+    """Adam without bias correction: u = m / (sqrt(v) + eps) + decay * p.
+
+    Source: the optimizer of BERT's pre-training (Devlin et al., arXiv:1810.04805), which CLIP4Clip
+    and the Side4Video release for retrieval train with. Differs: there each parameter counts its
+    own steps, all the same. For the two norms that it clips to see `make_optimizer`.
+    """
+
+    def init(params: Tree) -> Moments:
+        return Moments(optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+
+    def update(updates: Tree, state: Moments, params: Tree | None = None) -> tuple[Tree, Moments]:
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, settings.b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, settings.b2, 2)
+        scaled = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + settings.eps), mu, nu)
+        return scaled, Moments(mu, nu)
+
+    return optax.GradientTransformation(init, update), _add_decay(decay)
+
+
 OPTIMIZERS: dict[str, Callable[[OptimizerSettings, Tree], Parts]] = {
     'adamw': adamw,
     'sgd': sgd,
     'lamb': lamb,
+    'bertadam': bertadam,
 }
 
 
@@ -221,12 +255,96 @@ def _add_decay(decay: Tree) -> optax.GradientTransformation:
     return optax.stateless(add)
 
 
-def make_optimizer(
-    params: Tree, groups: Sequence[ParamGroup], settings: OptimizerSettings
+def clip_by_tensor_norm(
+    params: Tree, max_norm: float, tensors: Sequence[TensorAxes] = ()
 ) -> optax.GradientTransformation:
-    """The optimizer over `params` (only its structure and paths are read).
+    """Scales the gradient of each tensor down to a norm of at most `max_norm`.
 
-    Gradients are clipped before all else; groups scale the update at the end.
+    Args:
+      params: whose structure, paths and numbers of axes are read.
+      max_norm: above 0.
+      tensors: see `Model.tensor_axes`.
+
+    Raises:
+      ValueError: an entry that matches nothing, or an array without such an axis.
+    """
+    used = set()
+
+    def others(path: tuple[Any, ...], leaf: Any) -> tuple[int, ...]:
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        found = next((each for each in tensors if re.search(each.pattern, name)), None)
+        own = found.axes if found else ()
+        used.add(found)
+        if not set(own) <= set(range(leaf.ndim)):
+            raise ValueError(f'{found} matches {name}, which has {leaf.ndim} axes')
+        return tuple(axis for axis in range(leaf.ndim) if axis not in own)
+
+    def clip(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        norm = jnp.sqrt(jnp.square(gradient).sum(axes, keepdims=True))
+        return gradient * jnp.minimum(1.0, max_norm / norm)
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    axes = [others(path, leaf) for path, leaf in leaves]
+    unused = [each for each in tensors if each not in used]
+    if unused:
+        raise ValueError(f'axes of tensors that match nothing: {unused}')
+
+    def clip_all(updates: Tree, _: Tree) -> Tree:
+        return structure.unflatten(map(clip, structure.flatten_up_to(updates), axes))
+
+    return optax.stateless(clip_all)
+
+
+def keep_at_most(params: Tree, most: Mapping[str, float]) -> optax.GradientTransformation:
+    """Updates after which no element of a parameter exceeds its bound, in its own dtype.
+
+    Args:
+      params: whose paths are read.
+      most: see `Model.most`.
+
+    Raises:
+      ValueError: a bound of a parameter that there is not.
+    """
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator='/'), params
+    )
+    unknown = most.keys() - set(jax.tree.leaves(names))
+    if unknown:
+        raise ValueError(f'bounds of parameters that there are not: {sorted(unknown)}')
+
+    def bound(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
+        if name not in most:
+            return update
+        limit = jnp.asarray(most[name], param.dtype)
+        # The difference may have been rounded up, and the sum with it.
+        room = limit - param
+        room = jnp.where(param + room > limit, jnp.nextafter(room, -jnp.inf), room)
+        return jnp.minimum(update, room)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(bound, names, updates, params))
+
+
+def make_optimizer(
+    params: Tree,
+    groups: Sequence[ParamGroup],
+    settings: OptimizerSettings,
+    tensors: Sequence[TensorAxes] = (),
+    most: Mapping[str, float] | None = None,
+) -> optax.GradientTransformation:
+    """The optimizer over `params` (only its structure, paths and numbers of axes are read).
+
+    Gradients are clipped before all else, to a global norm and then, as BertAdam does itself, each
+    tensor to its own; groups scale the update at the end, and bounds hold after that.
+
+    Args:
+      params: arrays or shapes.
+      groups: see `Model.param_groups`.
+      settings: of the recipe.
+      tensors: see `Model.tensor_axes`.
+      most: see `Model.most`.
+
+    Raises:
+      ValueError: a parameter without a group; a group, a bound or axes of no parameter.
     """
     assigned = assign_groups(params, groups)
     decay = jax.tree.map(
@@ -237,9 +355,23 @@ def make_optimizer(
     def scale_groups(updates: Tree, _: Tree) -> Tree:
         return jax.tree.map(lambda u, s: u * s if s != 1.0 else u, updates, speed)
 
+    clips = []
+    if settings.clip_norm:
+        clips.append(optax.clip_by_global_norm(settings.clip_norm))
+    if settings.clip_tensor_norm:
+        clips.append(clip_by_tensor_norm(params, settings.clip_tensor_norm, tensors))
+    # Stored states are named by their place here: all clipping has one, and bounds are the last.
     return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity(),
+        optax.chain(*clips) if len(clips) > 1 else (clips or [optax.identity()])[0],
         *OPTIMIZERS[settings.name](settings, decay),
         optax.stateless(scale_groups),
         optax.scale_by_learning_rate(make_schedule(settings)),
+        *([keep_at_most(params, most)] if most else []),
     )
+
+
+def of_model(
+    model: Model, params: Tree, settings: OptimizerSettings
+) -> optax.GradientTransformation:
+    """`make_optimizer` as a model wants its parameters optimised."""
+    return make_optimizer(params, model.param_groups, settings, model.tensor_axes, model.most)

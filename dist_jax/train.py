@@ -130,6 +130,7 @@ def optimizer_settings(config: ConfigDict, plan: Plan) -> optim.OptimizerSetting
         b2=o.b2,
         eps=o.eps,
         clip_norm=o.clip_norm,
+        clip_tensor_norm=o.clip_tensor_norm,
         name=o.name,
         schedule=o.schedule,
         after_warmup=o.after_warmup,
@@ -177,7 +178,7 @@ def state_initialiser(
         task,
         video_shape=(1, *train_shape),
         seed=config.seed,
-        make_optimizer=lambda p: optim.make_optimizer(p, model.param_groups, settings),
+        make_optimizer=lambda p: optim.of_model(model, p, settings),
         ema=config.optimizer.ema_decay > 0,
     )
 
@@ -252,7 +253,7 @@ def _train(
     train_step = step.make_train_step(
         model,
         task,
-        optim.make_optimizer(abstract.params, model.param_groups, optimizer),
+        optim.of_model(model, abstract.params, optimizer),
         optim.make_schedule(optimizer),
         step_settings(config),
         mesh,

@@ -156,7 +156,7 @@ def test_steps_of_each_program_trace(name):
     train_step = step.make_train_step(
         model,
         task,
-        optim.make_optimizer(state.params, model.param_groups, settings),
+        optim.of_model(model, state.params, settings),
         optim.make_schedule(settings),
         train.step_settings(config),
         make_mesh(jax.devices()[:1]),

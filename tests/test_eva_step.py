@@ -61,7 +61,7 @@ def test_one_step(spec, build, options, zero):
         'label': np.arange(4, dtype=np.int32),
         'mask': np.ones(4, np.float32),
     }
-    make = lambda p: optim.make_optimizer(p, model.param_groups, OPTIMIZER)  # noqa: E731
+    make = lambda p: optim.of_model(model, p, OPTIMIZER)  # noqa: E731
 
     @jax.jit
     def start(key):

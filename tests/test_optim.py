@@ -4,17 +4,19 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors import safe_open
 
 from configs import base, frame_mean
 from dist_jax import checkpoint, optim, step, train
 from dist_jax.models import digests
-from dist_jax.models.api import ParamGroup
+from dist_jax.models.api import ParamGroup, TensorAxes
 
 SETTINGS = optim.OptimizerSettings(
     peak_lr=3.2e-4, warmup_start_lr=8e-7, warmup_steps=60, total_steps=360, weight_decay=0.1
@@ -192,6 +194,7 @@ def test_configs_choose_from_the_tables():
         ({'warmup': 'peaks'}, r"optimizer\.warmup='peaks' .*did you mean 'peak'"),
         ({'warmup': 'scale', 'after_warmup': True}, r"warmup='scale' raises .*after_warmup=True"),
         ({'refresh_steps': -1}, r'optimizer\.refresh_steps=-1 must be at least 0'),
+        ({'clip_tensor_norm': -1.0}, r'optimizer\.clip_tensor_norm=-1\.0 must be at least 0'),
         ({'eps': 0.0}, r'optimizer\.eps=0\.0 must be above 0'),
         ({'momentum': 1.0}, r'optimizer\.momentum=1\.0 must be at least 0 and below 1'),
         ({'nesterov': True, 'momentum': 0.0}, r'optimizer\.nesterov=True needs .*momentum'),
@@ -340,14 +343,187 @@ def test_the_trust_ratio_has_no_bound_and_leaves_zeros_alone():
     np.testing.assert_allclose(updates['zero']['kernel'], -1.0, rtol=1e-5)
 
 
-def test_the_state_of_adamw_is_that_of_earlier_checkpoints():
-    optimizer = optim.make_optimizer(params(), GROUPS, SETTINGS)
-    moments = ('a/bias', 'a/kernel', 'slow/kernel')
-    assert sorted(digests.tree_paths(optimizer.init(params()))) == [
-        '1/count',
-        *(f'1/{moment}/{name}' for moment in ('mu', 'nu') for name in moments),
-        '4/count',
-    ]
+GOLDEN = Path(__file__).parent / 'golden' / 'side4video_retrieval.safetensors'
+
+
+@pytest.fixture(scope='module')
+def bertadam():
+    """What the release's optimizer did, and its settings."""
+    with safe_open(GOLDEN, 'np') as opened:
+        names = [name for name in opened.keys() if name.startswith('bertadam/')]  # noqa: SIM118
+        tensors = {name.removeprefix('bertadam/'): opened.get_tensor(name) for name in names}
+        return tensors, json.loads(opened.metadata()['bertadam'])
+
+
+def test_the_schedule_of_bertadam_is_the_releases(bertadam):
+    settings = optim.OptimizerSettings(1.0, 0.0, 10, 100, warmup='peak')
+    found = jax.vmap(optim.make_schedule(settings))(jnp.arange(100))
+    np.testing.assert_allclose(found, bertadam[0]['multiplier_t100_w0.1'], rtol=1e-6, atol=1e-7)
+
+
+def test_bertadam_is_the_releases(bertadam):
+    """Two rates, no decay of biases, a global clip; that of tensors finds nothing left to do."""
+    recorded, config = bertadam
+    total = config['t_total']
+    settings = optim.OptimizerSettings(
+        config['lr'],
+        0.0,
+        config['warmup'] * total,
+        total,
+        warmup='peak',
+        weight_decay=config['weight_decay']['side_w'],
+        b1=config['b1'],
+        b2=config['b2'],
+        eps=config['eps'],
+        clip_norm=config['global_clip'],
+        clip_tensor_norm=config['max_grad_norm'],
+        name='bertadam',
+    )
+    groups = (
+        ParamGroup('^clip_', learning_rate=config['coef_lr_clip']),
+        ParamGroup('bias$', weight_decay=0.0),
+        ParamGroup('.'),
+    )
+    names = config['weight_decay']
+    p = {name: jnp.asarray(recorded[f'{name}/init']) for name in names}
+    optimizer = optim.make_optimizer(p, groups, settings)
+
+    @jax.jit
+    def advance(p, state, gradients):
+        updates, state = optimizer.update(gradients, state, p)
+        return optax.apply_updates(p, updates), state
+
+    state = optimizer.init(p)
+    for number in range(total):
+        p, state = advance(p, state, {name: recorded[f'{name}/grads'][number] for name in names})
+        for name in names:
+            after = recorded[f'{name}/after'][number]
+            np.testing.assert_allclose(p[name], after, rtol=0, atol=1e-6 * np.abs(after).max())
+
+
+TENSORS = (
+    TensorAxes('^layers/qkv/kernel', (0, 2)),
+    TensorAxes('^layers/', (0,)),
+)
+
+
+def test_each_tensor_is_clipped_by_itself():
+    """Layers of a stack, and q, k and v in one array, by their own norms; others as a whole."""
+    rng = np.random.default_rng(0)
+    shapes = {'layers': {'qkv': {'kernel': (2, 4, 3, 5), 'bias': (2, 3, 5)}}, 'table': (3, 4)}
+    is_shape = {'is_leaf': lambda x: isinstance(x, tuple)}
+    gradients = jax.tree.map(lambda shape: rng.normal(size=shape).astype('f'), shapes, **is_shape)
+    gradients['layers']['qkv']['bias'][1] *= 1e-3  # short enough as it is
+    gradients['scale'] = np.float32(-7)
+    found, _ = optim.clip_by_tensor_norm(gradients, 1.5, TENSORS).update(gradients, ())
+
+    def clipped(g):
+        return g * min(1.0, 1.5 / np.linalg.norm(g))
+
+    kernel, bias = (gradients['layers']['qkv'][name] for name in ('kernel', 'bias'))
+    for layer in range(2):
+        for slot in range(3):
+            one = found['layers']['qkv']['kernel'][layer, :, slot]
+            np.testing.assert_allclose(one, clipped(kernel[layer, :, slot]), rtol=1e-6)
+        one = found['layers']['qkv']['bias'][layer]
+        np.testing.assert_allclose(one, clipped(bias[layer]), rtol=1e-6)
+    np.testing.assert_array_equal(found['layers']['qkv']['bias'][1], bias[1])
+    np.testing.assert_allclose(found['table'], clipped(gradients['table']), rtol=1e-6)
+    assert float(found['scale']) == -1.5
+    nothing = jax.tree.map(np.zeros_like, gradients)
+    found, _ = optim.clip_by_tensor_norm(gradients, 1.5, TENSORS).update(nothing, ())
+    jax.tree.map(np.testing.assert_array_equal, found, nothing)
+
+
+def test_the_global_norm_is_clipped_before_those_of_tensors():
+    settings = dataclasses.replace(
+        SETTINGS, name='sgd', momentum=0.0, weight_decay=0.0, schedule='constant', warmup_steps=0
+    )
+    settings = dataclasses.replace(settings, peak_lr=1.0, clip_norm=1.0, clip_tensor_norm=0.9)
+    p = {'long': jnp.zeros(1), 'short': jnp.zeros(1)}
+    optimizer = optim.make_optimizer(p, (ParamGroup('.'),), settings)
+    gradients = {'long': jnp.array([40.0]), 'short': jnp.array([9.0])}
+    updates, _ = optimizer.update(gradients, optimizer.init(p), p)
+    np.testing.assert_allclose(updates['long'], [-0.9], rtol=1e-6)  # of 40/41
+    np.testing.assert_allclose(updates['short'], [-9 / 41], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('tensors', 'message'),
+    [
+        (
+            (*TENSORS, TensorAxes('^blocks/', (0,))),
+            r"match nothing: \[TensorAxes\(pattern='\^blocks",
+        ),
+        ((TensorAxes('layers', (1,)),), r'matches layers/bias, which has 1 axes'),
+    ],
+)
+def test_axes_that_fit_nothing_are_named(tensors, message):
+    p = {'layers': {'qkv': {'kernel': np.zeros((2, 4, 3, 5))}, 'bias': np.zeros(2)}}
+    with pytest.raises(ValueError, match=message):
+        optim.clip_by_tensor_norm(p, 1.0, tensors)
+
+
+def test_no_parameter_exceeds_its_bound():
+    """Wherever it comes from: the sum of a parameter and its update is rounded, too."""
+    most, limit = math.log(100), np.float32(math.log(100))
+    rng = np.random.default_rng(0)
+    size = 10.0 ** rng.uniform(-3, 6, 20_000)
+    before = (limit - size * rng.choice([1, 1e-6, -1e-3], size.shape)).astype('f')
+    p = {'scale': jnp.asarray(before), 'free': jnp.ones(2)}
+    settings = dataclasses.replace(
+        SETTINGS, name='sgd', momentum=0.0, weight_decay=0.0, warmup_steps=0, schedule='constant'
+    )
+    bounded = optim.make_optimizer(p, (ParamGroup('.'),), settings, (), {'scale': most})
+    free = optim.make_optimizer(p, (ParamGroup('.'),), settings)
+
+    def after(optimizer):
+        @jax.jit
+        def advance(p, gradients):
+            return optax.apply_updates(p, optimizer.update(gradients, optimizer.init(p), p)[0])
+
+        gradients = {'scale': jnp.asarray(rates, jnp.float32), 'free': jnp.full(2, -9.0)}
+        return jax.tree.map(np.asarray, advance(p, gradients))
+
+    rates = -size * rng.uniform(0, 2, size.shape) / SETTINGS.peak_lr
+    found, unbounded = after(bounded), after(free)
+    assert found['scale'].max() == limit
+    np.testing.assert_array_equal(found['free'], unbounded['free'])
+    stays = unbounded['scale'] <= limit
+    assert 0.1 < stays.mean() < 0.9
+    np.testing.assert_array_equal(found['scale'][stays], unbounded['scale'][stays])
+    reached = found['scale'][~stays & (before > limit / 2) & (before < limit * 2)]
+    assert reached.size > 1000 and (reached == limit).all()
+    with pytest.raises(ValueError, match=r"bounds of parameters that there are not: \['scales'\]"):
+        optim.keep_at_most(p, {'scales': most})
+
+
+PATHS = ('a/bias', 'a/kernel', 'slow/kernel')
+MOMENTS = [f'1/{moment}/{name}' for moment in ('mu', 'nu') for name in PATHS]
+
+
+@pytest.mark.parametrize(
+    ('name', 'leaves'),
+    [('adamw', ['1/count', *MOMENTS, '4/count']), ('bertadam', [*MOMENTS, '4/count'])],
+)
+def test_the_state_is_that_of_earlier_checkpoints(name, leaves):
+    """Whatever is clipped and bounded; and without both, of the very same structure."""
+    settings = dataclasses.replace(SETTINGS, name=name)
+    states = []
+    for norms in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        clipped = dataclasses.replace(settings, clip_norm=norms[0], clip_tensor_norm=norms[1])
+        for most in ({}, {'a/bias': 1.0}):
+            optimizer = optim.make_optimizer(params(), GROUPS, clipped, most=most)
+            states.append(optimizer.init(params()))
+            assert sorted(digests.tree_paths(states[-1])) == leaves
+    assert jax.tree.structure(states[0]) == jax.tree.structure(
+        optax.chain(
+            optax.identity(),
+            *optim.OPTIMIZERS[name](settings, params()),
+            optax.identity(),
+            optax.scale_by_learning_rate(lambda _: 1.0),
+        ).init(params())
+    )
 
 
 @pytest.mark.parametrize('name', optim.OPTIMIZERS)
@@ -380,7 +556,7 @@ def test_a_run_from_before_optimizers_had_names_continues():
     rest = {'class_names': [], 'train_list_sha256': '', 'backbone': {'params_sha256': ''}}
     saved = base.plain(config)
     fields = ('name', 'schedule', 'eps', 'momentum', 'nesterov', 'after_warmup', 'refresh_steps')
-    for field in (*fields, 'warmup', 'decay_all'):
+    for field in (*fields, 'warmup', 'decay_all', 'clip_tensor_norm'):
         del saved['optimizer'][field]
     del saved['task']['criterion']
     del saved['batch_norm']

@@ -57,7 +57,7 @@ class Runner:
     """Steps of one compiled program from the same fresh state."""
 
     def __init__(self, model, frozen, settings=SETTINGS, optimizer=OPTIMIZER, ema=False):
-        make = lambda p: optim.make_optimizer(p, model.param_groups, optimizer)  # noqa: E731
+        make = lambda p: optim.of_model(model, p, optimizer)  # noqa: E731
         self.frozen = frozen
         self.fresh = jax.jit(lambda f: step.init_state(model, TASK, f, VIDEO, 0, make, ema))(frozen)
         schedule = optim.make_schedule(optimizer)

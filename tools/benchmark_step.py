@@ -81,7 +81,7 @@ def measure(config: ConfigDict, num_steps: int) -> dict[str, Any]:
     train_step = step.make_train_step(
         model,
         task,
-        optim.make_optimizer(state.params, model.param_groups, settings),
+        optim.of_model(model, state.params, settings),
         optim.make_schedule(settings),
         train.step_settings(config),
         mesh,

@@ -37,6 +37,19 @@ class ParamGroup:
 
 
 @dataclasses.dataclass(frozen=True)
+class TensorAxes:
+    """Which axes of an array number tensors that lie in it one beside the other.
+
+    Attributes:
+      pattern: regular expression searched in 'a/b/kernel' paths; the first matching one counts.
+      axes: a layer of a stack, or q, k, v where each has a matrix of its own; not negative.
+    """
+
+    pattern: str
+    axes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """One model family at one size. The train and eval steps call these and nothing else.
 
@@ -52,6 +65,9 @@ class Model:
       pixels: how it wants its pixels.
       param_groups: must cover every trainable parameter.
       sharding_rules: likewise; where they lie on a mesh. Other collections lie on every device.
+      tensor_axes: where one array of the parameters is several tensors of the network as its
+        authors have it; what none matches is one tensor. Read where each tensor is clipped.
+      most: path of a parameter -> what no element of it may exceed after an update.
       frozen: what it reads and never changes; None for a network that stands alone.
       from_backbone: subtrees of the parameters that start as parts of the converted backbone, path
         -> path there. They are trained from there; shapes and layouts agree.
@@ -75,6 +91,8 @@ class Model:
     pixels: Pixels
     param_groups: tuple[ParamGroup, ...]
     sharding_rules: tuple[ShardingRule, ...]
+    tensor_axes: tuple[TensorAxes, ...] = ()
+    most: Mapping[str, float] = dataclasses.field(default_factory=dict)
     frozen: Frozen | None = None
     from_backbone: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fit: Callable[[str, jax.Array, tuple[int, ...]], jax.Array] | None = None

@@ -71,7 +71,7 @@ def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Ste
     function = step.make_train_step(
         model,
         parts.task,
-        optim.make_optimizer(state.params, model.param_groups, settings),
+        optim.of_model(model, state.params, settings),
         optim.make_schedule(settings),
         train.step_settings(config),
         mesh,

@@ -59,8 +59,10 @@ def with_gradients(model: Model, frozen: Tree, mode: str) -> tuple[Model, Tree]:
         frozen=dataclasses.replace(
             model.frozen, apply=lambda kept, batch: {'frozen': kept, 'batch': batch}
         ),
-        # Who is decayed changes neither memory nor time.
+        # Who is decayed, clipped or bounded changes neither memory nor time.
         param_groups=(ParamGroup(''),),
+        tensor_axes=(),
+        most={},
         sharding_rules=(
             *(
                 dataclasses.replace(rule, pattern=rf'^{BACKBONE}/.*(?:{rule.pattern})')
