@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -359,13 +359,17 @@ def inflated(variables: Tree) -> Tree:
 
 
 def classifier(num_classes: Sequence[int], spec: NetworkSpec, form: str) -> heads.Head:
-    """The head of a form: its initial values are PyTorch's defaults, or small and without bias."""
+    """The head of a form."""
     paths = [spec.pathway] if spec.fast is None else [spec.pathway, spec.fast]
     width = spec.hidden or sum(out_channels(path) for path in paths)
-    inits = {'kernel_init': uniform(width), 'bias_init': uniform(width)}
-    if form == 'video':
-        inits = {'kernel_init': nn.initializers.normal(0.01)}
-    return heads.Head('linear', tuple(num_classes), **inits)
+    return heads.Head('linear', tuple(num_classes), *linear_inits(width, form))
+
+
+def linear_inits(fan_in: int, form: str) -> tuple[Initializer, Initializer]:
+    """Of kernel and bias of a linear map: PyTorch's defaults in networks for images."""
+    if form == 'image':
+        return uniform(fan_in), uniform(fan_in)
+    return nn.initializers.normal(0.01), nn.initializers.zeros
 
 
 def out_channels(spec: PathwaySpec) -> int:
@@ -413,8 +417,7 @@ class StsNet(nn.Module):
             'remat': self.remat,
         }
         if spec.fast is None:
-            found = list(pathway(spec.pathway, x, mask, train, **options))
-            pooled = _pooled(found[-1])
+            pooled = _pooled(pathway(spec.pathway, x, mask, train, **options)[-1])
         else:
             fast = Pathway(spec.fast, **options, name='fast_path')(x, mask, train)
             lateral = Laterals(tuple(fast[:-1]), spec.fusion_kernel, spec.ratio)
@@ -423,22 +426,12 @@ class StsNet(nn.Module):
             )
             pooled = jnp.concatenate([_pooled(fast[-1]), _pooled(slow[-1])], -1)
         if spec.hidden:
-            image = self.rules.form == 'image'
-            hidden = Linear(
-                spec.hidden,
-                use_bias=image,
-                kernel_init=_linear_init(pooled.shape[-1], self.rules),
-                bias_init=_linear_init(pooled.shape[-1], self.rules),
-                dtype=pooled.dtype,
-                name='fc1',
-            )
+            form = self.rules.form
+            inits = linear_inits(pooled.shape[-1], form)
+            hidden = Linear(spec.hidden, form == 'image', *inits, pooled.dtype, name='fc1')
             pooled = nn.relu(hidden(pooled))
         kept = nn.Dropout(self.dropout)(pooled, deterministic=not train)
         return {'embedding': pooled, 'logits': self.head(kept, inputs)}
-
-
-def _linear_init(fan_in: int, rules: Rules) -> Initializer:
-    return uniform(fan_in) if rules.form == 'image' else nn.initializers.normal(0.01)
 
 
 def _pooled(x: jax.Array) -> jax.Array:
@@ -474,7 +467,7 @@ class Pathway(nn.Module):
         self, x: jax.Array, mask: jax.Array | None, train: bool, laterals: Laterals | None = None
     ) -> list[jax.Array]:
         options = (self.rules, self.stochastic_depth, self.remat, laterals)
-        return list(pathway(self.spec, x, mask, train, *options))
+        return pathway(self.spec, x, mask, train, *options)
 
 
 def pathway(
@@ -486,7 +479,7 @@ def pathway(
     stochastic_depth: float,
     remat: str,
     laterals: Laterals | None = None,
-) -> Iterator[jax.Array]:
+) -> list[jax.Array]:
     """The outputs of stem and stages, (B, T, H, W, C); modules belong to who calls it.
 
     Args:
@@ -518,7 +511,7 @@ def pathway(
     for unit in spec.stem:
         x = run(unit, x)
     x = joined(max_pool(x) if spec.pool else x, 0)
-    yield x
+    outputs = [x]
     block = Block
     if remat == 'blocks':
         policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
@@ -542,7 +535,8 @@ def pathway(
             for unit in spec.last:
                 x = run(unit, x)
         x = joined(x, stage + 1)
-        yield x
+        outputs.append(x)
+    return outputs
 
 
 class Block(nn.Module):
@@ -700,8 +694,7 @@ class SqueezeExcite(nn.Module):
         channels = x.shape[-1]
 
         def linear(name: str, features: int, fan_in: int) -> Linear:
-            image = self.rules.form == 'image'
-            bias = uniform(fan_in) if image else nn.initializers.zeros
+            _, bias = linear_inits(fan_in, self.rules.form)
             kernel = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
             return Linear(features, True, kernel, bias, pooled.dtype, name=name)
 
