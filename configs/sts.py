@@ -82,7 +82,7 @@ NETWORKS = (
 )
 # ImageNet: CSN 78.8, R(2+1)D 79.6, SlowOnly 79.9, SlowFast 79.9 (4x16) and 79.1 (8x8), X3D 74.8.
 VARIANTS: dict[str, dict[str, object]] = {
-    **{f'{name}_imagenet': {**IMAGENET, 'model.network': name} for name in NETWORKS},
+    **{f'{name}_imagenet': IMAGENET for name in NETWORKS},
     'csn50_k400': _on_kinetics(0.01, 64, 4, 32, 2),  # 76.8
     'r2plus1d34_k400': {**_on_kinetics(0.01, 64, 4, 8, 8), **PRECISE},  # 76.2
     'slowonly50_k400': {**_on_kinetics(0.02, 128, 8, 8, 8), **PRECISE},  # 75.7
