@@ -167,10 +167,11 @@ def abstract_variables(sizes: Mapping[str, Any]) -> Tree:
 
 def sts_rows(sizes: Mapping[str, Any]) -> list[Row]:
     """Table of the names: a row for each leaf. Reads form, and what `network` does."""
-    return _rows(sizes, abstract_variables(sizes))
+    return rows_of(sizes, abstract_variables(sizes))
 
 
-def _rows(sizes: Mapping[str, Any], abstract: Tree) -> list[Row]:
+def rows_of(sizes: Mapping[str, Any], abstract: Tree) -> list[Row]:
+    """`sts_rows` where `abstract_variables` are at hand: to make them, the network is traced."""
     spec, form = network(sizes), sizes['form']
     heads = _heads(form, spec)
     rows = []
@@ -227,7 +228,7 @@ def _plan(source: SourceFiles, options: Options) -> Plan:
         name=f'sts_{name}_{sizes["form"]}',
         spec=sizes,
         tensors=source.tensors,
-        rows=_rows(sizes, abstract),
+        rows=rows_of(sizes, abstract),
         abstract=abstract,
         ignore=('*.num_batches_tracked',),
         collections=COLLECTIONS,

@@ -238,8 +238,9 @@ def _run(golden: Golden, name: str, dtype: Any) -> dict[str, Any]:
     """Everything that one run can have recorded."""
     tensors = _params(golden, name) | _statistics(golden, name)
     sizes = sts_params.infer_sizes(tensors)
-    rows = sts_params.sts_rows(sizes)
-    tree = import_tree(tensors, rows, sts_params.abstract_variables(sizes))
+    abstract = sts_params.abstract_variables(sizes)
+    rows = sts_params.rows_of(sizes, abstract)
+    tree = import_tree(tensors, rows, abstract)
     found = {converted.COLLECTIONS: sts_params.COLLECTIONS}
     variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), converted.variables(tree, found))
     collections = {'batch_stats': variables['batch_stats']}
@@ -262,8 +263,7 @@ def _run(golden: Golden, name: str, dtype: Any) -> dict[str, Any]:
             capture_intermediates=lambda module, _: isinstance(module, _CAPTURED),
         )
         (logits,) = outputs['logits']
-        loss = -(jax.nn.log_softmax(logits) * targets).sum(-1).mean()
-        return loss, (logits, seen)
+        return losses.soft_cross_entropy(logits, targets).mean(), (logits, seen)
 
     (loss, (logits, seen)), gradients = jax.jit(
         jax.value_and_grad(forward, has_aux=True), compiler_options=_QUICK
