@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from released import assert_same_tensors
 from safetensors.numpy import load_file, save_file
 
 from configs import dist
@@ -268,9 +269,7 @@ def test_dist_file_converts_and_exports_bit_equal(tmp_path, capsys):
     out = tmp_path / 'out.safetensors'
     assert _main('--export', tmp_path / 'dist', out) == 0
     written = load_file(out)
-    assert written.keys() == {name for name in released if 'dist_net' in name}
-    for name, value in written.items():
-        assert value.tobytes() == released[name].tobytes()
+    assert_same_tensors(written, {name: x for name, x in released.items() if 'dist_net' in name})
     assert _main('--export', tmp_path / 'dist', out) == 2
     assert '--overwrite' in capsys.readouterr().err
     assert _main('--export', tmp_path / 'dist', out, '--overwrite') == 0
@@ -424,9 +423,7 @@ def made_up(monkeypatch, tmp_path):
 
 def _assert_exported(path, tensors):
     written = load_file(path)
-    assert written.keys() == {f'net.{name}' for name in tensors}
-    for name, value in tensors.items():
-        assert written[f'net.{name}'].tobytes() == value.tobytes()
+    assert_same_tensors(written, {f'net.{name}': value for name, value in tensors.items()})
 
 
 def test_batch_statistics_convert_and_export_bit_equal(made_up, tmp_path):

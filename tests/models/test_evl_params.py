@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from released import assert_same_tensors
 from safetensors.numpy import load_file
 
 from dist_jax import main
@@ -68,9 +69,7 @@ def test_released_file_converts_and_exports_bit_equal(released, tmp_path, capsys
     assert metadata['ignored'] == []
     assert _main('--export', tmp_path / 'evl', tmp_path / 'out.safetensors') == 0
     written = load_file(tmp_path / 'out.safetensors')
-    assert written.keys() == released.keys()
-    for name, value in written.items():
-        assert value.tobytes() == released[name].tobytes()
+    assert_same_tensors(written, released)
     assert _main(source, tmp_path / 'other', '--num_heads', '2') == 2
     assert 'model.num_heads' in capsys.readouterr().err
 

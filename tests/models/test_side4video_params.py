@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from released import assert_same_tensors, save_released
 from safetensors.numpy import load_file, save_file
 
 from dist_jax import backbone_inside, checkpoint, convert, init_from, main, step
@@ -22,7 +23,6 @@ from dist_jax.models.params import export_tree, flatten
 from dist_jax.models.source_files import open_source
 from dist_jax.sharding import make_mesh
 from dist_jax.step import TrainState
-from tools.fuzzing.torch_files import save_state_dict
 from tools.parity.golden import read_golden
 
 GOLDEN = Path(__file__).parent.parent / 'golden'
@@ -98,36 +98,18 @@ def _main(*args):
     return main.main(['convert', *map(str, args)])
 
 
-def assert_same_tensors(path, wanted):
-    found = load_file(path)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
-        assert found[name].tobytes() == value.tobytes(), name
-
-
-def released(path, tensors):
-    """A file as the training script of the authors writes it."""
-    counted = {
-        name.replace('running_var', 'num_batches_tracked'): np.array(7)
-        for name in tensors
-        if name.endswith('running_var')
-    }
-    named = {f'module.{name}': value for name, value in (tensors | counted).items()}
-
-    def wrap(network):
-        first = next(iter(network.values()))
-        optimizer = {'state': {0: {'step': 3, 'exp_avg': first}}, 'param_groups': [{'lr': 0.1}]}
-        return {'epoch': 2, 'model_state_dict': network, 'optimizer_state_dict': optimizer}
-
-    return save_state_dict(path, named, wrap)
+def of_training(network):
+    """What the training script of the authors writes around a state dict."""
+    first = next(iter(network.values()))
+    optimizer = {'state': {0: {'step': 3, 'exp_avg': first}}, 'param_groups': [{'lr': 0.1}]}
+    return {'epoch': 2, 'model_state_dict': network, 'optimizer_state_dict': optimizer}
 
 
 @pytest.mark.parametrize('form', KINDS)
 def test_a_released_file_goes_there_and_back(form, networks, towers, backbones, tmp_path, capsys):
     sizes, tensors = networks[form]
     whole = tensors | towers[form]
-    source = released(tmp_path / 'in.pt', whole)
+    source, _ = save_released(tmp_path / 'in.pt', whole, of_training)
     dest, out = tmp_path / 'net', tmp_path / 'out.safetensors'
     assert _main(source, dest, '--backbone', backbones[form]) == 0
     printed = ' '.join(capsys.readouterr().out.split())
@@ -146,10 +128,10 @@ def test_a_released_file_goes_there_and_back(form, networks, towers, backbones, 
     assert stored['batch_stats/stem_bn/var'].shape == (64,)
 
     assert _main('--export', dest, out) == 0
-    assert_same_tensors(out, tensors)
+    assert_same_tensors(load_file(out), tensors)
     words = ('--with_backbone', '--backbone', backbones[form], '--overwrite')
     assert _main('--export', dest, out, *words) == 0
-    assert_same_tensors(out, whole)
+    assert_same_tensors(load_file(out), whole)
     assert _main('--export', dest, out, '--with_backbone', '--overwrite') == 2
     assert 'pass --backbone with a converted one' in capsys.readouterr().err
     assert _main('--export', dest, out, '--backbone', backbones[form], '--overwrite') == 2
@@ -212,7 +194,7 @@ def test_what_files_may_hold_besides(form, networks, backbones, tmp_path, monkey
     assert _main(tmp_path / 'in.safetensors', tmp_path / 'net', *words) == 0
     out = tmp_path / 'out.safetensors'
     assert _main('--export', tmp_path / 'net', out, '--with_backbone', *words) == 0
-    assert_same_tensors(out, whole)
+    assert_same_tensors(load_file(out), whole)
 
 
 def test_a_backbone_is_compared_as_float16(networks, towers, backbones, tmp_path, capsys):
