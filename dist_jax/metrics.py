@@ -20,13 +20,16 @@ class NonFiniteScoresError(FloatingPointError):
 
 
 def check_finite(
-    scores: Sequence[np.ndarray], name: Callable[[int], str] = 'row {}'.format
+    scores: Sequence[np.ndarray],
+    name: Callable[[int], str] = 'row {}'.format,
+    of: str = 'videos',
 ) -> None:
     """Refuses scores that no ranking can be made of.
 
     Args:
       scores: (N, num_classes) of each head.
       name: what the message calls a row.
+      of: what rows are.
 
     Raises:
       NonFiniteScoresError: some are NaN or infinite, of any head.
@@ -37,7 +40,7 @@ def check_finite(
         named = ', '.join(name(int(row)) for row in bad[:MOST_NAMED])
         more = f' and {len(bad) - MOST_NAMED} more' if len(bad) > MOST_NAMED else ''
         raise NonFiniteScoresError(
-            f'{len(bad)} of {len(fine)} videos have scores that are not finite numbers, so there '
+            f'{len(bad)} of {len(fine)} {of} have scores that are not finite numbers, so there '
             f'is no accuracy: {named}{more}. {CAUSE}'
         )
 
