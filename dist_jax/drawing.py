@@ -9,14 +9,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len, set_cell_size
+
 from input_pipeline.escape import terminal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Themes: text and lines, background, and the colours of curves.
-LIGHT = {'ink': '#1c2128', 'paper': '#ffffff', 'lines': '#d8dee4', 'cycle': ('#0b6bcb', '#c2571a')}
-DARK = {'ink': '#d7dce2', 'paper': '#161b22', 'lines': '#343b44', 'cycle': ('#6cb6ff', '#f0a35e')}
+LIGHT = {
+    'ink': '#1c2128',
+    'paper': '#ffffff',
+    'lines': '#d8dee4',
+    'cycle': ('#0b6bcb', '#c2571a', '#1a7f37'),
+}
+DARK = {
+    'ink': '#d7dce2',
+    'paper': '#161b22',
+    'lines': '#343b44',
+    'cycle': ('#6cb6ff', '#f0a35e', '#57c56b'),
+}
 
 
 @contextmanager
@@ -82,6 +94,9 @@ def _font_families() -> list[str]:
 
 
 def cut(text: str, most: int) -> str:
-    """A name in a picture: at most `most` visible characters, an ellipsis where it was longer."""
+    """A name in a picture: at most `most` letters, an ellipsis where it was longer.
+
+    Letters are those that are seen; a wide one, as Chinese has, takes the room of two.
+    """
     text = terminal(text)
-    return text if len(text) <= most else text[: most - 1].rstrip() + '…'
+    return text if cell_len(text) <= most else set_cell_size(text, most - 1).rstrip() + '…'
