@@ -52,6 +52,21 @@ SCALARS = {
     'mean_class_accuracy': Scalar('mean class accuracy', SHARE),
     f'{VALIDATION}mean_class_accuracy': Scalar('validation mean class', SHARE),
     'chance': Scalar('chance', SHARE),
+    # Of retrieval.
+    't2v_r1': Scalar('text to video R@1', SHARE, curve='text-to-video recall'),
+    't2v_r5': Scalar('text to video R@5', SHARE, curve='text-to-video recall'),
+    't2v_r10': Scalar('text to video R@10', SHARE, curve='text-to-video recall'),
+    'v2t_r1': Scalar('video to text R@1', SHARE, curve='video-to-text recall'),
+    'v2t_r5': Scalar('video to text R@5', SHARE, curve='video-to-text recall'),
+    'v2t_r10': Scalar('video to text R@10', SHARE, curve='video-to-text recall'),
+    't2v_median_rank': Scalar('text to video median rank', curve='median rank'),
+    't2v_mean_rank': Scalar('text to video mean rank'),
+    'v2t_median_rank': Scalar('video to text median rank', curve='median rank'),
+    'v2t_mean_rank': Scalar('video to text mean rank'),
+    'ties': Scalar('queries with a tie', SHARE),
+    'num_sentences': Scalar('sentences'),
+    'num_skipped_sentences': Scalar('sentences of unreadable videos'),
+    'rank_rule': Scalar('ranks'),
 }
 STARTS = {VALIDATION: 'validation ', BASELINE: 'frame-only baseline '}
 

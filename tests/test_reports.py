@@ -90,7 +90,8 @@ def test_report_needs_no_metrics_file(tmp_path):
 def test_few_points_are_no_line(tmp_path):
     _write_metrics(tmp_path, steps=2, validation=False)
     rows = [{'step': 1, 'loss': 2.0, 'val_top1': 0.1}, {'step': 9, 'loss': 1.5, 'val_top1': 0.5}]
-    panels = [panel for panel in curves.PANELS if panel.title.startswith(('training', 'valid'))]
+    panels = curves.panels(rows)
+    assert [panel.title for panel in panels] == ['training loss', 'validation accuracy']
     for panel in panels:
         (axis,) = curves.single(panel, rows).axes
         assert [line.get_linestyle() for line in axis.lines] == ['None']
@@ -139,11 +140,11 @@ def test_console_names_key_figures_and_where_to_go_on(tmp_path, capsys):
 
 
 def test_a_task_shows_what_it_measures_without_a_page_of_its_own(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(scalars.SCALARS, 't2v_r1', Scalar('R@1 of videos', scalars.SHARE, 'recall'))
+    monkeypatch.setitem(scalars.SCALARS, 'p2q_r1', Scalar('R@1 of videos', scalars.SHARE, 'recall'))
     drawn = []
     figures = Figures(
-        scalars={'t2v_r1': 0.4321, 't2v_mean_rank': 17.25},
-        headline=('t2v_r1',),
+        scalars={'p2q_r1': 0.4321, 'p2q_mean_rank': 17.25},
+        headline=('p2q_r1',),
         details={'worst': [{'text': 'a dog'}]},
         sections=(
             Table('Worst texts', ('text', 'rank'), [('<a dog>', '90')], folded=True),
@@ -153,11 +154,11 @@ def test_a_task_shows_what_it_measures_without_a_page_of_its_own(tmp_path, capsy
         files={'ranks.csv': lambda: b'rank\n90\n'},
     )
     panel = curves._validation('recall')
-    rows = [{'step': step, 'val_t2v_r1': 0.1 * step} for step in (1, 2, 3)]
+    rows = [{'step': step, 'val_p2q_r1': 0.1 * step} for step in (1, 2, 3)]
     (axis,) = curves.single(panel, rows).axes
     np.testing.assert_allclose(axis.lines[0].get_ydata(), [10, 20, 30])
     assert axis.get_title() == 'validation recall, %'
-    page.write_report(tmp_path, {'step': 3, 'val_t2v_r1': 0.4321}, figures)
+    page.write_report(tmp_path, {'step': 3, 'val_p2q_r1': 0.4321}, figures)
     stored = {**figures.scalars, **figures.details}
     page.write_evaluation(tmp_path, stored, figures)
     assert (tmp_path / 'ranks.csv').read_bytes() == b'rank\n90\n'
@@ -167,11 +168,11 @@ def test_a_task_shows_what_it_measures_without_a_page_of_its_own(tmp_path, capsy
         assert '<summary>Worst texts</summary>' in text and '&lt;a dog&gt;' in text
         assert 'alt="a line"' in text and '<h2>Ranks</h2>' in text
     assert len(drawn) == 4  # both pages, for light and for dark screens
-    console.print_summary(tmp_path, {'step': 3, 'val_t2v_r1': 0.4321})
+    console.print_summary(tmp_path, {'step': 3, 'val_p2q_r1': 0.4321})
     console.print_evaluation(stored, figures)
     out = capsys.readouterr().out
     assert 'validation R@1 of videos' in out and '43.21 %' in out
-    assert 't2v mean rank' in out and '17.25' in out and '[b]dog' in out
+    assert 'p2q mean rank' in out and '17.25' in out and '[b]dog' in out
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,7 @@ def test_square_matrix_has_the_recorded_ranks_and_figures(golden):
     found = retrieval_metrics.retrieval(scores, np.arange(len(scores)))
     for name, ranks in (('t2v', found.text_to_video), ('v2t', found.video_to_text)):
         np.testing.assert_array_equal(ranks.higher, golden[f'metrics/square/{name}_rank0'])
-        np.testing.assert_allclose(
-            _as_recorded(ranks), golden[f'metrics/square/{name}'], rtol=1e-6
-        )
+        np.testing.assert_allclose(_as_recorded(ranks), golden[f'metrics/square/{name}'], rtol=1e-6)
     assert found.ties == 0
 
 
