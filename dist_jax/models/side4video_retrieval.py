@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from dist_jax.models import transformer
-from dist_jax.models.api import Model, ParamGroup, Tree
+from dist_jax.models.api import Model, ParamGroup, TensorAxes, Tree
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import einsum, uniform
@@ -43,6 +43,13 @@ MAX_LOGIT_SCALE = math.log(100.0)
 # Source: BertAdam in the release decays everything whose name does not hold "bias", norms and
 # tables too.
 _PRETRAINED = rf'^({TEXT}|{VISUAL}|{LOGIT_SCALE})'
+
+# Tensors of the release: layers, and on EVA queries, keys and values, have one each.
+_STACKED = (TensorAxes(rf'^(layers|{TEXT}/blocks)/', (0,)),)
+_SEPARATE = (
+    TensorAxes('^layers/attn/qkv/kernel$', (0, 2)),
+    TensorAxes('^layers/attn/qkv/bias$', (0, 1)),
+)
 
 
 def build(
@@ -117,6 +124,8 @@ def build(
             ShardingRule(rf'^({"|".join(WEIGHTS)})/fc2/kernel$'),
             *kind.sharding_rules,
         ),
+        tensor_axes=(*(_SEPARATE if post_norm else ()), *_STACKED),
+        most={LOGIT_SCALE: MAX_LOGIT_SCALE},
         frozen=Frozen(backbone, dtype, features),
         from_backbone={path: path for path in (*projection, TEXT, LOGIT_SCALE)},
         fit=fit_positions,
