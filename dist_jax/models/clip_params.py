@@ -227,6 +227,30 @@ def text_prefix(tensors: Mapping[str, Any]) -> str:
     return 'text.' if 'text.token_embedding.weight' in tensors else ''
 
 
+def text_sizes(
+    tensors: Mapping[str, Any], num_heads: int | None, prefix: str, family: str
+) -> dict[str, int]:
+    """What a text tower in OpenAI names shows of the spec of its backbone.
+
+    Args:
+      tensors: name -> array; only shapes are read.
+      num_heads: None for width / 64.
+      prefix: of its names.
+      family: what the file should be, for errors.
+
+    Raises:
+      ValueError: a tensor that shows a size is missing, or heads do not divide the width.
+    """
+    vocab_size, width = tensor_shape(tensors, f'{prefix}token_embedding.weight', 2, family)
+    return {
+        'text_width': width,
+        'text_depth': depth_of(tensors, f'{prefix}transformer.resblocks.'),
+        'text_num_heads': heads_of(num_heads, width, '--text_num_heads'),
+        'vocab_size': vocab_size,
+        'context_length': tensor_shape(tensors, f'{prefix}positional_embedding', 2, family)[0],
+    }
+
+
 def openai_spec(
     tensors: Mapping[str, Any],
     *,

@@ -30,6 +30,7 @@ from dist_jax.models.clip_params import (
     output_rows,
     patch_sizes,
     text_prefix,
+    text_sizes,
 )
 from dist_jax.models.eva import KIND, SPECS, EvaSpec
 from dist_jax.models.naming import Naming, Options, Plan
@@ -198,17 +199,9 @@ def eva_spec(
         )
     hidden = f'{block}mlp.{names.gate if swiglu else "fc1"}.bias'
     text = text_prefix(tensors)
-    token, text_position = f'{text}token_embedding.weight', f'{text}positional_embedding'
     sizes = {'text_width': 0, 'text_depth': 0, 'text_num_heads': 1}
-    if token in tensors:
-        vocab_size, text_width = _shape(tensors, token, 2)
-        sizes = {
-            'text_width': text_width,
-            'text_depth': depth_of(tensors, f'{text}transformer.resblocks.'),
-            'text_num_heads': heads_of(text_num_heads, text_width, '--text_num_heads'),
-            'vocab_size': vocab_size,
-            'context_length': _shape(tensors, text_position, 2)[0],
-        }
+    if f'{text}token_embedding.weight' in tensors:
+        sizes = text_sizes(tensors, text_num_heads, text, _FAMILY)
     return EvaSpec(
         image_size=grid * patch,
         patch_size=patch,
@@ -225,7 +218,8 @@ def eva_spec(
     )
 
 
-_shape = functools.partial(tensor_shape, family='EVA-02-CLIP')
+_FAMILY = 'EVA-02-CLIP'
+_shape = functools.partial(tensor_shape, family=_FAMILY)
 
 
 def _image_heads(given: int | None, width: int, sub_ln: bool) -> int:

@@ -3,11 +3,13 @@
 Source: names of the released recognition files (a pickled dict, state dict under
 `model_state_dict`, maybe with the prefix `module.`). Networks beside CLIP and beside EVA have other
 names and another form. The files hold the whole frozen image tower too; those tensors are
-recognised by name and left out.
+recognised by name and left out. What files for retrieval share with them is here, the rest in
+`side4video_retrieval_params`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -24,18 +26,56 @@ from dist_jax.models.source_files import SourceFiles
 
 COLLECTIONS = ('batch_stats',)
 
-_STEM = 'visual.side_conv1.weight'
-# Root of all but the stem, and the blocks below it.
-_ON_CLIP = ('visual.transformer.', 'side_transformer')
-_ON_EVA = ('visual.', 'side_blocks')
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What names of the side network do not share.
+
+    Attributes:
+      visual: prefix of the image tower, in which it is.
+      root: of all but the stem and the last norm, below `visual`.
+      blocks: below `root`.
+      norms: of a block, before or behind the convolutions and the MLP.
+      convs: of a block: linear map, convolution in time, linear map.
+      mlp: of a block: the two linear maps.
+      post_norm: the form that goes with EVA.
+    """
+
+    visual: str
+    root: str
+    blocks: str
+    norms: tuple[str, str]
+    convs: tuple[str, str, str]
+    mlp: tuple[str, str]
+    post_norm: bool
+
+    @property
+    def stem(self) -> str:
+        """The kernel of the first convolution, which no other network has."""
+        return f'{self.visual}side_conv1.weight'
+
+    @property
+    def rest(self) -> str:
+        """Before all names but those of the stem and the last norm."""
+        return f'{self.visual}{self.root}'
+
+    @property
+    def positions(self) -> str:
+        """The table of positions."""
+        return f'{self.rest}side_spatial_position_embeddings'
 
 
-_RETRIEVAL = 'clip.'
-
-
-def is_side4video_naming(tensors: Mapping[str, Any]) -> bool:
-    """Names of the authors' files, without `module.`; those for retrieval too, to say so."""
-    return _STEM in tensors or f'{_RETRIEVAL}{_STEM}' in tensors
+_NORMS, _CONVS = ('bn_1', 'bn_2'), ('conv.0', 'conv.1', 'conv.2')
+ON_CLIP = Names(
+    'visual.',
+    'transformer.',
+    'side_transformer',
+    _NORMS,
+    _CONVS,
+    ('mlp.fc1', 'mlp.fc2'),
+    post_norm=False,
+)
+ON_EVA = Names('visual.', '', 'side_blocks', _NORMS, _CONVS, ('mlp.0', 'mlp.2'), post_norm=True)
 
 
 def infer_hparams(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,74 +85,99 @@ def infer_hparams(tensors: Mapping[str, Any]) -> dict[str, Any]:
       tensors: names without `module.` -> array; only shapes are read.
 
     Returns:
-      side_dim, depth (of the side network), width (of the backbone), patch_size, grid (patches
-      along a side), mlp_ratio, num_classes, post_norm (the form that goes with EVA).
+      What `side_sizes` returns, and num_classes.
 
     Raises:
       ValueError: a tensor that shows a size is missing or has another shape.
     """
+    names = ON_EVA if ON_EVA.positions in tensors else ON_CLIP
+    sizes = side_sizes(tensors, names)
+    return sizes | {'num_classes': tensor_shape(tensors, 'fc.weight', 2, 'Side4Video')[0]}
 
+
+def side_sizes(tensors: Mapping[str, Any], names: Names, class_rows: int = 0) -> dict[str, Any]:
+    """Sizes of the side network.
+
+    Args:
+      tensors: names without `module.` -> array; only shapes are read.
+      names: of this form.
+      class_rows: rows of class tokens in the table of positions.
+
+    Returns:
+      side_dim, depth (of the side network), width (of the backbone), patch_size, grid (patches
+      along a side), mlp_ratio, post_norm (the form that goes with EVA).
+
+    Raises:
+      ValueError: a tensor that shows a size is missing or has another shape.
+    """
     shape = functools.partial(tensor_shape, tensors, family='Side4Video')
-
-    post_norm = f'{_ON_EVA[0]}side_spatial_position_embeddings' in tensors
-    root, blocks = _ON_EVA if post_norm else _ON_CLIP
-    side_dim, _, _, patch_size, _ = shape(_STEM, 5)
-    patches = shape(f'{root}side_spatial_position_embeddings', 2)[0]
+    side_dim, _, _, patch_size, _ = shape(names.stem, 5)
+    patches = shape(names.positions, 2)[0] - class_rows
     grid = math.isqrt(patches)
     if grid * grid != patches:
+        beside = f' beside {class_rows} of a class token' * bool(class_rows)
         raise ValueError(
-            f'{root}side_spatial_position_embeddings has {patches} rows, which is no square; only '
-            'square grids of patches are supported'
+            f'{names.positions} has {patches} rows{beside}, which is no square; only square grids '
+            'of patches are supported'
         )
-    hidden = shape(f'{root}{blocks}.0.mlp.{"0" if post_norm else "fc1"}.weight', 2)[0]
+    hidden = shape(f'{names.rest}{names.blocks}.0.{names.mlp[0]}.weight', 2)[0]
     return {
         'side_dim': side_dim,
-        'depth': numbered(tensors, f'{root}side_linears.'),
-        'width': shape(f'{root}side_linears.0.weight', 2)[1],
+        'depth': numbered(tensors, f'{names.rest}side_linears.'),
+        'width': shape(f'{names.rest}side_linears.0.weight', 2)[1],
         'patch_size': patch_size,
         'grid': grid,
         'mlp_ratio': hidden_ratio(hidden, side_dim),
-        'num_classes': shape('fc.weight', 2)[0],
-        'post_norm': post_norm,
+        'post_norm': names.post_norm,
     }
 
 
 def side4video_rows(hparams: Mapping[str, Any]) -> list[Row]:
     """Table of the names. Reads side_dim, depth and post_norm."""
-    post_norm = hparams['post_norm']
-    root, blocks = _ON_EVA if post_norm else _ON_CLIP
-    num_heads = hparams['side_dim'] // side_network.HEAD_DIM
+    names = ON_EVA if hparams['post_norm'] else ON_CLIP
     rows = [
-        Row(_STEM, 'stem/kernel', 'o i t h w -> t h w i o'),
-        Row('visual.side_conv1.bias', 'stem/bias'),
-        *batch_norm_rows('visual.side_pre_bn3d', 'stem_bn'),
-        Row(f'{root}side_spatial_position_embeddings', 'positional_embedding'),
+        *side_rows(hparams, names),
+        Row(names.positions, 'positional_embedding'),
         *linear_rows('fc', 'head/column_0/classifier'),
     ]
-    if not post_norm:
-        rows += batch_norm_rows('visual.side_post_bn', 'post_bn')
+    return rows if names.post_norm else rows + post_norm_rows(names)
+
+
+def post_norm_rows(names: Names) -> list[Row]:
+    """The norm behind the last layer."""
+    return batch_norm_rows(f'{names.visual}side_post_bn', 'post_bn')
+
+
+def side_rows(hparams: Mapping[str, Any], names: Names) -> list[Row]:
+    """Stem and layers. Reads side_dim and depth."""
+    num_heads = hparams['side_dim'] // side_network.HEAD_DIM
+    rows = [
+        Row(names.stem, 'stem/kernel', 'o i t h w -> t h w i o'),
+        Row(f'{names.visual}side_conv1.bias', 'stem/bias'),
+        *batch_norm_rows(f'{names.visual}side_pre_bn3d', 'stem_bn'),
+    ]
     for i in range(hparams['depth']):
-        source, index = f'{root}{blocks}.{i}', (i,)
-        rows += norm_rows(f'{root}side_lns.{i}', 'layers/tap/norm', index)
-        rows += linear_rows(f'{root}side_linears.{i}', 'layers/tap/linear', index)
-        for name in ('bn_1', 'bn_2'):
-            rows += batch_norm_rows(f'{source}.{name}', f'layers/{name}', index)
-        for number, name, pattern in (
-            (0, 'pw_1', 'o i 1 1 1 -> i o'),
-            (1, 'dw', 'c 1 t 1 1 -> t c'),
-            (2, 'pw_2', 'o i 1 1 1 -> i o'),
+        source, index = f'{names.rest}{names.blocks}.{i}', (i,)
+        rows += norm_rows(f'{names.rest}side_lns.{i}', 'layers/tap/norm', index)
+        rows += linear_rows(f'{names.rest}side_linears.{i}', 'layers/tap/linear', index)
+        for theirs, ours in zip(names.norms, ('bn_1', 'bn_2'), strict=True):
+            rows += batch_norm_rows(f'{source}.{theirs}', f'layers/{ours}', index)
+        for theirs, ours, pattern in zip(
+            names.convs,
+            ('pw_1', 'dw', 'pw_2'),
+            ('o i 1 1 1 -> i o', 'c 1 t 1 1 -> t c', 'o i 1 1 1 -> i o'),
+            strict=True,
         ):
-            conv, target = f'{source}.conv.{number}', f'layers/conv/{name}'
+            conv, target = f'{source}.{theirs}', f'layers/conv/{ours}'
             rows.append(Row(f'{conv}.weight', f'{target}/kernel', pattern, index))
             rows.append(Row(f'{conv}.bias', f'{target}/bias', index=index))
         rows += norm_rows(f'{source}.ln_1', 'layers/ln', index)
-        if post_norm:
+        if names.post_norm:
             rows += _separate_attention_rows(f'{source}.attn', 'layers/attn', num_heads, index)
         else:
             rows += fused_attention_rows(f'{source}.attn.', 'layers/attn/', num_heads, index)
-        first, second = ('0', '2') if post_norm else ('fc1', 'fc2')
-        rows += linear_rows(f'{source}.mlp.{first}', 'layers/mlp/c_fc', index)
-        rows += linear_rows(f'{source}.mlp.{second}', 'layers/mlp/c_proj', index)
+        for theirs, ours in zip(names.mlp, ('c_fc', 'c_proj'), strict=True):
+            rows += linear_rows(f'{source}.{theirs}', f'layers/mlp/{ours}', index)
     return rows
 
 
@@ -187,18 +252,23 @@ INSIDE = {
 }
 
 
-def tap_every(tensors: Mapping[str, Any], hparams: Mapping[str, Any]) -> int | None:
+def tap_every(
+    tensors: Mapping[str, Any],
+    hparams: Mapping[str, Any],
+    backbones: Mapping[str, Inside] = INSIDE,
+) -> int | None:
     """`tap_every` of `side4video.build`, by the backbone inside a file; None without one.
 
     Args:
       tensors: names without `module.` -> array; only shapes are read.
       hparams: of `infer_hparams`.
+      backbones: by kind, see `naming.Naming.inside`.
 
     Raises:
       ValueError: the backbone inside has other patches, or another width or depth, than the
         network reads.
     """
-    inside = INSIDE['eva' if hparams['post_norm'] else 'clip']
+    inside = backbones[kind_of(hparams)]
     if not inside.names(tensors):
         return None
     found, depth = inside.geometry(tensors), hparams['depth']
@@ -214,6 +284,17 @@ def tap_every(tensors: Mapping[str, Any], hparams: Mapping[str, Any]) -> int | N
     return every
 
 
+def kind_of(hparams: Mapping[str, Any]) -> str:
+    """The kind of backbone that this form goes with, a key of `INSIDE`."""
+    return 'eva' if hparams['post_norm'] else 'clip'
+
+
+def sizes_name(hparams: Mapping[str, Any]) -> str:
+    """The sizes of the side network and its kind of backbone, for the name of a checkpoint."""
+    sizes = f'p{hparams["patch_size"]}_{hparams["side_dim"]}x{hparams["depth"]}'
+    return f'{kind_of(hparams)}_{sizes}'
+
+
 def _sizes(found: Mapping[str, int]) -> str:
     return (
         f'width {found["width"]}, for images of {found["image_size"]} pixels in patches of '
@@ -224,24 +305,17 @@ def _sizes(found: Mapping[str, int]) -> str:
 def _plan(source: SourceFiles, options: Options) -> Plan:
     options.refuse('side4video', 'all sizes are in its files')
     tensors = source.tensors
-    if _STEM not in tensors and f'{_RETRIEVAL}{_STEM}' in tensors:
-        raise ValueError(
-            f'its names start with {_RETRIEVAL!r}, as those of Side4Video for retrieval do; files '
-            'for retrieval are not read yet, those for recognition are'
-        )
     hparams = infer_hparams(tensors)
     hparams['tap_every'] = tap_every(tensors, hparams)
-    backbone = 'eva' if hparams['post_norm'] else 'clip'
-    sizes = f'p{hparams["patch_size"]}_{hparams["side_dim"]}x{hparams["depth"]}'
     return Plan(
-        name=f'side4video_{backbone}_{sizes}',
+        name=f'side4video_{sizes_name(hparams)}',
         spec=hparams,
         tensors=tensors,
         rows=side4video_rows(hparams),
         abstract=abstract_variables(hparams),
         ignore=('*.num_batches_tracked', *eva_params.IGNORE),
         collections=COLLECTIONS,
-        backbone=backbone,
+        backbone=kind_of(hparams),
     )
 
 
@@ -249,7 +323,7 @@ NAMINGS = (
     Naming(
         kind='side4video',
         family='side4video',
-        matches=lambda source: is_side4video_naming(source.tensors),
+        matches=lambda source: ON_CLIP.stem in source.tensors,  # as that of ON_EVA
         plan=_plan,
         export=Export(side4video_rows, run_hparams, prefix='', head='linear'),
         inside=INSIDE,

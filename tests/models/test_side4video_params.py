@@ -292,13 +292,6 @@ def test_files_are_told_from_each_other(networks, towers, backbones, tmp_path, c
         assert 'visual.side_conv1.weight is missing' in capsys.readouterr().err
 
 
-def test_files_for_retrieval_are_not_read_yet(networks, tmp_path, capsys):
-    tensors = {f'clip.{name}': x for name, x in networks['clip'][1].items() if 'fc.' not in name}
-    save_file(tensors, tmp_path / 'in.safetensors')
-    assert _main(tmp_path / 'in.safetensors', tmp_path / 'net') == 2
-    assert 'files for retrieval are not read yet' in capsys.readouterr().err
-
-
 @pytest.mark.parametrize('golden', ['side4video_small', 'side4video_eva_rope_small'])
 def test_recorded_names_are_those_that_are_written(golden):
     recorded = read_golden(GOLDEN / f'{golden}.safetensors')
