@@ -15,6 +15,7 @@ KINDS = (
     'dist',
     'evl',
     'side4video',
+    'side4video_retrieval',
     'sts',
     'huggingface',
     'openai',
@@ -60,6 +61,9 @@ examples:
   dist_jax convert k400_b16_8f.pt side4video_k400 --backbone clip_b16
   dist_jax convert --export side4video_k400 side4video.safetensors
   dist_jax convert --export side4video_k400 whole.safetensors --with_backbone --backbone clip_b16
+
+  # Side4Video for retrieval: a trained text tower belongs to the network and stays in it
+  dist_jax convert msrvtt_b16.pt side4video_msrvtt --backbone clip_b16
 
   # STS of the authors, trained on images or on videos; config.init_from takes either
   dist_jax convert csn50_imagenet.pth.tar sts_csn50_imagenet

@@ -18,6 +18,7 @@ from dist_jax.models import (
     side4video,
     side4video_params,
     side4video_retrieval,
+    side4video_retrieval_params,
     sts,
     sts_params,
 )
@@ -59,6 +60,7 @@ NAMINGS = (
     *dist_params.NAMINGS,
     *evl_params.NAMINGS,
     *side4video_params.NAMINGS,
+    *side4video_retrieval_params.NAMINGS,
     *sts_params.NAMINGS,
     *clip_params.NAMINGS,
     *eva_params.NAMINGS,

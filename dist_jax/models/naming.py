@@ -90,7 +90,7 @@ class Export:
       rows: sizes, of `Plan.spec` or `run_sizes` -> table.
       run_sizes: the `model` fields and the backbone's spec of a run, None without one -> sizes.
       prefix: of the names in the released files.
-      head: the one that their names have a place for.
+      head: the one that their names have a place for; '' for networks without a choice of heads.
     """
 
     rows: Callable[[Mapping[str, Any]], list[Row]]
