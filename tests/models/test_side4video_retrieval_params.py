@@ -10,7 +10,7 @@ import pytest
 from released import assert_same_tensors, save_released
 from safetensors.numpy import load_file, save_file
 
-from dist_jax import checkpoint, convert, init_from, main, step
+from dist_jax import checkpoint, convert, init_from, main, optim, step
 from dist_jax.models import (
     clip,
     converted,
@@ -21,7 +21,7 @@ from dist_jax.models import (
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.clip_params import openai_rows
 from dist_jax.models.eva_params import baai_rows
-from dist_jax.models.params import flatten, import_tree
+from dist_jax.models.params import export_tree, flatten, import_tree
 from dist_jax.models.source_files import open_source
 from dist_jax.sharding import make_mesh
 from tools.parity.golden import read_golden
@@ -84,6 +84,18 @@ def recorded(form):
         for end, shape in shapes.items():
             network[f'{name}.{end}'] = rng.normal(size=shape).astype(np.float32)
     return File(network, frozen)
+
+
+def network(form):
+    kind, spec, _ = KINDS[form]
+    return side4video_retrieval.build(
+        Backbone(kind, spec),
+        num_frames=2,
+        dtype=jnp.float32,
+        tap_every=SIZES[form]['tap_every'],
+        side_dim=64,
+        post_norm=form == 'eva',
+    )
 
 
 @pytest.fixture(scope='module')
@@ -151,15 +163,7 @@ def test_what_is_stored_starts_a_network(form, files, tmp_path):
     save_file(halved, tmp_path / 'in.safetensors')
     assert convert.detect(open_source(tmp_path / 'in.safetensors')) == 'side4video_retrieval'
     assert _main(tmp_path / 'in.safetensors', tmp_path / 'net') == 0
-    kind, spec, _ = KINDS[form]
-    model = side4video_retrieval.build(
-        Backbone(kind, spec),
-        num_frames=2,
-        dtype=jnp.float32,
-        tap_every=SIZES[form]['tap_every'],
-        side_dim=64,
-        post_norm=form == 'eva',
-    )
+    model, spec = network(form), KINDS[form][1]
     inputs = jax.eval_shape(
         lambda frozen, video: model.inputs(frozen, {'video': video}),
         model.frozen.abstract(()),
@@ -234,6 +238,24 @@ def test_heads_of_the_text_tower_may_be_given(files, tmp_path, capsys):
     assert_same_tensors(load_file(tmp_path / 'out.safetensors'), files['clip'].network)
     assert _main(source, dest, '--overwrite', '--activation', 'gelu') == 2
     assert '--activation cannot be set for side4video_retrieval' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('form', KINDS)
+def test_each_of_their_tensors_is_clipped_by_itself(form, files):
+    """Wherever it lies in our arrays."""
+    sizes = SIDE | TEXT | SIZES[form]
+    rows = side4video_retrieval_params.retrieval_rows(sizes)
+    rows = [row for row in rows if not row.target_path.startswith('batch_stats/')]
+    tensors = {name: x for name, x in files[form].network.items() if 'running_' not in name}
+    abstract = side4video_retrieval_params.abstract_variables(sizes)
+    del abstract['batch_stats']
+    tree = import_tree(tensors, rows, abstract)
+    clip_all = optim.clip_by_tensor_norm(tree, 1.5, network(form).tensor_axes)
+    found = export_tree(jax.tree.map(np.asarray, clip_all.update(tree, ())[0]), rows)
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        expected = value * min(1, 1.5 / np.linalg.norm(value))
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize('form', KINDS)
