@@ -194,8 +194,9 @@ class _Sentences:
         self._others = best_others(scores, right)
         self._strip = functools.cache(lambda column: strip_sheet.read_strip(record(column)))
         evenly = ((np.arange(QUERIES) + 0.5) * len(texts) / QUERIES).astype(int)
-        order = np.argsort(-ranks.expected, kind='stable')
-        order = order[ranks.expected[order] > 1]
+        expected = ranks.expected
+        order = np.argsort(-expected, kind='stable')
+        order = order[expected[order] > 1]
         _, first = np.unique(right[order], return_index=True)
         self._worst = order[np.sort(first)[:WORST]]
         shown = {
@@ -257,15 +258,14 @@ class _Sentences:
         writer = csv.writer(buffer, lineterminator='\n')
         writer.writerow(('sentence', 'video', 'rank', 'tied', 'found_instead'))
         path = functools.cache(lambda column: escape.csv_cell(self._record(column).path))
-        ranks = self._ranks
-        for i, text in enumerate(self._texts):
-            rank = ranks.expected[i]
+        ranks = zip(self._ranks.expected.tolist(), self._ranks.equal.tolist())
+        for i, (text, (rank, equal)) in enumerate(zip(self._texts, ranks)):
             writer.writerow(
                 (
                     escape.csv_cell(text),
                     path(int(self._right[i])),
                     f'{rank:.10g}',
-                    int(ranks.equal[i]),
+                    equal,
                     path(int(self._others[i])) if rank > 1 else '',
                 )
             )
