@@ -107,8 +107,11 @@ def _wti(texts: Texts, videos: Videos, masked: str) -> jax.Array:
         if lowered:
             of_frames = jnp.where(videos.mask.T[:, None, None] > 0, products, _LOWEST)
             of_words = jnp.where(mask[:, :, None] > 0, products, _LOWEST)
-        by_word = (text_weights[..., None] * of_frames.max(0)).sum(1)
-        by_frame = (video_weights[:, None] * of_words.max(2)).sum(0)
+        # XLA:CPU of jaxlib 0.10.2 computes wrong sums where it fuses all of this with the products:
+        # https://github.com/jax-ml/jax/issues/39103
+        best = jax.lax.optimization_barrier((of_frames.max(0), of_words.max(2)))
+        by_word = (text_weights[..., None] * best[0]).sum(1)
+        by_frame = (video_weights[:, None] * best[1]).sum(0)
         return 0.5 * (by_word + by_frame)
 
     rows = words, texts.mask, text_weights

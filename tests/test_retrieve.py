@@ -6,6 +6,7 @@ import io
 import shutil
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -108,6 +109,23 @@ def test_blocks_score_as_one_and_are_compiled_once(monkeypatch, compare):
     ]
     assert seen['paths'] == [f'clip {i}.mp4' for i in owners]
     assert traced == [(4, WORDS, WIDTH)]
+
+
+def test_many_pairs_score_as_few_do():
+    """XLA:CPU of jaxlib 0.10.2 computes sums of more than 32,768 pairs wrongly."""
+    _, videos, sentences = _rows([1] * 260)
+
+    def score(which):
+        names = ('words', 'word_mask', 'word_logits', 'pooled')
+        shown = _take(videos, which)
+        ones = np.ones_like(shown['frame_logits'])
+        return jax.jit(similarity)(
+            Texts(*(sentences[name] for name in names)),
+            Videos(shown['frames'], ones, shown['frame_logits']),
+        )
+
+    parts = [score(slice(i, i + 65)) for i in range(0, 260, 65)]
+    np.testing.assert_allclose(score(slice(None)), np.concatenate(parts, 1), atol=1e-5)
 
 
 def test_sentences_of_unreadable_videos_are_left_out_and_counted():
