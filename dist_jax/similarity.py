@@ -25,6 +25,8 @@ INTERACTIONS = ('wti', 'meanP')
 # largest where all real pairs are negative; or it does not count.
 MASKED = ('zero', 'ignore')
 
+CDCR_SCALE = 0.11  # what the release multiplies its diagonal term by
+
 BLOCK_BYTES = 96 * 2**20  # products of words and frames that are in memory at once, of a device
 _LOWEST = -1e30  # less than any logit; finite, so that rows without anything real are
 
@@ -143,3 +145,46 @@ def unit(x: jax.Array) -> jax.Array:
 def weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax over the last axis of what is real; equal ones where nothing is."""
     return jax.nn.softmax(jnp.where(mask > 0, logits, _LOWEST))
+
+
+def decorrelation(texts: Texts, videos: Videos, mask: jax.Array) -> jax.Array:
+    """The release's term on channels of words and frames that belong together, a scalar.
+
+    Of matched pairs (i, i), the partner of a word is the frame that it is most like, and the other
+    way round. Channels of words and of their partners, each standardised over all of them, should
+    agree: 0.11 * sum over channels of (c - 1)^2, c the mean over both ways of their weighted
+    product. Only the diagonal of the release's matrix has a weight.
+
+    Source: Wang et al. (arXiv:2203.07111), section 3.3; the release.
+
+    Args:
+      texts: (B, ...).
+      videos: (B, ...), of the same pairs.
+      mask: (B,), 1 where a pair is real.
+    """
+    words, frames = unit(texts.words), unit(videos.frames)
+    products = einsum_to_float32('bse,bte->bst', words, frames)
+    # As in the release, a partner may be none, where all real ones are less alike than 0.
+    products = products * texts.mask[:, :, None] * videos.mask[:, None]
+    count = jnp.maximum(mask.sum(), 1.0)
+
+    def along(
+        own: jax.Array, other: jax.Array, partner: jax.Array, logits: jax.Array, real: jax.Array
+    ) -> jax.Array:
+        taken = jnp.take_along_axis(other, partner[..., None], axis=1)
+        counted = (real * mask[:, None])[..., None]
+        weighted = weights(logits, real)[..., None] * counted
+        products = _standardised(widened(own), counted) * _standardised(widened(taken), counted)
+        return (weighted * products).sum((0, 1)) / count
+
+    by_word = along(words, frames, products.argmax(2), texts.logits, texts.mask)
+    by_frame = along(frames, words, products.argmax(1), videos.logits, videos.mask)
+    return CDCR_SCALE * jnp.square((by_word + by_frame) / 2 - 1).sum()
+
+
+def _standardised(x: jax.Array, counted: jax.Array) -> jax.Array:
+    """(B, n, E) without its mean over what counts, over its unbiased deviation; no epsilon."""
+    count = counted.sum()
+    centred = x - (x * counted).sum((0, 1)) / jnp.maximum(count, 1.0)
+    variance = (jnp.square(centred) * counted).sum((0, 1)) / jnp.maximum(count - 1, 1.0)
+    return centred * jax.lax.rsqrt(jnp.where(variance > 0, variance, 1.0))

@@ -34,7 +34,7 @@ import numpy as np
 from rich.table import Table
 
 from input_pipeline.escape import Console, lines, styled
-from tools.parity import clip, dist, evl, side4video, side4video_exact, sts
+from tools.parity import clip, dist, evl, side4video, side4video_exact, side4video_retrieval, sts
 from tools.parity.golden import Golden, gradient_section, is_gradient, read_golden
 
 FORWARD_BOUND = 1e-5
@@ -76,6 +76,8 @@ class Family:
       error: (golden, name, recorded, ours) -> how far a tensor is off, where its family has a
         measure of its own for it, else None.
       bounds: of `run`, (forward, gradient), of a file.
+      given: names of what a file holds beside the usual sections that is not to be reproduced.
+      zero: names of gradients that are zero on paper, beside those that a file lists.
     """
 
     matches: Callable[[Golden], bool]
@@ -87,6 +89,8 @@ class Family:
         FORWARD_BOUND,
         GRADIENT_BOUND,
     )
+    given: Callable[[Golden], frozenset[str]] = lambda golden: frozenset()
+    zero: Callable[[Golden], frozenset[str]] = lambda golden: frozenset()
 
 
 FAMILIES: dict[str, Family] = {
@@ -94,6 +98,17 @@ FAMILIES: dict[str, Family] = {
     'dist': Family(dist.matches, dist.run),
     'evl': Family(evl.matches, evl.run),
     'side4video': Family(side4video.matches, side4video.run, side4video_exact.run),
+    'side4video_retrieval': Family(
+        side4video_retrieval.matches,
+        side4video_retrieval.run,
+        bounds=lambda golden: (
+            side4video_retrieval.EVA_BOUNDS
+            if side4video_retrieval.is_eva(golden)
+            else (FORWARD_BOUND, GRADIENT_BOUND)
+        ),
+        given=side4video_retrieval.given,
+        zero=side4video_retrieval.zero,
+    ),
     'sts': Family(
         sts.matches,
         sts.run,
@@ -232,7 +247,8 @@ def check(
             f'{path}: config {sorted(golden.config)} belongs to none of the families '
             f'{list(FAMILIES)}'
         )
-    recorded = golden.recorded
+    given = FAMILIES[family].given(golden)
+    recorded = {name: value for name, value in golden.recorded.items() if name not in given}
     if not recorded:
         raise ValueError(f'{path}: nothing is recorded in it, only inputs and parameters')
     strides = golden.metadata.get('grad_stride', {})
@@ -256,6 +272,7 @@ def check(
         ours = run(golden)
     ours = {name: in_layout(name, value) for name, value in ours.items()}
     largest = _largest_gradients(golden)
+    zero = golden.zero_gradients | FAMILIES[family].zero(golden)
     rows = [
         compare(
             name,
@@ -265,7 +282,7 @@ def check(
             family=family,
             forward_bound=forward_bound,
             gradient_bound=gradient_bound,
-            zero_beside=largest[gradient_section(name)] if name in golden.zero_gradients else None,
+            zero_beside=largest[gradient_section(name)] if name in zero else None,
             measured=functools.partial(measured, name),
         )
         for name, value in recorded.items()

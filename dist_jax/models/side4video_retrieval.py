@@ -190,7 +190,7 @@ class RetrievalNet(SideNetwork):
             frames = kind.project_image(projection, y.reshape(-1, spec.width))
             frames = frames.reshape(*y.shape[:2], -1).astype(self.dtype)
             frames = scale_gradient(frames, 1 / self.gradient_world)
-            outputs |= {'frames': frames, 'frame_logits': _weigh(of_frames, frames), **recorded}
+            outputs |= {'frames': frames, 'frame_logits': weigh(of_frames, frames), **recorded}
         if 'tokens' in features:
             tokens = features['tokens']
             words = kind.encode_words(
@@ -204,7 +204,7 @@ class RetrievalNet(SideNetwork):
             words = scale_gradient(words, 1 / self.gradient_world)
             outputs |= {
                 'words': words,
-                'word_logits': _weigh(of_words, words),
+                'word_logits': weigh(of_words, words),
                 'pooled': transformer.at_end(words, tokens),
             }
         rows = jax.tree.leaves(outputs)[0].shape[:1]
@@ -227,7 +227,7 @@ def _init_weights(key: jax.Array, width: int, by_fan_in: bool) -> Tree:
     }
 
 
-def _weigh(params: Tree, x: jax.Array) -> jax.Array:
+def weigh(params: Tree, x: jax.Array) -> jax.Array:
     """Logits (B, n) of the weights of (B, n, E), float32."""
     dtype = x.dtype
     hidden = jax.nn.relu(transformer.linear(x, params['fc1']))

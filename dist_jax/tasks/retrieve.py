@@ -14,17 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dist_jax import losses
-from dist_jax.models.layers import einsum_to_float32, widened
 from dist_jax.sharding import everywhere
-from dist_jax.similarity import (
-    INTERACTIONS,
-    MASKED,
-    Texts,
-    Videos,
-    similarity,
-    unit,
-    weights,
-)
+from dist_jax.similarity import INTERACTIONS, MASKED, Texts, Videos, decorrelation, similarity
 from dist_jax.tasks.api import Labels, Tree
 from dist_jax.tasks.retrieve_evaluator import RetrieveEvaluator
 from input_pipeline.captions import CaptionPairs, CaptionTokens, check_captions, sentence_rows
@@ -33,7 +24,6 @@ from input_pipeline.video_list import LabelledSource
 # What is right for a sentence: its own clip, as in the release, in which other clips of the same
 # video are wrong; or all clips of its video.
 POSITIVES = ('pair', 'video')
-CDCR_OFF_DIAGONAL = 0.11  # what the release multiplies its diagonal term by
 
 
 class Retrieve:
@@ -131,7 +121,7 @@ class Retrieve:
         own = Videos(
             outputs['frames'], jnp.ones_like(outputs['frame_logits']), outputs['frame_logits']
         )
-        scale = jnp.exp(widened(outputs['logit_scale']))[:, None]
+        scale = jnp.exp(outputs['logit_scale'])[:, None]
         logits = scale * self._similarity(texts, everywhere(own))
         right = None
         if self._positives == 'video':
@@ -159,48 +149,4 @@ class Retrieve:
 
     def evaluator(self, source: LabelledSource) -> RetrieveEvaluator:
         """A fresh judge."""
-        videos = sentence_rows(source, self._num_words)[1]
-        return RetrieveEvaluator(source, self._similarity, videos)
-
-
-def decorrelation(texts: Texts, videos: Videos, mask: jax.Array) -> jax.Array:
-    """The release's term on channels of words and frames that belong together, a scalar.
-
-    Of matched pairs (i, i), the partner of a word is the frame that it is most like, and the other
-    way round. Channels of words and of their partners, each standardised over all of them, should
-    agree: 0.11 * sum over channels of (c - 1)^2, c the mean over both ways of their weighted
-    product. Only the diagonal of the release's matrix has a weight.
-
-    Source: Wang et al. (arXiv:2203.07111), section 3.3; the release.
-
-    Args:
-      texts: (B, ...).
-      videos: (B, ...), of the same pairs.
-      mask: (B,), 1 where a pair is real.
-    """
-    words, frames = unit(texts.words), unit(videos.frames)
-    products = einsum_to_float32('bse,bte->bst', words, frames)
-    # As in the release, a partner may be none, where all real ones are less alike than 0.
-    products = products * texts.mask[:, :, None] * videos.mask[:, None]
-    count = jnp.maximum(mask.sum(), 1.0)
-
-    def along(
-        own: jax.Array, other: jax.Array, partner: jax.Array, logits: jax.Array, real: jax.Array
-    ) -> jax.Array:
-        taken = jnp.take_along_axis(other, partner[..., None], axis=1)
-        counted = (real * mask[:, None])[..., None]
-        weighted = weights(logits, real)[..., None] * counted
-        products = _standardised(widened(own), counted) * _standardised(widened(taken), counted)
-        return (weighted * products).sum((0, 1)) / count
-
-    by_word = along(words, frames, products.argmax(2), texts.logits, texts.mask)
-    by_frame = along(frames, words, products.argmax(1), videos.logits, videos.mask)
-    return CDCR_OFF_DIAGONAL * jnp.square((by_word + by_frame) / 2 - 1).sum()
-
-
-def _standardised(x: jax.Array, counted: jax.Array) -> jax.Array:
-    """(B, n, E) without its mean over what counts, over its unbiased deviation; no epsilon."""
-    count = counted.sum()
-    centred = x - (x * counted).sum((0, 1)) / jnp.maximum(count, 1.0)
-    variance = (jnp.square(centred) * counted).sum((0, 1)) / jnp.maximum(count - 1, 1.0)
-    return centred * jax.lax.rsqrt(jnp.where(variance > 0, variance, 1.0))
+        return RetrieveEvaluator(source, self._similarity, CaptionPairs(source).labels)

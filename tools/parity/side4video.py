@@ -68,7 +68,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
     found = {converted.COLLECTIONS: side4video_params.COLLECTIONS}
     variables = jax.tree.map(jnp.asarray, converted.variables(tree, found))
 
-    backbone, frozen = _eva(golden) if hparams['post_norm'] else _clip(golden)
+    backbone, frozen = eva_inside(golden) if hparams['post_norm'] else clip_inside(golden)
     model = side4video.build(
         backbone,
         num_classes=(hparams['num_classes'],),
@@ -201,7 +201,8 @@ def _agree(golden: Golden, found: dict[str, Any], section: str) -> None:
             )
 
 
-def _clip(golden: Golden) -> tuple[Backbone, Tree]:
+def clip_inside(golden: Golden) -> tuple[Backbone, Tree]:
+    """The frozen CLIP in a file, and its tree."""
     weights = golden.section('backbone')
     width, patch_size = clip_params.patch_sizes(weights, 'visual.conv1.weight')
     table, blocks = 'visual.positional_embedding', 'visual.transformer.resblocks.'
@@ -234,7 +235,8 @@ _EVA_SIZES = {
 }
 
 
-def _eva(golden: Golden) -> tuple[Backbone, Tree]:
+def eva_inside(golden: Golden) -> tuple[Backbone, Tree]:
+    """The frozen EVA-CLIP in a file, and its tree."""
     config, weights = golden.config, golden.section('backbone')
     if config['width'] % config['head_width']:
         raise ValueError(
