@@ -26,6 +26,7 @@ class FrameFolder:
       num_frames: pictures in it.
       fps: frames per second.
       duration: seconds.
+      times: (num_frames,) float64, start of each frame in seconds after the first one.
     """
 
     def __init__(self, path: str | os.PathLike, max_pixels: int):
@@ -44,6 +45,7 @@ class FrameFolder:
         self.num_frames = len(self._files)
         self.fps = float(REFERENCE_FPS)
         self.duration = self.num_frames / self.fps
+        self.times = np.arange(self.num_frames) / self.fps
 
     def __enter__(self) -> 'FrameFolder':
         return self

@@ -37,6 +37,7 @@ class JpegReader:
       num_frames: 1.
       fps: frames per second.
       duration: seconds.
+      times: (1,) float64, 0: the start of the picture in seconds.
     """
 
     def __init__(self, content: bytes, frame: jpeg_markers.Frame, max_pixels: int, path: str):
@@ -57,6 +58,7 @@ class JpegReader:
         self.num_frames = 1
         self.fps = FPS
         self.duration = 1 / FPS
+        self.times = np.zeros(1)
         self._content = content
         self._frame = frame
 

@@ -250,9 +250,10 @@ class EvalReader:
 
     def __post_init__(self):
         _check_reader(self)
-        self._cut()  # checks its fields
+        self.cut()  # checks its fields
 
-    def _cut(self) -> ViewCrops:
+    def cut(self) -> ViewCrops:
+        """What cuts the views of a frame."""
         return ViewCrops(
             self.image_size,
             self.num_crops,
@@ -285,7 +286,7 @@ class EvalReader:
         Raises:
           DecodeError: if the video cannot be read.
         """
-        cut = self._cut()
+        cut = self.cut()
         opened = functools.partial(open_video, record, self.max_pixels, self.jpeg_decoder)
         with reading(record.path), opened() as video:
             first, total = video.frame_range(record.start, record.end)
