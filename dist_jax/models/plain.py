@@ -1,0 +1,57 @@
+"""A converted backbone as it is: a model in which nothing is trained.
+
+Differs: no paper; it is what trained models are compared with, and embeds frames without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dist_jax.models.api import Model, Tree
+from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.frozen import Frozen
+
+VARIABLES: Tree = {'params': {}}  # what its network is applied with
+
+
+def build(backbone: Backbone, *, dtype: Any = jnp.float32, unroll: bool = False) -> Model:
+    """The image tower on every frame.
+
+    Args:
+      backbone: the converted one; its image size is that of the frames.
+      dtype: compute dtype.
+      unroll: see `stack`.
+
+    Returns:
+      A model whose outputs are `frames`, float32 (B, T, E): the embedding of each frame, not of
+      unit length.
+    """
+
+    def frames(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
+        video = batch['video']
+        pixels = video.reshape(-1, *video.shape[2:])
+        found = backbone.encode_image(frozen['visual'], pixels, Taps(embedding=True), unroll=unroll)
+        return {'frames': found['embedding'].reshape(*video.shape[:2], -1)}
+
+    return Model(
+        net=_Outputs(),
+        dtype=dtype,
+        pixels=backbone.kind.pixels,
+        param_groups=(),
+        sharding_rules=(),
+        frozen=Frozen(backbone, dtype, frames),
+    )
+
+
+class _Outputs(nn.Module):
+    """Gives its inputs."""
+
+    @nn.compact
+    def __call__(self, inputs: Tree, *, mask: jax.Array | None = None, train: bool = False) -> Tree:
+        del mask, train
+        return inputs
