@@ -412,31 +412,52 @@ def export_file(
     twice = _repeated(each.name for each in named)
     if twice:
         raise ConversionError(duplicates=twice, context=f'{path} would have names twice')
-    # As the library lays them out, which has no way to write without having all in memory.
-    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-    start = 0
+    leaves = {each.name: (each.shape, each.dtype) for each in named}
+    text, places = safetensors_header(leaves, {'format': 'pt'})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        with open(partial, 'wb') as file:
+            file.write(text)
+            for name, value in read_outgoing(tensors):
+                file.seek(places[name])
+                file.write(value.tobytes())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def safetensors_header(
+    leaves: Mapping[str, tuple[Sequence[int], np.dtype]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file begins with, for who writes its tensors one by one.
+
+    They are laid out as the library does, which has no way to write without having all in memory.
+
+    Args:
+      leaves: name -> shape and dtype.
+      metadata: texts.
+
+    Returns:
+      The first bytes of the file, and the place of each tensor in it, in the order of the places.
+    """
     kinds = list(_SAFETENSORS)
-    for each in sorted(named, key=lambda each: (kinds.index(each.dtype.name), each.name)):
-        end = start + math.prod(each.shape) * each.dtype.itemsize
-        header[each.name] = {
-            'dtype': _SAFETENSORS[each.dtype.name],
-            'shape': list(each.shape),
+    header: dict[str, Any] = {'__metadata__': dict(metadata)}
+    start = 0
+    for name in sorted(leaves, key=lambda name: (kinds.index(leaves[name][1].name), name)):
+        shape, dtype = leaves[name]
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            'dtype': _SAFETENSORS[dtype.name],
+            'shape': list(shape),
             'data_offsets': [start, end],
         }
         start = end
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
-        with open(partial, 'wb') as file:
-            file.write(len(text).to_bytes(8, 'little') + text)
-            for name, value in read_outgoing(tensors):
-                file.seek(8 + len(text) + header[name]['data_offsets'][0])
-                file.write(value.tobytes())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    del header['__metadata__']
+    places = {name: 8 + len(text) + entry['data_offsets'][0] for name, entry in header.items()}
+    return len(text).to_bytes(8, 'little') + text, places
 
 
 # In the order in which the library writes them.
