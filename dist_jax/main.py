@@ -48,6 +48,9 @@ examples:
       test accuracy, per class
   dist_jax predict --workdir=runs/b16 video.mp4
       top-5 of single videos, with a picture
+  dist_jax index videos/ --out videos.index --backbone=clip_b16
+  dist_jax search videos.index 'a red square moves left'
+      find moments of the videos in a folder
   dist_jax plan --config=configs/dist.py:b16_8+16f_k400 --topology=v4:2x2x2
       memory and time of a step on a TPU that is not here
 
@@ -104,6 +107,40 @@ examples:
 
 Needs the run and its backbone, not the training data; if the backbone has moved, pass
 --config.backbone.checkpoint=FOLDER. Exit code 1: a video could not be read.
+"""
+
+INDEX_HELP = """\
+examples:
+  dist_jax index videos/ --out videos.index --backbone=clip_b16
+      with CLIP as it is, after `dist_jax convert ViT-B-16.pt clip_b16`
+  dist_jax index videos/ --out videos.index --workdir=runs/msrvtt --step=best
+      with a trained retrieval run
+  dist_jax index films/ --out films.index --backbone=clip_b16 --window=4 --stride=2
+  dist_jax index clips/ --out clips.index --backbone=clip_b16 --window=0
+      short clips: each as one window
+
+Then: dist_jax search videos.index 'a red square moves left'
+
+Takes the videos of all depths (hidden files are left out). Stopped at any moment, the same command
+goes on where it was, to the same file; started again later, it embeds what is new or changed (by
+size and time of change), forgets what is gone and tries again what it could not read. Such videos
+are listed at the end and in the index. Exit code 1: none could be read. docs/search.md describes
+the file.
+"""
+
+SEARCH_HELP = """\
+examples:
+  dist_jax search videos.index 'a red square moves left'
+  dist_jax search videos.index 'a dog jumps into water' --top=20 --json=hits.json
+  dist_jax search videos.index 'two people shake hands' --all_windows
+      several moments of one video, too
+  dist_jax search videos.index --video=query.mp4
+      what looks like another video
+  dist_jax search /mnt/videos.index 'a goal' --folder=/mnt/videos --backbone=/mnt/clip_b16
+      the videos and the model have moved
+
+Finds the run or the backbone that made the index where it was; it must have the same weights.
+Writes a picture of the hits, with times. A sentence loads only the text side of the model.
 """
 
 DOCTOR_HELP = """\
@@ -553,6 +590,95 @@ def _predict(argv: Sequence[str]) -> int:
     )
 
 
+def _index(argv: Sequence[str]) -> int:
+    parser = _parser('index', 'Embed the videos of a folder, to search them.', INDEX_HELP)
+    parser.add_argument('folder', metavar='FOLDER', help='its videos, in all depths')
+    parser.add_argument('--out', required=True, metavar='FILE', help='the index')
+    parser.add_argument('--backbone', default='', metavar='FOLDER', help='converted CLIP, as it is')
+    parser.add_argument(
+        '--window', type=float, default=8, help='seconds; 0: a video is one (%(default)s)'
+    )
+    parser.add_argument(
+        '--stride', type=float, help='seconds from one start to the next; half a window by default'
+    )
+    parser.add_argument(
+        '--num_frames', type=int, help='of a window, for --backbone (8); a run has its own'
+    )
+    parser.add_argument(
+        '--dtype', help='computes with float32 or bfloat16, for --backbone (float32)'
+    )
+    parser.add_argument('--batch_size', type=int, default=8, help='windows of a step (%(default)s)')
+    arguments = parser.parse_args(argv)
+    with _wrong_usage():
+        if not arguments.backbone:
+            raise ValueError('pass --backbone=FOLDER, which `dist_jax convert` makes of CLIP')
+        paths.check_inputs({'backbone.checkpoint': arguments.backbone}, ())
+        names, others = paths.videos_below(arguments.folder)
+    _start_jax()
+    from dist_jax import index, index_model
+
+    stride = arguments.window / 2 if arguments.stride is None else arguments.stride
+    with _wrong_usage():
+        model = index_model.of_backbone(
+            arguments.backbone, arguments.num_frames or 8, arguments.dtype or 'float32'
+        )
+    request = index.Request(
+        arguments.folder,
+        names,
+        others,
+        arguments.out,
+        arguments.window,
+        stride,
+        arguments.batch_size,
+    )
+    return index.run(request, model)
+
+
+def _search(argv: Sequence[str]) -> int:
+    parser = _parser('search', 'Find moments of videos by words, or by a video.', SEARCH_HELP)
+    parser.add_argument('index', metavar='INDEX', help='a file of `dist_jax index`')
+    parser.add_argument('sentence', nargs='?', default='', help='what is to be seen')
+    parser.add_argument('--video', default='', metavar='FILE', help='in place of a sentence')
+    parser.add_argument('--top', type=int, default=5, help='hits (%(default)s)')
+    parser.add_argument(
+        '--all_windows', action='store_true', help='several of one video, not the best of each'
+    )
+    parser.add_argument(
+        '--output', default='', metavar='FILE.png', help='the picture; INDEX.png by default'
+    )
+    parser.add_argument('--dark', action='store_true', help='the picture on dark paper')
+    parser.add_argument('--json', default='', metavar='FILE', help='write the hits as JSON')
+    parser.add_argument('--folder', default='', help='of the videos, if they have moved')
+    parser.add_argument('--backbone', default='', metavar='FOLDER', help='if it has moved')
+    arguments = parser.parse_args(argv)
+    with _wrong_usage():
+        if bool(arguments.sentence.strip()) == bool(arguments.video):
+            raise ValueError('say what to look for: a sentence in quotes, or --video=FILE')
+        if arguments.top < 1:
+            raise ValueError(f'--top={arguments.top} must be at least 1')
+        for name in (arguments.index, arguments.video, arguments.folder):
+            if name and not os.path.exists(name):
+                raise ValueError(f'no file or folder {name}')
+        paths.check_inputs({'backbone.checkpoint': arguments.backbone}, ())
+    from dist_jax import index_file
+
+    found = index_file.read(arguments.index)
+    _start_jax()
+    from dist_jax import index_model, search
+
+    request = search.Request(
+        arguments.sentence,
+        arguments.video,
+        arguments.top,
+        arguments.all_windows,
+        arguments.folder,
+        arguments.output or f'{arguments.index}.png',
+        arguments.dark,
+        arguments.json,
+    )
+    return search.run(found, index_model.of_index(found, arguments.backbone), request)
+
+
 def _demo(argv: Sequence[str]) -> int:
     parser = _parser('demo', 'Train DiST and a frame-only baseline on built-in clips.', DEMO_HELP)
     parser.add_argument('--workdir', default='runs/demo', help='folder of both runs (%(default)s)')
@@ -691,13 +817,15 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     'train': (_train, 'train a model, or continue a run'),
     'evaluate': (_evaluate, 'accuracy on a list, per class; zero-shot on another label set'),
     'predict': (_predict, 'top-5 of single videos, with a picture of each'),
+    'index': (_index, 'embed the videos of a folder, to search them'),
+    'search': (_search, 'find moments of the videos of an index by words, or by a video'),
     'convert': (_convert, "turn CLIP or the authors' weights into ours, or ours into theirs"),
     'plan': (_plan, 'memory and time of a step on a TPU that is not here'),
     'doctor': (_doctor, 'check this machine, or all hosts of a pod, before a run'),
     'check': (_check, 'read every video of a list and report what cannot be read'),
 }
 
-CONTINUED = ('demo', 'train')  # commands that continue where they were stopped
+CONTINUED = ('demo', 'train', 'index')  # commands that continue where they were stopped
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -125,3 +126,35 @@ def find_videos(names: Sequence[str]) -> list[str]:
             raise ValueError(f'{name}: no video and no picture in this folder ({known})')
         found += [os.path.join(name, file) for file in inside]
     return found
+
+
+def videos_below(folder: str) -> tuple[list[str], dict[str, int]]:
+    """Videos of a folder in all depths, by their suffixes; hidden files are left out.
+
+    Args:
+      folder: where it is.
+
+    Returns:
+      Their names from the folder on, in order; and how many files have other suffixes, by suffix.
+
+    Raises:
+      ValueError: no such folder, or no video in it.
+    """
+    if not os.path.isdir(folder):
+        kind = 'is a file, not a folder' if os.path.exists(folder) else 'no such folder'
+        raise ValueError(f'{folder}: {kind}')
+    names: list[str] = []
+    others: Counter[str] = Counter()
+    for name in files_below(folder):
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in VIDEO_SUFFIXES:
+            names.append(name)
+        else:
+            others[suffix or 'without a suffix'] += 1
+    if not names:
+        found = f'{others.total()} files of other kinds' if others else 'nothing'
+        raise ValueError(
+            f'{folder}: no video in this folder, {found} (suffixes of videos: '
+            f'{", ".join(VIDEO_SUFFIXES)})'
+        )
+    return names, dict(others)

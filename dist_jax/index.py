@@ -1,0 +1,252 @@
+"""`dist_jax index`: embeds a folder of videos into one file that `dist_jax search` reads.
+
+What is in the file already, or in the journal of a run that was stopped, is not embedded again: a
+video is known by its path, its size and the time of its last change. Videos that could not be read
+are tried again whenever the command is started, but for those of a journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from dist_jax import index_file
+from dist_jax.embed import Done, Embedder, Row
+from dist_jax.index_file import VECTORS, Index, Video
+from dist_jax.index_journal import Journal
+from dist_jax.index_model import IndexModel, differences, preprocessing
+from dist_jax.metrics import CAUSE
+from dist_jax.progress import Bar, duration
+from input_pipeline.escape import Console, terminal
+from input_pipeline.machine import num_cpus
+from input_pipeline.video_list import Record
+from input_pipeline.windows import WindowReader
+
+log = logging.getLogger('dist_jax')
+
+JOURNAL = '.partial'  # after the name of the index
+MOST_THREADS = 16  # videos that are read at the same time
+MOST_LISTED = 50  # unreadable videos in the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to index.
+
+    Attributes:
+      folder: whose videos.
+      names: of the videos, from the folder on.
+      others: how many files have other suffixes, by suffix.
+      out: the index.
+      window: seconds; 0 takes all of a video as one window.
+      stride: seconds from one start to the next.
+      batch_size: windows of a step.
+    """
+
+    folder: str
+    names: Sequence[str]
+    others: Mapping[str, int]
+    out: str
+    window: float
+    stride: float
+    batch_size: int
+
+
+def run(request: Request, model: IndexModel) -> int:
+    """The command `index`.
+
+    Returns:
+      The exit code: 0, or 1 if no video could be read; then there is no index.
+
+    Raises:
+      ValueError: there is an index of another model, other settings or another folder.
+      InUseError: another process makes it.
+    """
+    if jax.process_count() > 1:
+        raise ValueError('index runs in one process; start it on a single host')
+    reader = WindowReader(model.views, request.window, request.stride)
+    settings = {
+        'model': model.identity,
+        'preprocessing': preprocessing(model.views),
+        'windows': {'window': request.window, 'stride': request.stride if request.window else 0},
+    }
+    places = {'folder': os.path.realpath(request.folder), 'model': model.place}
+    old = index_file.read(request.out) if os.path.exists(request.out) else None
+    if old is not None:
+        _check_same(request.out, old.settings, settings)
+        _check_folder(old, places['folder'])
+    os.makedirs(os.path.dirname(os.path.abspath(request.out)), exist_ok=True)
+    with Journal(request.out + JOURNAL) as journal:
+        if journal.settings:
+            _check_same(journal.path, journal.settings, settings)
+        else:
+            journal.begin(settings)
+        _say_others(request)
+        videos, embedded = _embed(request, model, reader, old, journal)
+        readable = any(video.num_windows for video in videos)
+        if readable and not (old and old.places == places and _same(old.videos(), videos)):
+            index_file.write(request.out, places, settings, videos)
+        journal.remove()
+    _print(request, videos, embedded)
+    return 0 if readable else 1
+
+
+def _embed(
+    request: Request,
+    model: IndexModel,
+    reader: WindowReader,
+    old: Index | None,
+    journal: Journal,
+) -> tuple[list[Video], int]:
+    """All videos of the folder in order, with their windows, and how many were embedded."""
+    known = {video.path: video for video in old.videos() if not video.error} if old else {}
+    known |= journal.videos
+    found: dict[str, Video] = {}
+    left: list[Video] = []
+    for name in request.names:
+        video = _stat(request.folder, name)
+        have = known.get(name)
+        if have is not None and (have.size, have.time_ns) == (video.size, video.time_ns):
+            found[name] = have
+        else:
+            left.append(video)
+    if not left:
+        return [found[name] for name in request.names], 0
+    with Bar('index', len(request.names), len(found)) as bar:
+        bar.line(f'{len(left)} of {len(request.names)} videos to embed, loading the model')
+        embedder = model.embedder(request.batch_size)
+        items = _embedded(
+            request,
+            embedder,
+            reader,
+            left,
+            journal.next_row,
+            lambda note: bar.update(len(found), note),
+        )
+        for video, next_row in items:
+            journal.add(video, next_row)
+            found[video.path] = journal.videos[video.path]
+            bar.update(len(found), '')
+    return [found[name] for name in request.names], len(left)
+
+
+def _embedded(
+    request: Request,
+    embedder: Embedder,
+    reader: WindowReader,
+    videos: Sequence[Video],
+    first_row: int,
+    note: Callable[[str], None],
+) -> Iterator[tuple[Video, int]]:
+    """Each video with its windows, and `embed.Done.next_row`."""
+    paths = [os.path.join(request.folder, video.path) for video in videos]
+    records = (Record(path, (), path) for path in paths)
+    threads = min(num_cpus(), MOST_THREADS)
+    rows: list[Row] = []
+    items = embedder.embed(records, reader, first_row=first_row, num_threads=threads)
+    with contextlib.closing(items):
+        for number, item in items:
+            video = videos[number]
+            if isinstance(item, Row):
+                rows.append(item)
+                if len(rows) % 64 == 0:
+                    note(f'{video.path}, {duration(item.end)}')
+                continue
+            yield _with_rows(video, rows, item), item.next_row
+            rows = []
+
+
+def _with_rows(video: Video, rows: Sequence[Row], done: Done) -> Video:
+    """A video as it is stored.
+
+    Raises:
+      FloatingPointError: its vectors are no numbers.
+    """
+    if done.error:
+        return dataclasses.replace(video, error=done.error)
+    arrays: dict[str, np.ndarray] = {
+        'spans': np.array([(row.start, row.end) for row in rows], np.float64)
+    }
+    for name in rows[0].values:
+        arrays[name] = np.stack([row.values[name] for row in rows])
+        if not np.isfinite(arrays[name]).all():
+            raise FloatingPointError(f'{video.path}: {name} are not finite numbers. {CAUSE}')
+    arrays['vectors'] = arrays['vectors'].astype(VECTORS)
+    return dataclasses.replace(video, num_windows=len(rows), read=lambda: arrays)
+
+
+def _same(old: Sequence[Video], new: Sequence[Video]) -> bool:
+    """Whether an index of these videos would be that of those."""
+    names = ('path', 'size', 'time_ns', 'error')
+    rows = [[[getattr(video, name) for name in names] for video in each] for each in (old, new)]
+    return rows[0] == rows[1]
+
+
+def _stat(folder: str, name: str) -> Video:
+    """A video without windows; one whose file is gone has no size."""
+    try:
+        found = os.stat(os.path.join(folder, name))
+    except OSError:
+        return Video(name, 0, 0)
+    return Video(name, found.st_size, found.st_mtime_ns)
+
+
+def _check_same(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming what differs, if an index was made with something else."""
+    unlike = differences(old, new)
+    if unlike:
+        raise ValueError(
+            f'{path} was made with another model or other settings, and all of an index has the '
+            f'same:\n  ' + '\n  '.join(unlike) + '\nName another --out, or delete the file.'
+        )
+
+
+def _check_folder(old: Index, folder: str) -> None:
+    """Refuses to replace the videos of another folder; one that is gone was moved."""
+    before = old.places['folder']
+    if before != folder and os.path.isdir(before):
+        raise ValueError(
+            f'{old.path} is the index of {before}, not of {folder}; name another --out, or delete '
+            'the file'
+        )
+
+
+def _say_others(request: Request) -> None:
+    if request.others:
+        most = Counter(request.others).most_common(10)
+        kinds = ', '.join(f'{count} {suffix}' for suffix, count in most)
+        log.info(
+            '%s: left out %d files whose suffix is not that of a video: %s',
+            *(request.folder, sum(request.others.values()), kinds),
+        )
+
+
+def _print(request: Request, videos: Sequence[Video], embedded: int) -> None:
+    console = Console()
+    bad = [video for video in videos if video.error]
+    if bad:
+        table = Table('video', 'cannot be read', title_justify='left')
+        for video in bad[:MOST_LISTED]:
+            table.add_row(*map(terminal, (video.path, video.error)))
+        console.print(table)
+        if len(bad) > MOST_LISTED:
+            console.print(f'and {len(bad) - MOST_LISTED} more; the index holds all of them')
+    windows = sum(video.num_windows for video in videos)
+    if not windows:
+        console.print(f'none of {len(videos)} videos could be read: there is no index')
+        return
+    told = f'{len(videos) - len(bad)} videos, {windows} windows'
+    told += f'; {len(bad)} cannot be read and are listed in it' if bad else ''
+    told += f'; {embedded} were embedded now' if embedded < len(videos) else ''
+    size = os.path.getsize(request.out) / 2**20
+    console.print(f'index: {request.out} ({size:.1f} MiB): {told}', soft_wrap=True)
+    console.print(f"search it: dist_jax search {request.out} 'what to look for'", soft_wrap=True)
