@@ -130,10 +130,10 @@ class Plain:
         params = converted.load_params(self.backbone.path, ['text'])
         tokens = tokenize([sentence], self.backbone.spec.context_length, truncate=True)
         (vectors,) = text_features(params['text'], (jnp.asarray(tokens),), self.backbone)
-        return _dots(vectors)
+        return score_by_vectors(vectors)
 
     def score_of_rows(self, rows: Mapping[str, np.ndarray]) -> Score:
-        return _dots(l2_normalize(jnp.asarray(rows['vectors'])))
+        return score_by_vectors(l2_normalize(jnp.asarray(rows['vectors'])))
 
 
 def mean_of_frames(outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -141,7 +141,7 @@ def mean_of_frames(outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {'vectors': l2_normalize(outputs['frames'].mean(1))}
 
 
-def _dots(queries: jax.Array) -> Score:
+def score_by_vectors(queries: jax.Array) -> Score:
     """The largest product with any of (n, E), of which some are at work at a time."""
     count = min(len(queries), QUERIES)
     filled = jnp.concatenate([queries, jnp.repeat(queries[:1], -len(queries) % count, axis=0)])

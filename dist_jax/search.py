@@ -33,7 +33,8 @@ from input_pipeline.windows import WindowReader
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-CHUNK_BYTES = 32 * 2**20  # of vectors that are compared at once
+# Of vectors that are compared at once: what fits the caches of a CPU.
+CHUNK_BYTES = 8 * 2**20
 BATCH_SIZE = 4  # windows of another video that are embedded at once
 FRAMES = contact_sheet.COLUMNS  # of a window in the picture
 MOST_SHOWN = 20  # hits in the picture

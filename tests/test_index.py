@@ -325,7 +325,7 @@ def test_brute_force_is_the_same_in_parts(made, monkeypatch):
     expected = (opened.vectors.astype(np.float32) @ query.T).max(1)
     for size in (1, 5 * 128, 10**9):
         monkeypatch.setattr(search, 'CHUNK_BYTES', size)
-        found = search.scores(opened, index_model._dots(jax.numpy.asarray(query)))
+        found = search.scores(opened, index_model.score_by_vectors(jax.numpy.asarray(query)))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -409,7 +409,7 @@ def test_any_flipped_byte_is_an_index_or_a_message(made, tmp_path):
         (tmp_path / 'x').write_bytes(damaged)
         try:
             opened = index_file.read(tmp_path / 'x')
-            score = index_model._dots(jax.numpy.ones((1, 64)))
+            score = index_model.score_by_vectors(jax.numpy.ones((1, 64)))
             search.best(opened, search.scores(opened, score), 3)
             opened.unreadable()
         except index_file.IndexFileError:
