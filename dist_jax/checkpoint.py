@@ -13,6 +13,7 @@ goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -431,6 +432,20 @@ def stored_variables(folder: epath.Path) -> Tree:
     stored = read_metadata(folder).get(digests.DIGESTS)
     state = unflatten(stored_leaves(folder / 'state', stored))
     return _trained(state, state.get(COLLECTIONS, {}))
+
+
+def variables_sha256(folder: epath.Path) -> str:
+    """Identity of what `read_variables` finds in a step, of its digests; no array is read.
+
+    Raises:
+      ValueError: an earlier version wrote it, without digests.
+    """
+    stored = read_metadata(folder).get(digests.DIGESTS)
+    if stored is None:
+        raise ValueError(f'{folder} has no digests that would say which weights these are')
+    groups = ('ema/',) if _is_averaged(folder) else ('params/', f'{COLLECTIONS}/')
+    used = {path: row for path, row in stored.items() if path.startswith(groups)}
+    return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
 
 
 def read_host_variables(folder: epath.Path) -> Tree:

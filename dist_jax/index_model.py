@@ -6,6 +6,7 @@ A side is loaded when it is asked for: a sentence needs no image tower.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -14,22 +15,27 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
 
-from dist_jax import backbones
+from dist_jax import backbones, checkpoint, experiment, recipe, step, trained
 from dist_jax.embed import Embedder
 from dist_jax.index_file import Index
 from dist_jax.models import converted, plain
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.frozen import TEXT, ClassTexts, text_features
-from dist_jax.models.layers import l2_normalize
-from dist_jax.sharding import make_mesh
+from dist_jax.sharding import batch_parts, local_rows, make_mesh, to_global
+from dist_jax.similarity import Texts, Videos, similarity, unit
+from input_pipeline.captions import token_rows
 from input_pipeline.escape import terminal
 from input_pipeline.pipeline import EvalReader
-from input_pipeline.tokenizer import tokenize
+from input_pipeline.tokenizer import tokenize_counted
 
 log = logging.getLogger('dist_jax')
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+# Parameters of a retrieval network that sentences need, and some small ones that come with them.
+TEXT_SIDE = ('text', 'visual', 'logit_scale', 'text_weight', 'video_weight')
 QUERIES = 128  # windows of another video that are compared at once
 MOST_FRAMES = 1024  # of a window, in what a file says
 MEAN, EACH = 'meanP', 'wti'  # interactions: one vector a window, or one a frame with weights
@@ -128,17 +134,144 @@ class Plain:
 
     def score_of_sentence(self, sentence: str) -> Score:
         params = converted.load_params(self.backbone.path, ['text'])
-        tokens = tokenize([sentence], self.backbone.spec.context_length, truncate=True)
+        length = self.backbone.spec.context_length
+        tokens, counts = tokenize_counted([sentence], length, truncate=True)
+        if counts.max() > length:
+            _say_cut(length)
         (vectors,) = text_features(params['text'], (jnp.asarray(tokens),), self.backbone)
         return score_by_vectors(vectors)
 
     def score_of_rows(self, rows: Mapping[str, np.ndarray]) -> Score:
-        return score_by_vectors(l2_normalize(jnp.asarray(rows['vectors'])))
+        return score_by_vectors(jnp.asarray(rows['vectors']))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run of text-video retrieval.
+
+    Attributes:
+      config: the run's, possibly with other paths.
+      workdir: of the run.
+      folder: of one step in it.
+    """
+
+    config: ConfigDict
+    workdir: str
+    folder: epath.Path
+
+    def __post_init__(self) -> None:
+        task = self.config.task.name
+        if task != 'retrieve':
+            raise ValueError(
+                f'{self.workdir} has task.name={task!r}, and only task.name=retrieve brings '
+                'sentences and videos together (configs/side4video_retrieval.py); pass such a run, '
+                'or --backbone=FOLDER for CLIP as it is'
+            )
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        task = self.config.task
+        return {
+            'kind': 'run',
+            'name': self.config.model.family,
+            'step': int(self.folder.name),
+            'sha256': checkpoint.variables_sha256(self.folder),
+            'backbone_sha256': checkpoint.backbone_sha256(self._metadata['backbone']),
+            'interaction': task.interaction,
+            'masked': task.masked,
+            'num_words': task.num_words,
+            'dtype': self.config.model.dtype,
+        }
+
+    @property
+    def place(self) -> str:
+        return str(converted.absolute_path(self.workdir))
+
+    @property
+    def views(self) -> EvalReader:
+        """As the run's evaluation, one view."""
+        return dataclasses.replace(recipe.eval_reader(self.config), num_clips=1, num_crops=1)
+
+    @functools.cached_property
+    def _metadata(self) -> dict[str, Any]:
+        return checkpoint.read_metadata(self.folder)
+
+    @property
+    def _weighted(self) -> bool:
+        return self.config.task.interaction == EACH
+
+    def embedder(self, batch_size: int) -> Embedder:
+        found = trained.load_trained(self.config, self.workdir, int(self.folder.name))
+        reading = weighted_frames if self._weighted else mean_of_frames
+        mesh = make_mesh(**self.config.mesh)
+        return Embedder(found.model, found.variables, found.frozen, reading, mesh, batch_size)
+
+    def score_of_sentence(self, sentence: str) -> Score:
+        config, mesh = self.config, make_mesh(**self.config.mesh)
+        labels = tuple(map(tuple, self._metadata['class_names']))
+        backbone = experiment.find_backbone(config, self.workdir)
+        parts = experiment.assemble(config, labels, backbone)
+        stored = checkpoint.stored_variables(self.folder)['params']
+        abstract = {'params': {name: stored[name] for name in TEXT_SIDE}}
+        placed = step.place_variables(parts.test_model, abstract, mesh)
+        variables = checkpoint.read_variables(self.folder, placed, config.checkpoint.verify)
+        rows, num_cut = token_rows([sentence], config.task.num_words)
+        if num_cut:
+            _say_cut(config.task.num_words)
+        # A batch has at least one row for each of its parts.
+        batch = {name: np.repeat(row, batch_parts(mesh), axis=0) for name, row in rows.items()}
+        embed = step.make_query_step(parts.test_model, parts.task, mesh, variables, {})
+        found = local_rows(embed(variables, {}, to_global(batch, mesh)))
+        texts = Texts(
+            words=found['words'][:1],
+            mask=rows['word_mask'],
+            logits=found['word_logits'][:1],
+            pooled=found['pooled'][:1],
+        )
+        return self._score(jax.tree.map(jnp.asarray, texts))
+
+    def score_of_rows(self, rows: Mapping[str, np.ndarray]) -> Score:
+        """Frames of the other video take the place of words."""
+        vectors = jnp.asarray(rows['vectors'])
+        if not self._weighted:
+            return score_by_vectors(vectors)
+        weights = jnp.asarray(rows['weights'])
+        mask = jnp.ones_like(weights)
+        return self._score(Texts(vectors, mask, _logits(weights), vectors.mean(1)))
+
+    def _score(self, texts: Texts) -> Score:
+        if not self._weighted:
+            return score_by_vectors(unit(texts.pooled))
+
+        def score(rows: Mapping[str, jax.Array]) -> jax.Array:
+            weights = rows['weights']
+            frames = rows['vectors'].astype(jnp.float32)
+            videos = Videos(frames, jnp.ones_like(weights), _logits(weights))
+            return similarity(texts, videos, EACH, self.config.task.masked).max(0)
+
+        return score
+
+
+def _logits(weights: jax.Array) -> jax.Array:
+    """Of which these shares are the softmax."""
+    return jnp.log(jnp.maximum(weights, 1e-30))
 
 
 def mean_of_frames(outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """`frames` (B, T, E) -> `vectors` (B, E) float32 of unit length."""
-    return {'vectors': l2_normalize(outputs['frames'].mean(1))}
+    return {'vectors': unit(outputs['frames'].astype(jnp.float32).mean(1))}
+
+
+def weighted_frames(outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """`vectors` (B, T, E), frames of unit length, and their `weights` (B, T); float32."""
+    return {
+        'vectors': unit(outputs['frames'].astype(jnp.float32)),
+        'weights': jax.nn.softmax(outputs['frame_logits']),
+    }
+
+
+def _say_cut(num_words: int) -> None:
+    log.warning('the sentence is cut: the model reads %d tokens, start and end counted', num_words)
 
 
 def score_by_vectors(queries: jax.Array) -> Score:
@@ -167,29 +300,66 @@ def of_backbone(path: str, num_frames: int, dtype: str) -> Plain:
     return Plain(backbones.stored(path), num_frames, dtype)
 
 
-def of_index(index: Index, backbone: str = '') -> IndexModel:
+def of_run(config: ConfigDict, workdir: str, step_number: int | str | None) -> Trained:
+    """A run of text-video retrieval.
+
+    Args:
+      config: the run's, possibly with other paths.
+      workdir: of the run.
+      step_number: of the checkpoint, or 'best'; None for the newest.
+
+    Raises:
+      ValueError: a run that learned something else.
+    """
+    return Trained(config, workdir, checkpoint.find_checkpoint(workdir, step_number))
+
+
+def of_index(index: Index, workdir: str = '', backbone: str = '') -> IndexModel:
     """The model that made an index, found where it was, or where the caller says.
 
     Args:
       index: whose model.
-      backbone: folder of the converted backbone, if it has moved.
+      workdir: of the run, if it has moved.
+      backbone: folder of the converted backbone, if that has moved.
 
     Raises:
       ValueError: it is not there, or is another one.
     """
-    settings = index.settings
-    kind = settings['model'].get('kind')
-    if kind != 'backbone':
+    model = index.settings['model']
+    kind = model.get('kind')
+    if kind == 'backbone':
+        found = _plain_of(index, backbone)
+    elif kind == 'run':
+        found = _trained_of(index, workdir, backbone)
+    else:
+        raise ValueError(f'{index.path}: made with a model of unknown kind {terminal(kind)[:40]}')
+    now = {'model': found.identity, 'preprocessing': preprocessing(found.views)}
+    unlike = differences(index.settings, now)
+    if unlike:
         raise ValueError(
-            f'{index.path}: made with a model of kind {terminal(kind)[:40]!r}, unknown'
+            f'{found.place} is not the model that made {index.path}:\n  ' + '\n  '.join(unlike)
         )
-    num_frames = settings['preprocessing'].get('num_frames')
+    return found
+
+
+def _plain_of(index: Index, backbone: str) -> Plain:
+    num_frames = index.settings['preprocessing'].get('num_frames')
     if not isinstance(num_frames, int) or not 1 <= num_frames <= MOST_FRAMES:
         raise ValueError(f'{index.path}: windows of {terminal(num_frames)[:40]} frames')
-    place = _place(index, backbone, '--backbone')
-    found = of_backbone(place, num_frames, str(settings['model'].get('dtype')))
-    _check_same_model(index, found)
-    return found
+    dtype = str(index.settings['model'].get('dtype'))
+    return of_backbone(_place(index, backbone, '--backbone'), num_frames, dtype)
+
+
+def _trained_of(index: Index, workdir: str, backbone: str) -> Trained:
+    number = index.settings['model'].get('step')
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f'{index.path}: made at step {terminal(number)[:40]}')
+    workdir = _place(index, workdir, '--workdir')
+    config = trained.saved_config(workdir, number)
+    if backbone:
+        config = config.copy_and_resolve_references()
+        config.backbone.checkpoint = backbone
+    return of_run(config, workdir, number)
 
 
 def _place(index: Index, given: str, flag: str) -> str:
@@ -207,16 +377,6 @@ def _place(index: Index, given: str, flag: str) -> str:
             f'pass {flag}=FOLDER, where it lies now'
         )
     return place
-
-
-def _check_same_model(index: Index, model: IndexModel) -> None:
-    """Raises ValueError, naming what differs, unless a model is the one of an index."""
-    now = {'model': model.identity, 'preprocessing': preprocessing(model.views)}
-    unlike = differences(index.settings, now)
-    if unlike:
-        raise ValueError(
-            f'{model.place} is not the model that made {index.path}:\n  ' + '\n  '.join(unlike)
-        )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

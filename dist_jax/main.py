@@ -594,7 +594,14 @@ def _index(argv: Sequence[str]) -> int:
     parser = _parser('index', 'Embed the videos of a folder, to search them.', INDEX_HELP)
     parser.add_argument('folder', metavar='FOLDER', help='its videos, in all depths')
     parser.add_argument('--out', required=True, metavar='FILE', help='the index')
-    parser.add_argument('--backbone', default='', metavar='FOLDER', help='converted CLIP, as it is')
+    parser.add_argument('--workdir', default='', help='folder of a retrieval run')
+    parser.add_argument('--step', help="its checkpoint: a number or 'best'; the newest by default")
+    parser.add_argument(
+        '--backbone',
+        default='',
+        metavar='FOLDER',
+        help='converted CLIP, in place of a run',
+    )
     parser.add_argument(
         '--window', type=float, default=8, help='seconds; 0: a video is one (%(default)s)'
     )
@@ -608,20 +615,41 @@ def _index(argv: Sequence[str]) -> int:
         '--dtype', help='computes with float32 or bfloat16, for --backbone (float32)'
     )
     parser.add_argument('--batch_size', type=int, default=8, help='windows of a step (%(default)s)')
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        '--config',
+        metavar='',
+        help='--config.FIELD=VALUE sets a field of the run, where things lie',
+    )
+    rest, config_arguments = _split(argv)
+    arguments = parser.parse_args(rest)
+    workdir = arguments.workdir
     with _wrong_usage():
-        if not arguments.backbone:
-            raise ValueError('pass --backbone=FOLDER, which `dist_jax convert` makes of CLIP')
+        if bool(workdir) == bool(arguments.backbone):
+            raise ValueError(
+                'pass --workdir=RUN for a retrieval run, or --backbone=FOLDER for CLIP as it is, '
+                'which `dist_jax convert` makes'
+            )
+        if workdir:
+            paths.check_run(workdir)
+            if arguments.num_frames or arguments.dtype:
+                raise ValueError('--num_frames and --dtype go with --backbone; a run has its own')
+        elif config_arguments or arguments.step:
+            raise ValueError('--step and --config go with --workdir')
+        paths.check_inputs(_named_fields(config_arguments), ())
         paths.check_inputs({'backbone.checkpoint': arguments.backbone}, ())
         names, others = paths.videos_below(arguments.folder)
-    _start_jax()
-    from dist_jax import index, index_model
+    from dist_jax import index, index_model, trained
 
-    stride = arguments.window / 2 if arguments.stride is None else arguments.stride
-    with _wrong_usage():
+    if workdir:
+        saved = trained.saved_config(workdir, arguments.step)
+        config = read_config(config_arguments, saved)
+        model = index_model.of_run(config, workdir, arguments.step)
+    else:
         model = index_model.of_backbone(
             arguments.backbone, arguments.num_frames or 8, arguments.dtype or 'float32'
         )
+    _start_jax()
+    stride = arguments.window / 2 if arguments.stride is None else arguments.stride
     request = index.Request(
         arguments.folder,
         names,
@@ -649,6 +677,7 @@ def _search(argv: Sequence[str]) -> int:
     parser.add_argument('--dark', action='store_true', help='the picture on dark paper')
     parser.add_argument('--json', default='', metavar='FILE', help='write the hits as JSON')
     parser.add_argument('--folder', default='', help='of the videos, if they have moved')
+    parser.add_argument('--workdir', default='', metavar='FOLDER', help='the run, if it has moved')
     parser.add_argument('--backbone', default='', metavar='FOLDER', help='if it has moved')
     arguments = parser.parse_args(argv)
     with _wrong_usage():
@@ -659,6 +688,8 @@ def _search(argv: Sequence[str]) -> int:
         for name in (arguments.index, arguments.video, arguments.folder):
             if name and not os.path.exists(name):
                 raise ValueError(f'no file or folder {name}')
+        if arguments.workdir:
+            paths.check_run(arguments.workdir)
         paths.check_inputs({'backbone.checkpoint': arguments.backbone}, ())
     from dist_jax import index_file
 
@@ -676,7 +707,8 @@ def _search(argv: Sequence[str]) -> int:
         arguments.dark,
         arguments.json,
     )
-    return search.run(found, index_model.of_index(found, arguments.backbone), request)
+    model = index_model.of_index(found, arguments.workdir, arguments.backbone)
+    return search.run(found, model, request)
 
 
 def _demo(argv: Sequence[str]) -> int:
