@@ -329,6 +329,16 @@ def test_brute_force_is_the_same_in_parts(made, monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_many_pairs_score_as_numpy_says():
+    """XLA:CPU of jaxlib 0.10.2 computes some products of more than 32,768 pairs wrongly."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((9000, 64), np.float32).astype(np.float16)
+    queries = rng.standard_normal((40, 64), np.float32)
+    score = jax.jit(index_model.score_by_vectors(jax.numpy.asarray(queries)))
+    expected = (vectors.astype(np.float32) @ queries.T).max(1)
+    np.testing.assert_allclose(score({'vectors': vectors}), expected, rtol=1e-5)
+
+
 # Files of other people.
 
 
