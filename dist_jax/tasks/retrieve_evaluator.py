@@ -94,7 +94,8 @@ class RetrieveEvaluator:
         found = [{'index': np.zeros(0, int), 'scores': np.zeros((0, len(logits)), np.float32)}]
         for rows in _blocks(self._queries, min(BLOCK, num_sentences)):
             texts = Texts(rows['words'], rows['word_mask'], rows['word_logits'], rows['pooled'])
-            scores = np.asarray(self._similarity(texts, shown))
+            with jax.default_matmul_precision('highest'):  # ranks hang on the last digits
+                scores = np.asarray(self._similarity(texts, shown))
             own = rows['index'] >= 0
             found.append({'index': rows['index'][own], 'scores': scores[own]})
         return found
