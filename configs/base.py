@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # initial parameters, order of the data, augmentation, mixing, dropout
     config.batch_size = 256  # clips per optimizer step, over all devices and hosts
     # Parts a batch is processed in, one after the other; part i has the clips i, i + accumulation
-    # and so on. Batch statistics are those of each part. A loss over all rows (retrieval) stays that
-    # of the whole batch: each part is run twice.
+    # and so on. Batch statistics are those of each part. A loss over all rows (retrieval) stays
+    # that of the whole batch: each part is run twice.
     config.accumulation = 1
     config.num_epochs = 36.0  # passes over the training list
     config.num_steps = 0  # optimizer steps; above 0 it takes the place of num_epochs
