@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dist_jax.models.layers import einsum_to_float32, widened
-from dist_jax.sharding import parts_here, split_batch
+from dist_jax.sharding import everywhere, parts_here, split_batch
 
 INTERACTIONS = ('wti', 'meanP')
 # What the pair of a word and a frame counts of which one is none: as in the release 0, which is the
@@ -68,9 +68,10 @@ def similarity(
 ) -> jax.Array:
     """Float32 (N, M), without the logit scale.
 
-    Under a mesh, sentences stay split over devices and every device has all videos. With wti, the
-    products of words and frames (N, M, S, T) are made a block of sentences at a time, and again in
-    the backward pass.
+    Under a mesh, both are split over devices; sentences stay so, and every device gets what is
+    compared of all videos: unit frames and their weights, or their means. With wti, the products of
+    words and frames (N, M, S, T) are made a block of sentences at a time, and again in the backward
+    pass.
 
     Args:
       texts: the sentences.
@@ -88,15 +89,18 @@ def _mean_pooled(texts: Texts, videos: Videos, masked: str) -> jax.Array:
         mean = (frames * counted).sum(1) / jnp.maximum(counted.sum(1), 1)
     else:
         mean = frames.mean(1)
-    mean = unit(mean).astype(texts.pooled.dtype)
+    mean = everywhere(unit(mean).astype(texts.pooled.dtype))
     return einsum_to_float32('ne,me->nm', unit(texts.pooled), mean)
 
 
 def _wti(texts: Texts, videos: Videos, masked: str) -> jax.Array:
     text_weights = weights(texts.logits, texts.mask)
-    video_weights = weights(videos.logits, videos.mask).T
     words = unit(texts.words) * texts.mask[..., None].astype(texts.words.dtype)
     frames = unit(videos.frames) * videos.mask[..., None].astype(videos.frames.dtype)
+    frames, video_weights, real = everywhere(
+        (frames, weights(videos.logits, videos.mask), videos.mask)
+    )
+    video_weights = video_weights.T
     frames = widened(frames.swapaxes(0, 1))  # gradients of all blocks are summed in float32
     lowered = masked == 'ignore'
 
@@ -107,7 +111,7 @@ def _wti(texts: Texts, videos: Videos, masked: str) -> jax.Array:
         products = einsum_to_float32('nse,tme->tnsm', words, frames.astype(words.dtype))
         of_frames = of_words = products
         if lowered:
-            of_frames = jnp.where(videos.mask.T[:, None, None] > 0, products, _LOWEST)
+            of_frames = jnp.where(real.T[:, None, None] > 0, products, _LOWEST)
             of_words = jnp.where(mask[:, :, None] > 0, products, _LOWEST)
         # XLA:CPU of jaxlib 0.10.2 computes wrong sums where it fuses all of this with the products:
         # https://github.com/jax-ml/jax/issues/39103

@@ -122,7 +122,7 @@ class Retrieve:
             outputs['frames'], jnp.ones_like(outputs['frame_logits']), outputs['frame_logits']
         )
         scale = jnp.exp(outputs['logit_scale'])[:, None]
-        logits = scale * self._similarity(texts, everywhere(own))
+        logits = scale * self._similarity(texts, own)
         right = None
         if self._positives == 'video':
             right = targets['video'][:, None] == everywhere(targets['video'])
