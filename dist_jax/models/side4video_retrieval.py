@@ -42,7 +42,7 @@ MAX_LOGIT_SCALE = math.log(100.0)
 
 # Source: BertAdam in the release decays everything whose name does not hold "bias", norms and
 # tables too.
-_PRETRAINED = rf'^({TEXT}|{VISUAL}|{LOGIT_SCALE})'
+_PRETRAINED = rf'^({TEXT}/|{VISUAL}/|{LOGIT_SCALE}$)'
 
 # Tensors of the release: layers, and on EVA queries, keys and values, have one each.
 _STACKED = (TensorAxes(rf'^(layers|{TEXT}/blocks)/', (0,)),)
