@@ -416,7 +416,16 @@ def test_tasks_learn_from_rows_of_zeros(mask):
     for name, make in TASKS.items():
         task = make((('a', 'b'),))
         batch = {k: jnp.zeros((2, *row.shape), row.dtype) for k, row in task.element_spec.items()}
-        outputs = {'embedding': jnp.zeros((2, 4)), 'logits': (jnp.zeros((2, 2)),)}
+        outputs = {
+            'embedding': jnp.zeros((2, 4)),
+            'logits': (jnp.zeros((2, 2)),),
+            'frames': jnp.zeros((2, 3, 4)),
+            'frame_logits': jnp.zeros((2, 3)),
+            'words': jnp.zeros((2, 32, 4)),
+            'word_logits': jnp.zeros((2, 32)),
+            'pooled': jnp.zeros((2, 4)),
+            'logit_scale': jnp.zeros(2),
+        }
 
         def loss(outputs, task=task, batch=batch):
             per_row = task.loss(outputs, task.targets(batch), mask)
