@@ -23,7 +23,7 @@ from input_pipeline.escape import terminal
 from input_pipeline.regular_files import describe, open_regular
 
 FORMAT, VERSION = 'dist_jax index', 1
-VECTORS = np.dtype(np.float16)  # half of float32's place; scores of unit vectors move by 1e-4
+VECTORS = np.dtype(np.float16)  # half of float32's place; cosines move by 5e-5
 MOST_SECONDS = 1e9  # 32 years of video
 MOST_SETTINGS = 2**20  # bytes of the JSON in a file
 

@@ -23,7 +23,8 @@ from dist_jax.embed import Embedder
 from dist_jax.index_file import Index
 from dist_jax.models import converted, plain
 from dist_jax.models.backbone import Backbone
-from dist_jax.models.frozen import TEXT, ClassTexts, text_features
+from dist_jax.models.frozen import TEXT, ClassTexts
+from dist_jax.models.layers import exact_float32
 from dist_jax.sharding import batch_parts, local_rows, make_mesh, to_global
 from dist_jax.similarity import Texts, Videos, similarity, unit
 from input_pipeline.captions import token_rows
@@ -138,8 +139,10 @@ class Plain:
         tokens, counts = tokenize_counted([sentence], length, truncate=True)
         if counts.max() > length:
             _say_cut(length)
-        (vectors,) = text_features(params['text'], (jnp.asarray(tokens),), self.backbone)
-        return score_by_vectors(vectors)
+        kind, spec = self.backbone.kind, self.backbone.spec
+        # Weights as an argument: as constants of the program they would be compiled, too.
+        embed = jax.jit(exact_float32(lambda text, rows: unit(kind.encode_text(text, rows, spec))))
+        return score_by_vectors(embed(params['text'], tokens))
 
     def score_of_rows(self, rows: Mapping[str, np.ndarray]) -> Score:
         return score_by_vectors(jnp.asarray(rows['vectors']))

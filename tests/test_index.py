@@ -93,6 +93,16 @@ def test_the_file_holds_what_the_documentation_says(made, videos, backbone):
     assert dict(opened.unreadable())['cut.mp4'].startswith('truncated: ')
 
 
+def test_the_example_of_the_documentation_reads_it(made, monkeypatch, capsys):
+    text = (Path(main.__file__).parents[1] / 'docs' / 'search.md').read_text()
+    example = text.partition('```python\n')[2].partition('```')[0]
+    exec(example.replace("'videos.index'", repr(str(made))), {})
+    lines = capsys.readouterr().out.splitlines()
+    opened = index_file.read(made)
+    assert len(lines) == len(opened.spans)
+    assert lines[0].startswith('a.mp4 0.0 0.8 ') and float(lines[0].split()[-1]) > 0.99
+
+
 def test_vectors_are_those_of_the_image_tower(made, videos, backbone):
     stored = backbones.stored(backbone)
     params = converted.load_params(backbone, ['visual'])['visual']
