@@ -100,7 +100,7 @@ def test_the_example_of_the_documentation_reads_it(made, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     opened = index_file.read(made)
     assert len(lines) == len(opened.spans)
-    assert lines[0].startswith('a.mp4 0.0 0.8 ') and float(lines[0].split()[-1]) > 0.99
+    assert lines[0].startswith("'a.mp4' 0.0 0.8 ") and float(lines[0].split()[-1]) > 0.99
 
 
 def test_vectors_are_those_of_the_image_tower(made, videos, backbone):
