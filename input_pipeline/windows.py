@@ -69,20 +69,20 @@ class WindowReader:
         """Where the windows of a video of this many seconds lie.
 
         Returns:
-          (n, 2) float64, start and end in seconds; n is at least 1. All are as long as the window,
+          (n, 2) float64, start and end in whole microseconds; n is at least 1. All are as long as the window,
           or the video if that is shorter: the last one is moved back to end with the video.
 
         Raises:
           ValueError: there are more than `MAX_WINDOWS`.
         """
         if not self.window or duration <= self.window + _SLACK:
-            return np.array([[0.0, duration]])
+            return np.round([[0.0, duration]], 6)
         last = duration - self.window
         count = np.ceil((last - _SLACK) / self.stride)
         if count >= MAX_WINDOWS:
             raise ValueError(f'more than {MAX_WINDOWS} windows in {duration:.0f} s')
         starts = np.append(np.arange(int(count)) * self.stride, last)
-        return np.stack([starts, starts + self.window], axis=1)
+        return np.round(np.stack([starts, starts + self.window], axis=1), 6)
 
     def read(self, record: Record) -> Iterator[Window]:
         """Reads the windows of one video, in order of time.
