@@ -69,8 +69,9 @@ class WindowReader:
         """Where the windows of a video of this many seconds lie.
 
         Returns:
-          (n, 2) float64, start and end in whole microseconds; n is at least 1. All are as long as the window,
-          or the video if that is shorter: the last one is moved back to end with the video.
+          (n, 2) float64, start and end in whole microseconds; n is at least 1. All are as long as
+          the window, or the video if that is shorter: the last one is moved back to end with the
+          video.
 
         Raises:
           ValueError: there are more than `MAX_WINDOWS`.
