@@ -47,8 +47,7 @@ class Request:
       names: of the videos, from the folder on.
       others: how many files have other suffixes, by suffix.
       out: the index.
-      window: seconds; 0 takes all of a video as one window.
-      stride: seconds from one start to the next.
+      reader: makes the windows, of clips as the model sees them.
       batch_size: windows of a step.
     """
 
@@ -56,8 +55,7 @@ class Request:
     names: Sequence[str]
     others: Mapping[str, int]
     out: str
-    window: float
-    stride: float
+    reader: WindowReader
     batch_size: int
 
 
@@ -73,11 +71,11 @@ def run(request: Request, model: IndexModel) -> int:
     """
     if jax.process_count() > 1:
         raise ValueError('index runs in one process; start it on a single host')
-    reader = WindowReader(model.views, request.window, request.stride)
+    reader = request.reader
     settings = {
         'model': model.identity,
-        'preprocessing': preprocessing(model.views),
-        'windows': {'window': request.window, 'stride': request.stride if request.window else 0},
+        'preprocessing': preprocessing(reader.views),
+        'windows': {'window': reader.window, 'stride': reader.stride if reader.window else 0},
     }
     places = {'folder': os.path.realpath(request.folder), 'model': model.place}
     old = index_file.read(request.out) if os.path.exists(request.out) else None
@@ -91,7 +89,7 @@ def run(request: Request, model: IndexModel) -> int:
         else:
             journal.begin(settings)
         _say_others(request)
-        videos, embedded = _embed(request, model, reader, old, journal)
+        videos, embedded = _embed(request, model, old, journal)
         readable = any(video.num_windows for video in videos)
         if readable and not (old and old.places == places and _same(old.videos(), videos)):
             index_file.write(request.out, places, settings, videos)
@@ -103,7 +101,6 @@ def run(request: Request, model: IndexModel) -> int:
 def _embed(
     request: Request,
     model: IndexModel,
-    reader: WindowReader,
     old: Index | None,
     journal: Journal,
 ) -> tuple[list[Video], int]:
@@ -127,7 +124,6 @@ def _embed(
         items = _embedded(
             request,
             embedder,
-            reader,
             left,
             journal.next_row,
             lambda note: bar.update(len(found), note),
@@ -142,7 +138,6 @@ def _embed(
 def _embedded(
     request: Request,
     embedder: Embedder,
-    reader: WindowReader,
     videos: Sequence[Video],
     first_row: int,
     note: Callable[[str], None],
@@ -152,7 +147,7 @@ def _embedded(
     records = (Record(path, (), path) for path in paths)
     threads = min(num_cpus(), MOST_THREADS)
     rows: list[Row] = []
-    items = embedder.embed(records, reader, first_row=first_row, num_threads=threads)
+    items = embedder.embed(records, request.reader, first_row=first_row, num_threads=threads)
     with contextlib.closing(items):
         for number, item in items:
             video = videos[number]
@@ -246,7 +241,7 @@ def _print(request: Request, videos: Sequence[Video], embedded: int) -> None:
         return
     told = f'{len(videos) - len(bad)} videos, {windows} windows'
     told += f'; {len(bad)} cannot be read and are listed in it' if bad else ''
-    told += f'; {embedded} were embedded now' if embedded < len(videos) else ''
+    told += f'; {embedded} were new, changed or tried again' if embedded < len(videos) else ''
     size = os.path.getsize(request.out) / 2**20
     console.print(f'index: {request.out} ({size:.1f} MiB): {told}', soft_wrap=True)
     console.print(f"search it: dist_jax search {request.out} 'what to look for'", soft_wrap=True)

@@ -52,12 +52,15 @@ class Journal:
         self.settings: dict[str, Any] = {}
         self.videos: dict[str, Video] = {}
         self.next_row = 0
+        self._removed = False
         self._read()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *unused: Any) -> None:
+        if not self.videos:
+            self.remove()
         self._file.close()
 
     def begin(self, settings: Mapping[str, Any]) -> None:
@@ -92,7 +95,9 @@ class Journal:
 
     def remove(self) -> None:
         """Deletes the file, which nobody needs any more."""
-        os.unlink(self.path)
+        if not self._removed:
+            os.unlink(self.path)
+        self._removed = True
 
     def _read(self) -> None:
         """Takes what is whole and cuts off the rest."""

@@ -631,33 +631,34 @@ def _index(argv: Sequence[str]) -> int:
             )
         if workdir:
             paths.check_run(workdir)
-            if arguments.num_frames or arguments.dtype:
+            if arguments.num_frames is not None or arguments.dtype:
                 raise ValueError('--num_frames and --dtype go with --backbone; a run has its own')
         elif config_arguments or arguments.step:
             raise ValueError('--step and --config go with --workdir')
+        if arguments.batch_size < 1:
+            raise ValueError(f'--batch_size={arguments.batch_size} must be at least 1')
         paths.check_inputs(_named_fields(config_arguments), ())
-        paths.check_inputs({'backbone.checkpoint': arguments.backbone}, ())
+        paths.check_backbone(arguments.backbone)
         names, others = paths.videos_below(arguments.folder)
     from dist_jax import index, index_model, trained
+    from input_pipeline.windows import WindowReader
 
     if workdir:
         saved = trained.saved_config(workdir, arguments.step)
         config = read_config(config_arguments, saved)
         model = index_model.of_run(config, workdir, arguments.step)
     else:
-        model = index_model.of_backbone(
-            arguments.backbone, arguments.num_frames or 8, arguments.dtype or 'float32'
-        )
-    _start_jax()
+        num_frames = 8 if arguments.num_frames is None else arguments.num_frames
+        with _wrong_usage():
+            model = index_model.of_backbone(
+                arguments.backbone, num_frames, arguments.dtype or 'float32'
+            )
     stride = arguments.window / 2 if arguments.stride is None else arguments.stride
+    with _wrong_usage():
+        reader = WindowReader(model.views, arguments.window, stride)
+    _start_jax()
     request = index.Request(
-        arguments.folder,
-        names,
-        others,
-        arguments.out,
-        arguments.window,
-        stride,
-        arguments.batch_size,
+        arguments.folder, names, others, arguments.out, reader, arguments.batch_size
     )
     return index.run(request, model)
 
@@ -690,7 +691,7 @@ def _search(argv: Sequence[str]) -> int:
                 raise ValueError(f'no file or folder {name}')
         if arguments.workdir:
             paths.check_run(arguments.workdir)
-        paths.check_inputs({'backbone.checkpoint': arguments.backbone}, ())
+        paths.check_backbone(arguments.backbone)
     from dist_jax import index_file
 
     found = index_file.read(arguments.index)

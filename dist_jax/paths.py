@@ -47,6 +47,12 @@ def check_run(workdir: str) -> None:
         raise ValueError(f'{workdir} {known} no checkpoints; pass the --workdir of a run')
 
 
+def check_backbone(name: str) -> None:
+    """Raises ValueError if there is nothing where an option says that a converted backbone is."""
+    if not _found(name):
+        raise ValueError(f'--backbone: no folder {name}{_MAKERS["backbone.checkpoint"]}')
+
+
 def check_inputs(fields: Mapping[str, str], splits: Iterable[str], saved_root: str = '') -> None:
     """Looks for the files that config fields name.
 

@@ -98,6 +98,9 @@ def run(index: Index, model: IndexModel, request: Request) -> int:
     """
     if jax.process_count() > 1:
         raise ValueError('search runs in one process; start it on a single host')
+    # Folders that cannot be made are found before the work.
+    for path in filter(None, (request.picture, request.json)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     if request.video:
         score = model.score_of_rows(rows_of_video(index, model, request.video))
@@ -117,7 +120,6 @@ def run(index: Index, model: IndexModel, request: Request) -> int:
                 'hits': [dataclasses.asdict(hit) for hit in hits],
             },
         )
-    Path(request.picture).parent.mkdir(parents=True, exist_ok=True)
     query = request.sentence or request.video
     write_picture(request.picture, query, hits[:MOST_SHOWN], request.dark)
     _print(index, request, hits, (loaded - start, compared - loaded))
