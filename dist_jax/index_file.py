@@ -282,6 +282,9 @@ def write(
       settings: likewise.
       videos: in order; those with windows are read one after the other, so that memory goes with
         the longest. At least one has windows.
+
+    Raises:
+      IndexFileError: they have vectors of different sizes; nothing is written.
     """
     path = Path(path)
     count = sum(video.num_windows for video in videos)
@@ -313,9 +316,17 @@ def write(
         if name in own:
             yield own[name]
             return
+        row = leaves[name][0][1:]
         for video in videos:
             if video.num_windows:
-                yield video.read()[name]
+                part = video.read().get(name, np.empty(0))
+                if part.shape != (video.num_windows, *row):
+                    raise IndexFileError(
+                        f'{path}: {name} of {terminal(video.path)} have the shape {part.shape}, '
+                        f'others {row} for each of {video.num_windows} windows: the index or its '
+                        'journal is damaged; delete both and make it again'
+                    )
+                yield part
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.new')

@@ -228,6 +228,15 @@ def test_a_journal_that_breaks_off_anywhere_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ['my.index']
 
 
+def test_vectors_of_two_sizes_are_not_joined(made, tmp_path):
+    opened = index_file.read(made)
+    rows = {'spans': np.zeros((1, 2)), 'vectors': np.zeros((1, 32), np.float16)}
+    videos = [*opened.videos(), index_file.Video('z.mp4', 1, 1, '', 1, lambda: rows)]
+    with pytest.raises(index_file.IndexFileError, match='delete both and make it again'):
+        index_file.write(tmp_path / 'x', opened.places, opened.settings, videos)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_killed_index_ends_as_one_that_never_stopped(made, videos, backbone, tmp_path):
     out = tmp_path / 'my.index'
