@@ -1,5 +1,6 @@
 """Settings of every test: CPU, quick compilation and a tiny data set."""
 
+import gc
 import os
 import signal
 
@@ -8,16 +9,22 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Tests compile far more than they compute. XLA's older emitters take a third of the time.
+# Tests compile far more than they compute. XLA's older emitters take a third of the time; parts of
+# a program for threads that are not there cost a tenth.
 os.environ['XLA_FLAGS'] = (
     f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0 '
-    '--xla_cpu_use_fusion_emitters=false'
+    '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 )
 
 import jax
 import pytest
 
 from input_pipeline import motion_clips
+
+# Tracing makes millions of small objects, few of them garbage: to look for it as often as Python
+# does by default takes a fifth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.hookimpl(optionalhook=True)
