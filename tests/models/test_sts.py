@@ -1,6 +1,7 @@
 """The five networks of STS: sizes, forms, options, and what they do with single frames."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,33 +55,49 @@ def count(tree):
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def two_blocks():
+    """As much of the smallest network as tests here need: the second block is strided."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sts.NETWORKS, 'csn_tiny', sts.csn(8, (1, 1), stem_size=3))
+        yield
+
+
 @pytest.fixture(scope='module')
-def tiny():
+def tiny(two_blocks):
     """(model, inputs, variables) of a network for videos."""
     model, inputs = build(), clip()
     return model, inputs, _initial(model, inputs)
 
 
-@pytest.mark.parametrize('network', SIZES)
-def test_parameters_are_as_many_as_published(network):
-    model = build(network, 8, num_classes=(400,))
-    params = shapes(model, clip(8))['params']
-    behind = count(params['head']) + count(params.get('fc1', {}))
-    assert (count(params) - behind) / 1e6 == pytest.approx(SIZES[network][0], abs=0.005)
-    assert count(params) / 1e6 == pytest.approx(SIZES[network][1], abs=0.005)
-
-
-@pytest.mark.parametrize('network', SIZES)
-def test_sts_changes_no_parameter_and_takes_these_convolutions(network, monkeypatch):
+@functools.cache
+def published(network):
+    """(variables of a published network, kernels of the convolutions that STS takes)."""
     taken = []
 
     def noted(x, kernel, stride=1, mode='official'):
         taken.append(kernel.shape)
         return sts.conv3d.conv3d(x, kernel, stride)
 
-    monkeypatch.setattr(sts.conv3d, 'sts_conv3d', noted)
-    trees = [shapes(build(network, 8, sts=mode), clip(8)) for mode in ('off', 'official')]
-    assert jax.tree.map(jnp.shape, trees[0]) == jax.tree.map(jnp.shape, trees[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sts.conv3d, 'sts_conv3d', noted)
+        variables = shapes(build(network, 8, num_classes=(400,)), clip(8))
+    return variables, taken
+
+
+@pytest.mark.parametrize('network', SIZES)
+def test_parameters_are_as_many_as_published(network):
+    params = published(network)[0]['params']
+    behind = count(params['head']) + count(params.get('fc1', {}))
+    assert (count(params) - behind) / 1e6 == pytest.approx(SIZES[network][0], abs=0.005)
+    assert count(params) / 1e6 == pytest.approx(SIZES[network][1], abs=0.005)
+
+
+@pytest.mark.parametrize('network', SIZES)
+def test_sts_changes_no_parameter_and_takes_these_convolutions(network):
+    variables, taken = published(network)
+    plain = shapes(build(network, 8, num_classes=(400,), sts='off'), clip(8))
+    assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, variables)
     assert len(taken) == SEPARABLE[network]
 
 
@@ -204,9 +221,8 @@ def test_stochastic_depth_drops_branches_of_clips(tiny):
 
 
 def test_head_reads_fast_features_before_slow_ones():
-    model = build('slowfast50_4x16', 8)
-    params = shapes(model, clip(8))['params']
-    assert params['head']['column_0']['classifier']['kernel'].shape == (256 + 2048, 5)
+    params = published('slowfast50_4x16')[0]['params']
+    assert params['head']['column_0']['classifier']['kernel'].shape == (256 + 2048, 400)
     assert params['slow_path']['conv1_lateral']['conv']['kernel'].shape == (5, 1, 1, 8, 16)
 
 
