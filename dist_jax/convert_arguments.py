@@ -56,14 +56,11 @@ examples:
   # EVL of the authors; the backbone is converted on its own
   dist_jax convert k400_vitb16_8f_dec4x768.pth evl_k400
 
-  # Side4Video of the authors (recognition); --backbone tells whether the frozen backbone in the
-  # file is the converted one
+  # Side4Video of the authors, recognition and retrieval (with its trained text tower); --backbone
+  # tells whether the frozen backbone in the file is the converted one
   dist_jax convert k400_b16_8f.pt side4video_k400 --backbone clip_b16
-  dist_jax convert --export side4video_k400 side4video.safetensors
-  dist_jax convert --export side4video_k400 whole.safetensors --with_backbone --backbone clip_b16
-
-  # Side4Video for retrieval: a trained text tower belongs to the network and stays in it
   dist_jax convert msrvtt_b16.pt side4video_msrvtt --backbone clip_b16
+  dist_jax convert --export side4video_k400 whole.safetensors --with_backbone --backbone clip_b16
 
   # STS of the authors, trained on images or on videos; config.init_from takes either
   dist_jax convert csn50_imagenet.pth.tar sts_csn50_imagenet
