@@ -1,5 +1,6 @@
 """Every row of every config: it builds, its step traces, its size is the published one."""
 
+import functools
 import math
 import re
 
@@ -105,8 +106,10 @@ def test_no_row_is_missing():
             assert side4video.get_config(name) == short
 
 
-def abstract_run(config):
+@functools.cache
+def abstract_run(name):
     """Parts, frozen tree and state of a row as shapes, with its optimizer's settings."""
+    config = CONFIGS[name]
     assert config.data.image_size == backbones.named(config.backbone.name).spec.image_size
     parts = compiling.assemble(config)
     frozen = parts.abstract_frozen()
@@ -135,15 +138,16 @@ def program(config):
     return repr((shape, optimizer, groups, config.accumulation, config.batch_norm.groups))
 
 
-@pytest.mark.parametrize(
-    ('file', 'name', 'count'), ROWS, ids=[f'{f.__name__}-{n}' for f, n, _ in ROWS]
-)
-def test_row_has_its_size(file, name, count):
-    _, _, state, _ = abstract_run(file.get_config(name))
+CONFIGS = {f'{file.__name__}-{name}': file.get_config(name) for file, name, _ in ROWS}
+COUNTS = [count for _, _, count in ROWS]
+
+
+@pytest.mark.parametrize(('name', 'count'), zip(CONFIGS, COUNTS), ids=CONFIGS)
+def test_row_has_its_size(name, count):
+    _, _, state, _ = abstract_run(name)
     assert sum(x.size for x in jax.tree.leaves(state.params)) == count
 
 
-CONFIGS = {f'{file.__name__}-{name}': file.get_config(name) for file, name, _ in ROWS}
 PROGRAMS = {program(config): name for name, config in reversed(CONFIGS.items())}
 
 
@@ -151,7 +155,7 @@ PROGRAMS = {program(config): name for name, config in reversed(CONFIGS.items())}
 def test_steps_of_each_program_trace(name):
     """Rows that differ in data set and schedule alone are traced once."""
     config = CONFIGS[name]
-    parts, frozen, state, settings = abstract_run(config)
+    parts, frozen, state, settings = abstract_run(name)
     model, task = parts.model, parts.task
     train_step = step.make_train_step(
         model,
