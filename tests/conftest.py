@@ -24,7 +24,7 @@ from input_pipeline import motion_clips
 # Tracing makes millions of small objects, few of them garbage: to look for it as often as Python
 # does by default takes a fifth of the time.
 gc.freeze()
-gc.set_threshold(100_000, 50, 50)
+gc.set_threshold(100_000)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -30,7 +30,7 @@ from dist_jax.sharding import (
     to_host)
 from dist_jax.tasks.classify import Classify
 
-gc.set_threshold(100_000, 50, 50)  # as in conftest.py
+gc.set_threshold(100_000)  # as in conftest.py
 SPEC = clip.ClipSpec(16, 8, 64, 3, 8, 24, 16, 1, 1, vocab_size=20, context_length=6)
 SHAPE = (8, 4, 16, 16, 3)
 BACKBONE = Backbone(clip.KIND, SPEC)
