@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = r"""
 import re
 
@@ -123,6 +125,7 @@ print('parts: equal')
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_compare_as_one_and_parts_as_the_whole():
     flags = os.environ.get('XLA_FLAGS', '')
     environment = os.environ | {

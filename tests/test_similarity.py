@@ -124,7 +124,6 @@ def test_half_precision_is_near():
 
 @pytest.mark.parametrize('positives', ['pair', 'video'])
 def test_pairs_whose_video_is_missing_are_as_if_they_were_not(positives):
-    rng = np.random.default_rng(0)
     texts, videos = _embedded(VIDEOS)
     outputs = {
         'words': texts.words,

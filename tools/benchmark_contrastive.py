@@ -1,11 +1,12 @@
 """Memory, cycles and messages of the loss of text-video retrieval over a global batch.
 
     python -m tools.benchmark_contrastive
-    python -m tools.benchmark_contrastive 4096 --topology v4:1x1x1 --dtype bfloat16 --block_mib 24 96
+    python -m tools.benchmark_contrastive 4096 --topology v4:1x1x1 --dtype bfloat16 --block_mib 24
 
-Compiles the loss of a batch of embeddings and its gradients of all of them for TPUs that need not be
-there, embeddings split over all chips, and prints what the compiler says of one chip. `whole` is what
-the products of all words with all frames would take: they are made a block of sentences at a time.
+Compiles the loss of a batch of embeddings and its gradients of all of them for TPUs that need not
+be there, embeddings split over all chips, and prints what the compiler says of one chip. `whole` is
+what the products of all words with all frames would take: they are made a block of sentences at a
+time.
 """
 
 from __future__ import annotations
@@ -56,21 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--json', help='write the rows to this file')
     arguments = parser.parse_args(argv)
     console = Console()
-    console.print(f'GiB of a chip, MB that a chip puts on the links; {arguments.num_words} words, '
-                  f'{arguments.num_frames} frames, {arguments.width} channels')  # fmt: skip
-    console.print(_LINE.format(*_HEAD))
-    cases = itertools.starmap(
-        Case,
-        itertools.product(
-            arguments.pairs or SIZES, arguments.dtype, arguments.interaction, arguments.block_mib
-        ),
+    console.print(
+        f'GiB of a chip, MB that a chip puts on the links; {arguments.num_words} words, '
+        f'{arguments.num_frames} frames, {arguments.width} channels'
     )
+    console.print(_LINE.format(*_HEAD))
+    chosen = arguments.dtype, arguments.interaction, arguments.block_mib
+    cases = [Case(*one) for one in itertools.product(arguments.pairs or SIZES, *chosen)]
     rows = []
     try:
-        for name, case in itertools.product(arguments.topology, list(cases)):
+        for name in arguments.topology:
             measure = _compiler(name, arguments)
-            rows.append(row := measure(case))
-            console.print(_line(row))
+            for case in cases:
+                rows.append(measure(case))
+                console.print(_line(rows[-1]))
     except (topologies.MissingCompilerError, ValueError) as error:
         console.print(str(error))
         return 1
