@@ -27,8 +27,8 @@ MASKED = ('zero', 'ignore')
 
 CDCR_SCALE = 0.11  # what the release multiplies its diagonal term by
 
-# Products of words and frames that are in memory at once, of a device. On v4 the compiler keeps what
-# fits there in 128 MiB beside the HBM: with 48 and 192 MiB, 4,096 pairs take 5 and 24 % longer.
+# Products of words and frames that are in memory at once, of a device. On v4 the compiler keeps
+# what fits in 128 MiB beside the HBM: with 48 and 192 MiB, 4,096 pairs take 5 and 24 % longer.
 BLOCK_BYTES = 96 * 2**20
 _LOWEST = -1e30  # less than any logit; finite, so that rows without anything real are
 
