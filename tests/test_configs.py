@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, dist, evl, frame_mean, side4video, sts
+from configs import base, dist, evl, frame_mean, side4video, side4video_retrieval, sts
 from dist_jax import backbones, checkpoint, init_from, optim, recipe, step, train
 from dist_jax.plan import compiling
 from dist_jax.sharding import make_mesh
@@ -82,6 +82,15 @@ SIDE4VIDEO = {
     'b16_8f_k710_k700': 21_185_232 + 300 * 321,
     'demo': 102_984,
 }
+# b16: 21.3 M beside the backbone, its text tower of 63.4 M, 0.4 M of its last norm and projection,
+# 0.5 M of the weights of words and frames.
+RETRIEVAL = {
+    'msrvtt_b32': 87_816_899,
+    'msrvtt_b16': 85_652_099,
+    'msrvtt_l14': 169_086_339,
+    'msrvtt_e14': 423_665_987,
+    'demo': 3_340_547,
+}
 ROWS = [
     (file, name, count)
     for file, counts in (
@@ -89,6 +98,7 @@ ROWS = [
         (evl, EVL),
         (frame_mean, BASELINE),
         (side4video, SIDE4VIDEO),
+        (side4video_retrieval, RETRIEVAL),
     )
     for name, count in counts.items()
 ]
@@ -104,6 +114,11 @@ def test_no_row_is_missing():
             short = side4video.get_config(name.replace('_16f', '_8f'))
             short.data.num_frames = 16
             assert side4video.get_config(name) == short
+    for name in side4video_retrieval.VARIANTS:
+        same = side4video_retrieval.get_config(re.sub('^(msvd|vatex)_', 'msrvtt_', name))
+        config = side4video_retrieval.get_config(name)
+        same.data.update(name=config.data.name, sampling=config.data.sampling)
+        assert config == same
 
 
 @functools.cache
@@ -176,7 +191,10 @@ def test_steps_of_each_program_trace(name):
     shape = (clips, config.eval.num_clips, *parts.test_shape)
     views = {'video': jax.ShapeDtypeStruct(shape, jnp.uint8)}
     found = jax.eval_shape(eval_step, state.eval_variables, frozen, views)
-    assert [s.shape for s in found['scores']] == [(clips, n) for n in classes(config)]
+    if config.task.name == 'retrieve':
+        assert found['frames'].shape[:2] == (clips, config.data.num_frames)
+    else:
+        assert [s.shape for s in found['scores']] == [(clips, n) for n in classes(config)]
 
 
 def test_rows_follow_the_released_recipe():
@@ -375,6 +393,45 @@ def test_side4video_rows_follow_the_released_recipe():
         assert bool(config.data.rand_augment) == (data != 'k400' or at == 2)
         assert bool(config.data.grayscale) == (data == 'k400')
         assert config.mixing.probability == 0 and recipe.train_reader(config).transforms
+
+
+def test_retrieval_rows_follow_the_released_recipe():
+    for name in side4video_retrieval.VARIANTS:
+        if name == 'demo':
+            continue
+        data, size = name.split('_')
+        config = side4video_retrieval.get_config(name)
+        assert config.backbone.name == {'e14': 'eva02_e14'}.get(size, f'vit_{size}')
+        assert (config.model.tap_every, config.model.post_norm) == (
+            (2, True) if size == 'e14' else (1, False)
+        )
+        assert config.model.side_dim == 320 and config.model.pretrained_lr == 1e-3
+        settings = train.optimizer_settings(config, train.make_plan(config, 180_000))
+        steps = settings.total_steps
+        assert (config.batch_size, steps) == (128, 5 * 180_000 // 128)
+        schedule, tenth = optim.make_schedule(settings), settings.warmup_steps
+        assert tenth == pytest.approx(steps / 10, rel=1e-3)
+        # At the end of the warm-up the rate falls from the peak to where the cosine is by then.
+        rates = [float(schedule(s)) for s in (0, tenth / 2, tenth - 1, tenth + 1, steps / 2, steps)]
+        expected = [0, 5e-5, 1e-4, 1e-4 * (1 + np.cos(np.pi / 10)) / 2, 5e-5, 0]
+        np.testing.assert_allclose(rates, expected, rtol=3e-3, atol=1e-9)
+        assert settings.name == 'bertadam' and settings.weight_decay == 0.2
+        assert (settings.b1, settings.b2, settings.eps) == (0.9, 0.98, 1e-6)
+        assert (settings.clip_norm, settings.clip_tensor_norm) == (1, 1)
+        assert config.task.to_dict() == {
+            'name': 'retrieve',
+            'criterion': '',
+            'num_words': 32,
+            'interaction': 'wti',
+            'masked': 'zero',
+            'positives': 'pair',
+            'cdcr': 0,
+        }
+        assert config.batch_norm.groups == 8 and config.eval.num_clips * config.eval.num_crops == 1
+        assert config.data.num_frames == 12
+        assert config.data.sampling == ('block' if data == 'vatex' else 'block_start')
+        assert not (config.data.flip or config.data.grayscale or config.mixing.probability)
+        assert config.data.crop == 'centre' and not config.data.rand_augment
 
 
 def test_fine_tuning_is_shorter_and_slower():
