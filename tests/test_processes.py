@@ -665,11 +665,12 @@ def test_bad_videos_of_all_hosts_count_together(make_run, clips, tmp_path):
 BATCHES = """
 import hashlib, json, sys
 import jax
-from dist_jax import pod
+from dist_jax import backbones, pod
 from dist_jax.sharding import feed, make_mesh
 from input_pipeline import pipeline
 from input_pipeline.sources import open_source
 pod.join()
+backbone = backbones.find('tiny', backbones.RANDOM, 48, sys.argv[2])
 part = feed(make_mesh())
 folder, target = sys.argv[1:]
 source = open_source(f'{folder}/train.txt', root=folder)
@@ -682,12 +683,12 @@ found = [
      zip(batch['video'], batch['index'])]
     for batch in batches
 ]
-json.dump(found, open(f'{target}/{part.index}.json', 'w'))
+json.dump((backbone.params_sha256, found), open(f'{target}/{part.index}.json', 'w'))
 sys.exit(pod.leave(0))
 """
 
 
-def test_batches_of_four_processes_are_those_of_one(clips, environment, tmp_path):
+def test_batches_and_backbone_of_four_processes_are_those_of_one(clips, environment, tmp_path):
     count, expected = 4, []
     for batch in pipeline.train_batches(
         open_source(f'{clips}/train.txt', root=str(clips)),
@@ -705,5 +706,8 @@ def test_batches_of_four_processes_are_those_of_one(clips, environment, tmp_path
     command = [sys.executable, '-c', BATCHES, str(clips), str(tmp_path)]
     with Group(command, count, tmp_path / 'logs', environment) as group:
         assert group.codes() == [0] * count, group.output()[-4000:]
-    parts = [json.loads((tmp_path / f'{i}.json').read_text()) for i in range(count)]
+    backbone = backbones.find('tiny', backbones.RANDOM, 48, str(tmp_path / 'alone'))
+    found = [json.loads((tmp_path / f'{i}.json').read_text()) for i in range(count)]
+    hashes, parts = zip(*found)
+    assert hashes == (backbone.params_sha256,) * count
     assert [list(itertools.chain(*step)) for step in zip(*parts)] == expected

@@ -693,11 +693,19 @@ def _write(
         *((kind, ocp.type_handlers.get_type_handler(kind)) for kind in (jax.Array, np.ndarray)),
         (PartedArray, _PartsHandler(on_bytes)),
     )
+    # Of several processes the first alone writes; by default orbax waits for all of them.
+    first = ocp.options.MultiprocessingOptions(
+        active_processes={0}, barrier_sync_key_prefix='converted'
+    )
     with ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
-            params=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
-            metadata=ocp.JsonCheckpointHandler(),
-        )
+            params=ocp.PyTreeCheckpointHandler(
+                type_handler_registry=handlers, multiprocessing_options=first
+            ),
+            metadata=ocp.JsonCheckpointHandler(multiprocessing_options=first),
+            composite_options=ocp.CompositeOptions(multiprocessing_options=first),
+        ),
+        multiprocessing_options=first,
     ) as checkpointer:
         checkpointer.save(
             path,
