@@ -201,6 +201,7 @@ def _checked(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str
     for part in ('folder', 'model'):
         if not isinstance(places[part], str) or '\0' in places[part]:
             raise ValueError(f'places without {part}')
+        os.fsencode(places[part])  # of half a character nothing can be
     weighted = 'weights' in tensors
     axes = {name: count for name, (_, count) in _TENSORS.items()} | {'vectors': 2 + weighted}
     for name, (dtype, _) in _TENSORS.items():
@@ -211,7 +212,8 @@ def _checked(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str
     spans, video, vectors = (tensors[name] for name in ('spans', 'video', 'vectors'))
     num_windows, num_videos = len(spans), len(tensors['sizes'])
     paths = _texts(tensors, 'path', num_videos)
-    if spans.shape[1] != 2 or not ((spans >= 0) & (spans < MOST_SECONDS)).all():
+    times = spans.shape[1] == 2 and ((spans >= 0) & (spans < MOST_SECONDS)).all()
+    if not times or (spans[:, 0] > spans[:, 1]).any():
         raise ValueError('spans that are no times')
     if len(video) != num_windows or len(vectors) != num_windows or not math.prod(vectors.shape[1:]):
         raise ValueError(f'{num_windows} spans, vectors {vectors.shape}, video {video.shape}')

@@ -155,9 +155,10 @@ def scores(index: Index, score: Score) -> np.ndarray:
     if index.weights is not None:
         columns['weights'] = index.weights
     num_windows = len(index.vectors)
-    rows = max(1, CHUNK_BYTES // index.vectors[:1].nbytes) if num_windows else 1
-    rows = min(rows, num_windows)
     found = np.empty(num_windows, np.float32)
+    if not num_windows:
+        return found
+    rows = min(num_windows, max(1, CHUNK_BYTES // index.vectors[:1].nbytes))
     compiled = jax.jit(exact_float32(score))
     # The last part begins as far back as needed to be as long as the others.
     starts = [min(start, num_windows - rows) for start in range(0, num_windows, rows)]

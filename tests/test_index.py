@@ -352,6 +352,13 @@ def test_brute_force_is_the_same_in_parts(made, monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_an_index_without_windows_has_no_hits(made, tmp_path):
+    none = {name: load_file(made)[name][:0] for name in ('vectors', 'spans', 'video')}
+    opened = index_file.read(changed(made, tmp_path / 'x', **none))
+    found = search.scores(opened, index_model.score_by_vectors(jax.numpy.ones((1, 64))))
+    assert search.best(opened, found, 3) == search.best(opened, found, 3, all_windows=True) == []
+
+
 def test_many_pairs_score_as_numpy_says():
     """XLA:CPU of jaxlib 0.10.2 computes some products of more than 32,768 pairs wrongly."""
     rng = np.random.default_rng(0)
@@ -388,6 +395,7 @@ def broken_tensors(tensors):
     yield 'times that are none', {'spans': np.full((count, 2), np.nan)}
     yield 'endless times', {'spans': np.full((count, 2), 1e300)}
     yield 'negative times', {'spans': -tensors['spans'] - 1}
+    yield 'times that run backwards', {'spans': tensors['spans'][:, ::-1].copy()}
     yield 'videos that are not there', {'video': tensors['video'] + 100}
     yield 'videos out of order', {'video': tensors['video'][::-1].copy()}
     yield 'ends that overflow', {'path_ends': wrong}
@@ -412,6 +420,7 @@ def test_a_damaged_or_hostile_index_is_one_message(made, tmp_path):
         {'settings': deep},
         {'settings': '{' + ' ' * 2**21 + '}'},
         {'places': '{"folder": 3, "model": ""}'},
+        {'places': r'{"folder": "/\ud800", "model": ""}'},
         {'places': 'nothing'},
         {'format': 'pt'},
         {'version': '2'},
