@@ -3,6 +3,7 @@
     python -m tools.kill_and_resume
     python -m tools.kill_and_resume --workdir=/tmp/kills --kills=10
     python -m tools.kill_and_resume --config=configs/sts.py:demo_images
+    python -m tools.kill_and_resume --config=configs/side4video_retrieval.py:demo
 
 One run trains without interruption. A second one, with the same config, is killed with SIGKILL at
 different moments, each time started again with the same command: while it starts, between steps,
@@ -60,14 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     straight = folder / 'straight'
     subprocess.run([*command, *overrides, f'--workdir={straight}'], check=True)
     # The second run reads the same clips and backbone, and nothing else of the first.
-    backbone = straight / 'backbone'
-    shared = [
-        *([f'--config.backbone.checkpoint={backbone}'] if backbone.exists() else []),
-        f'--config.data.root={straight / "data"}',
-        '--config.data.train_list=train.txt',
-        '--config.data.val_list=val.txt',
-        '--config.data.label_map=labels.txt',
-    ]
+    made = {'backbone.checkpoint': straight / 'backbone', 'data.root': straight / 'data'}
+    shared = [f'--config.{field}={path}' for field, path in made.items() if path.exists()]
     workdir = folder / 'killed'
     rng = random.Random(arguments.seed)
     kills = [
@@ -153,9 +148,10 @@ def _logged(workdir: Path) -> int:
     return max((row['step'] for row in rows), default=0)
 
 
-def _validated(workdir: Path) -> list[tuple[int, float]]:
+def _validated(workdir: Path) -> list[tuple[int, dict[str, float]]]:
     rows = read_metrics(workdir / METRICS_FILE)
-    return [(row['step'], row['val_top1']) for row in rows if 'val_top1' in row]
+    figures = [{k: row[k] for k in row if k.startswith('val_')} for row in rows]
+    return [(row['step'], found) for row, found in zip(rows, figures) if found]
 
 
 def _steps(workdir: Path) -> int:
