@@ -48,6 +48,8 @@ examples:
       test accuracy, per class
   dist_jax predict --workdir=runs/b16 video.mp4
       top-5 of single videos, with a picture
+  dist_jax train --config=configs/side4video_retrieval.py:demo --workdir=runs/retrieval
+      learn to match videos with sentences, here on built-in clips
   dist_jax index videos/ --out videos.index --backbone=clip_b16
   dist_jax search videos.index 'a red square moves left'
       find moments of the videos in a folder
