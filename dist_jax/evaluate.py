@@ -83,6 +83,11 @@ def evaluate(views: Views, task: Task, query_step: ViewStep) -> Evaluation:
     limit = bad_videos.allowed(views.protocol.max_bad_share, len(source))
     if len(unreadable) > limit or len(unreadable) == len(source):
         named = '\n'.join(f'  {path}: {reason}' for path, reason in unreadable[:50])
+        if len(unreadable) == len(source):
+            raise BadVideosError(
+                f'none of the {len(source)} videos can be read. Repair the list (`dist_jax check` '
+                f'names all), or data.root.\n{named}'
+            )
         raise BadVideosError(
             f'{len(unreadable)} of {len(source)} videos cannot be read, {limit} are allowed, so '
             'the accuracy would not be of the whole list. Repair the list (`dist_jax check` names '

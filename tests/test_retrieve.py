@@ -17,6 +17,7 @@ from dist_jax.reports import console, page
 from dist_jax.similarity import Texts, Videos, similarity
 from dist_jax.tasks import retrieve_evaluator
 from dist_jax.tasks.api import Picture, Table
+from dist_jax.tasks.retrieve import Retrieve
 from dist_jax.tasks.retrieve_evaluator import RetrieveEvaluator
 from input_pipeline.video_list import Record, VideoList
 
@@ -268,3 +269,9 @@ def test_worst_failures_are_of_different_videos():
     for sentence, rank, video, instead in table.rows:
         row = listed[sentence]
         assert (row['rank'], row['video'], row['found_instead']) == (rank, video, instead)
+
+
+@pytest.mark.parametrize('num_words', [-1, 1, 78, 10**9])
+def test_numbers_of_words_that_no_tower_reads_are_named(num_words):
+    with pytest.raises(ValueError, match=f'task.num_words={num_words} must be 2'):
+        Retrieve(num_words=num_words)

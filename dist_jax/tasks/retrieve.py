@@ -19,6 +19,7 @@ from dist_jax.similarity import INTERACTIONS, MASKED, Texts, Videos, decorrelati
 from dist_jax.tasks.api import Labels, Tree
 from dist_jax.tasks.retrieve_evaluator import RetrieveEvaluator
 from input_pipeline.captions import CaptionPairs, CaptionTokens, check_captions, sentence_rows
+from input_pipeline.tokenizer import CONTEXT_LENGTH
 from input_pipeline.video_list import LabelledSource
 
 # What is right for a sentence: its own clip, as in the release, in which other clips of the same
@@ -70,6 +71,11 @@ class Retrieve:
         ):
             if value not in choices:
                 raise ValueError(f'task.{field}={value!r} is not one of {", ".join(choices)}')
+        if not 2 <= num_words <= CONTEXT_LENGTH:
+            raise ValueError(
+                f'task.num_words={num_words} must be 2, for start and end, to {CONTEXT_LENGTH}, '
+                'which text towers read'
+            )
         if cdcr and interaction != 'wti':
             raise ValueError(
                 f'task.cdcr={cdcr} is about words and frames, and task.interaction={interaction!r} '
