@@ -682,7 +682,7 @@ def _search(argv: Sequence[str]) -> int:
     parser.add_argument('--folder', default='', help='of the videos, if they have moved')
     parser.add_argument('--workdir', default='', metavar='FOLDER', help='the run, if it has moved')
     parser.add_argument('--backbone', default='', metavar='FOLDER', help='if it has moved')
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # options may stand before the sentence
     with _wrong_usage():
         if bool(arguments.sentence.strip()) == bool(arguments.video):
             raise ValueError('say what to look for: a sentence in quotes, or --video=FILE')
@@ -691,6 +691,10 @@ def _search(argv: Sequence[str]) -> int:
         for name in (arguments.index, arguments.video, arguments.folder):
             if name and not os.path.exists(name):
                 raise ValueError(f'no file or folder {name}')
+        for name in filter(None, (arguments.output, arguments.json)):
+            for read in filter(None, (arguments.index, arguments.video)):
+                if os.path.exists(name) and os.path.samefile(name, read):
+                    raise ValueError(f'{name} is what is searched: write to another file')
         if arguments.workdir:
             paths.check_run(arguments.workdir)
         paths.check_backbone(arguments.backbone)

@@ -322,7 +322,9 @@ def test_a_backbone_that_moved_is_named(made, backbone, tmp_path, capfd):
         (['search', 'none', 'words'], ['no file or folder none']),
         (['search', '.'], ['a sentence in quotes, or --video=FILE']),
         (['search', '.', 'words', '--video=.'], ['a sentence in quotes, or --video=FILE']),
-        (['search', '.', 'words', '--top=0'], ['--top=0 must be at least 1']),
+        (['search', '.', '--top=0', 'words'], ['--top=0 must be at least 1']),
+        (['search', '.', 'words', '--output=.'], ['. is what is searched: write to another']),
+        (['search', '.', 'words', '--json=.'], ['. is what is searched: write to another']),
     ],
 )
 def test_wrong_usage_is_explained(arguments, expected, tmp_path, monkeypatch, capsys):
