@@ -95,7 +95,8 @@ def recipe() -> dict[str, object]:
 def demo(config: ConfigDict) -> None:
     """Sentences about moving things, at a size that two cores train in minutes."""
     base.demo(config)
-    config.data.name = 'motion_captions'
+    config.data.update(name='motion_captions', num_frames=8)
+    config.update(batch_size=64, num_epochs=16.0)
     config.batch_norm.groups = 1
     config.optimizer.update(weight_decay=1e-4, clip_tensor_norm=0.0)
     # The tiny backbone is random: its text tower learns from the start, as fast as the rest.
