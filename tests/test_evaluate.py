@@ -204,7 +204,7 @@ def test_a_list_without_a_readable_video_has_no_accuracy(score, tmp_path):
     (tmp_path / 'labels.txt').write_text(''.join(f'class {i}\n' for i in range(8)))
     for name in ('a.mp4', 'b.mp4'):
         (tmp_path / name).write_bytes(b'no video')
-    with pytest.raises(BadVideosError, match='2 of 2 videos'):
+    with pytest.raises(BadVideosError, match='none of the 2 videos can be read'):
         score(open_list(tmp_path), max_bad_share=1.0)
 
 

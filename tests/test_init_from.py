@@ -17,6 +17,7 @@ from configs import dist
 from dist_jax import backbones, checkpoint, evaluate, experiment, init_from, recipe, step, train
 from dist_jax.models import converted, heads
 from dist_jax.sharding import make_mesh
+from dist_jax.tasks.api import labels_of
 from input_pipeline import class_names
 from input_pipeline.kinetics import SYNONYMS, merged_key
 from input_pipeline.sources import open_source
@@ -147,7 +148,7 @@ def begin(config, workdir, stop=False):
 
 def loaded(config):
     """What a run of this config would begin with: (its parameters, those it would have drawn)."""
-    names = recipe.labels_of(recipe.open_split(config, 'train'))
+    names = labels_of(recipe.open_split(config, 'train'))
     parts = experiment.assemble(config, names, experiment.sized_backbone(config))
     drawn = noise(parts.abstract_variables(), seed=1)
     found = init_from.load_variables(experiment.origin(config), parts.model, drawn, names)

@@ -12,6 +12,7 @@ from dist_jax import checkpoint, evaluate, experiment, recipe, step, train, trai
 from dist_jax.models import FAMILIES
 from dist_jax.models.params import flatten
 from dist_jax.sharding import make_mesh
+from dist_jax.tasks.api import labels_of
 from dist_jax.tasks.classify import Classify
 from input_pipeline import pipeline
 
@@ -122,7 +123,7 @@ def test_what_is_saved_and_evaluated_has_them(run, config, tmp_path):
     workdir, summary = run
     variables = read(workdir)
     source = recipe.open_split(config, 'train')
-    labels = recipe.labels_of(source)
+    labels = labels_of(source)
     model = experiment.make_model(config, None, labels)
     batches = pipeline.train_batches(
         source,

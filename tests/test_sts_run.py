@@ -12,6 +12,7 @@ from configs import sts as configs
 from dist_jax import checkpoint, experiment, main, recipe, step
 from dist_jax.models import sts
 from dist_jax.models.params import flatten
+from dist_jax.tasks.api import labels_of
 from input_pipeline import motion_images
 
 STEPS = 4
@@ -75,7 +76,7 @@ def initial(row, fields):
     """The parameters that a run begins with, flat."""
     config = configs.get_config(row)
     config.update_from_flattened_dict(fields)
-    labels = recipe.labels_of(recipe.open_split(config, 'train'))
+    labels = labels_of(recipe.open_split(config, 'train'))
     parts = experiment.assemble(config, labels, None)
 
     def draw():
