@@ -67,14 +67,13 @@ def start():
     """Starts such a command and waits until it is busy."""
     started = []
 
-    def run(command, what, *arguments, **options):
+    def run(command, what, *arguments, through=()):
         process = subprocess.Popen(
-            [sys.executable, '-c', COMMAND, command, what, *arguments],
+            [*through, sys.executable, '-c', COMMAND, command, what, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {'PYTHONPATH': str(Path(main.__file__).parents[1])},
-            **options,
         )
         started.append(process)
         assert process.stdout.readline() == 'ready\n', process.stderr.read()
@@ -146,10 +145,8 @@ def test_other_commands_end_at_once_and_clean_up_after_ctrl_c(start):
 
 
 def test_what_a_shell_put_into_the_background_stays_deaf_to_ctrl_c(start):
-    def ignore():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    process = start('train', 'loop', '0', preexec_fn=ignore)
+    deaf = ('sh', '-c', 'trap "" INT; exec "$@"', 'sh')
+    process = start('train', 'loop', '0', through=deaf)
     process.send_signal(signal.SIGINT)
     for _ in range(3):
         assert process.stdout.readline() == 'ready\n'

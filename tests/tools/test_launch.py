@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -377,6 +378,13 @@ def test_wrong_arguments_of_gke_are_named(cloud, arguments, message):
 
 # The worker.
 
+# A shell in the background ignores SIGINT, and so would all that it starts. Not preexec_fn: it runs
+# Python in a fork of this process, whose many threads are not there, and that may abort.
+HEEDING_SIGINT = (
+    'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); '
+    'os.execvp(sys.argv[1], sys.argv[1:])'
+)
+
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
@@ -398,13 +406,12 @@ def worker(tmp_path, monkeypatch):
     class Worker:
         def start(self, *codes, **variables):
             (tmp_path / 'codes').write_text(''.join(f'{code}\n' for code in codes))
+            command = ['bash', str(FOLDER / 'worker.sh'), '--', str(program), 'a b', 'c']
             return subprocess.Popen(
-                ['bash', str(FOLDER / 'worker.sh'), '--', str(program), 'a b', 'c'],
+                [sys.executable, '-c', HEEDING_SIGINT, *command],
                 stderr=subprocess.PIPE,
                 text=True,
                 env=os.environ | variables,
-                # A shell in the background ignores SIGINT, and so would all that it starts.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
         def run(self, *codes, **variables):
@@ -464,7 +471,7 @@ def test_a_preemption_notice_is_passed_on(worker, tmp_path):
         'DIST_JAX_NOTICE_SECONDS': '0.1',
         'DIST_JAX_ATTEMPTS': '1',
     }
-    assert worker.run('wait', **variables) == 75
+    assert worker.run('wait', **variables) == 75, worker.text
     assert worker.starts() == ['a b c', 'term'] and 'this machine is preempted' in worker.text
 
 
