@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +15,33 @@ SPLITS = ('train', 'val')
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Lists:
-    """What is written beside the files.
-
-    Attributes:
-      suffix: of train and val, the lists, with its dot.
-      line: (name of a file, from the folder on; its split; its index there) -> its line.
-      others: further files, name -> text.
-    """
-
-    suffix: str
-    line: Callable[[str, str, int], str]
-    others: Mapping[str, str] = field(default_factory=dict)
-
-
 def class_of(index: int, class_names: Sequence[str]) -> int:
     """The label of a file: every run of as many files as there are classes has each class once."""
     return index % len(class_names)
 
 
-def class_lists(class_names: Sequence[str]) -> Lists:
-    """train.txt and val.txt, lines of "path label", and labels.txt."""
-    return Lists(
-        '.txt',
-        lambda name, split, index: f'{name} {class_of(index, class_names)}',
-        {'labels.txt': '\n'.join(class_names) + '\n'},
-    )
+def file_names(split: str, count: int, suffix: str) -> list[str]:
+    """Names of the files of a split, from the folder of the set on."""
+    return [f'{split}/{i:06d}{suffix}' for i in range(count)]
+
+
+def class_lists(meta: Mapping[str, Any], suffix: str, class_names: Sequence[str]) -> dict[str, str]:
+    """Texts of train.txt and val.txt, lines of "path label", and of labels.txt."""
+    texts = {'labels.txt': ''.join(f'{name}\n' for name in class_names)}
+    for split in SPLITS:
+        names = file_names(split, meta[f'num_{split}'], suffix)
+        texts[f'{split}.txt'] = ''.join(
+            f'{name} {class_of(i, class_names)}\n' for i, name in enumerate(names)
+        )
+    return texts
 
 
 def write_set(
     out_dir: str | os.PathLike,
     meta: Mapping[str, Any],
-    suffix: str,
+    suffixes: Mapping[str, str],
     write_file: Callable[[Path, str, int], None],
-    lists: Lists,
+    texts: Mapping[str, str],
     num_threads: int,
     progress: Progress | None = None,
 ) -> bool:
@@ -60,13 +51,12 @@ def write_set(
     is then renamed.
 
     Args:
-      out_dir: folder to create; gets train/, val/, a list of each with paths relative to the
-        folder, and meta.json.
-      meta: what the set is, as JSON: `name`, `num_train` and `num_val` (files), `seed`, and
+      out_dir: folder to create; gets a folder for each split, the texts and meta.json.
+      meta: what the set is, as JSON: `name`, `num_SPLIT` (files) of each split, `seed`, and
         whatever else decides its bytes.
-      suffix: of the files, with its dot.
+      suffixes: split -> suffix of its files, with the dot; see `file_names`.
       write_file: called as (path, split, index in the split), from several threads.
-      lists: what stands beside the files.
+      texts: what stands beside the files, name -> text.
       num_threads: files written at the same time.
       progress: called with (files done, files in all) after each file.
 
@@ -76,15 +66,15 @@ def write_set(
     Raises:
       ValueError: if a split is empty, a number out of range or the folder holds something else.
     """
-    num_train, num_val = meta['num_train'], meta['num_val']
-    if num_train < 1 or num_val < 1:
-        raise ValueError(f'num_train={num_train} and num_val={num_val} must be at least 1')
+    for split in suffixes:
+        if meta[f'num_{split}'] < 1:
+            raise ValueError(f'num_{split}={meta[f"num_{split}"]} must be at least 1')
     if num_threads < 1:
         raise ValueError(f'num_threads={num_threads} must be at least 1')
     if meta['seed'] < 0:
         raise ValueError(f'seed={meta["seed"]} must be at least 0')
     out_dir = Path(out_dir)
-    if _is_complete(out_dir, meta, suffix):
+    if _is_complete(out_dir, meta, suffixes):
         return False
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     prefix = f'.{out_dir.name}.partial-'
@@ -93,20 +83,20 @@ def write_set(
             shutil.rmtree(stale, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=prefix, dir=out_dir.parent))
     try:
-        _write(partial, meta, suffix, write_file, lists, num_threads, progress)
+        _write(partial, meta, suffixes, write_file, texts, num_threads, progress)
         partial.chmod(0o755)
         if out_dir.exists() and not any(out_dir.iterdir()):
             out_dir.rmdir()
         try:
             partial.rename(out_dir)
         except OSError:  # another process finished first
-            return not _is_complete(out_dir, meta, suffix)
+            return not _is_complete(out_dir, meta, suffixes)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
-def _is_complete(out_dir: Path, meta: Mapping[str, Any], suffix: str) -> bool:
+def _is_complete(out_dir: Path, meta: Mapping[str, Any], suffixes: Mapping[str, str]) -> bool:
     """Whether the folder already holds this very set.
 
     Raises:
@@ -122,7 +112,7 @@ def _is_complete(out_dir: Path, meta: Mapping[str, Any], suffix: str) -> bool:
     if found != meta:
         fields = {k: (found.get(k), v) for k, v in meta.items() if found.get(k) != v}
         raise ValueError(f'{out_dir} holds another set, (found, wanted) = {fields}; {advice}')
-    for split in SPLITS:
+    for split, suffix in suffixes.items():
         count = sum(1 for _ in (out_dir / split).glob(f'*{suffix}'))
         if count != meta[f'num_{split}']:
             raise ValueError(
@@ -135,29 +125,23 @@ def _is_complete(out_dir: Path, meta: Mapping[str, Any], suffix: str) -> bool:
 def _write(
     folder: Path,
     meta: Mapping[str, Any],
-    suffix: str,
+    suffixes: Mapping[str, str],
     write_file: Callable[[Path, str, int], None],
-    lists: Lists,
+    texts: Mapping[str, str],
     num_threads: int,
     progress: Progress | None,
 ) -> None:
-    files = [(split, i) for split in SPLITS for i in range(meta[f'num_{split}'])]
-
-    def write(file: tuple[str, int]) -> str:
-        split, index = file
-        name = f'{split}/{index:06d}{suffix}'
-        write_file(folder / name, split, index)
-        return lists.line(name, split, index)
-
-    for split in SPLITS:
+    files = [
+        (folder / name, split, index)
+        for split, suffix in suffixes.items()
+        for index, name in enumerate(file_names(split, meta[f'num_{split}'], suffix))
+    ]
+    for split in suffixes:
         (folder / split).mkdir()
-    texts = dict.fromkeys(SPLITS, '')
     with ThreadPoolExecutor(num_threads) as pool:
-        for done, ((split, _), line) in enumerate(zip(files, pool.map(write, files)), 1):
-            texts[split] += f'{line}\n'
+        for done, _ in enumerate(pool.map(lambda file: write_file(*file), files), 1):
             if progress is not None:
                 progress(done, len(files))
-    contents = {f'{split}{lists.suffix}': text for split, text in texts.items()} | lists.others
-    for name, text in contents.items():
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding='utf-8')
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')

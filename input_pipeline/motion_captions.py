@@ -140,7 +140,14 @@ def generate(
 
     def line(name: str, split: str, index: int) -> str:
         captions = describe(*combination(seed, split, index))
-        return json.dumps({'path': name, 'captions': captions})
+        return json.dumps({'path': name, 'captions': captions}) + '\n'
 
-    lists = built_in.Lists('.jsonl', line)
-    return built_in.write_set(out_dir, meta, '.mp4', write_file, lists, num_threads, progress)
+    lists = {
+        f'{split}.jsonl': ''.join(
+            line(name, split, index)
+            for index, name in enumerate(built_in.file_names(split, count, '.mp4'))
+        )
+        for split, count in zip(built_in.SPLITS, (num_train, num_val))
+    }
+    suffixes = dict.fromkeys(built_in.SPLITS, '.mp4')
+    return built_in.write_set(out_dir, meta, suffixes, write_file, lists, num_threads, progress)

@@ -124,13 +124,14 @@ def render_clip(
     return np.stack([np.roll(picture, (down, right), (0, 1)) for right, down in plan.shifts])
 
 
-def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:
+def write_clip(path: Path, frames: np.ndarray, fps: int, quantiser: int = 26) -> None:
     """Writes H.264 in an mp4: intra frames only, constant quantiser, one thread.
 
     Args:
       path: the file to write.
       frames: (T, H, W, 3) uint8 RGB, H and W even.
       fps: frames per second.
+      quantiser: of H.264, 0 (best) to 51.
     """
     with av.open(str(path), 'w', format='mp4') as container:
         stream = container.add_stream('libx264', rate=fps)
@@ -138,7 +139,7 @@ def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:
         stream.pix_fmt = 'yuv420p'
         stream.time_base = Fraction(1, fps)
         stream.codec_context.thread_count = 1
-        stream.options = {'preset': 'ultrafast', 'qp': '26', 'g': '1', 'bf': '0'}
+        stream.options = {'preset': 'ultrafast', 'qp': str(quantiser), 'g': '1', 'bf': '0'}
         reformatter = VideoReformatter()
         for picture in frames:
             frame = av.VideoFrame.from_ndarray(picture, format='rgb24')
@@ -204,5 +205,6 @@ def generate(
         plan = plan_clip(seed, split, index, num_frames, size, label)
         write_clip(path, render_clip(plan, size), fps)
 
-    lists = built_in.class_lists(CLASS_NAMES)
-    return built_in.write_set(out_dir, meta, '.mp4', write_file, lists, num_threads, progress)
+    suffixes = dict.fromkeys(built_in.SPLITS, '.mp4')
+    lists = built_in.class_lists(meta, '.mp4', CLASS_NAMES)
+    return built_in.write_set(out_dir, meta, suffixes, write_file, lists, num_threads, progress)

@@ -53,6 +53,12 @@ def render_image(seed: int, split: str, index: int, size: int, label: int) -> np
     return np.roll(world.draw_picture(rng, size, LOOKS[label]), shift, (0, 1))
 
 
+def write_image(path: Path, picture: np.ndarray) -> None:
+    """Writes a picture (H, W, 3) uint8 RGB as JPEG."""
+    coded = cv2.imencode('.jpg', cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), JPEG)[1]
+    path.write_bytes(coded.tobytes())
+
+
 def generate(
     out_dir: str | os.PathLike,
     num_train: int = 2400,
@@ -94,9 +100,8 @@ def generate(
 
     def write_file(path: Path, split: str, index: int) -> None:
         label = built_in.class_of(index, CLASS_NAMES)
-        picture = render_image(seed, split, index, size, label)
-        coded = cv2.imencode('.jpg', cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), JPEG)[1]
-        path.write_bytes(coded.tobytes())
+        write_image(path, render_image(seed, split, index, size, label))
 
-    lists = built_in.class_lists(CLASS_NAMES)
-    return built_in.write_set(out_dir, meta, '.jpg', write_file, lists, num_threads, progress)
+    suffixes = dict.fromkeys(built_in.SPLITS, '.jpg')
+    lists = built_in.class_lists(meta, '.jpg', CLASS_NAMES)
+    return built_in.write_set(out_dir, meta, suffixes, write_file, lists, num_threads, progress)
