@@ -3,8 +3,16 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from input_pipeline import class_names, kinetics, motion_captions, motion_clips, motion_images
+from input_pipeline import (
+    class_names,
+    kinetics,
+    motion_captions,
+    motion_clips,
+    motion_images,
+    motion_world,
+)
 from input_pipeline.transforms import Flip
 
 PLAIN_FLIP = Flip()
@@ -75,6 +83,21 @@ BUILT_IN = {
     },
     'label_files': ('labels.txt',),
 }
+
+
+def _world(name: str) -> dict[str, Any]:
+    """The clips of `motion_world` with one of their kinds of classes."""
+    return {
+        'list_format': 'kinetics',
+        'splits': {
+            split: SplitFile((f'{name}_{file}.txt',), 'kinetics')
+            for split, file in (('train', 'train'), ('validation', 'val'), ('test', 'test'))
+        },
+        'label_files': (f'{name}_labels.txt',),
+        'generate': motion_world.generate,
+    }
+
+
 # Sentences say left and right: no flip.
 CAPTIONS = {'flip': None, 'captions': True}
 MSRVTT_JSON = ('MSRVTT_data.json', 'videodatainfo_2017.json', 'train_val_videodatainfo.json')
@@ -201,6 +224,30 @@ DATASETS: dict[str, DatasetInfo] = {
             'validation': SplitFile(('val.jsonl',), 'json'),
         },
         generate=motion_captions.generate,
+        **CAPTIONS,
+    ),
+    # One folder of clips serves the first three.
+    'motion_world': DatasetInfo(len(motion_world.MOTIONS), flip=None, **_world('motion')),
+    'motion_world_looks': DatasetInfo(len(motion_world.LOOKS), **_world('looks')),
+    'motion_world_captions': DatasetInfo(
+        0,
+        'json',
+        splits={
+            'train': SplitFile(('captions_train.jsonl',), 'json'),
+            'validation': SplitFile(('captions_val.jsonl',), 'json'),
+            'test': SplitFile(('captions_test.jsonl',), 'json'),
+        },
+        generate=motion_world.generate,
+        **CAPTIONS,
+    ),
+    'motion_world_pictures': DatasetInfo(
+        0,
+        'json',
+        splits={
+            'train': SplitFile(('train.jsonl',), 'json'),
+            'validation': SplitFile(('val.jsonl',), 'json'),
+        },
+        generate=motion_world.generate_pictures,
         **CAPTIONS,
     ),
     'custom': DatasetInfo(0, 'auto'),

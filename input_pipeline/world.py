@@ -23,12 +23,14 @@ class Look:
       texture: a key of `TEXTURES`.
       colour: a key of `COLOURS`.
       area: of each object in squares of its radius; 0 for what its shape has.
+      shade: the darker of its two tones, a share of the brighter one; 0 for one that is drawn.
     """
 
     shape: str = 'polygon'
     texture: str = 'halved'
     colour: str = 'any'
     area: float = 0.0
+    shade: float = 0.0
 
 
 def check_size(size: int) -> None:
@@ -56,7 +58,7 @@ def draw_picture(rng: np.random.Generator, size: int, look: Look = Look()) -> np
     box = size // 2
     for k in range(NUM_OBJECTS):  # one in each quarter, off its centre
         radius = 0.2 * size * rng.uniform(0.9, 1.2)
-        sprite = _sprite(rng, box, radius, look)
+        sprite = draw_sprite(rng, box, radius, look)
         corner = np.array(divmod(k, 2)) * box + rng.uniform(-0.08, 0.08, 2) * size
         _lay(sprite, picture, corner)
     return (picture + 0.5).astype(np.uint8)
@@ -71,7 +73,7 @@ def draw_object(rng: np.random.Generator, size: int, look: Look) -> np.ndarray:
     picture = _ground(rng, size)
     box = 5 * size // 8
     radius = 0.25 * size * rng.uniform(0.9, 1.2)
-    _lay(_sprite(rng, box, radius, look), picture, np.full(2, (size - box) / 2))
+    _lay(draw_sprite(rng, box, radius, look), picture, np.full(2, (size - box) / 2))
     return (picture + 0.5).astype(np.uint8)
 
 
@@ -90,8 +92,18 @@ def _lay(sprite: np.ndarray, picture: np.ndarray, corner: np.ndarray) -> None:
     picture += (layer[..., :3] - picture) * layer[..., 3:]
 
 
-def _sprite(rng: np.random.Generator, size: int, radius: float, look: Look) -> np.ndarray:
-    """An object in two tones, without rotational symmetry: (size, size, 4) float32 RGBA."""
+def draw_sprite(rng: np.random.Generator, size: int, radius: float, look: Look) -> np.ndarray:
+    """An object in two tones, without rotational symmetry, in the middle of nothing.
+
+    Args:
+      rng: source of whatever the look leaves open.
+      size: height and width of the result in pixels.
+      radius: of the object in pixels.
+      look: of the object.
+
+    Returns:
+      (size, size, 4) float32 RGBA, alpha 0 to 1.
+    """
     points = SHAPES[look.shape](rng, radius)
     if look.area:
         points *= radius * np.sqrt(look.area / cv2.contourArea(points.astype(np.float32)))
@@ -103,6 +115,8 @@ def _sprite(rng: np.random.Generator, size: int, radius: float, look: Look) -> n
 
     bright = COLOURS[look.colour](rng)
     dark = rng.uniform(0, 80, 3)
+    if look.shade:
+        dark = look.shade * bright
     turn = rng.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
     along = columns * np.cos(turn) + rows * np.sin(turn)
@@ -152,6 +166,29 @@ def _disc(rng: np.random.Generator, radius: float) -> np.ndarray:
     return radius * _directions(np.arange(32) * np.pi / 16)
 
 
+def _ring(rng: np.random.Generator, radius: float) -> np.ndarray:
+    outline = _directions(np.linspace(0, 2 * np.pi, 33))  # around, inwards, and back
+    return radius * np.concatenate([outline, rng.uniform(0.6, 0.65) * outline[::-1]])
+
+
+def _thin_star(rng: np.random.Generator, radius: float) -> np.ndarray:
+    angles = np.arange(8) * np.pi / 4 + rng.uniform(0, 2 * np.pi)
+    return radius * np.where(np.arange(8) % 2, 0.28, 1.0)[:, None] * _directions(angles)
+
+
+def _thin_bar(rng: np.random.Generator, radius: float) -> np.ndarray:
+    half = rng.uniform(0.16, 0.2)
+    points = radius * np.array([[-1, -half], [1, -half], [1, half], [-1, half]])
+    return points @ _rotation(rng.uniform(0, 2 * np.pi))
+
+
+def _cluster(rng: np.random.Generator, radius: float) -> np.ndarray:
+    """Three spots, from one to the next through the middle."""
+    spot = 0.33 * radius * _directions(np.linspace(0, 2 * np.pi, 17))
+    places = 0.67 * radius * _directions(np.arange(3) * 2 * np.pi / 3 + rng.uniform(0, 2 * np.pi))
+    return np.concatenate([np.concatenate([np.zeros((1, 2)), place + spot]) for place in places])
+
+
 def _directions(angles: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], 1)
 
@@ -167,6 +204,10 @@ SHAPES: dict[str, Callable[[np.random.Generator, float], np.ndarray]] = {
     'cross': _cross,
     'bar': _bar,
     'disc': _disc,
+    'ring': _ring,
+    'spark': _thin_star,
+    'needle': _thin_bar,
+    'cluster': _cluster,
 }
 
 

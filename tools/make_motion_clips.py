@@ -4,11 +4,15 @@ python -m tools.make_motion_clips --out data/motion_clips
 python -m tools.make_motion_clips --out /tmp/small --num_train 100 --num_val 20 --seed 1
 python -m tools.make_motion_clips --images --out data/motion_images
 python -m tools.make_motion_clips --captions --out data/motion_captions
+python -m tools.make_motion_clips --world --out data/motion_world
+python -m tools.make_motion_clips --large_world --out data/motion_world_large
 """
 
 import argparse
+import dataclasses
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from input_pipeline import motion_captions, motion_clips, motion_images
+from input_pipeline import motion_captions, motion_clips, motion_images, motion_world
 from input_pipeline.escape import Console
 
 COLUMNS = 16  # pictures of a row on the contact sheet
@@ -92,6 +96,17 @@ def _stills(meta: Mapping[str, Any], label: int) -> Pictures:
     return [motion_images.render_image(meta['seed'], 'val', k, meta['size'], label) for k in places]
 
 
+def _world_sentences(meta: Mapping[str, Any]) -> Sequence[str]:
+    clips = (motion_world.plan_clip(meta['seed'], 'val', k) for k in range(meta['num_val']))
+    return [motion_world.describe(clip)[0] for clip in itertools.islice(clips, DESCRIBED)]
+
+
+def _world_frames(meta: Mapping[str, Any], row: int) -> Pictures:
+    """Frames of one clip, at equal times."""
+    clip = motion_world.plan_clip(meta['seed'], 'val', row)
+    return motion_world.render_clip(clip, meta['size'], np.arange(COLUMNS) / COLUMNS)
+
+
 def _caption(meta: Mapping[str, Any]) -> str:
     shown = _shown(meta)
     return f'frames {shown[0]}, {shown[1]} .. {shown[-1]} of {meta["num_frames"]}'
@@ -112,6 +127,16 @@ IMAGES = BuiltIn(
     lambda meta: 'first validation images of each class',
 )
 CAPTIONS = BuiltIn('clips', motion_captions.generate, _sentences, _object_frames, _caption)
+WORLD = BuiltIn(
+    'clips',
+    motion_world.generate,
+    _world_sentences,
+    _world_frames,
+    lambda meta: f'{COLUMNS} moments of the first validation clips',
+)
+LARGE_WORLD = dataclasses.replace(
+    WORLD, generate=functools.partial(motion_world.generate, **motion_world.LARGE)
+)
 
 
 def draw_contact_sheet(out_dir: Path, built_in: BuiltIn, meta: Mapping[str, Any]) -> Path:
@@ -158,11 +183,16 @@ def main(argv: list[str] | None = None) -> int:
     for flag, built_in, text in (
         ('--images', IMAGES, 'still images whose classes are shape, texture and colour'),
         ('--captions', CAPTIONS, 'clips of one object, with sentences in place of classes'),
+        ('--world', WORLD, 'the benchmark: looks, motions and sentences of the same clips'),
+        ('--large_world', LARGE_WORLD, 'the same, ten times as large'),
     ):
         kinds.add_argument(flag, dest='built_in', action='store_const', const=built_in, help=text)
     for name, text in {
         'num_train': 'training files',
         'num_val': 'validation files',
+        'num_test': 'test files',
+        'num_new_looks': 'files of looks that are held out',
+        'num_new_motions': 'files of motions that are held out',
         'size': 'frame height and width in pixels, a multiple of 8',
         'num_frames': 'frames per clip, a multiple of 4',
         'fps': 'frames per second',
@@ -170,9 +200,11 @@ def main(argv: list[str] | None = None) -> int:
         'num_threads': 'files written at the same time',
     }.items():
         flags = [f'--{name}'] + (['--frames'] if name == 'num_frames' else [])
-        default = CLIPS.defaults[name]
-        of_images = IMAGES.defaults.get(name, default)
-        text += f' (default {default}{f", of images {of_images}" * (of_images != default)})'
+        sets = {'clips': CLIPS, 'images': IMAGES, 'world': WORLD, 'large_world': LARGE_WORLD}
+        found = {key: each.defaults[name] for key, each in sets.items() if name in each.defaults}
+        same = len(set(found.values())) == 1
+        each = ', '.join(f'{value} of {key}' for key, value in found.items())
+        text += f' (default {next(iter(found.values())) if same else each})'
         parser.add_argument(*flags, dest=name, type=int, default=argparse.SUPPRESS, help=text)
     arguments = vars(parser.parse_args(argv))
     out_dir, built_in = Path(arguments.pop('out')), arguments.pop('built_in')

@@ -89,7 +89,7 @@ def test_all_shapes_have_the_same_area_and_stay_inside_their_box(shape):
     look = next(look for look in LOOKS if look.shape == shape)
     radius = 0.2 * 96 * 1.2  # the largest, at twice the usual size
     for seed in range(20):
-        alpha = world._sprite(np.random.default_rng(seed), 48, radius, look)[..., 3]
+        alpha = world.draw_sprite(np.random.default_rng(seed), 48, radius, look)[..., 3]
         assert alpha.sum() == pytest.approx(look.area * radius**2, rel=0.06)
         border = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
         assert border.max() < 0.5
