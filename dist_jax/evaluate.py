@@ -107,13 +107,25 @@ def run(
 ) -> tuple[dict[str, Any], Figures]:
     """Evaluates on `config.data.val_list` and writes `evaluation.json` and `evaluation.html`.
 
+    Args:
+      config: of the experiment.
+      workdir: the run; '' for what `load_trained` takes without one. Then a built-in data set, if
+        no list is named, and a random backbone are made where the report is.
+      step_number: of the checkpoint, or 'best'; None for the newest.
+      output: folder of the report; '' for the run's, or else the current one.
+
     Returns:
       What `evaluation.json` holds, and the figures.
     """
+    output = output or workdir or '.'
+    config = ConfigDict(config)
+    if not workdir:
+        with config.unlocked():
+            recipe.prepare_builtin_data(config, output)
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.eval.batch_size, mesh, 'eval.batch_size')
     source = recipe.open_split(config, 'val')
-    trained = load_trained(config, workdir, step_number, labels_of(source))
+    trained = load_trained(config, workdir, step_number, labels_of(source), output)
     trained.task.check_list(source, 'data.val_list')
     parts = (trained.model, trained.task, mesh, trained.variables, trained.frozen)
     eval_step, query_step = step.make_eval_step(*parts), step.make_query_step(*parts)
@@ -141,7 +153,7 @@ def run(
         **result.figures.details,
     }
     if jax.process_index() == 0:
-        folder = epath.Path(output or workdir or '.')
+        folder = epath.Path(output)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / 'evaluation.json', stored)
         page.write_evaluation(folder, stored, result.figures)

@@ -43,6 +43,15 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     recipe.eval_reader(config)  # checks its fields
 
 
+def check_trains(config: ConfigDict) -> None:
+    """Raises ValueError for a family in which nothing is trained."""
+    if not _family(config).trains:
+        raise ValueError(
+            f'model.family={config.model.family!r} has nothing to train; `dist_jax evaluate` with '
+            'the same --config, and without --workdir, judges it as it is'
+        )
+
+
 def find_backbone(config: ConfigDict, workdir: str) -> Backbone | None:
     """The converted backbone of the config; a random one is made on first use.
 
@@ -200,7 +209,7 @@ class Experiment:
         inputs = step.example_inputs(model, self.task, self.abstract_frozen(test), (1, *shape))
         outputs, variables = jax.eval_shape(model.net.init_with_output, jax.random.key(0), inputs)
         self.task.check(outputs)
-        return variables
+        return {'params': {}, **variables}  # Flax leaves out what is empty
 
     def abstract_frozen(self, test: bool = False) -> Tree:
         """Shapes of the frozen tree; {} where there is none."""

@@ -22,6 +22,7 @@ from dist_jax import checkpoint
 from dist_jax.models import converted, heads
 from dist_jax.models.api import Model, Tree
 from dist_jax.models.backbone import Backbone
+from dist_jax.models.frozen import load_parts
 from dist_jax.models.params import flatten, unflatten
 from dist_jax.sharding import replicated
 from dist_jax.tasks.api import Labels
@@ -115,7 +116,7 @@ def load_from_backbone(
     Args:
       from_backbone: which, see `Model.from_backbone`.
       backbone: converted.
-      params: fresh ones, arrays.
+      params: fresh ones, arrays; or shapes with shardings, where all are taken.
       verify: compare what is read with its digests.
 
     Raises:
@@ -129,14 +130,9 @@ def load_from_backbone(
         if not inside:
             raise ValueError(f'from_backbone: the network has no parameters under {ours!r}')
         wanted |= {theirs + path.removeprefix(ours): path for path in inside}
-    found = converted.load_params(
-        backbone.path,
-        list(wanted),
-        abstract=unflatten({theirs: known[path] for theirs, path in wanted.items()}),
-        verify=verify,
-    )
-    taken = {wanted[theirs]: leaf for theirs, leaf in flatten(found).items()}
-    return unflatten(known | taken)
+    asked = {theirs: known[path] for theirs, path in wanted.items()}
+    found = load_parts(backbone, asked, verify)
+    return unflatten(known | {wanted[theirs]: leaf for theirs, leaf in found.items()})
 
 
 def compare_backbones(path: str, backbone: Backbone | None) -> None:

@@ -214,6 +214,7 @@ def train(
     config = ConfigDict(config)
     mesh = make_mesh(**config.mesh)
     experiment.check(config, mesh)  # before anything is written
+    experiment.check_trains(config)
     with locked(workdir):
         return _train(config, workdir, mesh, started, also)
 

@@ -10,8 +10,14 @@ from ml_collections import ConfigDict
 from configs import base
 from dist_jax import checkpoint, experiment, init_from, step
 from dist_jax.models.api import Model, Tree
+from dist_jax.models.params import flatten
 from dist_jax.sharding import make_mesh
 from dist_jax.tasks.api import Labels, Task
+
+NO_MODEL = (
+    'no trained model: pass --workdir=RUN, or --config.init_from=CONVERTED together with a list to '
+    'evaluate'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Trained:
       model: its family's model, at the size of evaluation.
       frozen: frozen tree, with text features of these classes where the head reads them.
       variables: parameters (their average if there is one) and collections.
-      step: of the checkpoint, -1 for a converted one.
+      step: of the checkpoint, -1 for a converted one and for a backbone.
     """
 
     task: Task
@@ -63,14 +69,19 @@ def load_trained(
     workdir: str,
     step_number: int | str | None,
     labels: Labels | None = None,
+    output: str = '',
 ) -> Trained:
     """Builds the model of a run (or of `config.init_from`) and reads its weights.
 
+    With neither, the model is what its backbone makes of it before it is trained, where that is
+    all: a network without parameters, or one whose parameters all start as the backbone's.
+
     Args:
       config: the run's, possibly with other paths or another test protocol.
-      workdir: the run; '' to take the weights from `config.init_from`.
+      workdir: the run; '' to take the weights from `config.init_from` or the backbone.
       step_number: of the checkpoint, or 'best'; None for the newest.
       labels: another label set, for zero-shot use of a text head; None for the run's own.
+      output: where a random backbone lies without a run.
 
     Raises:
       ValueError: nothing to read, another backbone than the run's, or a label set that the head
@@ -81,14 +92,11 @@ def load_trained(
         folder = checkpoint.find_checkpoint(workdir, step_number)
         metadata = checkpoint.read_metadata(folder)
         trained_labels = tuple(map(tuple, metadata['class_names']))
-    elif config.init_from and labels is not None:
+    elif labels is not None:
         folder, metadata, trained_labels = None, None, labels
     else:
-        raise ValueError(
-            'no trained model: pass --workdir=RUN, or --config.init_from=CONVERTED together with '
-            'a list to evaluate'
-        )
-    backbone = experiment.find_backbone(config, workdir)
+        raise ValueError(NO_MODEL)
+    backbone = experiment.find_backbone(config, workdir or output)
     if metadata is not None and backbone is not None:
         own, theirs = backbone.identity(), metadata['backbone']
         if checkpoint.backbone_sha256(theirs) != backbone.params_sha256:
@@ -107,10 +115,30 @@ def load_trained(
     verify = config.checkpoint.verify
     frozen = parts.load_test_frozen(mesh, verify=verify)
     variables = step.place_variables(parts.test_model, parts.abstract_variables(), mesh)
-    if folder is None:
-        init_from.compare_backbones(config.init_from, backbone)
-        origin = experiment.origin(config)
+    if folder is not None:
+        found = checkpoint.read_variables(folder, variables, verify)
+        return Trained(parts.task, parts.test_model, frozen, found, int(folder.name))
+    if origin := experiment.origin(config):
+        init_from.compare_backbones(origin.path, backbone)
         found = init_from.load_variables(origin, parts.test_model, variables, parts.task.labels)
-        return Trained(parts.task, parts.test_model, frozen, found, -1)
-    found = checkpoint.read_variables(folder, variables, verify)
-    return Trained(parts.task, parts.test_model, frozen, found, int(folder.name))
+    else:
+        found = _of_backbone(config, parts, variables)
+    return Trained(parts.task, parts.test_model, frozen, found, -1)
+
+
+def _of_backbone(config: ConfigDict, parts: experiment.Experiment, variables: Tree) -> Tree:
+    """What a network is before it is trained.
+
+    Raises:
+      ValueError: it has variables that its backbone does not give.
+    """
+    taken = parts.test_model.from_backbone
+    starts = tuple(f'params/{path}/' for path in taken)
+    own = [path for path in flatten(variables) if not f'{path}/'.startswith(starts)]
+    if own:
+        raise ValueError(
+            f'{NO_MODEL}. model.family={config.model.family!r} is not made of its backbone alone: '
+            f'nothing says what {own[0]} is'
+        )
+    params, verify = variables['params'], config.checkpoint.verify
+    return {'params': init_from.load_from_backbone(taken, parts.backbone, params, verify)}

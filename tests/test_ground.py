@@ -505,7 +505,7 @@ def test_fields_that_are_not_those_of_the_task(make_config, monkeypatch, task, f
         experiment.assemble(config, (('a', 'b'),), None)
 
 
-def cells(params, pixels, spec, taps, *, unroll=False):
+def cells(params, pixels, spec, taps, *, unroll=False, remat=False):
     """A product of patches, and their mean in the place of a class token: nothing attends."""
     if pixels.ndim == 4:
         pixels = patchify(pixels, spec.patch_size)

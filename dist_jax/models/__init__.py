@@ -33,12 +33,14 @@ class Family:
       build: (backbone, *, num_classes, num_frames, dtype, options) -> model; without `backbone`
         where it reads none. Its keyword arguments are the fields of `config.model`.
       reads_backbone: whether it stands on a backbone.
+      trains: whether it has anything to train; without, it is evaluated as it is.
       batch_statistics: whether it keeps any; `build` takes `batch_norm_groups` then, for its
         `batch_norm.BatchNorm`s.
     """
 
     build: Callable[..., Model]
     reads_backbone: bool = True
+    trains: bool = True
     batch_statistics: bool = False
 
 

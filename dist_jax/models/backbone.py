@@ -106,8 +106,8 @@ class Kind:
       tables: leaves of the tree whose shape depends on the image size; () for none.
       resize: (a table, as stored, spec) -> the table at the spec's image size.
       encode_image: (`visual`, pixels (N, H, W, 3) or `layers.patchify` of them (N, g*g, p*p*3),
-        spec, taps, unroll=) -> what the taps ask for, as `clip.encode_image` returns it. What this
-        kind does not have (queries and keys of convolutions) is left out.
+        spec, taps, unroll=, remat=) -> what the taps ask for, as `clip.encode_image` returns it.
+        What this kind does not have (queries and keys of convolutions) is left out.
       projection: subtrees of `visual` behind the last block, the norm and the map to the embedding.
       project_image: (those of `visual`, class tokens (N, W) behind the last block) -> float32
         (N, E).
@@ -171,14 +171,20 @@ class Backbone:
         return jax.eval_shape(lambda: self.kind.init_params(jax.random.key(0), self.spec))
 
     def encode_image(
-        self, params: Tree, pixels: jax.Array, taps: Taps, *, unroll: bool = False
+        self,
+        params: Tree,
+        pixels: jax.Array,
+        taps: Taps,
+        *,
+        unroll: bool = False,
+        remat: bool = False,
     ) -> dict[str, jax.Array]:
         """Runs the image tower; see `Kind.encode_image`.
 
         Raises:
           ValueError: a tap asks for what this kind does not have.
         """
-        found = self.kind.encode_image(params, pixels, self.spec, taps, unroll=unroll)
+        found = self.kind.encode_image(params, pixels, self.spec, taps, unroll=unroll, remat=remat)
         lacking = [name for name in taps.names() if name not in found]
         if lacking:
             raise ValueError(
@@ -187,3 +193,29 @@ class Backbone:
                 'it does not read them'
             )
         return found
+
+    def embed_frames(
+        self, params: Tree, video: jax.Array, *, unroll: bool = False, remat: bool = False
+    ) -> jax.Array:
+        """The embedding of each frame of clips, not of unit length.
+
+        Args:
+          params: the `visual` subtree.
+          video: (B, T, H, W, 3), normalised, in the compute dtype.
+          unroll: see `stack`.
+          remat: see `clip.encode_image`.
+
+        Returns:
+          float32 (B, T, E).
+        """
+        pixels, taps = video.reshape(-1, *video.shape[2:]), Taps(embedding=True)
+        found = self.encode_image(params, pixels, taps, unroll=unroll, remat=remat)
+        return found['embedding'].reshape(*video.shape[:2], -1)
+
+    def check_trained_text(self, family: str) -> None:
+        """Raises ValueError if there is no text tower, which `family` would train."""
+        if self.kind.encode_words is None or not getattr(self.spec, 'text_depth', 0):
+            raise ValueError(
+                f'model.family={family!r} trains the text tower of its backbone, and this backbone '
+                'has none; take another backbone.name, and convert it with its text tower'
+            )

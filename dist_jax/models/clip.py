@@ -98,6 +98,7 @@ def encode_image(
     taps: Taps,
     *,
     unroll: bool = False,
+    remat: bool = False,
 ) -> dict[str, jax.Array]:
     """Runs the image tower as far as the taps need it.
 
@@ -108,6 +109,7 @@ def encode_image(
       spec: geometry; H = W = spec.image_size.
       taps: what to return.
       unroll: see `stack`.
+      remat: of a tower that is trained: the backward pass computes what is inside of a block again.
 
     Returns:
       Only what was asked for, of: `stem` (N, L, W); `outputs` (K, N, L, W); `queries` and `keys`
@@ -132,6 +134,7 @@ def encode_image(
         project=project_image,
         rules=SHARDING_RULES,
         unroll=unroll,
+        remat=remat,
     )
 
 

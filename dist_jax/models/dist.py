@@ -566,8 +566,9 @@ class DistNet(nn.Module):
         outputs: dict[str, Any] = {'embedding': v, 'logits': self.head(v, features)}
         if 'text' in features:
             frames = features['embedding'].reshape(b, -1, self.embed_dim)
-            heads_of_frames = heads.cosine_logits(frames, features['text'], features['logit_scale'])
-            outputs['frozen_logits'] = tuple(logits.mean(1) for logits in heads_of_frames)
+            outputs['frozen_logits'] = heads.mean_cosine_logits(
+                frames, features['text'], features['logit_scale']
+            )
         if intermediates:
             outputs |= {
                 'stem': stem,

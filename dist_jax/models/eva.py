@@ -256,6 +256,7 @@ def encode_image(
     taps: Taps,
     *,
     unroll: bool = False,
+    remat: bool = False,
 ) -> dict[str, jax.Array]:
     """Runs the image tower as far as the taps need it.
 
@@ -272,6 +273,7 @@ def encode_image(
         project=project_image,
         rules=SHARDING_RULES,
         unroll=unroll,
+        remat=remat,
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dist_jax.models import heads
 from dist_jax.models.api import Model, ParamGroup, Tree
-from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.backbone import Backbone
 from dist_jax.models.frozen import Frozen
 from dist_jax.sharding import ShardingRule
 
@@ -57,10 +57,8 @@ def build(
         raise ValueError(f'model.head={head!r}: frame_mean has a linear head only')
 
     def features(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
-        video = batch['video']
-        frames = video.reshape(-1, *video.shape[2:]).astype(dtype)
-        found = backbone.encode_image(frozen['visual'], frames, Taps(embedding=True), unroll=unroll)
-        return {'embedding': found['embedding'].reshape(*video.shape[:2], -1).mean(1)}
+        video = batch['video'].astype(dtype)
+        return {'embedding': backbone.embed_frames(frozen['visual'], video, unroll=unroll).mean(1)}
 
     return Model(
         net=FrameMean(heads.Head(head, tuple(num_classes))),

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from dist_jax.models import converted
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.layers import exact_float32, l2_normalize
-from dist_jax.models.params import flatten, unflatten, with_precision
+from dist_jax.models.params import flatten, in_precision, unflatten, with_precision
 from dist_jax.sharding import (
     FSDP,
     TENSOR,
@@ -89,12 +89,14 @@ class Frozen:
         standardised, in the compute dtype, and what else the task lets the network see. Nobody
         stops gradients here: the step does.
       reads_classes: also holds features of the class names, by the text tower.
+      reads_images: holds the image tower; without, its tree has class texts alone.
     """
 
     backbone: Backbone
     dtype: Any
     apply: Callable[[Tree, Mapping[str, Any]], Tree]
     reads_classes: bool = False
+    reads_images: bool = True
 
     def __post_init__(self) -> None:
         if self.reads_classes and self.backbone.kind.encode_text is None:
@@ -114,8 +116,10 @@ class Frozen:
         Args:
           num_classes: of each head.
         """
-        whole = self.backbone.abstract_params()
-        tree = with_precision({TOWER: whole[TOWER]}, self.dtype)
+        tree = {}
+        if self.reads_images:
+            whole = self.backbone.abstract_params()
+            tree = with_precision({TOWER: whole[TOWER]}, self.dtype)
         if self.reads_classes:
             size = self.backbone.spec.embed_dim
             rows = tuple(jax.ShapeDtypeStruct((n, size), jnp.float32) for n in num_classes)
@@ -139,10 +143,7 @@ class Frozen:
           params: as converted; the subtrees that are read are enough.
           class_tokens: (num_classes, S) int32 of each head, where texts are read.
         """
-        tower = {TOWER: params[TOWER]}
-        tree = jax.tree.map(
-            lambda leaf, like: leaf.astype(like.dtype), tower, with_precision(tower, self.dtype)
-        )
+        tree = in_precision({TOWER: params[TOWER]}, self.dtype) if self.reads_images else {}
         return tree | self._texts(params, class_tokens) if self.reads_classes else tree
 
     def _texts(self, params: Tree, class_tokens: tuple[jax.Array, ...]) -> Tree:
@@ -170,16 +171,9 @@ class Frozen:
             log.info('loading the backbone %s', self.backbone.path)
         tokens = texts.tokens(self.backbone.spec.context_length) if self.reads_classes else ()
         placed = self.place(self.abstract([len(rows) for rows in tokens]), mesh)
-        tables = self._tables(placed, mesh, verify)
-        wanted = flatten({TOWER: placed[TOWER]})
-        rest = [path for path in wanted if path not in tables]
-        stored = converted.load_params(
-            self.backbone.path,
-            rest,
-            abstract=unflatten({path: wanted[path] for path in rest}),
-            verify=verify,
-        )
-        tree = unflatten(flatten(stored) | tables)
+        tree = {}
+        if self.reads_images:
+            tree = unflatten(load_parts(self.backbone, flatten({TOWER: placed[TOWER]}), verify))
         return (
             tree | self._text_features(placed, tokens, mesh, verify) if self.reads_classes else tree
         )
@@ -192,34 +186,12 @@ class Frozen:
           mesh: the devices.
           verify: see `load`.
         """
-        tables = self._tables(self.place(self.abstract(()), mesh), mesh, verify)
-        return tree | unflatten(flatten({TOWER: tree[TOWER]}) | tables)
-
-    def _tables(self, placed: Tree, mesh: Mesh, verify: bool) -> dict[str, jax.Array]:
-        """What depends on the image size, from what is stored for another one."""
-        paths = self.backbone.kind.tables
-        if not paths:
-            return {}
-        stored, wanted = converted.stored_shapes(self.backbone.path), flatten(placed)
-        stored = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
-            for path, leaf in flatten(stored).items()
-            if path in paths
-        }
-        found = flatten(
-            converted.load_params(
-                self.backbone.path, paths, abstract=unflatten(stored), verify=verify
-            )
+        if not self.reads_images:
+            return tree
+        wanted = flatten(self.place(self.abstract(()), mesh))
+        return tree | unflatten(
+            flatten({TOWER: tree[TOWER]}) | _load_tables(self.backbone, wanted, verify)
         )
-        tables = {}
-        for path, table in found.items():
-            leaf = wanted[path]
-            resized = self.backbone.kind.resize(np.asarray(table), self.backbone.spec)
-            resized = resized.astype(leaf.dtype)
-            tables[path] = jax.make_array_from_callback(
-                leaf.shape, leaf.sharding, resized.__getitem__
-            )
-        return tables
 
     def _text_features(
         self, placed: Tree, tokens: tuple[np.ndarray, ...], mesh: Mesh, verify: bool
@@ -230,6 +202,59 @@ class Frozen:
         params = converted.load_params(self.backbone.path, TEXT, abstract=abstract, verify=verify)
         where = shardings({name: placed[name] for name in TEXT})
         return jax.jit(on_mesh(mesh, self._texts), out_shardings=where)(params, tokens)
+
+
+def load_parts(
+    backbone: Backbone, wanted: Mapping[str, Any], verify: bool = True
+) -> dict[str, jax.Array]:
+    """Leaves of a converted backbone, at its image size.
+
+    Args:
+      backbone: the converted one.
+      wanted: path in its tree -> leaf with the shape, the dtype and the mesh sharding to read into.
+      verify: compare what is read with its digests.
+
+    Raises:
+      ValueError: there is no such leaf, or of another shape, or it is damaged.
+    """
+    tables = _load_tables(backbone, wanted, verify)
+    rest = [path for path in wanted if path not in tables]
+    if not rest:
+        return tables
+    abstract = unflatten({path: wanted[path] for path in rest})
+    found = converted.load_params(backbone.path, rest, abstract=abstract, verify=verify)
+    return flatten(found) | tables
+
+
+def _load_tables(
+    backbone: Backbone, wanted: Mapping[str, Any], verify: bool
+) -> dict[str, jax.Array]:
+    """What of `load_parts` depends on the image size, from what is stored for another one."""
+    paths = [path for path in backbone.kind.tables if path in wanted]
+    if not paths:
+        return {}
+    stored = flatten(converted.stored_shapes(backbone.path))
+    stored = {
+        path: jax.ShapeDtypeStruct(
+            stored[path].shape,
+            stored[path].dtype,
+            sharding=replicated(wanted[path].sharding.mesh),
+        )
+        for path in paths
+        if path in stored
+    }
+    found = flatten(
+        converted.load_params(
+            backbone.path, list(stored), abstract=unflatten(stored), verify=verify
+        )
+    )
+    tables = {}
+    for path, table in found.items():
+        leaf = wanted[path]
+        resized = backbone.kind.resize(np.asarray(table), backbone.spec)
+        resized = resized.astype(leaf.dtype)
+        tables[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, resized.__getitem__)
+    return tables
 
 
 def text_features(

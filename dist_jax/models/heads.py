@@ -62,6 +62,13 @@ def cosine_logits(
     return tuple(jnp.exp(logit_scale) * unit @ classes.T for classes in text)
 
 
+def mean_cosine_logits(
+    frames: jax.Array, text: tuple[jax.Array, ...], logit_scale: jax.Array
+) -> tuple[jax.Array, ...]:
+    """`cosine_logits` of frames (B, T, E), mean over them: float32 (B, num_classes) a head."""
+    return tuple(logits.mean(1) for logits in cosine_logits(frames, text, logit_scale))
+
+
 def classes_of(params: Tree) -> tuple[int, ...]:
     """Classes of each head in the parameters of a network; () for a text head.
 

@@ -169,6 +169,13 @@ def with_precision(abstract: Mapping[str, Any], dtype: Any, keep: Collection[str
     return path_aware_map(leaf, abstract)
 
 
+def in_precision(tree: Mapping[str, Any], dtype: Any) -> Tree:
+    """A tree of arrays with the dtypes of `with_precision`."""
+    return jax.tree.map(
+        lambda leaf, like: leaf.astype(like.dtype), tree, with_precision(tree, dtype)
+    )
+
+
 def import_tree(
     tensors: Mapping[str, np.ndarray],
     rows: Iterable[Row],

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dist_jax.models.api import Model, Tree
-from dist_jax.models.backbone import Backbone, Taps
+from dist_jax.models.backbone import Backbone
 from dist_jax.models.frozen import Frozen
 
 VARIABLES: Tree = {'params': {}}  # what its network is applied with
@@ -33,10 +33,7 @@ def build(backbone: Backbone, *, dtype: Any = jnp.float32, unroll: bool = False)
     """
 
     def frames(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
-        video = batch['video']
-        pixels = video.reshape(-1, *video.shape[2:])
-        found = backbone.encode_image(frozen['visual'], pixels, Taps(embedding=True), unroll=unroll)
-        return {'frames': found['embedding'].reshape(*video.shape[:2], -1)}
+        return {'frames': backbone.embed_frames(frozen['visual'], batch['video'], unroll=unroll)}
 
     return Model(
         net=_Outputs(),

@@ -86,17 +86,13 @@ def build(
       ValueError: an option that does not fit; the message names the field.
     """
     del num_frames
-    kind, spec = backbone.kind, backbone.spec
+    kind = backbone.kind
     if num_classes:
         raise ValueError(
             "model.family='side4video_retrieval' matches sentences and has no classes; set "
             "task.name='retrieve', or take model.family='side4video'"
         )
-    if kind.encode_words is None or not getattr(spec, 'text_depth', 0):
-        raise ValueError(
-            "model.family='side4video_retrieval' trains the text tower of its backbone, and this "
-            'backbone has none; take another backbone.name, and convert it with its text tower'
-        )
+    backbone.check_trained_text('side4video_retrieval')
     beside = Beside(
         backbone, dtype, side_dim, tap_every, post_norm, mlp_ratio, batch_norm_groups, remat, unroll
     )

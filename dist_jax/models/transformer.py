@@ -115,6 +115,7 @@ def encode_image(
     project: Callable[[Tree, jax.Array], jax.Array],
     rules: tuple[ShardingRule, ...],
     unroll: bool,
+    remat: bool,
 ) -> dict[str, jax.Array]:
     """Runs an image tower as far as the taps need it; see `clip.encode_image`.
 
@@ -129,6 +130,7 @@ def encode_image(
       project: (params, class tokens (N, W) of the last block) -> float32 (N, E).
       rules: where the parameters lie.
       unroll: see `stack`.
+      remat: the backward pass computes what is inside of a block again.
     """
     patches = image_patches(pixels, spec)
     params = gather_unstacked(params, rules)
@@ -147,6 +149,8 @@ def encode_image(
     wanted = [
         (i in taps.outputs, i in taps.attention) for i in range(taps.blocks_needed(spec.depth))
     ]
+    if remat:
+        one_block = jax.checkpoint(one_block, prevent_cse=unroll, static_argnums=2)
     x, tapped = scan_frozen(one_block, x, params['blocks'], wanted, unroll=unroll, rules=rules)
     found |= tapped
     if taps.class_token:

@@ -61,6 +61,7 @@ def train_step(config: ConfigDict, mesh: Mesh, gradients: str = 'frozen') -> Ste
       ValueError: a field that does not fit, or a batch that the mesh does not divide.
     """
     base.check(config)
+    experiment.check_trains(config)
     check_batch_size(config.batch_size, mesh, 'batch_size', config.accumulation)
     parts = assemble(config)
     model, frozen = with_gradients(parts.model, parts.abstract_frozen(), gradients)

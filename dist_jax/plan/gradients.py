@@ -44,7 +44,7 @@ def with_gradients(model: Model, frozen: Tree, mode: str) -> tuple[Model, Tree]:
         raise ValueError(f'--gradients={mode!r} is not one of {", ".join(MODES)}')
     if mode == 'frozen':
         return model, frozen
-    if model.frozen is None:
+    if TOWER not in frozen:
         raise ValueError(f'--gradients={mode}: this family has no frozen image tower')
     rest = {name: part for name, part in frozen.items() if name != TOWER}
     trained = mode == 'full'
