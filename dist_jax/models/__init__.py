@@ -21,6 +21,7 @@ from dist_jax.models import (
     side4video_retrieval_params,
     sts,
     sts_params,
+    zero_shot,
 )
 from dist_jax.models.api import Model
 
@@ -52,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     'side4video': Family(side4video.build, batch_statistics=True),
     'side4video_retrieval': Family(side4video_retrieval.build, batch_statistics=True),
     'sts': Family(sts.build, reads_backbone=False, batch_statistics=True),
+    'zero_shot': Family(zero_shot.build, trains=False),
 }
 
 # `family` in the metadata of a converted backbone -> kind. Names of sizes are unique over all.
