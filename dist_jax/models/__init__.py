@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from dist_jax.models import (
+    attentive_probe,
     clip,
     clip_params,
     dist,
@@ -47,6 +48,7 @@ class Family:
 
 # config.model.family -> family.
 FAMILIES: dict[str, Family] = {
+    'attentive_probe': Family(attentive_probe.build),
     'dist': Family(dist.build),
     'evl': Family(evl.build),
     'frame_mean': Family(frame_mean.build),

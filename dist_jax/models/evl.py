@@ -172,8 +172,7 @@ def build(
     def attention(variables: Tree, inputs: Tree) -> jax.Array:
         _, seen = net.apply(variables, inputs, mutable=['intermediates'])
         weights = seen['intermediates']['layers']['attn']['weights'][0]  # (D, B, h, T*L)
-        shares = weights.mean((0, 2)).reshape(weights.shape[1], num_frames, spec.num_tokens)
-        return shares[..., 1:].reshape(*shares.shape[:2], spec.grid, spec.grid)
+        return patch_shares(weights.mean((0, 2)), num_frames, spec.grid)
 
     return Model(
         net=net,
@@ -184,6 +183,18 @@ def build(
         frozen=Frozen(backbone, dtype, features),
         attention=attention,
     )
+
+
+def patch_shares(shares: jax.Array, num_frames: int, grid: int) -> jax.Array:
+    """`Model.attention` from the shares of all tokens of a clip.
+
+    Args:
+      shares: float32 (B, T * M), M tokens of a frame, of which the last are the patches.
+      num_frames: T.
+      grid: patches along one side.
+    """
+    frames = shares.reshape(len(shares), num_frames, -1)[..., -(grid**2) :]
+    return frames.reshape(*frames.shape[:2], grid, grid)
 
 
 def neighbour_attention(queries: jax.Array, keys: jax.Array, num_frames: int) -> jax.Array:
@@ -274,7 +285,10 @@ class TemporalModules(nn.Module):
 
     @nn.compact
     def __call__(self, features: Tree) -> jax.Array:
-        """Args: `outputs` (B, T, L, C), `attention` (B, T, 2, N, N). Returns (B, T, L, C)."""
+        """Args: `outputs` (B, T, L, C), `attention` (B, T, 2, N, N). Returns (B, T, L, C).
+
+        Without cross-attention, which has no row for it, the class token may be left out.
+        """
         frozen = features['outputs'].astype(jnp.float32)
         num_frames, channels = frozen.shape[1], frozen.shape[-1]
         # All terms read the frozen tokens, none another term.
