@@ -265,6 +265,8 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
             'eval.image_size',
             'model.ada_pooling_layers',
             'model.cls_token_std',
+            'model.pretrained_lr',
+            'model.initial_scale',
             'checkpoint.every_steps',
             'log.every_steps',
         ),

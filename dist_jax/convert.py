@@ -372,7 +372,12 @@ def export(
 
 
 def _way_back(source: str | os.PathLike[str], family: str) -> Naming:
-    ways = {naming.family: naming for naming in KINDS.values() if naming.export}
+    ways = {
+        each: naming
+        for naming in KINDS.values()
+        if naming.export
+        for each in (naming.family, *naming.export.runs)
+    }
     if family not in ways:
         raise ValueError(
             f'{source} is of family {family!r}; only {", ".join(ways)} checkpoints are exported'

@@ -215,7 +215,7 @@ class Trained:
         backbone = experiment.find_backbone(config, self.workdir)
         parts = experiment.assemble(config, labels, backbone)
         stored = checkpoint.stored_variables(self.folder)['params']
-        abstract = {'params': {name: stored[name] for name in TEXT_SIDE}}
+        abstract = {'params': {name: stored[name] for name in TEXT_SIDE if name in stored}}
         placed = step.place_variables(parts.test_model, abstract, mesh)
         variables = checkpoint.read_variables(self.folder, placed, config.checkpoint.verify)
         rows, num_cut = token_rows([sentence], config.task.num_words)

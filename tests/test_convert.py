@@ -275,9 +275,19 @@ def test_dist_file_converts_and_exports_bit_equal(tmp_path, capsys):
     assert _main('--export', tmp_path / 'dist', out, '--overwrite') == 0
 
 
-def test_a_backbone_is_not_exported(openai, tmp_path, capsys):
-    assert _main('--export', openai, tmp_path / 'out.safetensors') == 2
-    assert "family 'clip'" in capsys.readouterr().err
+def test_a_clip_is_exported_under_the_names_of_openai(tmp_path):
+    source, out = tmp_path / 'clip', tmp_path / 'out.safetensors'
+    assert _main(GELU, source, '--activation', 'gelu') == 0
+    assert _main('--export', source, out) == 0
+    assert_same_tensors(load_file(out), load_file(GELU))
+
+
+def test_another_backbone_is_not_exported(tmp_path, capsys):
+    fields = ('name', 'spec', 'sources', 'source_sha256', 'precision', 'ignored')
+    metadata = dict.fromkeys(fields, '') | {'family': 'eva'}
+    converted.save_converted(tmp_path / 'eva', {'visual': np.zeros(1)}, metadata)
+    assert _main('--export', tmp_path / 'eva', tmp_path / 'out.safetensors') == 2
+    assert "family 'eva'; only" in capsys.readouterr().err
 
 
 def test_hostile_file_is_refused_by_the_command(tmp_path, capsys):

@@ -17,7 +17,7 @@ from typing import Any
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.clip import KIND, SPECS, ClipSpec
 from dist_jax.models.foreign import shown
-from dist_jax.models.naming import Naming, Options, Plan
+from dist_jax.models.naming import Export, Naming, Options, Plan
 from dist_jax.models.params import ALL, Row, hidden_ratio, numbered, tensor_shape
 from dist_jax.models.source_files import SourceFiles
 from dist_jax.models.transformer import TextSpec
@@ -631,6 +631,20 @@ def _plan(spec: ClipSpec, rows: list[Row], source: SourceFiles, ignore: tuple[st
     )
 
 
+def run_spec(model: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of a run that trained both towers of its backbone.
+
+    Raises:
+      ValueError: that backbone is no CLIP.
+    """
+    if backbone.keys() != dataclasses.asdict(SPECS['vit_b16']).keys():
+        raise ValueError(
+            f'only towers of a CLIP go out under the names of one, and the run of model.family='
+            f'{model["family"]!r} trained those of another kind of backbone'
+        )
+    return dict(backbone)
+
+
 # OpenAI's own are told from OpenCLIP's by their container.
 NAMINGS = (
     Naming(
@@ -644,6 +658,13 @@ NAMINGS = (
         family='clip',
         matches=lambda source: source.is_torchscript and is_openai_naming(source.tensors),
         plan=_plan_openai,
+        export=Export(
+            lambda spec: openai_rows(ClipSpec(**spec)),
+            run_spec,
+            prefix='',
+            head='words',
+            runs=('fine_tune',),
+        ),
     ),
     Naming(
         kind='openclip',

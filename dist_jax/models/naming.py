@@ -91,12 +91,14 @@ class Export:
       run_sizes: the `model` fields and the backbone's spec of a run, None without one -> sizes.
       prefix: of the names in the released files.
       head: the one that their names have a place for; '' for networks without a choice of heads.
+      runs: other families whose runs hold such a network.
     """
 
     rows: Callable[[Mapping[str, Any]], list[Row]]
     run_sizes: Callable[[Mapping[str, Any], Mapping[str, Any] | None], dict[str, Any]]
     prefix: str
     head: str
+    runs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
