@@ -16,7 +16,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['dist_jax*', 'configs*', 'input_pipeline*', 'tools*']),
-    package_data={'dist_jax.models': ['kernel_costs.json']},
+    package_data={'dist_jax': ['weights/*'], 'dist_jax.models': ['kernel_costs.json']},
     entry_points={'console_scripts': ['dist_jax=dist_jax.main:main']},
     install_requires=[
         'absl-py>=2.1',

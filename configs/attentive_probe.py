@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         'optimizer.label_smoothing': 0.0,
     },
     'demo': {'demo': True},
+    'world': base.WORLD,
 }
 
 

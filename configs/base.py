@@ -44,7 +44,8 @@ def get_config() -> ConfigDict:
 
     config.backbone = ConfigDict()
     config.backbone.name = 'vit_b16'  # a size of one of dist_jax.models.BACKBONES; '' for none
-    # Folder written by `dist_jax convert`; 'random' for a random backbone (demo and tests).
+    # Folder written by `dist_jax convert`; 'tiny_clip' for the small CLIP that comes with this
+    # package, 'random' for a random backbone.
     config.backbone.checkpoint = ''
 
     config.task = ConfigDict()
@@ -457,6 +458,17 @@ def demo(config: ConfigDict) -> None:
     )
     config.eval.update(every_epochs=5.0, batch_size=40, num_clips=1)
     config.checkpoint.every_steps = 200
+
+
+# The built-in benchmark and the small CLIP that comes with the package, over what `demo` says.
+WORLD: dict[str, object] = {
+    'demo': True,
+    'backbone.name': 'tiny_clip',
+    'backbone.checkpoint': 'tiny_clip',
+    'data.name': 'motion_world',
+    'num_steps': 600,
+    'eval.every_epochs': 2.0,
+}
 
 
 def finish(

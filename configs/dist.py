@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         'model.head': 'linear',
     },
     'demo': {'demo': True},
+    'world': base.WORLD,
 }
 
 

@@ -13,6 +13,7 @@ from configs import base
 VARIANTS: dict[str, dict[str, object]] = {
     'b16_8f_k400': {'data.num_frames': 8},
     'demo': {'demo': True},
+    'world': base.WORLD,
 }
 
 

@@ -34,7 +34,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     }
     for data, sampling in SAMPLING.items()
     for backbone in BACKBONES
-} | {'demo': {'demo': True}}
+} | {
+    'demo': {'demo': True},
+    'world': {**base.WORLD, 'data.name': 'motion_world_captions', 'task.num_words': 24},
+}
 
 
 def get_config(variant: str = 'msrvtt_b16') -> ConfigDict:

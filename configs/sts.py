@@ -81,6 +81,22 @@ NETWORKS = (
     'x3d_s',
 )
 # ImageNet: CSN 78.8, R(2+1)D 79.6, SlowOnly 79.9, SlowFast 79.9 (4x16) and 79.1 (8x8), X3D 74.8.
+DEMO_IMAGES = {
+    'demo': True,
+    'data.num_frames': 1,
+    'data.flip': True,
+    'model.form': 'image',
+    'model.sts': 'off',
+    'task.criterion': 'bce',
+    'batch_size': 32,
+    'num_epochs': 16.0,
+    'eval.every_epochs': 4.0,
+    'optimizer.name': 'lamb',
+    'optimizer.peak_lr': 5e-3,
+    'optimizer.warmup_epochs': 1.0,
+    'optimizer.weight_decay': 0.02,
+}
+
 VARIANTS: dict[str, dict[str, object]] = {
     **{f'{name}_imagenet': IMAGENET for name in NETWORKS},
     'csn50_k400': _on_kinetics(0.01, 64, 4, 32, 2),  # 76.8
@@ -103,23 +119,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     'slowfast50_4x16_ssv2': _on_something(32),  # 57.2
     'x3d_s_ssv2': _on_something(),  # 58.3
     # `_imagenet` and `_k400` in small.
-    'demo_images': {
-        'demo': True,
-        'data.name': 'motion_images',
-        'data.num_frames': 1,
-        'data.flip': True,
-        'model.form': 'image',
-        'model.sts': 'off',
-        'task.criterion': 'bce',
-        'batch_size': 32,
-        'num_epochs': 16.0,
-        'eval.every_epochs': 4.0,
-        'optimizer.name': 'lamb',
-        'optimizer.peak_lr': 5e-3,
-        'optimizer.warmup_epochs': 1.0,
-        'optimizer.weight_decay': 0.02,
-    },
+    'demo_images': {**DEMO_IMAGES, 'data.name': 'motion_images'},
     'demo': {'demo': True},
+    'world_images': {**DEMO_IMAGES, 'data.name': 'motion_world_looks'},
+    'world': {**base.WORLD, 'backbone.name': '', 'backbone.checkpoint': '', 'data.num_frames': 8},
 }
 VARIANTS = {
     name: {**row, 'model.network': name.rpartition('_')[0]} if 'demo' not in row else row

@@ -312,8 +312,8 @@ def _shared_workdir(workdir: str, token: str, count: int) -> list[int]:
 
 def _backbone(config: ConfigDict) -> dict[str, str]:
     try:
-        if config.backbone.checkpoint == paths.RANDOM and experiment.sized_backbone(config):
-            return {'found': 'random, made in the workdir'}
+        if config.backbone.checkpoint in paths.MADE and experiment.sized_backbone(config):
+            return {'found': f'{config.backbone.checkpoint}, made in the workdir'}
         backbone = experiment.find_backbone(config, '')
         if backbone is None:
             return {'found': 'none'}

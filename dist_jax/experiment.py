@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from dist_jax import backbones, recipe, step
+from dist_jax import backbones, recipe, shipped, step
 from dist_jax.init_from import Origin
 from dist_jax.models import FAMILIES, Family
 from dist_jax.models.api import Model, Tree
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.frozen import ClassTexts
 from dist_jax.models.params import flatten
+from dist_jax.paths import SHIPPED
 from dist_jax.sharding import check_batch_size, check_repeats
 from dist_jax.tasks.api import Labels, Task
 
@@ -53,7 +54,7 @@ def check_trains(config: ConfigDict) -> None:
 
 
 def find_backbone(config: ConfigDict, workdir: str) -> Backbone | None:
-    """The converted backbone of the config; a random one is made on first use.
+    """The converted backbone of the config; one that is random or shipped is made on first use.
 
     Returns:
       It, at the image size of training; None for a family that stands on none.
@@ -63,6 +64,7 @@ def find_backbone(config: ConfigDict, workdir: str) -> Backbone | None:
     """
     name, path = config.backbone.name, config.backbone.checkpoint
     if _family(config).reads_backbone:
+        path = shipped.convert_into(workdir) if path == SHIPPED else path
         return backbones.find(name, path, config.data.image_size, workdir)
     if name or path:
         raise ValueError(

@@ -16,7 +16,10 @@ from typing import Any
 from input_pipeline.list_formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES, files_below
 
 CHECKPOINTS = 'checkpoints'  # of a run, in its workdir
-RANDOM = 'random'  # in place of a backbone
+# In place of a backbone, for `backbone.checkpoint`: made where a run first needs it.
+RANDOM = 'random'
+SHIPPED = 'tiny_clip'  # the small CLIP that comes with the package
+MADE = (RANDOM, SHIPPED)
 _MAKERS = {'backbone.checkpoint': ' (`dist_jax convert` makes one from CLIP)'}
 
 
@@ -74,7 +77,7 @@ def check_inputs(fields: Mapping[str, str], splits: Iterable[str], saved_root: s
     missing = [
         f'{field}: no file or folder {name}{_MAKERS.get(field, "")}'
         for field, name in wanted
-        if not _found(name) and (field, name) != ('backbone.checkpoint', RANDOM)
+        if not _found(name) and not (field == 'backbone.checkpoint' and name in MADE)
     ]
     if missing:
         raise ValueError('\n'.join(missing))

@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dist_jax.models.layers import Pixels
-from dist_jax.paths import RANDOM, under
+from dist_jax.paths import MADE, under
 from dist_jax.tasks import TASKS
 from dist_jax.tasks.api import Labels, Task
 from dist_jax.views import EvalProtocol
@@ -107,8 +107,8 @@ def _full_origin(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _absolute(path: str) -> str:
-    """A local path from the root of the file system; URLs, 'random' and '' as they are."""
-    if not path or path == RANDOM or '://' in path:
+    """A local path from the root of the file system; URLs, what is made and '' as they are."""
+    if not path or path in MADE or '://' in path:
         return path
     return os.path.abspath(os.path.expanduser(path))
 

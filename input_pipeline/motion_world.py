@@ -414,7 +414,7 @@ def generate(
 
 def generate_pictures(
     out_dir: str | os.PathLike,
-    num_train: int = 8000,
+    num_train: int = 16000,
     num_val: int = 400,
     size: int = 48,
     seed: int = 0,

@@ -75,7 +75,9 @@ SPECS: dict[str, ClipSpec] = {
     'vit_b16': ClipSpec(224, 16, 768, 12, 12, 512, 512, 12, 8),
     'vit_l14': ClipSpec(224, 14, 1024, 24, 16, 768, 768, 12, 12),
     'vit_l14_336': ClipSpec(336, 14, 1024, 24, 16, 768, 768, 12, 12),
-    'tiny': ClipSpec(48, 8, 64, 1, 1, 64, 64, 1, 1),  # demo and tests
+    'tiny': ClipSpec(48, 8, 64, 1, 1, 64, 64, 1, 1),  # tests
+    # Comes with the package (`dist_jax.shipped`).
+    'tiny_clip': ClipSpec(48, 8, 64, 3, 4, 64, 64, 2, 4, context_length=24),
 }
 
 

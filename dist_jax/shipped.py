@@ -1,0 +1,39 @@
+"""The small CLIP that comes with the package: `weights/tiny_clip.safetensors`.
+
+It was trained by `tools/pretrain_tiny_clip.py` on pictures of the built-in world, and is stored in
+float16 under OpenAI's names. `weights/tiny_clip.md` says how, how good it is, and its licence.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from dist_jax.convert import convert
+from dist_jax.models import converted
+from dist_jax.models.clip import SPECS
+from dist_jax.models.naming import Options
+from dist_jax.paths import SHIPPED
+
+FILE = Path(__file__).parent / 'weights' / 'tiny_clip.safetensors'
+SPEC = SPECS[SHIPPED]
+
+
+def convert_into(workdir: str) -> str:
+    """The folder of its conversion in a workdir, which the first process of a group writes once."""
+    path = os.path.join(workdir, 'backbone')
+    if not converted.absolute_path(path).exists() and jax.process_index() == 0:
+        write(path)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices('shipped backbone')
+    return path
+
+
+def write(path: str | os.PathLike[str], source: str | os.PathLike[str] = FILE) -> None:
+    """Converts it, or another training of it, in `source`."""
+    # Names and shapes do not tell these.
+    heads = Options(SPEC.activation, SPEC.num_heads, SPEC.text_num_heads)
+    convert(source, path, kind='openclip', options=heads, name=SHIPPED)

@@ -1,0 +1,67 @@
+"""The CLIP in the package: the file that was tested, whole, and good at what it says."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dist_jax import backbones, shipped
+from dist_jax.models import converted
+from dist_jax.models.backbone import Taps
+from dist_jax.models.frozen import text_features
+from dist_jax.models.layers import l2_normalize
+from input_pipeline import motion_world
+from input_pipeline.tokenizer import tokenize
+
+CARD = shipped.FILE.with_suffix('.md')
+
+
+@pytest.fixture(scope='module')
+def backbone(tmp_path_factory):
+    path = tmp_path_factory.mktemp('run')
+    folder = shipped.convert_into(str(path))
+    assert shipped.convert_into(str(path)) == folder  # not made again
+    return backbones.find('tiny_clip', folder, 48, '')
+
+
+def test_its_card_has_its_digest():
+    digest = hashlib.sha256(shipped.FILE.read_bytes()).hexdigest()
+    assert digest in CARD.read_text()
+    assert shipped.FILE.stat().st_size < 8e6
+
+
+def test_it_knows_what_it_sees(backbone):
+    """Frames of clips that it was not trained on, and looks that nobody showed it."""
+    assert backbone.spec == shipped.SPEC and backbone.name == 'tiny_clip'
+    params = converted.load_params(backbone.path, as_numpy=True)
+
+    @jax.jit
+    def embed(pictures):
+        pixels = backbone.kind.pixels.normalize(pictures, jnp.float32)
+        found = backbone.encode_image(params['visual'], pixels, Taps(embedding=True))
+        return l2_normalize(found['embedding'])
+
+    def top1(split, count):
+        clips = [motion_world.plan_clip(0, split, k) for k in range(count)]
+        pictures = [motion_world.render_clip(clip, 48, np.zeros(1))[0] for clip in clips]
+        names = motion_world.class_names(split)[0]
+        tokens = tokenize(names, backbone.spec.context_length)
+        texts = text_features(params['text'], (tokens,), backbone)[0]
+        labels = [motion_world.labels(0, split, k)[0] for k in range(count)]
+        return (np.asarray(embed(np.stack(pictures)) @ texts.T).argmax(1) == labels).mean()
+
+    assert top1('test', 160) > 0.6  # of 30 looks
+    assert top1('new_looks', 96) > 0.7  # of 6
+
+
+def test_it_is_installed_with_the_package(tmp_path):
+    root = Path(shipped.__file__).parents[1]
+    command = [sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', str(tmp_path)]
+    subprocess.run(command, check=True, cwd=root)
+    for file in (shipped.FILE, CARD):
+        assert (tmp_path / file.relative_to(root)).read_bytes() == file.read_bytes()
