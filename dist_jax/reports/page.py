@@ -44,7 +44,7 @@ def write_report(
     rows = read_metrics(metrics_file) if metrics_file.exists() else []
     rows = [telling(row, num_classes) for row in rows]
     panels = curves.panels(rows)
-    sections = [_tiles(_summary_tiles(summary, figures.headline if figures else ()))]
+    sections = [tiles(_summary_tiles(summary, figures.headline if figures else ()))]
     if panels:
         (folder / 'curves.png').write_bytes(png(lambda: curves.sheet(panels, rows)))
         pictures = ''.join(
@@ -57,7 +57,7 @@ def write_report(
     if figures is None:
         sections.append('<h2>Validation</h2><p>There was none.</p>')
     else:
-        sections += map(_section, figures.sections)
+        sections += map(section, figures.sections)
     pairs = [(label(name), show(name, value)) for name, value in summary.items()]
     sections.append('<h2>Summary</h2>' + _table(('field', 'value'), pairs))
     config = _read(folder / 'config.json')
@@ -73,7 +73,7 @@ def write_report(
     if bad:
         sections.append(_details('Unreadable videos', f'<pre>{escape.html(bad)}</pre>'))
     name = folder.name or 'run'
-    _write(folder / 'report.html', _page(f'Training: {name}', sections))
+    _write(folder / 'report.html', document(f'Training: {name}', sections))
 
 
 def write_evaluation(
@@ -90,15 +90,15 @@ def write_evaluation(
     for name, content in figures.files.items():
         (folder / name).write_bytes(content())
     stored = telling(stored, figures.num_classes)
-    sections = [_tiles(_evaluation_tiles(stored, figures.headline))]
-    sections += map(_section, figures.sections)
+    sections = [tiles(_evaluation_tiles(stored, figures.headline))]
+    sections += map(section, figures.sections)
     pairs = [
         (name, show(name, value))
         for name, value in stored.items()
         if not isinstance(value, (list, dict))
     ]
     sections.append('<h2>Figures</h2>' + _table(('field', 'value'), pairs))
-    _write(folder / 'evaluation.html', _page('Evaluation', sections))
+    _write(folder / 'evaluation.html', document('Evaluation', sections))
     beside = ', '.join([*figures.files, 'evaluation.json'])
     log.info('see %s; beside it: %s', folder / 'evaluation.html', beside)
 
@@ -106,14 +106,14 @@ def write_evaluation(
 def _summary_tiles(summary: Mapping[str, Any], headline: Sequence[str]) -> list[tuple[str, str]]:
     starts = (VALIDATION, BASELINE)
     names = [*(start + name for start in starts for name in headline), 'chance']
-    tiles = [(label(n), show(n, summary[n])) for n in names if summary.get(n) is not None]
+    found = [(label(n), show(n, summary[n])) for n in names if summary.get(n) is not None]
     if 'step' in summary:
-        tiles.append(('steps', f'{summary["step"]:,}'))
+        found.append(('steps', f'{summary["step"]:,}'))
     if 'trainable_parameters' in summary:
-        tiles.append(('trained parameters', _short(summary['trainable_parameters'])))
+        found.append(('trained parameters', _short(summary['trainable_parameters'])))
     if 'seconds' in summary:
-        tiles.append(('duration', duration(summary['seconds'])))
-    return tiles
+        found.append(('duration', duration(summary['seconds'])))
+    return found
 
 
 def _evaluation_tiles(stored: Mapping[str, Any], headline: Sequence[str]) -> list[tuple[str, str]]:
@@ -168,7 +168,8 @@ pre { overflow-x: auto; background: var(--card); padding: .6rem; font-size: .8re
 """  # noqa: E501
 
 
-def _page(title: str, sections: Sequence[str]) -> str:
+def document(title: str, sections: Sequence[str]) -> str:
+    """A whole page: a heading, and sections that are HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -177,7 +178,8 @@ def _page(title: str, sections: Sequence[str]) -> str:
     )
 
 
-def _tiles(figures: Sequence[tuple[str, str]]) -> str:
+def tiles(figures: Sequence[tuple[str, str]]) -> str:
+    """(name, value) of key figures, as cards side by side."""
     cells = ''.join(
         f'<div><b>{escape.html(value)}</b><span>{escape.html(name)}</span></div>'
         for name, value in figures
@@ -189,7 +191,8 @@ def _details(title: str, content: str) -> str:
     return f'<details><summary>{escape.html(title)}</summary>{content}</details>'
 
 
-def _section(part: Table | Picture) -> str:
+def section(part: Table | Picture) -> str:
+    """A table or a picture under its title."""
     heading = f'<h2>{escape.html(part.title)}</h2>'
     if isinstance(part, Picture):
         return f'{heading}<div class="{part.style}">{_picture(part.draw, part.text)}</div>'
