@@ -204,7 +204,7 @@ def _look(request: Request, token: str) -> dict[str, Any]:
     config = request.config
     facts: dict[str, Any] = {
         'host': socket.gethostname(),
-        'versions': _own_versions(),
+        'versions': own_versions(),
         'code': code_sha256(),
         'platform': jax.default_backend(),
         'local_devices': jax.local_device_count(),
@@ -237,7 +237,8 @@ def _time_together() -> float:
     return time.time()
 
 
-def _own_versions() -> dict[str, str]:
+def own_versions() -> dict[str, str]:
+    """Of Python and of the packages that take part in a run."""
     found = {'python': platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

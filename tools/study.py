@@ -1,0 +1,112 @@
+"""Trains all families in one small world, and says what became of what their papers claim.
+
+    python -m tools.study --out=study/
+    python -m tools.study --out=study/ --dry_run
+    python -m tools.study --out=study/ --only=main,ablation
+    python -m tools.study --out=study/ --size=full
+    python -m tools.study --out=study/ --report_only
+
+Runs of `dist_jax train` and `dist_jax evaluate`, one after the other, each in a process of its own
+that shares compiled programs with the others: `tools/studying/rows.py` lists them,
+`tools/studying/claims.py` what they test. What remains in the folder is `report.html`, one page
+without other files; `results.md`, its tables; pictures; `study.json`, every figure; `runs/`.
+Stopped at any moment, the same command goes on; a larger size goes on from a smaller one. Exit
+code 1: runs failed; the same command tries them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from dist_jax import ending
+from dist_jax.progress import duration
+from input_pipeline.escape import Console
+from tools.studying import jobs, lists, report, results, runner
+from tools.studying.rows import GROUPS, SIZES
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs what is missing and writes the report; 1 if a run failed."""
+    parser = argparse.ArgumentParser(
+        prog='python -m tools.study',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--out', default='study', help='folder of all (default %(default)s)')
+    parser.add_argument('--size', default='small', choices=SIZES, help='default %(default)s')
+    parser.add_argument(
+        '--only', default='', metavar='GROUP[,GROUP]', help=f'of {", ".join(GROUPS)}'
+    )
+    parser.add_argument('--dry_run', action='store_true', help='show what would be run')
+    parser.add_argument('--report_only', action='store_true', help='of what is done')
+    arguments = parser.parse_args(argv)
+    groups = [group for group in arguments.only.split(',') if group]
+    if unknown := sorted(set(groups) - GROUPS.keys()):
+        parser.error(f'--only: no {", ".join(unknown)}; there are: {", ".join(GROUPS)}')
+    out, size, console = Path(arguments.out), SIZES[arguments.size], Console()
+    planned = jobs.plan(size, groups)
+    if arguments.dry_run:
+        console.print(table(out, planned))
+        return 0
+    # The report is of all that the folder holds of this size, whatever was asked for now.
+    everything = jobs.plan(size)
+    if not arguments.report_only:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            lists.prepare(out, size.world, jobs.rows_of(size, groups), console.print)
+            runner.run(out, planned)
+        except KeyboardInterrupt:
+            console.print('stopped; the same command continues')
+            return ending.AGAIN
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    failed = {
+        job.name: record['log'] for job in everything if (record := runner.failure_of(out, job))
+    }
+    report.write(out, arguments.size, results.collect(out, everything), failed)
+    console.print(f'see {out / report.REPORT}; beside it: {report.RESULTS}, {report.STUDY}')
+    for name, log in failed.items():
+        console.print(f'{name} failed: {log[-1]}', style='red', soft_wrap=True)
+    return int(bool(failed))
+
+
+def table(out: Path, planned: Sequence[jobs.Job]) -> Table:
+    """The jobs by row, with the minutes that those will take that are not done."""
+    seconds = {job: expected(out, job, planned) for job in planned}
+    shown = Table('group', 'row', 'of', 'jobs', 'done', 'minutes left')
+    rows = collections.defaultdict(list)
+    for job in planned:
+        rows[job.group, job.test or job.row, job.kind if job.test else job.data].append(job)
+    for key, own in rows.items():
+        done = [runner.is_done(out, job) for job in own]
+        left = sum(seconds[job] for job, ready in zip(own, done) if not ready)
+        shown.add_row(*key, str(len(own)), str(sum(done)), f'{left / 60:.1f}')
+    left = sum(seconds[job] for job in planned if not runner.is_done(out, job))
+    trainings = sum(job.kind == jobs.TRAIN for job in planned)
+    shown.title = f'{trainings} runs and {len(planned) - trainings} evaluations, '
+    shown.title += f'about {duration(left)} left'
+    return shown
+
+
+def expected(out: Path, job: jobs.Job, planned: Sequence[jobs.Job]) -> float:
+    """Seconds of a job: the mean of those of its row that are done, else a guess."""
+    own = [
+        other for other in planned if (other.row, other.kind, other.test) == (job.row, job.kind, '')
+    ]
+    found = [
+        record['seconds']
+        for other in own
+        if (record := runner.record_of(out, other)).get('code') == 0
+    ]
+    return sum(found) / len(found) if found else jobs.EXPECTED[job.kind]
+
+
+if __name__ == '__main__':
+    sys.exit(main())

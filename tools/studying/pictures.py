@@ -1,0 +1,248 @@
+"""What the study draws: accuracy over what it costs, parts, shares of the data, fusion."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tools.studying.results import Cells
+from tools.studying.rows import FUSIONS, ROWS, Row, fusion_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Of families, to be told apart on light and on dark paper; marks for those who see no colours.
+COLOURS = {
+    'zero-shot': ('#8c8c8c', 'x'),
+    'frame mean': ('#b0882f', 's'),
+    'attentive probe': ('#c9569b', 'v'),
+    'fine-tuning': ('#d0453f', 'D'),
+    'DiST': ('#2f81d6', 'o'),
+    'EVL': ('#d9772b', '^'),
+    'Side4Video': ('#2f9e4f', 'P'),
+    'STS': ('#8866cc', '*'),
+}
+# (figure, title, unit in which it is shown)
+COSTS = (
+    ('memory', 'memory of the training step, MB', 1e6),
+    ('trainable_parameters', 'trained parameters, thousands', 1e3),
+    ('training_seconds', 'seconds of training', 1.0),
+)
+NEW = {'motion': 'motion', 'looks': 'looks', 'motion_new': 'new motions', 'looks_new': 'new looks'}
+
+
+def main_rows() -> list[Row]:
+    """Those of the main table."""
+    return [row for row in ROWS if row.group == 'main']
+
+
+def trade_offs(cells: Cells, chance: Mapping[str, float]) -> Figure:
+    """Accuracy over memory, trained parameters and time: motion above, looks below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7.2), layout='constrained')
+    axes = figure.subplots(2, len(COSTS))
+    for line, data in zip(axes, ('motion', 'looks')):
+        for axis, (cost, title, unit) in zip(line, COSTS):
+            _trade_off(axis, cells, data, cost, unit, chance.get(data))
+            axis.set_title(f'{data}: top-1 of the test list, %')
+            axis.set_xlabel(title)
+    return figure
+
+
+def _trade_off(
+    axis: Axes, cells: Cells, data: str, cost: str, unit: float, chance: float | None
+) -> None:
+    points = []
+    for row in main_rows():
+        key = f'{row.name}/{data}'
+        # Memory and parameters are those of the same network on other classes, where it is not
+        # asked for these: they differ by the classifier.
+        paid = cells.values(key, cost) or cells.values(f'{row.name}/motion', cost)
+        top1 = cells.values(key, 'top1')
+        if not paid or not top1:
+            continue
+        x, y = statistics.mean(paid) / unit, 100 * statistics.mean(top1)
+        colour, mark = COLOURS[row.family]
+        axis.errorbar(x, y, 100 * _deviation(top1), color=colour, marker=mark, ms=7, capsize=3)
+        points.append((x, y, row.label, colour))
+    floor = cells.values(f'frame_mean/{data}', 'top1')
+    lines = [('chance', chance), ('frame mean', statistics.mean(floor) if floor else None)]
+    for name, value in lines:
+        if value is not None:
+            axis.axhline(100 * value, linestyle=':', linewidth=1, color='#8c8c8c')
+            axis.annotate(
+                name,
+                (1, 100 * value),
+                (-2, 2),
+                xycoords=('axes fraction', 'data'),
+                textcoords='offset points',
+                ha='right',
+                fontsize=7,
+                color='#8c8c8c',
+            )
+    axis.set_xscale('log')
+    axis.set_ylim(0, 103)
+    axis.grid(True)
+    if points:
+        low, high = (end(x for x, *_ in points) for end in (min, max))
+        axis.set_xlim(low / 1.5, high * 2.5)
+        _name(axis, points)
+
+
+def _name(axis: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names beside points, from the lowest up, none over another."""
+    height, last = 4.5, -10.0
+    for x, y, label, colour in sorted(points, key=lambda point: point[1]):
+        last = max(y - height / 3, last + height)
+        axis.annotate(
+            label,
+            (x, y),
+            (x * 1.12, min(last, 99)),
+            textcoords='data',
+            fontsize=7.5,
+            color=colour,
+            va='bottom',
+            arrowprops={'arrowstyle': '-', 'color': colour, 'lw': 0.4, 'shrinkB': 3},
+        )
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def bars(cells: Cells, groups: Sequence[str], chance: float | None) -> Figure:
+    """Accuracy on motion of the rows of some groups, under the row of the main table they vary."""
+    from matplotlib.figure import Figure
+
+    found = []
+    for base in main_rows():
+        key = f'{base.name}/motion'
+        rows = [
+            row
+            for row in ROWS
+            if row.group in groups
+            and row.config == base.config
+            and cells.values(f'{row.name}/motion', 'top1')
+        ]
+        if not rows or any(family == base.family for family, *_ in found):
+            continue
+        for i, row in enumerate((base, *rows)):
+            values = cells.values(f'{row.name}/motion' if i else key, 'top1')
+            found.append((row.family, row.label if i else base.label, values, not i))
+    figure = Figure(figsize=(7.6, 0.6 + 0.3 * max(len(found), 3)), layout='constrained')
+    axis = figure.subplots()
+    for place, (family, _, values, whole) in enumerate(found):
+        if not values:
+            continue
+        mean = 100 * statistics.mean(values)
+        axis.barh(
+            place,
+            mean,
+            color=COLOURS[family][0],
+            alpha=1 if whole else 0.55,
+            xerr=100 * _deviation(values) or None,
+            error_kw={'capsize': 3, 'ecolor': '#8c8c8c'},
+        )
+        axis.annotate(
+            f'{mean:.1f}',
+            (mean + 100 * _deviation(values), place),
+            (4, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=8,
+        )
+    axis.set_yticks(range(len(found)), [label for _, label, *_ in found])
+    for tick, (*_, whole) in zip(axis.get_yticklabels(), found):
+        tick.set_fontweight('bold' if whole else 'normal')
+    axis.invert_yaxis()
+    axis.set_xlim(0, 105)
+    axis.set_title('motion: top-1 of the test list, %')
+    if chance is not None:
+        axis.axvline(100 * chance, linestyle=':', linewidth=1, color='#8c8c8c')
+    axis.grid(True, axis='x')
+    return figure
+
+
+def shares_of(row: Row, cells: Cells) -> list[tuple[int, list[float]]]:
+    """(percent of the training list, accuracies on motion) of a row of the main table."""
+    cut = [
+        (other.share, f'{other.name}/motion')
+        for other in ROWS
+        if other.group == 'data' and other.name.startswith(f'{row.name}_{other.share}_')
+    ]
+    cut = [(share, cells.values(key, 'top1')) for share, key in cut]
+    cut = [(share, values) for share, values in cut if values]
+    whole = cells.values(f'{row.name}/motion', 'top1')
+    return [*cut, (100, whole)] if cut and whole else cut
+
+
+def efficiency(cells: Cells, chance: float | None) -> Figure:
+    """Accuracy on motion over the share of the training videos."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout='constrained')
+    axis = figure.subplots()
+    for row in main_rows():
+        points = shares_of(row, cells)
+        if not points:
+            continue
+        colour, mark = COLOURS[row.family]
+        axis.errorbar(
+            [share for share, _ in points],
+            [100 * statistics.mean(values) for _, values in points],
+            [100 * _deviation(values) for _, values in points],
+            color=colour,
+            marker=mark,
+            capsize=3,
+            label=row.label,
+        )
+    if chance is not None:
+        axis.axhline(100 * chance, linestyle=':', linewidth=1, color='#8c8c8c', label='chance')
+    axis.set_xscale('log')
+    axis.set_xticks([5, 10, 20, 50, 100], ['5', '10', '20', '50', '100'])
+    axis.minorticks_off()
+    axis.set_xlabel('share of the training videos, %; as many clips seen')
+    axis.set_title('motion: top-1 of the test list, %')
+    axis.set_ylim(0, 103)
+    axis.grid(True)
+    axis.legend(loc='upper left', fontsize=8)
+    return figure
+
+
+def fusion_points(cells: Cells, data: str) -> list[tuple[float, float]]:
+    """(weight of the frozen CLIP, accuracy) on one list."""
+    found = ((weight, cells.values(fusion_name(data, weight), 'top1')) for weight in FUSIONS)
+    return [(weight, values[0]) for weight, values in found if values]
+
+
+def fusion(cells: Cells, chance: Mapping[str, float]) -> Figure:
+    """Accuracy of DiST's text head over the weight of the frozen CLIP."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.6), layout='constrained')
+    for axis, kind, colour in zip(figure.subplots(1, 2), ('motion', 'looks'), ('C0', 'C1')):
+        for data, style in ((kind, '-'), (f'{kind}_new', '--')):
+            points = fusion_points(cells, data)
+            if points:
+                weights, values = zip(*points)
+                axis.plot(
+                    weights,
+                    [100 * value for value in values],
+                    linestyle=style,
+                    color=colour,
+                    marker='o',
+                    ms=4,
+                    label=NEW[data],
+                )
+            if data in chance:
+                axis.axhline(100 * chance[data], linestyle=':', linewidth=1, color='#8c8c8c')
+        axis.set_title(f'{kind}: top-1, %')
+        axis.set_xlabel('weight of the frozen CLIP (0: DiST alone)')
+        axis.set_ylim(0, 103)
+        axis.grid(True)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(loc='best')
+    return figure

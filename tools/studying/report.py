@@ -1,0 +1,419 @@
+"""The report of a study: `study.json`, `report.html`, pictures, `results.md` for other pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_jax import doctor, drawing
+from dist_jax.json_file import write_json
+from dist_jax.progress import duration
+from dist_jax.reports import page
+from dist_jax.tasks.api import Picture, Table
+from input_pipeline import escape, machine
+from tools.studying import claims, pictures
+from tools.studying.claims import Comparison, Finding, Judged
+from tools.studying.results import Cells, Record
+from tools.studying.rows import ROWS, TESTS
+
+REPORT, RESULTS, STUDY = 'report.html', 'results.md', 'study.json'
+UNITS = {'memory': (1e6, 'MB'), 'step_seconds': (1e-3, 'ms'), 'trainable_parameters': (1e3, 'k')}
+LABELS = {
+    'top1': '',
+    't2v_r1': 'text to video R@1',
+    'v2t_r1': 'video to text R@1',
+    'memory': 'memory',
+    'step_seconds': 'time of a step',
+    'trainable_parameters': 'trained parameters',
+}
+SEVERAL = '± is the standard deviation between seeds'
+
+
+def write(
+    out: Path, name: str, records: Sequence[Record], failed: Mapping[str, Sequence[str]]
+) -> None:
+    """Writes all files.
+
+    Args:
+      out: folder of the study.
+      name: of its size.
+      records: see `results.collect`.
+      failed: jobs that failed, with the end of their logs.
+    """
+    cells = Cells(records)
+    chance = chances(records)
+    judged = claims.judge_all(cells)
+    context = _context(out)
+    seconds = sum(record['job_seconds'] for record in records)
+    write_json(
+        out / STUDY,
+        {
+            'size': name,
+            **context,
+            'seconds': round(seconds, 1),
+            'chance': chance,
+            'runs': list(records),
+            'claims': {
+                one.claim.name: {
+                    'source': one.claim.source,
+                    'text': one.claim.text,
+                    'verdict': one.verdict,
+                    'comparisons': [
+                        dataclasses.asdict(comparison) | dataclasses.asdict(finding)
+                        for comparison, finding in zip(one.claim.comparisons, one.findings)
+                    ],
+                }
+                for one in judged
+            },
+            'failed': {job: list(log) for job, log in failed.items()},
+        },
+    )
+    tables = [table for table in _tables(cells) if table.rows]
+    drawn = _drawn(cells, chance)
+    for file, picture in drawn.items():
+        (out / file).write_bytes(drawing.png(picture.draw))
+    verdicts = [one.verdict for one in judged]
+    sections = [
+        page.tiles(
+            [
+                ('runs', str(sum('steps' in record for record in records))),
+                ('tests', str(sum('steps' not in record for record in records))),
+                ('duration of all', duration(seconds)),
+                *((verdict, str(verdicts.count(verdict))) for verdict in dict.fromkeys(verdicts)),
+                *([('failed', str(len(failed)))] if failed else []),
+            ]
+        ),
+        f'<p>{escape.html(_about(context))}</p>',
+    ]
+    main, *others = tables or [None]
+    if main is not None:
+        sections.append(page.section(main))
+    sections += [page.section(picture) for picture in drawn.values()]
+    sections += map(page.section, others)
+    if judged:
+        sections.append('<h2>What the papers say</h2>')
+        sections += map(_paragraph, judged)
+    if failed:
+        rows = [(job, '\n'.join(log)) for job, log in failed.items()]
+        sections.append(page.section(Table('Failed', ('run', 'end of its log'), rows)))
+    rows = [(name, str(value)) for name, value in context.items()]
+    sections.append(page.section(Table('Where', ('', ''), rows, folded=True)))
+    (out / REPORT).write_bytes(page.document(f'Study: {name}', sections).encode())
+    (out / RESULTS).write_bytes(_markdown(tables, judged, context, seconds).encode())
+
+
+def chances(records: Sequence[Record]) -> dict[str, float]:
+    """Chance by data: one of as many classes as a run on it had."""
+    return {
+        record['data']: 1 / record['num_classes'][0]
+        for record in records
+        if record.get('num_classes')
+    }
+
+
+def _context(out: Path) -> dict[str, Any]:
+    return {
+        'machine': _processor(),
+        'cores': machine.num_cpus(),
+        'versions': doctor.own_versions(),
+        'commit': _commit(),
+        'code_sha256': doctor.code_sha256(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Of the checkout; '' where there is none, with a + where files were changed."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(
+            ['git', '-C', str(here), *arguments], capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip() if found.returncode == 0 else ''
+
+    try:
+        commit = git('rev-parse', 'HEAD')
+        return f'{commit}+' if commit and git('status', '--porcelain', '-uno') else commit
+    except OSError:
+        return ''
+
+
+def _about(context: Mapping[str, Any]) -> str:
+    versions = context['versions']
+    return (
+        f'All figures are of the test lists, at the last step of a run; {SEVERAL}. '
+        f'{context["machine"]}, {context["cores"]} cores, jax {versions.get("jax", "?")}, '
+        f'commit {context["commit"] or "unknown"}.'
+    )
+
+
+def _spread(values: Sequence[float], unit: str = ' %', factor: float = 100) -> str:
+    """A mean and, of several seeds, what lies between them."""
+    if not values:
+        return '-'
+    values = [factor * value for value in values]
+    mean = f'{statistics.mean(values):.1f}'
+    return f'{mean} ± {statistics.stdev(values):.1f}{unit}' if len(values) > 1 else mean + unit
+
+
+def _number(cells: Cells, key: str, figure: str, factor: float, digits: int = 0) -> str:
+    values = cells.values(key, figure)
+    return f'{statistics.mean(values) / factor:,.{digits}f}' if values else '-'
+
+
+def _tables(cells: Cells) -> list[Table]:
+    return [
+        _main_table(cells),
+        _ablations(cells),
+        _sts_table(cells),
+        _efficiency_table(cells),
+        _fusion_table(cells),
+        _retrieval_table(cells),
+    ]
+
+
+def _main_table(cells: Cells) -> Table:
+    columns = (
+        '',
+        'motion top-1',
+        'looks top-1',
+        'trained parameters, k',
+        'memory of a step, MB',
+        'step, ms',
+        'clips/s',
+        'training, s',
+    )
+    rows = []
+    for row in pictures.main_rows():
+        key = f'{row.name}/motion'
+        top1 = [cells.values(f'{row.name}/{data}', 'top1') for data in ('motion', 'looks')]
+        if any(top1):
+            rows.append(
+                (
+                    row.label,
+                    *map(_spread, top1),
+                    _number(cells, key, 'trainable_parameters', 1e3, 1),
+                    _number(cells, key, 'memory', 1e6),
+                    _number(cells, key, 'compute_seconds', 1e-3),
+                    _number(cells, key, 'clips_per_second', 1),
+                    _number(cells, key, 'training_seconds', 1),
+                )
+            )
+    return Table('Accuracy and what it costs', columns, rows)
+
+
+def _ablations(cells: Cells) -> Table:
+    rows = []
+    bases = {row.config: row for row in reversed(pictures.main_rows())}
+    for row in ROWS:
+        values = cells.values(f'{row.name}/motion', 'top1')
+        if row.group in ('ablation', 'frames') and values:
+            base = bases[row.config]
+            whole = cells.values(f'{base.name}/motion', 'top1')
+            change = 100 * (statistics.mean(values) - statistics.mean(whole)) if whole else None
+            rows.append(
+                (
+                    f'{row.family}, {row.label}',
+                    _spread(values),
+                    _spread(whole),
+                    '-' if change is None else f'{change:+.1f}',
+                )
+            )
+    columns = ('', 'motion top-1', 'the whole', 'points')
+    return Table('Parts, layers and frames', columns, rows)
+
+
+def _sts_table(cells: Cells) -> Table:
+    labels = ('sts', 'sts_plain', 'sts_scratch', 'sts_scratch_plain')
+    by_name = {row.name: row for row in ROWS}
+    rows = [
+        (
+            by_name[name].label,
+            _spread(cells.values(f'{name}/motion', 'top1')),
+            _number(cells, f'{name}/motion', 'trainable_parameters', 1e3, 1),
+            _number(cells, f'{name}/motion', 'compute_seconds', 1e-3),
+        )
+        for name in labels
+        if cells.runs(f'{name}/motion')
+    ]
+    columns = ('', 'motion top-1', 'trained parameters, k', 'step, ms')
+    return Table('STS and the plain network, from pictures and from scratch', columns, rows)
+
+
+def _efficiency_table(cells: Cells) -> Table:
+    found = {row.label: dict(pictures.shares_of(row, cells)) for row in pictures.main_rows()}
+    found = {label: points for label, points in found.items() if points}
+    shares = sorted({share for points in found.values() for share in points})
+    rows = [
+        (label, *(_spread(points.get(share, ())) for share in shares))
+        for label, points in found.items()
+    ]
+    columns = ('motion top-1', *(f'{share} %' for share in shares))
+    return Table('With a share of the training videos', columns, rows)
+
+
+def _fusion_table(cells: Cells) -> Table:
+    found = {
+        label: dict(pictures.fusion_points(cells, data)) for data, label in pictures.NEW.items()
+    }
+    weights = sorted({weight for points in found.values() for weight in points})
+    rows = [
+        (label, *(_spread([points[w]] if w in points else []) for w in weights))
+        for label, points in found.items()
+        if points
+    ]
+    columns = ('top-1', *(f'{weight:g}' for weight in weights))
+    return Table('DiST with a text head: weight of the frozen CLIP, 0 to 1', columns, rows)
+
+
+def _retrieval_table(cells: Cells) -> Table:
+    rows = [
+        (
+            row.label,
+            _spread(cells.values(f'{row.name}/captions', 't2v_r1')),
+            _spread(cells.values(f'{row.name}/captions', 'v2t_r1')),
+            _spread(cells.values(f'{row.name}/captions', 't2v_median_rank'), '', 1),
+        )
+        for row in ROWS
+        if cells.runs(f'{row.name}/captions')
+    ]
+    columns = ('', 'text to video R@1', 'video to text R@1', 'median rank of the video')
+    return Table('Retrieval', columns, rows)
+
+
+def _drawn(cells: Cells, chance: Mapping[str, float]) -> dict[str, Picture]:
+    """Pictures by file; those without a point are left out."""
+    motion = chance.get('motion')
+    wanted: dict[str, tuple[bool, Picture]] = {
+        'trade_offs.png': (
+            any(cells.runs(f'{row.name}/motion') for row in pictures.main_rows()),
+            Picture(
+                'Accuracy over memory, trained parameters and time',
+                lambda: pictures.trade_offs(cells, chance),
+                'accuracy of each row over what it costs',
+            ),
+        ),
+        'parts.png': (
+            bool(_ablations(cells).rows),
+            Picture(
+                'Without a part',
+                lambda: pictures.bars(cells, ('ablation', 'frames'), motion),
+                'accuracy of each family without its parts',
+                'wide',
+            ),
+        ),
+        'shares.png': (
+            bool(_efficiency_table(cells).rows),
+            Picture(
+                'With fewer videos',
+                lambda: pictures.efficiency(cells, motion),
+                'accuracy over the share of the training videos',
+                'wide',
+            ),
+        ),
+        'fusion.png': (
+            bool(_fusion_table(cells).rows),
+            Picture(
+                'Fusion with the frozen CLIP',
+                lambda: pictures.fusion(cells, chance),
+                'accuracy over the weight of the frozen CLIP',
+                'wide',
+            ),
+        ),
+    }
+    return {file: picture for file, (there, picture) in wanted.items() if there}
+
+
+def _sentence(comparison: Comparison, finding: Finding) -> str:
+    """A comparison in words: both means, the difference with its interval."""
+    first, second = (_cell(key) for key in (comparison.first, comparison.second))
+    figure = LABELS[comparison.figure]
+    named = f'{figure}: ' if figure else ''
+    if finding.verdict == claims.MISSING:
+        return f'{named}{first} against {second}: {claims.MISSING}'
+    means = (_figure(comparison.figure, value) for value in (finding.first, finding.second))
+    difference = 100 * finding.difference
+    unit = '% less' if comparison.figure in claims.COSTS else 'points'
+    if finding.margin is None:
+        interval = ', spread unknown'
+    elif finding.margin:
+        interval = f' ± {100 * finding.margin:.1f}'
+    else:
+        interval = ''
+    pooled = ', by the spread of the main table' if finding.pooled and finding.margin else ''
+    asked = ''
+    if comparison.wants == claims.KEEPS:
+        costs = comparison.figure in claims.COSTS
+        allowed = 100 * (claims.COSTS_KEPT if costs else claims.KEPT)
+        asked = f', down to -{allowed:.0f} is allowed'
+    return (
+        f'{named}{first} {next(means)}, {second} {next(means)}: '
+        f'{difference:+.1f}{interval} {unit}{asked}{pooled} ({finding.verdict})'
+    )
+
+
+def _cell(key: str) -> str:
+    """A cell in words."""
+    name, _, data = key.partition('/')
+    rows = {row.name: row for row in ROWS}
+    tests = {test.name: test for test in TESTS}
+    if name in tests:
+        test = tests[name]
+        return f'weight {test.fields["eval.fusion"]:g} on {pictures.NEW[test.data]}'
+    row = rows[name]
+    label = f'{row.family}, {row.label}' if row.group in ('ablation', 'frames') else row.label
+    return f'{label} ({data})' if data == 'looks' else label
+
+
+def _figure(figure: str, value: float) -> str:
+    if figure in UNITS:
+        factor, unit = UNITS[figure]
+        return f'{value / factor:,.0f} {unit}'
+    return f'{100 * value:.1f} %'
+
+
+def _paragraph(one: Judged) -> str:
+    return (
+        f'<p><b>{escape.html(one.verdict.capitalize())}.</b> {escape.html(one.claim.text)} '
+        f'<i>({escape.html(one.claim.source)})</i><br>{escape.html(_evidence(one))}.</p>'
+    )
+
+
+def _evidence(one: Judged) -> str:
+    return '; '.join(map(_sentence, one.claim.comparisons, one.findings))
+
+
+def _markdown(
+    tables: Sequence[Table], judged: Sequence[Judged], context: Mapping[str, Any], seconds: float
+) -> str:
+    parts = [f'{_about(context)} All runs together took {duration(seconds)}.']
+    for table in tables:
+        ruler = ['---'] + ['---:'] * (len(table.columns) - 1)
+        lines = [f'**{table.title}**', '', *map(_line, (table.columns, ruler, *table.rows))]
+        parts.append('\n'.join(lines))
+    if judged:
+        claimed = [
+            f'- **{one.verdict.capitalize()}.** {one.claim.text} *({one.claim.source})* '
+            f'{_evidence(one)}.'
+            for one in judged
+        ]
+        parts.append('\n'.join(['**What the papers say**', '', *claimed]))
+    return '\n\n'.join(parts) + '\n'
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f'| {" | ".join(cells)} |'
