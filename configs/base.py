@@ -221,6 +221,16 @@ BEFORE_FIELDS = {
     'optimizer.nesterov': False,
 }
 
+# Those of one family, likewise.
+BEFORE_FAMILY_FIELDS: dict[str, dict[str, object]] = {
+    'dist': {
+        'model.spatial_branch': True,
+        'model.temporal_branch': True,
+        'model.integration_branch': True,
+    },
+    'side4video': {'model.temporal_conv': True, 'model.class_token_shift': True},
+}
+
 # Fields that had another name when runs were saved: the name then -> the name now.
 RENAMED_FIELDS = {'data.num_samples': 'data.repeats'}
 
@@ -391,6 +401,11 @@ def check(config: ConfigDict) -> None:
             f'it, as in --config.optimizer.warmup_epochs={epochs / 6:.2g} (the share in the '
             'recipes), or give the length with --config.num_steps, which keeps the share'
         )
+
+
+def before_fields(saved: Mapping[str, Any]) -> dict[str, object]:
+    """'group.field' -> value, of fields that are newer than a saved config may be."""
+    return BEFORE_FIELDS | BEFORE_FAMILY_FIELDS.get(saved['model']['family'], {})
 
 
 def _numbers(config: ConfigDict) -> Iterator[tuple[str, float]]:

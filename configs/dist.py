@@ -85,6 +85,9 @@ def get_config(variant: str = 'b16_8+16f_k400') -> ConfigDict:
     config.model.integration_mlp_ratio = 1.0
     config.model.integration_temporal_mlp_ratio = 0.25
     config.model.ada_pooling_layers = 4
+    config.model.spatial_branch = True  # for ablations, as the next two: read the backbone
+    config.model.temporal_branch = True  # the temporal encoder, which sees all frames
+    config.model.integration_branch = True  # joins both in every layer; without it, in the last
     config.model.remat = True  # recompute a layer in the backward pass: less memory, more time
     config.model.unroll = False  # write layers out: faster steps on CPU, longer compilation
     return base.finish(config, VARIANTS, variant, demo)

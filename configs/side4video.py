@@ -117,6 +117,8 @@ def get_config(variant: str = 'b16_8f_k400') -> ConfigDict:
     config.model.tap_every = 1  # blocks of the backbone for one layer beside them
     config.model.post_norm = False  # norms behind the branches, as on EVA
     config.model.mlp_ratio = 4.0
+    config.model.temporal_conv = True  # for ablations, as the next: convolve over frames
+    config.model.class_token_shift = True  # class tokens of the frames before and after
     # Computed again in the backward pass: none, branches (the release on EVA) or layers.
     config.model.remat = 'layers'
     config.model.unroll = False  # write layers out: faster steps on CPU, longer compilation

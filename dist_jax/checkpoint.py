@@ -488,7 +488,8 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
       ValueError: listing every field that differs.
     """
-    before, now = base.BEFORE_FIELDS | base.flat(saved['config']), base.flat(current['config'])
+    before = base.before_fields(saved['config']) | base.flat(saved['config'])
+    now = base.flat(current['config'])
     changed = [
         name
         for name in sorted(before.keys() | now.keys())

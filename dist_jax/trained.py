@@ -48,7 +48,7 @@ def saved_config(workdir: str, step_number: int | str | None = None) -> ConfigDi
     """
     metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir, step_number))
     config = base.get_config().to_dict()
-    for name, value in base.BEFORE_FIELDS.items():
+    for name, value in base.before_fields(metadata['config']).items():
         group, field = name.split('.')
         config[group][field] = value
     for name, value in metadata['config'].items():

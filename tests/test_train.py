@@ -840,6 +840,11 @@ def test_what_may_change_between_sessions():
         assert named(error) == [field]
     with pytest.raises(ValueError, match=r'num_steps: saved 0, now 900[^$]*config\.init_from=RUN'):
         checkpoint.check_same_run(saved, metadata(num_steps=900))
+    older = metadata()
+    del older['config']['model']['temporal_branch']  # of DiST, younger than its first runs
+    checkpoint.check_same_run(older, saved)
+    with pytest.raises(ValueError, match='temporal_branch: saved True, now False'):
+        checkpoint.check_same_run(older, metadata(**{'model.temporal_branch': False}))
     with pytest.raises(ValueError, match='class_names'):
         checkpoint.check_same_run(saved, metadata() | {'class_names': [['b']]})
 

@@ -69,6 +69,9 @@ def build(
     integration_mlp_ratio: float = 1.0,
     integration_temporal_mlp_ratio: float = 0.25,
     ada_pooling_layers: int = 4,
+    spatial_branch: bool = True,
+    temporal_branch: bool = True,
+    integration_branch: bool = True,
     remat: bool = False,
     unroll: bool = False,
 ) -> Model:
@@ -90,6 +93,9 @@ def build(
       integration_mlp_ratio: hidden width of the feed-forward over C.
       integration_temporal_mlp_ratio: hidden width of the temporal feed-forward over C.
       ada_pooling_layers: blocks of adaptive pooling (4 on K400, 2 on SSv2).
+      spatial_branch: F is read, and the mean class token; else both are 0.
+      temporal_branch: X is there; else U = M.
+      integration_branch: R is there, and what it gives to X; else M and X meet in the last U alone.
       remat: recompute a layer in the backward pass.
       unroll: see `stack`.
 
@@ -108,6 +114,10 @@ def build(
     for name, size in (('temporal_patch', temporal_patch), ('temporal_kernel', temporal_kernel)):
         if size % 2 == 0:
             raise ValueError(f'model.{name}={size} must be odd')
+    if not (spatial_branch or temporal_branch):
+        raise ValueError(
+            'model.spatial_branch=False and model.temporal_branch=False: nothing reads the video'
+        )
     spec = backbone.spec
     selected = tuple(selected_layers) or tuple(range(spec.depth))
     # The embedding serves zero-shot logits only: where they are not asked, nothing computes it.
@@ -127,6 +137,9 @@ def build(
         ffn_hidden=int(integration_dim * integration_mlp_ratio),
         temporal_ffn_hidden=int(integration_dim * integration_temporal_mlp_ratio),
         ada_pooling_layers=ada_pooling_layers,
+        spatial=spatial_branch,
+        temporal=temporal_branch,
+        integration=integration_branch,
         embed_dim=spec.embed_dim,
         head=heads.Head(head, tuple(num_classes)),
         dtype=dtype,
@@ -345,11 +358,13 @@ class IntegrationNet(nn.Module):
 class DistLayer(nn.Module):
     """One step of the temporal encoder and the integration branch, beside one frozen block.
 
-    The carry is X (B, T, g, g, S) and R (B, t, 1 + g*g, C). Reads its own frozen output out of the
-    stack of all: a stack without the last one, for the loop, would be a copy of it.
+    The carry is X (B, T, g, g, S), None without the temporal branch, and R (B, t, 1 + g*g, C).
+    Reads its own frozen output out of the stack of all: a stack without the last one, for the loop,
+    would be a copy of it.
 
     Attributes:
-      outputs: also return what came up on the way; the rest are sizes, see `build`.
+      last: nothing follows, so that both branches meet here, if nowhere else.
+      outputs: also return what came up on the way; the rest are sizes and branches, see `build`.
     """
 
     alpha: int
@@ -358,38 +373,51 @@ class DistLayer(nn.Module):
     ffn_hidden: int
     temporal_ffn_hidden: int
     temporal_kernel: int
+    spatial: bool
+    temporal: bool
+    integration: bool
     dtype: Dtype
+    last: bool
     outputs: bool
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, jax.Array], index: jax.Array | int, taps: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
+        self, carry: tuple[jax.Array | None, jax.Array], index: jax.Array | int, taps: jax.Array
+    ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, jax.Array]]:
         """(X, R), number of the layer, frozen outputs (K, B*t, L, W) -> (X', R), outputs."""
         x, r = split_batch(carry)
-        tap = jax.lax.dynamic_index_in_dim(taps, index, keepdims=False)
-        channels = x.shape[-1]
-        x = TemporalNet(
-            self.temporal_hidden, self.temporal_kernel, self.dtype, name='temporal_net'
-        )(x)
-        m = Linear(self.integration_dim, dtype=self.dtype, name='input_linear')(tap)
-        m = m.reshape(r.shape) + r
-        u = m + Temporal2Integration(
-            self.integration_dim, self.alpha, self.dtype, name='temporal2integration'
-        )(x)
-        r = IntegrationNet(
-            self.ffn_hidden,
-            self.temporal_ffn_hidden,
-            self.temporal_kernel,
-            self.dtype,
-            name='integration_net',
-        )(u)
-        # Nobody reads the sum of the last layer; the compiler then drops this product too.
-        to_temporal = Integration2Temporal(
-            channels, self.alpha, self.dtype, name='integration2temporal'
-        )(m[:, :, 1:])
+        if self.temporal:
+            x = TemporalNet(
+                self.temporal_hidden, self.temporal_kernel, self.dtype, name='temporal_net'
+            )(x)
+        if not (self.integration or self.last):
+            return (x, r), {}
+        m = r
+        if self.spatial:
+            tap = jax.lax.dynamic_index_in_dim(taps, index, keepdims=False)
+            m = Linear(self.integration_dim, dtype=self.dtype, name='input_linear')(tap)
+            m = m.reshape(r.shape) + r
+        u = m
+        if self.temporal:
+            u = m + Temporal2Integration(
+                self.integration_dim, self.alpha, self.dtype, name='temporal2integration'
+            )(x)
+        if self.integration:
+            r = IntegrationNet(
+                self.ffn_hidden,
+                self.temporal_ffn_hidden,
+                self.temporal_kernel,
+                self.dtype,
+                name='integration_net',
+            )(u)
         seen = {'temporal': x, 'integration': r, 'integration_input': u} if self.outputs else {}
-        return (x + to_temporal.reshape(x.shape), r), seen
+        if self.integration and self.temporal:
+            # Nobody reads the sum of the last layer; the compiler then drops this product too.
+            to_temporal = Integration2Temporal(
+                x.shape[-1], self.alpha, self.dtype, name='integration2temporal'
+            )(m[:, :, 1:])
+            x = x + to_temporal.reshape(x.shape)
+        return (x, r), seen
 
 
 class AdaptivePooling(nn.Module):
@@ -476,6 +504,9 @@ class DistNet(nn.Module):
     ffn_hidden: int
     temporal_ffn_hidden: int
     ada_pooling_layers: int
+    spatial: bool
+    temporal: bool
+    integration: bool
     embed_dim: int
     head: heads.Head
     dtype: Dtype
@@ -497,7 +528,8 @@ class DistNet(nn.Module):
           features: `taps` (K, B*t, L, W), `patches` (B, T, g*g, p*p*3) of the normalised video, and
             for a text head `text`, `logit_scale` and the frozen `embedding` (B*t, E).
           mask, train: accepted for the common interface; DiST has no statistics and no dropout.
-          intermediates: also return the tensors of every layer, stacked on axis 0.
+          intermediates: also return the tensors of every layer, stacked on axis 0; needs all
+            branches.
 
         Returns:
           `logits`, tuple of float32 (B, num_classes); `embedding` float32 (B, E), not normalised;
@@ -512,13 +544,15 @@ class DistNet(nn.Module):
                 f'a clip of {num_frames} frames for a model of num_frames={self.num_frames}'
             )
         t = num_frames // self.alpha
-        x = stem = Stem(
-            self.temporal_dim,
-            self.patch_size,
-            self.temporal_patch,
-            self.dtype,
-            name='temporal_stem',
-        )(patches)
+        x = stem = None
+        if self.temporal:
+            x = stem = Stem(
+                self.temporal_dim,
+                self.patch_size,
+                self.temporal_patch,
+                self.dtype,
+                name='temporal_stem',
+            )(patches)
         r = jnp.zeros((b, t, taps.shape[2], self.integration_dim), self.dtype)
         layer = {
             'alpha': self.alpha,
@@ -527,6 +561,9 @@ class DistNet(nn.Module):
             'ffn_hidden': self.ffn_hidden,
             'temporal_ffn_hidden': self.temporal_ffn_hidden,
             'temporal_kernel': self.temporal_kernel,
+            'spatial': self.spatial,
+            'temporal': self.temporal,
+            'integration': self.integration,
             'dtype': self.dtype,
         }
         seen: list[Tree] = []
@@ -538,11 +575,11 @@ class DistNet(nn.Module):
                 unroll=self.unroll,
                 in_axes=(0, nn.broadcast),
             )
-            (x, r), inner = scanned(**layer, outputs=intermediates, name='layers')(
+            (x, r), inner = scanned(**layer, last=False, outputs=intermediates, name='layers')(
                 (x, r), jnp.arange(self.num_layers - 1), taps
             )
             seen.append(inner)
-        (_, r), last = DistLayer(**layer, outputs=True, name='last_layer')(
+        (_, r), last = DistLayer(**layer, last=True, outputs=True, name='last_layer')(
             (x, r), self.num_layers - 1, taps
         )
         seen.append(jax.tree.map(lambda y: y[None], last))
@@ -558,8 +595,10 @@ class DistNet(nn.Module):
             a, s = AdaptivePooling(self.dtype, name=f'adapooling_{i}')(a, s, tokens)
             pooled.append(a)
 
-        frozen_cls = taps[-1, :, 0].astype(jnp.float32).reshape(b, t, -1).mean(1)
-        v = a.astype(jnp.float32) + Linear(width, name='proj_spatial_cls_token')(frozen_cls)
+        v = a.astype(jnp.float32)
+        if self.spatial:
+            frozen_cls = taps[-1, :, 0].astype(jnp.float32).reshape(b, t, -1).mean(1)
+            v = v + Linear(width, name='proj_spatial_cls_token')(frozen_cls)
         v = LayerNorm(name='ln_post')(v)
         proj_init = nn.initializers.normal(width**-0.5)
         v = Linear(self.embed_dim, use_bias=False, kernel_init=proj_init, name='proj')(v)

@@ -41,6 +41,8 @@ def build(
     batch_norm_groups: int = 1,
     remat: str = 'none',
     unroll: bool = False,
+    temporal_conv: bool = True,
+    class_token_shift: bool = True,
 ) -> Model:
     """Side4Video's recognition network on a frozen backbone.
 
@@ -49,8 +51,8 @@ def build(
       num_classes: classes of each head.
       num_frames: any; the backbone sees all frames.
       head: 'linear' only; the side network has no text tower.
-      dtype, side_dim, tap_every, post_norm, mlp_ratio, batch_norm_groups, remat, unroll: see
-        `side_network.Beside`.
+      dtype, side_dim, tap_every, post_norm, mlp_ratio, batch_norm_groups, remat, unroll,
+        temporal_conv, class_token_shift: see `side_network.Beside`.
 
     Raises:
       ValueError: an option that does not fit; the message names the field.
@@ -59,7 +61,17 @@ def build(
     if head != 'linear':
         raise ValueError(f'model.head={head!r}: Side4Video has a linear head only')
     beside = Beside(
-        backbone, dtype, side_dim, tap_every, post_norm, mlp_ratio, batch_norm_groups, remat, unroll
+        backbone,
+        dtype,
+        side_dim,
+        tap_every,
+        post_norm,
+        mlp_ratio,
+        batch_norm_groups,
+        remat,
+        unroll,
+        temporal_conv,
+        class_token_shift,
     )
     init = uniform(side_dim)
     classifier = heads.Head(head, tuple(num_classes), kernel_init=init, bias_init=init)

@@ -86,6 +86,8 @@ class Beside:
       remat: what the backward pass computes again: 'none', 'branches' (convolution, attention and
         MLP, as the release does on EVA), or 'layers'.
       unroll: see `stack`.
+      temporal_conv: u = u + conv_time(BN u) is there.
+      class_token_shift: attention sees the shifted class token; else the frame's own.
 
     Raises:
       ValueError: an option that does not fit; the message names the field.
@@ -100,6 +102,8 @@ class Beside:
     batch_norm_groups: int
     remat: str
     unroll: bool
+    temporal_conv: bool = True
+    class_token_shift: bool = True
 
     def __post_init__(self) -> None:
         if self.side_dim < HEAD_DIM or self.side_dim % HEAD_DIM:
@@ -144,6 +148,8 @@ class Beside:
             'dtype': self.dtype,
             'remat': self.remat,
             'unroll': self.unroll,
+            'temporal_conv': self.temporal_conv,
+            'class_token_shift': self.class_token_shift,
         }
 
     def features(
@@ -326,6 +332,8 @@ class SideLayer(nn.Module):
     train: bool
     record: bool
     retrieval: bool
+    temporal_conv: bool
+    class_token_shift: bool
     dtype: Dtype
 
     @nn.compact
@@ -347,15 +355,18 @@ class SideLayer(nn.Module):
         tokens = reading(split_batch(tap))
         u = mixed = mark(row_major(split_batch(0.5 * s + 0.5 * tokens['patches'])), STREAM)
 
-        conv = TemporalConv(**inits['conv'], dtype=self.dtype, name='conv')
-        if self.post_norm:
-            moved = conv(u)
-            u = mark(u + batch_norm('bn_1', moved), STREAM)
-        else:
-            moved = conv(batch_norm('bn_1', u))
-            u = mark(row_major(u + moved), STREAM)
+        moved = None
+        if self.temporal_conv:
+            conv = TemporalConv(**inits['conv'], dtype=self.dtype, name='conv')
+            if self.post_norm:
+                moved = conv(u)
+                u = mark(u + batch_norm('bn_1', moved), STREAM)
+            else:
+                moved = conv(batch_norm('bn_1', u))
+                u = mark(row_major(u + moved), STREAM)
 
-        shifted = shift_class_token(tokens['token'])
+        token = tokens['token']
+        shifted = shift_class_token(token) if self.class_token_shift else token
         positions = positions.astype(self.dtype)
         memory, looked_at = u + positions[:patches], shifted[:, :, None]
         if len(positions) > patches:
@@ -374,7 +385,7 @@ class SideLayer(nn.Module):
         if not self.record:
             return s, None
         recorded = {'mixed': mixed, 'conv': moved, 'attn': seen, 'stream': s}
-        return s, {'class': tokens['token'], 'shifted': shifted, **recorded}
+        return s, {'class': token, 'shifted': shifted, **recorded}
 
     def _initial_values(self, width: int, tap_width: int) -> dict[str, dict[str, Any]]:
         """Source: what the release's rules do, on EVA, and on CLIP for either use."""
@@ -421,6 +432,8 @@ class SideNetwork(nn.Module):
     dtype: Dtype
     remat: str
     unroll: bool
+    temporal_conv: bool
+    class_token_shift: bool
 
     def stream(
         self,
@@ -481,6 +494,8 @@ class SideNetwork(nn.Module):
             train=train,
             record=record,
             retrieval=retrieval,
+            temporal_conv=self.temporal_conv,
+            class_token_shift=self.class_token_shift,
             dtype=self.dtype,
             name='layers',
         )(s, features['taps'], positions, mask)

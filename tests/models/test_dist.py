@@ -235,3 +235,41 @@ def test_taps_over_time_are_summed_in_float32(form, channels, features):
     exact = np.asarray(form(x.astype(jnp.float32), kernel.astype(jnp.float32)))
     found = np.asarray(jax.jit(form)(x, kernel), np.float32)
     np.testing.assert_allclose(found, exact, rtol=2**-8, atol=1e-4)
+
+
+def parameters(**branches):
+    """Names of the parts that a network has: in its layers, in the last one, beside them."""
+    model = dist.build(BACKBONE, **OPTIONS, **branches)
+    frozen = jax.eval_shape(model.frozen.prepare, BACKBONE.abstract_params(), tokens(4))
+    features = jax.eval_shape(model.inputs, frozen, {'video': video()})
+    outputs, variables = jax.eval_shape(model.net.init_with_output, jax.random.key(2), features)
+    assert outputs['logits'][0].shape == (2, 4)
+    params = variables['params']
+    return set(params.get('layers', ())), set(params['last_layer']), set(params)
+
+
+TEMPORAL = {'temporal_net', 'temporal2integration', 'integration2temporal'}
+
+
+def test_a_branch_that_is_left_out_has_no_parameters():
+    layer, last, beside = parameters()
+    assert layer == last
+    for branches, gone, gone_beside in (
+        ({'spatial_branch': False}, {'input_linear'}, {'proj_spatial_cls_token'}),
+        ({'temporal_branch': False}, TEMPORAL, {'temporal_stem'}),
+    ):
+        found = parameters(**branches)
+        assert found == (layer - gone, layer - gone, beside - gone_beside)
+    inner, outer, around = parameters(integration_branch=False)
+    assert inner == {'temporal_net'} and around == beside
+    assert outer == last - {'integration_net', 'integration2temporal'}
+    with pytest.raises(ValueError, match='nothing reads the video'):
+        dist.build(BACKBONE, **OPTIONS, spatial_branch=False, temporal_branch=False)
+
+
+def test_without_the_temporal_branch_other_frames_change_nothing(backbone):
+    model, frozen, _, variables, outputs = run(backbone, temporal_branch=False)
+    changed = video().at[:, 1::2].add(1.0)
+    features = jax.jit(model.inputs)(frozen, {'video': changed})
+    again = jax.jit(model.net.apply)(variables, features)
+    np.testing.assert_array_equal(again['logits'][0], outputs['logits'][0])

@@ -306,3 +306,23 @@ def test_options_that_do_not_fit(options, named):
 def test_groups_must_divide_the_batch(features, fresh):
     with pytest.raises(ValueError, match=r'batch_norm\.groups=3 must divide the 4 clips'):
         apply(fresh[False], features, train=True, batch_norm_groups=3)
+
+
+def test_parts_that_are_left_out(features, fresh):
+    variables = jax.tree.map(jnp.copy, fresh[False])
+    variables = {**variables, 'params': trained(variables['params'])}
+    token = features['taps']['token']
+    moved = features | {'taps': features['taps'] | {'token': token.at[:, :, 0].add(1.0)}}
+    seen = {}
+    for shift in (True, False):
+        net = build(class_token_shift=shift).net
+        call = jax.jit(functools.partial(net.apply, intermediates=True))
+        layers = [call(variables, each)['layers'] for each in (features, moved)]
+        # Of the frame whose class token changed, and of the one after it, in the first layer.
+        attn = [np.asarray(layer['attn'])[0] for layer in layers]
+        seen[shift] = [np.abs(attn[0] - attn[1])[:, frame].max() > 1e-6 for frame in (0, 1)]
+    assert seen == {True: [False, True], False: [True, False]}
+    params = jax.eval_shape(build(temporal_conv=False).net.init, jax.random.key(2), features)[
+        'params'
+    ]
+    assert fresh[False]['params']['layers'].keys() - params['layers'].keys() == {'conv', 'bn_1'}
