@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             lists.prepare(out, size.world, jobs.rows_of(size, groups), console.print)
-            runner.run(out, planned)
+            runner.run(out, planned, runner.execute)
         except KeyboardInterrupt:
             console.print('stopped; the same command continues')
             return ending.AGAIN

@@ -88,13 +88,13 @@ def failure_of(out: Path, job: Job) -> dict[str, Any]:
     return record if record.get('code', 0) != 0 else {}
 
 
-def run(out: Path, jobs: Sequence[Job], start: Execute = execute) -> list[Job]:
+def run(out: Path, jobs: Sequence[Job], start: Execute) -> list[Job]:
     """Runs what is not done.
 
     Args:
       out: folder of the study.
       jobs: in order.
-      start: see `execute`.
+      start: runs a command, as `execute` does.
 
     Returns:
       Those that failed, or need one that failed.
