@@ -11,11 +11,12 @@ from tools.studying.rows import FUSIONS, ROWS, Row, fusion_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
 
 # Of families, to be told apart on light and on dark paper; marks for those who see no colours.
 COLOURS = {
-    'zero-shot': ('#8c8c8c', 'x'),
+    'zero-shot': ('#8c8c8c', 'X'),
     'frame mean': ('#b0882f', 's'),
     'attentive probe': ('#c9569b', 'v'),
     'fine-tuning': ('#d0453f', 'D'),
@@ -24,6 +25,7 @@ COLOURS = {
     'Side4Video': ('#2f9e4f', 'P'),
     'STS': ('#8866cc', '*'),
 }
+DIM = '#8c8c8c'  # of lines to compare with
 # (figure, title, unit in which it is shown)
 COSTS = (
     ('memory', 'memory of the training step, MB', 1e6),
@@ -42,71 +44,77 @@ def trade_offs(cells: Cells, chance: Mapping[str, float]) -> Figure:
     """Accuracy over memory, trained parameters and time: motion above, looks below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7.2), layout='constrained')
+    figure = Figure(figsize=(12, 7.6), layout='constrained')
     axes = figure.subplots(2, len(COSTS))
+    marks = {}
     for line, data in zip(axes, ('motion', 'looks')):
         for axis, (cost, title, unit) in zip(line, COSTS):
-            _trade_off(axis, cells, data, cost, unit, chance.get(data))
+            marks |= _trade_off(axis, cells, data, cost, unit)
             axis.set_title(f'{data}: top-1 of the test list, %')
             axis.set_xlabel(title)
+            floor = cells.values(f'frame_mean/{data}', 'top1')
+            _line(axis, 'frame mean', statistics.mean(floor) if floor else None)
+            _line(axis, 'chance', chance.get(data))
+    if marks:
+        figure.legend(
+            marks.values(), marks.keys(), loc='outside lower center', ncols=min(len(marks), 8)
+        )
     return figure
 
 
 def _trade_off(
-    axis: Axes, cells: Cells, data: str, cost: str, unit: float, chance: float | None
-) -> None:
-    points = []
+    axis: Axes, cells: Cells, data: str, cost: str, unit: float
+) -> dict[str, ErrorbarContainer]:
+    """Draws a point a row; what stands for it in a legend, by label."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    marks, seen = {}, set()
     for row in main_rows():
         key = f'{row.name}/{data}'
-        # Memory and parameters are those of the same network on other classes, where it is not
-        # asked for these: they differ by the classifier.
+        # Memory is asked for once a row: other classes change the classifier alone.
         paid = cells.values(key, cost) or cells.values(f'{row.name}/motion', cost)
         top1 = cells.values(key, 'top1')
         if not paid or not top1:
             continue
-        x, y = statistics.mean(paid) / unit, 100 * statistics.mean(top1)
         colour, mark = COLOURS[row.family]
-        axis.errorbar(x, y, 100 * _deviation(top1), color=colour, marker=mark, ms=7, capsize=3)
-        points.append((x, y, row.label, colour))
-    floor = cells.values(f'frame_mean/{data}', 'top1')
-    lines = [('chance', chance), ('frame mean', statistics.mean(floor) if floor else None)]
-    for name, value in lines:
-        if value is not None:
-            axis.axhline(100 * value, linestyle=':', linewidth=1, color='#8c8c8c')
-            axis.annotate(
-                name,
-                (1, 100 * value),
-                (-2, 2),
-                xycoords=('axes fraction', 'data'),
-                textcoords='offset points',
-                ha='right',
-                fontsize=7,
-                color='#8c8c8c',
-            )
+        marks[row.label] = axis.errorbar(
+            statistics.mean(paid) / unit,
+            100 * statistics.mean(top1),
+            100 * _deviation(top1),
+            color=colour,
+            marker=mark,
+            markersize=8,
+            fillstyle='none' if row.family in seen else 'full',
+            linestyle='none',
+            capsize=3,
+        )
+        seen.add(row.family)
     axis.set_xscale('log')
+    axis.margins(x=0.15)
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_ylim(0, 103)
     axis.grid(True)
-    if points:
-        low, high = (end(x for x, *_ in points) for end in (min, max))
-        axis.set_xlim(low / 1.5, high * 2.5)
-        _name(axis, points)
+    return marks
 
 
-def _name(axis: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside points, from the lowest up, none over another."""
-    height, last = 4.5, -10.0
-    for x, y, label, colour in sorted(points, key=lambda point: point[1]):
-        last = max(y - height / 3, last + height)
-        axis.annotate(
-            label,
-            (x, y),
-            (x * 1.12, min(last, 99)),
-            textcoords='data',
-            fontsize=7.5,
-            color=colour,
-            va='bottom',
-            arrowprops={'arrowstyle': '-', 'color': colour, 'lw': 0.4, 'shrinkB': 3},
-        )
+def _line(axis: Axes, name: str, value: float | None) -> None:
+    """A dotted line across the picture, with its name."""
+    if value is None:
+        return
+    axis.axhline(100 * value, linestyle=':', linewidth=1, color=DIM)
+    axis.annotate(
+        name,
+        (1, 100 * value),
+        (-2, 2),
+        xycoords=('axes fraction', 'data'),
+        textcoords='offset points',
+        ha='right',
+        fontsize=7,
+        color=DIM,
+    )
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -144,7 +152,7 @@ def bars(cells: Cells, groups: Sequence[str], chance: float | None) -> Figure:
             color=COLOURS[family][0],
             alpha=1 if whole else 0.55,
             xerr=100 * _deviation(values) or None,
-            error_kw={'capsize': 3, 'ecolor': '#8c8c8c'},
+            error_kw={'capsize': 3, 'ecolor': DIM},
         )
         axis.annotate(
             f'{mean:.1f}',
@@ -161,7 +169,7 @@ def bars(cells: Cells, groups: Sequence[str], chance: float | None) -> Figure:
     axis.set_xlim(0, 105)
     axis.set_title('motion: top-1 of the test list, %')
     if chance is not None:
-        axis.axvline(100 * chance, linestyle=':', linewidth=1, color='#8c8c8c')
+        axis.axvline(100 * chance, linestyle=':', linewidth=1, color=DIM)
     axis.grid(True, axis='x')
     return figure
 
@@ -183,7 +191,7 @@ def efficiency(cells: Cells, chance: float | None) -> Figure:
     """Accuracy on motion over the share of the training videos."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.8), layout='constrained')
+    figure = Figure(figsize=(8, 3.8), layout='constrained')
     axis = figure.subplots()
     for row in main_rows():
         points = shares_of(row, cells)
@@ -200,7 +208,7 @@ def efficiency(cells: Cells, chance: float | None) -> Figure:
             label=row.label,
         )
     if chance is not None:
-        axis.axhline(100 * chance, linestyle=':', linewidth=1, color='#8c8c8c', label='chance')
+        axis.axhline(100 * chance, linestyle=':', linewidth=1, color=DIM, label='chance')
     axis.set_xscale('log')
     axis.set_xticks([5, 10, 20, 50, 100], ['5', '10', '20', '50', '100'])
     axis.minorticks_off()
@@ -208,7 +216,7 @@ def efficiency(cells: Cells, chance: float | None) -> Figure:
     axis.set_title('motion: top-1 of the test list, %')
     axis.set_ylim(0, 103)
     axis.grid(True)
-    axis.legend(loc='upper left', fontsize=8)
+    figure.legend(loc='outside right upper')
     return figure
 
 
@@ -238,7 +246,7 @@ def fusion(cells: Cells, chance: Mapping[str, float]) -> Figure:
                     label=NEW[data],
                 )
             if data in chance:
-                axis.axhline(100 * chance[data], linestyle=':', linewidth=1, color='#8c8c8c')
+                axis.axhline(100 * chance[data], linestyle=':', linewidth=1, color=DIM)
         axis.set_title(f'{kind}: top-1, %')
         axis.set_xlabel('weight of the frozen CLIP (0: DiST alone)')
         axis.set_ylim(0, 103)

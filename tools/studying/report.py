@@ -208,7 +208,7 @@ def _main_table(cells: Cells) -> Table:
                     *map(_spread, top1),
                     _number(cells, key, 'trainable_parameters', 1e3, 1),
                     _number(cells, key, 'memory', 1e6),
-                    _number(cells, key, 'compute_seconds', 1e-3),
+                    _number(cells, key, 'step_seconds', 1e-3),
                     _number(cells, key, 'clips_per_second', 1),
                     _number(cells, key, 'training_seconds', 1),
                 )
@@ -245,7 +245,7 @@ def _sts_table(cells: Cells) -> Table:
             by_name[name].label,
             _spread(cells.values(f'{name}/motion', 'top1')),
             _number(cells, f'{name}/motion', 'trainable_parameters', 1e3, 1),
-            _number(cells, f'{name}/motion', 'compute_seconds', 1e-3),
+            _number(cells, f'{name}/motion', 'step_seconds', 1e-3),
         )
         for name in labels
         if cells.runs(f'{name}/motion')
@@ -346,24 +346,23 @@ def _sentence(comparison: Comparison, finding: Finding) -> str:
     if finding.verdict == claims.MISSING:
         return f'{named}{first} against {second}: {claims.MISSING}'
     means = (_figure(comparison.figure, value) for value in (finding.first, finding.second))
-    difference = 100 * finding.difference
-    unit = '% less' if comparison.figure in claims.COSTS else 'points'
-    if finding.margin is None:
-        interval = ', spread unknown'
-    elif finding.margin:
-        interval = f' ± {100 * finding.margin:.1f}'
+    costs, difference = comparison.figure in claims.COSTS, 100 * finding.difference
+    interval = '' if not finding.margin else f' ± {100 * finding.margin:.1f}'
+    if costs:
+        change = f'{abs(difference):.1f}{interval} % {"more" if difference < 0 else "less"}'
     else:
-        interval = ''
-    pooled = ', by the spread of the main table' if finding.pooled and finding.margin else ''
-    asked = ''
+        change = f'{difference:+.1f}{interval} points'
     if comparison.wants == claims.KEEPS:
-        costs = comparison.figure in claims.COSTS
-        allowed = 100 * (claims.COSTS_KEPT if costs else claims.KEPT)
-        asked = f', down to -{allowed:.0f} is allowed'
-    return (
-        f'{named}{first} {next(means)}, {second} {next(means)}: '
-        f'{difference:+.1f}{interval} {unit}{asked}{pooled} ({finding.verdict})'
-    )
+        change += (
+            f' (up to {100 * claims.COSTS_KEPT:.0f} % more is allowed)'
+            if costs
+            else f' (a loss of {100 * claims.KEPT:.0f} is allowed)'
+        )
+    if finding.margin is None:
+        change += ', nothing known of the spread'
+    elif finding.pooled:
+        change += ', by the spread of the main table'
+    return f'{named}{first} {next(means)}, {second} {next(means)}: {change}: {finding.verdict}'
 
 
 def _cell(key: str) -> str:
