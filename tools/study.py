@@ -55,11 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run:
         console.print(table(out, planned))
         return 0
+    if arguments.report_only and not (out / report.WHERE).exists():
+        parser.error(f'--report_only: {out} holds no study')
     # The report is of all that the folder holds of this size, whatever was asked for now.
     everything = jobs.plan(size)
     if not arguments.report_only:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            report.note_where(out)
             lists.prepare(out, size.world, jobs.rows_of(size, groups), console.print)
             runner.run(out, planned, runner.execute)
         except KeyboardInterrupt:
@@ -79,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def table(out: Path, planned: Sequence[jobs.Job]) -> Table:
     """The jobs by row, with the minutes that those will take that are not done."""
-    seconds = {job: expected(out, job, planned) for job in planned}
+    seconds = {job: runner.expected(out, job, planned) for job in planned}
     shown = Table('group', 'row', 'of', 'jobs', 'done', 'minutes left')
     rows = collections.defaultdict(list)
     for job in planned:
@@ -93,19 +96,6 @@ def table(out: Path, planned: Sequence[jobs.Job]) -> Table:
     shown.title = f'{trainings} runs and {len(planned) - trainings} evaluations, '
     shown.title += f'about {duration(left)} left'
     return shown
-
-
-def expected(out: Path, job: jobs.Job, planned: Sequence[jobs.Job]) -> float:
-    """Seconds of a job: the mean of those of its row that are done, else a guess."""
-    own = [
-        other for other in planned if (other.row, other.kind, other.test) == (job.row, job.kind, '')
-    ]
-    found = [
-        record['seconds']
-        for other in own
-        if (record := runner.record_of(out, other)).get('code') == 0
-    ]
-    return sum(found) / len(found) if found else jobs.EXPECTED[job.kind]
 
 
 if __name__ == '__main__':

@@ -52,9 +52,13 @@ def trade_offs(cells: Cells, chance: Mapping[str, float]) -> Figure:
             marks |= _trade_off(axis, cells, data, cost, unit)
             axis.set_title(f'{data}: top-1 of the test list, %')
             axis.set_xlabel(title)
-            floor = cells.values(f'frame_mean/{data}', 'top1')
-            _line(axis, 'frame mean', statistics.mean(floor) if floor else None)
-            _line(axis, 'chance', chance.get(data))
+            for key, name, place in (
+                (f'zero_shot/{data}', 'zero-shot CLIP', 'left'),
+                (f'frame_mean/{data}', 'frame mean', 'center'),
+            ):
+                top1 = cells.values(key, 'top1')
+                _line(axis, name, statistics.mean(top1) if top1 else None, place)
+            _line(axis, 'chance', chance.get(data), 'right')
     if marks:
         figure.legend(
             marks.values(), marks.keys(), loc='outside lower center', ncols=min(len(marks), 8)
@@ -100,18 +104,18 @@ def _trade_off(
     return marks
 
 
-def _line(axis: Axes, name: str, value: float | None) -> None:
-    """A dotted line across the picture, with its name."""
+def _line(axis: Axes, name: str, value: float | None, place: str) -> None:
+    """A dotted line across the picture, with its name at a place where no other stands."""
     if value is None:
         return
     axis.axhline(100 * value, linestyle=':', linewidth=1, color=DIM)
     axis.annotate(
         name,
-        (1, 100 * value),
-        (-2, 2),
+        ({'left': 0, 'center': 0.5, 'right': 1}[place], 100 * value),
+        (0, 2),
         xycoords=('axes fraction', 'data'),
         textcoords='offset points',
-        ha='right',
+        ha=place,
         fontsize=7,
         color=DIM,
     )

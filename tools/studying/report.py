@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from tools.studying.claims import Comparison, Finding, Judged
 from tools.studying.results import Cells, Record
 from tools.studying.rows import ROWS, TESTS
 
-REPORT, RESULTS, STUDY = 'report.html', 'results.md', 'study.json'
+REPORT, RESULTS, STUDY, WHERE = 'report.html', 'results.md', 'study.json', 'where.json'
 UNITS = {'memory': (1e6, 'MB'), 'step_seconds': (1e-3, 'ms'), 'trainable_parameters': (1e3, 'k')}
 LABELS = {
     'top1': '',
@@ -40,71 +41,59 @@ def write(
     """Writes all files.
 
     Args:
-      out: folder of the study.
+      out: folder of the study, with what `note_where` wrote.
       name: of its size.
       records: see `results.collect`.
       failed: jobs that failed, with the end of their logs.
     """
-    cells = Cells(records)
-    chance = chances(records)
+    cells, chance = Cells(records), chances(records)
     judged = claims.judge_all(cells)
-    context = _context(out)
+    where = json.loads((out / WHERE).read_text(encoding='utf-8'))
     seconds = sum(record['job_seconds'] for record in records)
-    write_json(
-        out / STUDY,
-        {
-            'size': name,
-            **context,
-            'seconds': round(seconds, 1),
-            'chance': chance,
-            'runs': list(records),
-            'claims': {
-                one.claim.name: {
-                    'source': one.claim.source,
-                    'text': one.claim.text,
-                    'verdict': one.verdict,
-                    'comparisons': [
-                        dataclasses.asdict(comparison) | dataclasses.asdict(finding)
-                        for comparison, finding in zip(one.claim.comparisons, one.findings)
-                    ],
-                }
-                for one in judged
-            },
-            'failed': {job: list(log) for job, log in failed.items()},
-        },
-    )
+    study = {'size': name, **where, 'seconds': round(seconds, 1), 'chance': chance}
+    study |= {'runs': list(records), 'claims': _claims(judged)}
+    study |= {'failed': {job: list(log) for job, log in failed.items()}}
+    write_json(out / STUDY, study)
     tables = [table for table in _tables(cells) if table.rows]
     drawn = _drawn(cells, chance)
     for file, picture in drawn.items():
         (out / file).write_bytes(drawing.png(picture.draw))
+    trained = sum('steps' in record for record in records)
     verdicts = [one.verdict for one in judged]
-    sections = [
-        page.tiles(
-            [
-                ('runs', str(sum('steps' in record for record in records))),
-                ('tests', str(sum('steps' not in record for record in records))),
-                ('duration of all', duration(seconds)),
-                *((verdict, str(verdicts.count(verdict))) for verdict in dict.fromkeys(verdicts)),
-                *([('failed', str(len(failed)))] if failed else []),
-            ]
-        ),
-        f'<p>{escape.html(_about(context))}</p>',
+    tiles = [
+        ('trainings', str(trained)),
+        ('evaluations beside them', str(len(records) - trained)),
+        ('duration of all', duration(seconds)),
+        *((verdict, str(verdicts.count(verdict))) for verdict in dict.fromkeys(verdicts)),
+        *([('failed', str(len(failed)))] if failed else []),
     ]
-    main, *others = tables or [None]
-    if main is not None:
-        sections.append(page.section(main))
-    sections += [page.section(picture) for picture in drawn.values()]
-    sections += map(page.section, others)
+    sections = [page.tiles(tiles), f'<p>{escape.html(_about(where))}</p>']
+    # The main table, what is drawn, the others.
+    sections += map(page.section, (*tables[:1], *drawn.values(), *tables[1:]))
     if judged:
-        sections.append('<h2>What the papers say</h2>')
-        sections += map(_paragraph, judged)
+        sections += ['<h2>What the papers say</h2>', *map(_paragraph, judged)]
     if failed:
         rows = [(job, '\n'.join(log)) for job, log in failed.items()]
         sections.append(page.section(Table('Failed', ('run', 'end of its log'), rows)))
-    rows = [(name, str(value)) for name, value in context.items()]
+    rows = [(name, str(value)) for name, value in where.items()]
     sections.append(page.section(Table('Where', ('', ''), rows, folded=True)))
     (out / REPORT).write_bytes(page.document(f'Study: {name}', sections).encode())
-    (out / RESULTS).write_bytes(_markdown(tables, judged, context, seconds).encode())
+    (out / RESULTS).write_bytes(_markdown(tables, judged, where, seconds).encode())
+
+
+def _claims(judged: Sequence[Judged]) -> dict[str, Any]:
+    return {
+        one.claim.name: {
+            'source': one.claim.source,
+            'text': one.claim.text,
+            'verdict': one.verdict,
+            'comparisons': [
+                dataclasses.asdict(comparison) | dataclasses.asdict(finding)
+                for comparison, finding in zip(one.claim.comparisons, one.findings)
+            ],
+        }
+        for one in judged
+    }
 
 
 def chances(records: Sequence[Record]) -> dict[str, float]:
@@ -116,14 +105,17 @@ def chances(records: Sequence[Record]) -> dict[str, float]:
     }
 
 
-def _context(out: Path) -> dict[str, Any]:
-    return {
+def note_where(out: Path) -> None:
+    """Writes what machine, versions and code the runs have, for the report."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = {
         'machine': _processor(),
         'cores': machine.num_cpus(),
         'versions': doctor.own_versions(),
         'commit': _commit(),
         'code_sha256': doctor.code_sha256(),
     }
+    write_json(out / WHERE, found)
 
 
 def _processor() -> str:
@@ -152,12 +144,12 @@ def _commit() -> str:
         return ''
 
 
-def _about(context: Mapping[str, Any]) -> str:
-    versions = context['versions']
+def _about(where: Mapping[str, Any]) -> str:
+    versions = where['versions']
     return (
         f'All figures are of the test lists, at the last step of a run; {SEVERAL}. '
-        f'{context["machine"]}, {context["cores"]} cores, jax {versions.get("jax", "?")}, '
-        f'commit {context["commit"] or "unknown"}.'
+        f'{where["machine"]}, {where["cores"]} cores, jax {versions.get("jax", "?")}, '
+        f'commit {where["commit"] or "unknown"}.'
     )
 
 
@@ -397,9 +389,9 @@ def _evidence(one: Judged) -> str:
 
 
 def _markdown(
-    tables: Sequence[Table], judged: Sequence[Judged], context: Mapping[str, Any], seconds: float
+    tables: Sequence[Table], judged: Sequence[Judged], where: Mapping[str, Any], seconds: float
 ) -> str:
-    parts = [f'{_about(context)} All runs together took {duration(seconds)}.']
+    parts = [f'{_about(where)} All runs together took {duration(seconds)}.']
     for table in tables:
         ruler = ['---'] + ['---:'] * (len(table.columns) - 1)
         lines = [f'**{table.title}**', '', *map(_line, (table.columns, ruler, *table.rows))]

@@ -20,9 +20,10 @@ def collect(out: Path, jobs: Iterable[Job]) -> list[Record]:
     """Records of all jobs that are done, in their order.
 
     Each has `name`, `row`, `data`, `seed`, `test` ('' for a run itself), `figures` of the test list
-    by name, `num_classes`, `seconds` and, of a run that trained, `trainable_parameters`, `steps`,
-    `clips_seen`, `step_seconds`, `clips_per_second`, `training_seconds`; of the first run of a row
-    of the main table `memory`, in bytes by kind.
+    by name, `num_classes` of each head, `seconds`, and `job_seconds` of the whole process. One that
+    trained has `trainable_parameters`, `steps`, `clips_seen`, `step_seconds`, `compute_seconds`,
+    `clips_per_second` and `training_seconds`, without compilation; the first run of a row of the
+    main table `memory`, in bytes by kind.
     """
     jobs = [job for job in jobs if runner.is_done(out, job)]
     memory = {job.needs[0]: _read(job.result(out)) for job in jobs if job.kind == MEMORY}
@@ -44,7 +45,11 @@ def collect(out: Path, jobs: Iterable[Job]) -> list[Record]:
             clips = _read(folder / 'config.json')['batch_size']
             record |= _trained(result, read_metrics(folder / METRICS_FILE), clips)
         else:
-            record |= {'figures': _figures(result), 'seconds': result['seconds']}
+            record |= {
+                'figures': _figures(result),
+                'num_classes': [len(classes) for classes in result.get('per_class', ())],
+                'seconds': result['seconds'],
+            }
         if job.name in memory:
             record['memory'] = memory[job.name]
         found.append(record)

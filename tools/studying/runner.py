@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -19,10 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
 from dist_jax import ending
 from dist_jax.json_file import write_json
-from dist_jax.progress import Bar, duration
-from tools.studying.jobs import Job
+from dist_jax.progress import duration
+from input_pipeline.escape import Console
+from tools.studying.jobs import EXPECTED, Job
 
 RECORD, LOG = 'job.json', 'job.log'
 LOG_LINES = 30  # of a failure
@@ -104,27 +108,46 @@ def run(out: Path, jobs: Sequence[Job], start: Execute) -> list[Job]:
     """
     env = environment(out)
     done = [is_done(out, job) for job in jobs]  # all are looked at before any is started
+    waiting = [job for job, ready in zip(jobs, done) if not ready]
     failed: dict[str, Job] = {}
-    with Bar('study', len(jobs), sum(done)) as bar:
-        finished = sum(done)
-        for job, ready in zip(jobs, done):
-            if ready:
-                continue
-            bar.update(finished, job.name)
+    # Not `dist_jax.progress`, which asks jax: the devices are for the jobs alone.
+    console = Console(stderr=True)
+    columns = (
+        TextColumn('[bold]study'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('{task.description}'),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task('', total=len(jobs), completed=len(jobs) - len(waiting))
+        for place, job in enumerate(waiting):
+            left = duration(sum(expected(out, each, jobs) for each in waiting[place:]))
+            bar.update(task, description=f'{job.name}, about {left} left')
             broken = [name for name in job.needs if name in failed]
             if broken:
                 record = {'code': 1, 'seconds': 0.0, 'log': [f'needs {broken[0]}, which failed']}
                 _write(out, job, record)
             else:
                 record = _run(out, job, env, start)
-            finished += 1
-            bar.update(finished)
+            bar.advance(task)
             if record['code']:
                 failed[job.name] = job
-                bar.line(f'{job.name}: FAILED with {record["code"]}: {record["log"][-1]}')
+                told = f'FAILED with {record["code"]}: {record["log"][-1]}'
             else:
-                bar.line(f'{job.name}: {duration(record["seconds"])}')
+                told = duration(record['seconds'])
+            number = len(jobs) - len(waiting) + place + 1
+            left = duration(sum(expected(out, each, jobs) for each in waiting[place + 1 :]))
+            said = f'{number}/{len(jobs)} {job.name}: {told}; about {left} left'
+            bar.console.print(said, soft_wrap=True)
     return list(failed.values())
+
+
+def expected(out: Path, job: Job, jobs: Sequence[Job]) -> float:
+    """Seconds of a job: the mean of those of its row that are done, else a guess."""
+    own = [each for each in jobs if (each.row, each.kind) == (job.row, job.kind)]
+    records = [record_of(out, each) for each in own]
+    found = [record['seconds'] for record in records if record.get('code') == 0]
+    return statistics.mean(found) if found else EXPECTED[job.kind]
 
 
 def _run(out: Path, job: Job, env: Mapping[str, str], start: Execute) -> dict[str, Any]:
