@@ -273,6 +273,7 @@ def test_the_report_of_a_whole_study(tmp_path, monkeypatch, capsys):
     assert 'src="http' not in shown and shown.count('<img') == 4
     text = (tmp_path / report.RESULTS).read_text()
     assert '| DiST | 81.0 ± 1.0 % |' in text and '- **Held.**' in text
+    assert '| chance | 12.5 % | 12.5 % |' in text and '| chance | 0.2 % | 0.2 % |' in text
     for picture in ('trade_offs', 'parts', 'shares', 'fusion'):
         assert (tmp_path / f'{picture}.png').read_bytes().startswith(b'\x89PNG')
 

@@ -33,6 +33,14 @@ LABELS = {
     'trainable_parameters': 'trained parameters',
 }
 SEVERAL = '± is the standard deviation between seeds'
+RULE = (
+    f'Each is a difference of means with a {100 * claims.CONFIDENCE:.0f} % interval, from the '
+    'spread between seeds of both rows or, where one has a single seed, of the main table. '
+    'It held if the whole interval is above 0 (where little may be lost: above that loss), and '
+    f'did not if all of it is below {100 * claims.WORTH:.0f} point (below that loss); a claim of '
+    'several held if all did, and did not if one did not. The intervals know of seeds only, not of '
+    'other test videos or other worlds.'
+)
 
 
 def write(
@@ -54,7 +62,7 @@ def write(
     study |= {'runs': list(records), 'claims': _claims(judged)}
     study |= {'failed': {job: list(log) for job, log in failed.items()}}
     write_json(out / STUDY, study)
-    tables = [table for table in _tables(cells) if table.rows]
+    tables = [table for table in _tables(cells, chance) if table.rows]
     drawn = _drawn(cells, chance)
     for file, picture in drawn.items():
         (out / file).write_bytes(drawing.png(picture.draw))
@@ -71,7 +79,8 @@ def write(
     # The main table, what is drawn, the others.
     sections += map(page.section, (*tables[:1], *drawn.values(), *tables[1:]))
     if judged:
-        sections += ['<h2>What the papers say</h2>', *map(_paragraph, judged)]
+        rule = f'<p>{escape.html(RULE)}</p>'
+        sections += ['<h2>What the papers say</h2>', rule, *map(_paragraph, judged)]
     if failed:
         rows = [(job, '\n'.join(log)) for job, log in failed.items()]
         sections.append(page.section(Table('Failed', ('run', 'end of its log'), rows)))
@@ -167,18 +176,18 @@ def _number(cells: Cells, key: str, figure: str, factor: float, digits: int = 0)
     return f'{statistics.mean(values) / factor:,.{digits}f}' if values else '-'
 
 
-def _tables(cells: Cells) -> list[Table]:
+def _tables(cells: Cells, chance: Mapping[str, float]) -> list[Table]:
     return [
-        _main_table(cells),
+        _main_table(cells, chance),
         _ablations(cells),
         _sts_table(cells),
         _efficiency_table(cells),
-        _fusion_table(cells),
+        _fusion_table(cells, chance),
         _retrieval_table(cells),
     ]
 
 
-def _main_table(cells: Cells) -> Table:
+def _main_table(cells: Cells, chance: Mapping[str, float]) -> Table:
     columns = (
         '',
         'motion top-1',
@@ -205,6 +214,9 @@ def _main_table(cells: Cells) -> Table:
                     _number(cells, key, 'training_seconds', 1),
                 )
             )
+    if rows:
+        shares = (_spread(_of(chance, data)) for data in ('motion', 'looks'))
+        rows.append(('chance', *shares, *('-' * (len(columns) - 3))))
     return Table('Accuracy and what it costs', columns, rows)
 
 
@@ -258,18 +270,24 @@ def _efficiency_table(cells: Cells) -> Table:
     return Table('With a share of the training videos', columns, rows)
 
 
-def _fusion_table(cells: Cells) -> Table:
-    found = {
-        label: dict(pictures.fusion_points(cells, data)) for data, label in pictures.NEW.items()
-    }
+def _fusion_table(cells: Cells, chance: Mapping[str, float]) -> Table:
+    found = {data: dict(pictures.fusion_points(cells, data)) for data in pictures.NEW}
     weights = sorted({weight for points in found.values() for weight in points})
     rows = [
-        (label, *(_spread([points[w]] if w in points else []) for w in weights))
-        for label, points in found.items()
+        (
+            pictures.NEW[data],
+            *(_spread(_of(points, weight)) for weight in weights),
+            _spread(_of(chance, data)),
+        )
+        for data, points in found.items()
         if points
     ]
-    columns = ('top-1', *(f'{weight:g}' for weight in weights))
+    columns = ('top-1', *(f'{weight:g}' for weight in weights), 'chance')
     return Table('DiST with a text head: weight of the frozen CLIP, 0 to 1', columns, rows)
+
+
+def _of(values: Mapping[Any, float], key: Any) -> list[float]:
+    return [values[key]] if key in values else []
 
 
 def _retrieval_table(cells: Cells) -> Table:
@@ -283,6 +301,10 @@ def _retrieval_table(cells: Cells) -> Table:
         for row in ROWS
         if cells.runs(f'{row.name}/captions')
     ]
+    videos = [n for row in ROWS for n in cells.values(f'{row.name}/captions', 'num_videos')]
+    if videos:  # one of all videos; of all sentences, which are as many for each
+        share = _spread([1 / videos[0]])
+        rows.append(('chance', share, share, _spread([(videos[0] + 1) / 2], '', 1)))
     columns = ('', 'text to video R@1', 'video to text R@1', 'median rank of the video')
     return Table('Retrieval', columns, rows)
 
@@ -318,7 +340,7 @@ def _drawn(cells: Cells, chance: Mapping[str, float]) -> dict[str, Picture]:
             ),
         ),
         'fusion.png': (
-            bool(_fusion_table(cells).rows),
+            bool(_fusion_table(cells, chance).rows),
             Picture(
                 'Fusion with the frozen CLIP',
                 lambda: pictures.fusion(cells, chance),
@@ -402,7 +424,7 @@ def _markdown(
             f'{_evidence(one)}.'
             for one in judged
         ]
-        parts.append('\n'.join(['**What the papers say**', '', *claimed]))
+        parts.append('\n'.join(['**What the papers say**', '', RULE, '', *claimed]))
     return '\n\n'.join(parts) + '\n'
 
 
