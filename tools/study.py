@@ -20,7 +20,7 @@ import argparse
 import collections
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from rich.table import Table
@@ -52,13 +52,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f'--only: no {", ".join(unknown)}; there are: {", ".join(GROUPS)}')
     out, size, console = Path(arguments.out), SIZES[arguments.size], Console()
     planned = jobs.plan(size, groups)
+    # The report is of all that the folder holds of this size, whatever was asked for now.
+    everything = jobs.plan(size)
+    try:
+        done = {job.name for job in everything if runner.is_done(out, job)}
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.dry_run:
-        console.print(table(out, planned))
+        console.print(table(out, planned, done))
         return 0
     if arguments.report_only and not (out / report.WHERE).exists():
         parser.error(f'--report_only: {out} holds no study')
-    # The report is of all that the folder holds of this size, whatever was asked for now.
-    everything = jobs.plan(size)
     if not arguments.report_only:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -80,21 +84,28 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def table(out: Path, planned: Sequence[jobs.Job]) -> Table:
-    """The jobs by row, with the minutes that those will take that are not done."""
-    seconds = {job: runner.expected(out, job, planned) for job in planned}
+def table(out: Path, planned: Sequence[jobs.Job], done: Set[str]) -> Table:
+    """The jobs by row, with the minutes that those will take that are not done.
+
+    Args:
+      out: folder of the study.
+      planned: jobs.
+      done: names of those that are done, and others.
+    """
+    seconds = {
+        job.name: 0.0 if job.name in done else runner.expected(out, job, planned) for job in planned
+    }
     shown = Table('group', 'row', 'of', 'jobs', 'done', 'minutes left')
     rows = collections.defaultdict(list)
     for job in planned:
-        rows[job.group, job.test or job.row, job.kind if job.test else job.data].append(job)
+        key = job.group, job.test or job.row, job.kind if job.test else job.data
+        rows[key].append(job.name)
     for key, own in rows.items():
-        done = [runner.is_done(out, job) for job in own]
-        left = sum(seconds[job] for job, ready in zip(own, done) if not ready)
-        shown.add_row(*key, str(len(own)), str(sum(done)), f'{left / 60:.1f}')
-    left = sum(seconds[job] for job in planned if not runner.is_done(out, job))
+        left = sum(map(seconds.get, own))
+        shown.add_row(*key, str(len(own)), str(len(done & set(own))), f'{left / 60:.1f}')
     trainings = sum(job.kind == jobs.TRAIN for job in planned)
     shown.title = f'{trainings} runs and {len(planned) - trainings} evaluations, '
-    shown.title += f'about {duration(left)} left'
+    shown.title += f'about {duration(sum(seconds.values()))} left'
     return shown
 
 

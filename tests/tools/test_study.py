@@ -282,6 +282,11 @@ def test_a_plan_is_shown_and_nothing_run(tmp_path, monkeypatch, capsys):
     assert study.main([f'--out={tmp_path}/new', '--only=sts', '--dry_run']) == 0
     assert '4 runs and 0 evaluations, about 3:20 left' in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
+    monkeypatch.setitem(rows.SIZES, 'small', dataclasses.replace(SMOKE, steps=5))
+    runner.run(tmp_path, jobs.plan(SMOKE), Stub())
+    with pytest.raises(SystemExit):
+        study.main([f'--out={tmp_path}', '--dry_run'])
+    assert 'was made by another command' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         study.main(['--only=sts,rest'])
     assert 'no rest; there are: main' in capsys.readouterr().err
