@@ -172,7 +172,7 @@ def build(
         net=net,
         dtype=dtype,
         pixels=backbone.kind.pixels,
-        param_groups=PARAM_GROUPS,
+        param_groups=PARAM_GROUPS if temporal_branch and integration_branch else PARAM_GROUPS[1:],
         sharding_rules=SHARDING_RULES,
         frozen=Frozen(backbone, dtype, features, reads_classes=head == 'text'),
         attention=attention if ada_pooling_layers else None,

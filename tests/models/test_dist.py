@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dist_jax import optim
 from dist_jax.models import clip, dist, time_conv
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.layers import l2_normalize, patchify
@@ -245,6 +246,8 @@ def parameters(**branches):
     outputs, variables = jax.eval_shape(model.net.init_with_output, jax.random.key(2), features)
     assert outputs['logits'][0].shape == (2, 4)
     params = variables['params']
+    settings = optim.OptimizerSettings(1e-3, 0.0, 0, 10)
+    jax.eval_shape(optim.of_model(model, params, settings).init, params)  # groups match
     return set(params.get('layers', ())), set(params['last_layer']), set(params)
 
 
