@@ -179,7 +179,7 @@ TUNED: dict[str, Fields] = {
     'attentive probe': {'optimizer.peak_lr': 2e-3},
     'fine-tuning': {'optimizer.peak_lr': 2e-3},
     'DiST': {'optimizer.peak_lr': 2e-3},
-    'EVL': {'optimizer.peak_lr': 2e-3},
+    'EVL': {'optimizer.peak_lr': 2e-3, 'model.depth': 3},  # all blocks of the backbone
     'Side4Video': {'optimizer.peak_lr': 2e-3, 'model.side_dim': 128},
     'STS': {'optimizer.peak_lr': 4e-3},
     'pictures': {},  # lamb, with a rate of its own in the variant
@@ -292,7 +292,7 @@ ROWS: tuple[Row, ...] = (
     _part('dist', 'alpha_1', 'alpha 1', 'DiST', 'frames', alpha=1),
     _part('dist', 'alpha_4', 'alpha 4', 'DiST', 'frames', alpha=4),
     _frames('dist', 8, '8 frames', 'DiST'),
-    _frames('evl', 8, '8 frames', 'EVL', small=0),
+    _frames('evl', 16, '16 frames', 'EVL', small=0),
     _frames('side4video', 8, '8 frames', 'Side4Video', small=0),
     # Data efficiency.
     *_shares('frame_mean', 'frame mean', 'frame mean', small=False),

@@ -37,8 +37,9 @@ Execute = Callable[[Sequence[str], Path, Mapping[str, str]], int]
 
 
 def environment(out: Path) -> dict[str, str]:
-    """That of this process, with one cache of compiled programs for all jobs."""
+    """That of this process, with one cache of compiled programs for all jobs, and whole errors."""
     return os.environ | {
+        'DIST_JAX_TRACEBACK': '1',
         'JAX_COMPILATION_CACHE_DIR': str((out / 'cache').absolute()),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
