@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +46,8 @@ from dist_jax.sharding import (
     to_global,
     to_host,
 )
-from dist_jax.tasks.api import Labels, Task, labels_of
+from dist_jax.tasks.api import Labels, Picture, Table, Task, labels_of
+from dist_jax.trained import Trained
 from dist_jax.views import Views
 from dist_jax.workdir_lock import locked
 from input_pipeline import pipeline
@@ -184,7 +185,10 @@ def state_initialiser(
 
 
 def train(
-    config: ConfigDict, workdir: str, also: Mapping[str, Any] | None = None
+    config: ConfigDict,
+    workdir: str,
+    also: Mapping[str, Any] | None = None,
+    show: Callable[[Trained], Sequence[Table | Picture]] = lambda trained: (),
 ) -> dict[str, Any]:
     """Trains to the end of the config, or continues a run that was interrupted.
 
@@ -195,6 +199,8 @@ def train(
         `bad_videos.jsonl` if there are any (one a host), and at the end `summary.json` and
         `report.html`.
       also: figures from elsewhere that belong into the summary and the report.
+      show: what the report shows first, made of the trained model; called on the first host, once
+        the run is at its end.
 
     Returns:
       The summary: step, figures of the last evaluation after `val_`, params_sha256, seconds and
@@ -216,11 +222,16 @@ def train(
     experiment.check(config, mesh)  # before anything is written
     experiment.check_trains(config)
     with locked(workdir):
-        return _train(config, workdir, mesh, started, also)
+        return _train(config, workdir, mesh, started, also, show)
 
 
 def _train(
-    config: ConfigDict, workdir: str, mesh: Mesh, started: float, also: Mapping[str, Any] | None
+    config: ConfigDict,
+    workdir: str,
+    mesh: Mesh,
+    started: float,
+    also: Mapping[str, Any] | None,
+    show: Callable[[Trained], Sequence[Table | Picture]],
 ) -> dict[str, Any]:
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     with config.unlocked():
@@ -344,7 +355,9 @@ def _train(
     }
     if jax.process_index() == 0 and not interrupted:
         write_json(epath.Path(workdir) / 'summary.json', summary)
-        page.write_report(workdir, summary, figures)
+        variables = state.eval_variables
+        shown = show(Trained(task, parts.test_model, test_frozen, variables, int(state.step)))
+        page.write_report(workdir, summary, figures, shown)
     return summary
 
 

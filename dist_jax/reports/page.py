@@ -16,7 +16,7 @@ from dist_jax.drawing import DARK, LIGHT, png
 from dist_jax.metric_writer import METRICS_FILE, read_metrics
 from dist_jax.progress import duration
 from dist_jax.reports import curves
-from dist_jax.scalars import BASELINE, VALIDATION, label, show, telling
+from dist_jax.scalars import BASELINE, VALIDATION, ZERO_SHOT, label, show, telling
 from dist_jax.tasks.api import Figures, Picture, Table
 from input_pipeline import escape
 
@@ -27,7 +27,10 @@ log = logging.getLogger('dist_jax')
 
 
 def write_report(
-    workdir: str | os.PathLike[str], summary: Mapping[str, Any], figures: Figures | None
+    workdir: str | os.PathLike[str],
+    summary: Mapping[str, Any],
+    figures: Figures | None,
+    first: Sequence[Table | Picture] = (),
 ) -> None:
     """Writes `report.html` and `curves.png` of a run.
 
@@ -36,6 +39,7 @@ def write_report(
         used where they are there.
       summary: what `summary.json` holds.
       figures: of the last evaluation, or None.
+      first: what stands above the curves.
     """
     folder = epath.Path(os.fspath(workdir))
     metrics_file = folder / METRICS_FILE
@@ -45,6 +49,7 @@ def write_report(
     rows = [telling(row, num_classes) for row in rows]
     panels = curves.panels(rows)
     sections = [tiles(_summary_tiles(summary, figures.headline if figures else ()))]
+    sections += map(section, first)
     if panels:
         (folder / 'curves.png').write_bytes(png(lambda: curves.sheet(panels, rows)))
         pictures = ''.join(
@@ -104,8 +109,9 @@ def write_evaluation(
 
 
 def _summary_tiles(summary: Mapping[str, Any], headline: Sequence[str]) -> list[tuple[str, str]]:
-    starts = (VALIDATION, BASELINE)
-    names = [*(start + name for start in starts for name in headline), 'chance']
+    starts = (VALIDATION, BASELINE, ZERO_SHOT)
+    names = [start + name for start in starts for name in headline]
+    names += ['chance', f'{ZERO_SHOT}chance']
     found = [(label(n), show(n, summary[n])) for n in names if summary.get(n) is not None]
     if 'step' in summary:
         found.append(('steps', f'{summary["step"]:,}'))
