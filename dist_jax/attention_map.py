@@ -182,8 +182,7 @@ def write_animation(path: PathLike, video: np.ndarray, maps: np.ndarray) -> None
 
 def _side_by_side(plain: np.ndarray, painted: np.ndarray, left: str, right: str) -> Image:
     """Two frames (H, W, 3) with a line of text under each."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     gap, foot = 6, 22
     height, width = plain.shape[:2]
@@ -191,9 +190,7 @@ def _side_by_side(plain: np.ndarray, painted: np.ndarray, left: str, right: str)
     picture = Image.new('RGB', (2 * width + gap, height + foot), paper)
     picture.paste(Image.fromarray(plain), (0, 0))
     picture.paste(Image.fromarray(painted), (width + gap, 0))
-    font = ImageFont.truetype(
-        os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'), 13
-    )
+    font = drawing.font(13)
     draw = ImageDraw.Draw(picture)
     draw.text((2, height + 3), left, fill=ink, font=font)
     draw.text((width + gap + 2, height + 3), right, fill=ink, font=font)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from input_pipeline.escape import terminal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.ImageFont import FreeTypeFont
 
 # Themes: text and lines, background, and the colours of curves.
 LIGHT = {
@@ -91,6 +93,15 @@ def _font_families() -> list[str]:
     here = set(font_manager.get_font_names())
     found = (next((name for name in names if name in here), None) for names in _MORE_FONTS)
     return ['DejaVu Sans', *filter(None, found)]
+
+
+def font(size: int, bold: bool = False) -> FreeTypeFont:
+    """matplotlib's own font for a picture that Pillow draws; `size` in pixels."""
+    import matplotlib
+    from PIL import ImageFont
+
+    name = f'DejaVuSans{"-Bold" * bold}.ttf'
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', name), size)
 
 
 def cut(text: str, most: int) -> str:

@@ -296,13 +296,13 @@ def write_attention(
       animation: GIF to write.
       prediction: with attention.
     """
-    view = _view(prediction)
+    view = shown_view(prediction)
     video, maps = prediction.video[view], prediction.attention[view]
     attention_map.write_sheet(sheet, video, maps, _name(prediction))
     attention_map.write_animation(animation, video, maps)
 
 
-def _view(prediction: Prediction) -> int:
+def shown_view(prediction: Prediction) -> int:
     """The view that pictures show: the one in the middle."""
     return len(prediction.video) // 2
 
@@ -311,13 +311,13 @@ def _name(prediction: Prediction) -> str:
     """What a picture says it shows."""
     name = drawing.cut(os.path.join(*Path(prediction.path).parts[-2:]), 60)
     views = len(prediction.video)
-    return name if views == 1 else f'{name}, view {_view(prediction) + 1} of {views}'
+    return name if views == 1 else f'{name}, view {shown_view(prediction) + 1} of {views}'
 
 
 def _sheet(prediction: Prediction) -> Figure:
     from matplotlib.figure import Figure
 
-    video = prediction.video[_view(prediction)]
+    video = prediction.video[shown_view(prediction)]
     shown = contact_sheet.choose(len(video))
     most = max(len(ranking) for ranking in prediction.top)
     heights = (contact_sheet.height(len(shown)), 0.42 * most + 0.35)  # inches
