@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
 from configs import dist, frame_mean
+from dist_jax import drawing, filmstrips, recipe
+from dist_jax.scalars import BASELINE, VALIDATION, ZERO_SHOT, percent
+from dist_jax.tasks.api import Picture, Table
 from dist_jax.train import train
+from dist_jax.trained import Trained
+
+FILMSTRIPS = 'filmstrips.png'
+# In the run's folder, for a person.
+FILES = {
+    FILMSTRIPS: 'six clips: what DiST says, what is true, where it looked',
+    'report.html': 'the same, curves, tables, config',
+}
+
+# What both models stand on.
+WORLD = {
+    'data.name': 'motion_clips',
+    'backbone.name': 'tiny',
+    'backbone.checkpoint': 'random',
+}
 
 
 def run_demo(workdir: str, num_steps: int = 0) -> dict[str, Any]:
     """Trains both models on the same clips, frozen backbone and number of steps.
 
     Args:
-      workdir: of DiST's run, with the clips in `data` and the baseline's run in `frame_only`.
-        Started again, both continue where they were.
+      workdir: of DiST's run, with the clips in `data` and the baseline's run in `frame_only`; it
+        gets FILMSTRIPS, too. Started again, both continue where they were.
       num_steps: of each; 0 for what the configs say.
 
     Returns:
       DiST's summary with `frame_only_top1`, `frame_only_seconds` and `chance`.
     """
-    baseline = frame_mean.get_config('demo')
-    config = dist.get_config('demo')
-    for each in (baseline, config):
-        # Both read the same clips; each makes the same random backbone.
-        each.data.root = os.path.join(workdir, 'data')
-        each.num_steps = num_steps or each.num_steps
+    baseline = _config(frame_mean, workdir, num_steps)
+    config = _config(dist, workdir, num_steps)
+    config.model.head = 'text'
     frame_only = train(baseline, os.path.join(workdir, 'frame_only'))
     if frame_only['interrupted']:
         return frame_only
@@ -34,4 +54,46 @@ def run_demo(workdir: str, num_steps: int = 0) -> dict[str, Any]:
         'frame_only_seconds': frame_only['seconds'],
         'chance': 1 / frame_only['num_classes'][0],
     }
-    return train(config, workdir, figures)
+    return train(config, workdir, figures, lambda trained: _show(trained, config, workdir))
+
+
+def comparison(summary: Mapping[str, Any]) -> Table:
+    """What the models are worth, from the summary of `run_demo`."""
+
+    def row(name: str, start: str, start_of_chance: str = '') -> tuple[str, ...]:
+        names = (f'{start}top1', f'{start_of_chance}chance')
+        return name, *(percent(summary.get(each)) for each in names)
+
+    rows = (
+        row('frame-only baseline, motion', BASELINE),
+        row('frozen backbone, zero-shot, looks', ZERO_SHOT, ZERO_SHOT),
+        row('DiST, motion', VALIDATION),
+    )
+    return Table('', ('model, what it tells', 'top-1', 'chance'), rows)
+
+
+def _config(family: Any, workdir: str, num_steps: int) -> ConfigDict:
+    """The demo of a family, on the same clips and backbone as the others."""
+    config = family.get_config('demo')
+    config.update_from_flattened_dict(WORLD)
+    config.data.root = os.path.join(workdir, 'data')
+    config.num_steps = num_steps or config.num_steps
+    return config
+
+
+def _show(trained: Trained, config: ConfigDict, workdir: str) -> Sequence[Picture]:
+    """Draws what DiST says of a few clips: a file, and a picture for the report."""
+    if jax.process_count() > 1:
+        return ()  # single videos are predicted on a single host
+    config = ConfigDict(config)
+    recipe.prepare_builtin_data(config, workdir)
+    clips = filmstrips.tell(trained, config, recipe.open_split(config, 'val'))
+    picture = drawing.png(lambda: filmstrips.draw(clips))
+    (epath.Path(workdir) / FILMSTRIPS).write_bytes(picture)
+    return (
+        Picture(
+            'What DiST says of six clips',
+            lambda: filmstrips.draw(clips),
+            text='; '.join(f'{clip.verdict} ({clip.sure}), {clip.true}' for clip in clips),
+        ),
+    )

@@ -731,7 +731,7 @@ def _demo(argv: Sequence[str]) -> int:
     from dist_jax.reports import console
 
     summary = demo.run_demo(arguments.workdir, arguments.num_steps)
-    console.print_summary(arguments.workdir, summary)
+    console.print_comparison(arguments.workdir, summary, demo.comparison(summary), demo.FILES)
     return pod.AGAIN if summary.get('interrupted') else 0
 
 

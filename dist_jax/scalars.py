@@ -16,6 +16,7 @@ from dist_jax.progress import duration
 
 VALIDATION = 'val_'  # before the names of the figures of an evaluation
 BASELINE = 'frame_only_'  # before those of the frame-only baseline
+ZERO_SHOT = 'zero_shot_'  # before those of the frozen backbone on the words for what is seen
 SHARE = 'share'
 SECONDS = 'seconds'
 
@@ -68,7 +69,11 @@ SCALARS = {
     'num_skipped_sentences': Scalar('sentences of unreadable videos'),
     'rank_rule': Scalar('ranks'),
 }
-STARTS = {VALIDATION: 'validation ', BASELINE: 'frame-only baseline '}
+STARTS = {
+    VALIDATION: 'validation ',
+    BASELINE: 'frame-only baseline ',
+    ZERO_SHOT: 'zero-shot on looks ',
+}
 
 
 def _find(name: str) -> tuple[str, Scalar]:

@@ -23,11 +23,7 @@ def print_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -
     console = Console()
     workdir = os.fspath(workdir)
     if summary.get('interrupted'):
-        console.print(
-            f'Stopped and saved at step {summary["step"]} of {summary.get("total_steps", "?")}. '
-            'The same command continues.',
-            soft_wrap=True,
-        )
+        _print_stopped(console, summary)
         return
     summary = telling(summary, summary.get('num_classes', ()))
     console.print(_pairs([(label(name), show(name, value)) for name, value in summary.items()]))
@@ -46,6 +42,32 @@ def print_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -
     if 'num_classes' in summary:
         steps.append((f'dist_jax predict --workdir={workdir} VIDEO', 'single videos'))
     _print_steps(console, steps)
+
+
+def print_comparison(
+    workdir: str | os.PathLike[str],
+    summary: Mapping[str, Any],
+    table: Table,
+    files: Mapping[str, str],
+) -> None:
+    """Prints what several models are worth, and what to look at.
+
+    Args:
+      workdir: the run of the last one.
+      summary: of that run; a stopped one says how to go on, and nothing else.
+      table: of all.
+      files: in the run's folder, what is in each; those that are not there are left out.
+    """
+    if jax.process_index() != 0:
+        return
+    console = Console()
+    if summary.get('interrupted'):
+        _print_stopped(console, summary)
+        return
+    console.print(_rich_table(table))
+    folder = epath.Path(os.fspath(workdir))
+    there = [(os.fspath(folder / name), text) for name, text in files.items()]
+    _print_steps(console, [(path, text) for path, text in there if epath.Path(path).exists()])
 
 
 def print_evaluation(stored: Mapping[str, Any], figures: Figures) -> None:
@@ -86,6 +108,14 @@ def _rich_table(table: Table) -> rich.table.Table:
     for row in table.rows:
         found.add_row(*row)
     return found
+
+
+def _print_stopped(console: Console, summary: Mapping[str, Any]) -> None:
+    console.print(
+        f'Stopped and saved at step {summary["step"]} of {summary.get("total_steps", "?")}. '
+        'The same command continues.',
+        soft_wrap=True,
+    )
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> rich.table.Table:
