@@ -1,4 +1,7 @@
-"""The demo: DiST and a frame-only baseline on clips whose classes differ only in motion."""
+"""The demo: DiST and a frame-only baseline on clips whose classes differ only in motion.
+
+Their frozen backbone is asked by words alone, too: for what is seen in the same clips.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from configs import dist, frame_mean
-from dist_jax import drawing, filmstrips, recipe
+from configs import dist, frame_mean, zero_shot
+from dist_jax import drawing, evaluate, filmstrips, recipe
 from dist_jax.scalars import BASELINE, VALIDATION, ZERO_SHOT, percent
 from dist_jax.tasks.api import Picture, Table
 from dist_jax.train import train
@@ -24,35 +27,41 @@ FILES = {
     'report.html': 'the same, curves, tables, config',
 }
 
-# What both models stand on.
-WORLD = {
-    'data.name': 'motion_clips',
-    'backbone.name': 'tiny',
-    'backbone.checkpoint': 'random',
-}
+# What all models stand on, and which lists of its folder have the classes of motion and of looks.
+WORLD = {'backbone.name': 'tiny', 'backbone.checkpoint': 'random'}
+MOTION = {**WORLD, 'data.name': 'motion_clips'}
+LOOKS = {**WORLD, 'data.name': 'motion_clips'}
 
 
 def run_demo(workdir: str, num_steps: int = 0) -> dict[str, Any]:
-    """Trains both models on the same clips, frozen backbone and number of steps.
+    """Trains two models on the same clips, frozen backbone and number of steps.
 
     Args:
-      workdir: of DiST's run, with the clips in `data` and the baseline's run in `frame_only`; it
-        gets FILMSTRIPS, too. Started again, both continue where they were.
+      workdir: of DiST's run, with the clips in `data`, the baseline's run in `frame_only` and the
+        evaluation of the backbone in `zero_shot`; it gets FILMSTRIPS, too. Started again, runs
+        continue where they were.
       num_steps: of each; 0 for what the configs say.
 
     Returns:
-      DiST's summary with `frame_only_top1`, `frame_only_seconds` and `chance`.
+      DiST's summary with `frame_only_top1`, `frame_only_seconds` and `chance`, and of the backbone
+      alone `zero_shot_top1` and `zero_shot_chance`: those of the classes of looks.
     """
-    baseline = _config(frame_mean, workdir, num_steps)
-    config = _config(dist, workdir, num_steps)
+    baseline = _config(frame_mean, MOTION, workdir)
+    config = _config(dist, MOTION, workdir)
     config.model.head = 'text'
+    for each in (baseline, config):
+        each.num_steps = num_steps or each.num_steps
     frame_only = train(baseline, os.path.join(workdir, 'frame_only'))
     if frame_only['interrupted']:
         return frame_only
+    zero_shot_folder = os.path.join(workdir, 'zero_shot')
+    by_words, judged = evaluate.run(_config(zero_shot, LOOKS, workdir), '', None, zero_shot_folder)
     figures = {
         'frame_only_top1': frame_only['val_top1'],
         'frame_only_seconds': frame_only['seconds'],
         'chance': 1 / frame_only['num_classes'][0],
+        'zero_shot_top1': by_words['top1'],
+        'zero_shot_chance': 1 / judged.num_classes[0],
     }
     return train(config, workdir, figures, lambda trained: _show(trained, config, workdir))
 
@@ -72,12 +81,11 @@ def comparison(summary: Mapping[str, Any]) -> Table:
     return Table('', ('model, what it tells', 'top-1', 'chance'), rows)
 
 
-def _config(family: Any, workdir: str, num_steps: int) -> ConfigDict:
-    """The demo of a family, on the same clips and backbone as the others."""
+def _config(family: Any, fields: Mapping[str, Any], workdir: str) -> ConfigDict:
+    """The demo of a family with these fields, on the same clips as the others."""
     config = family.get_config('demo')
-    config.update_from_flattened_dict(WORLD)
+    config.update_from_flattened_dict(fields)
     config.data.root = os.path.join(workdir, 'data')
-    config.num_steps = num_steps or config.num_steps
     return config
 
 

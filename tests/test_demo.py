@@ -6,38 +6,44 @@ import shutil
 import cv2
 import pytest
 
-from dist_jax import demo, filmstrips
+from dist_jax import backbones, demo, filmstrips
 from dist_jax.metric_writer import read_metrics
 from dist_jax.reports import console, page
 
 STEPS = 2
 
 
+# Fields of a demo that is done at once.
+SMALL = {'data.num_frames': 4, 'batch_size': 4, 'eval.batch_size': 10, 'log.tensorboard': False}
+
+
 class Killed(BaseException):
     """Nothing catches it."""
 
 
-def killed_at(workdir, *place):
-    """Runs the demo up to the first call of a function; the rest of it never happens."""
-
-    def die(*_):
-        raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*place, die)
-        with pytest.raises(Killed):
-            demo.run_demo(str(workdir), STEPS)
+def die(*_):
+    raise Killed
 
 
 @pytest.fixture(scope='module')
 def finished(clips, tmp_path_factory):
-    """(workdir, summary) of a demo that died in each of its parts and was started again."""
+    """(workdir, summary) of a demo that died over its last picture and was started again."""
     workdir = tmp_path_factory.mktemp('demo') / 'run'
     shutil.copytree(clips, workdir / 'data')
-    killed_at(workdir, page, 'write_report')  # the baseline is trained, and has no report
-    killed_at(workdir, filmstrips, 'tell')  # DiST is trained, and has none
-    killed_at(workdir, filmstrips, 'draw')
-    return workdir, demo.run_demo(str(workdir), STEPS)
+    backbone = str(workdir / 'backbone')
+    backbones.write_random(backbone, 'tiny')
+    with pytest.MonkeyPatch.context() as patch:
+        for fields in (demo.MOTION, demo.LOOKS):
+            for name, value in (SMALL | {'backbone.checkpoint': backbone}).items():
+                patch.setitem(fields, name, value)
+        # Pages have tests of their own.
+        patch.setattr(page, 'png', lambda *_: b'')
+        patch.setattr(page, 'write_evaluation', lambda *_: None)
+        with patch.context() as again, pytest.raises(Killed):
+            again.setattr(filmstrips, 'draw', die)
+            demo.run_demo(str(workdir), STEPS)
+        assert not (workdir / 'report.html').exists()
+        return workdir, demo.run_demo(str(workdir), STEPS)
 
 
 def test_summary_has_what_was_compared(finished):
@@ -45,9 +51,11 @@ def test_summary_has_what_was_compared(finished):
     stored = json.loads((workdir / 'summary.json').read_text())
     assert stored == json.loads(json.dumps(summary))
     assert stored['step'] == stored['total_steps'] == STEPS and not stored['interrupted']
-    for name in ('val_top1', 'frame_only_top1'):
+    for name in ('val_top1', 'frame_only_top1', 'zero_shot_top1'):
         assert 0 <= stored[name] <= 1
-    assert stored['chance'] == 1 / 8 and stored['seconds'] > 0
+    assert stored['chance'] == stored['zero_shot_chance'] == 1 / 8 and stored['seconds'] > 0
+    alone = json.loads((workdir / 'zero_shot' / 'evaluation.json').read_text())
+    assert alone['top1'] == stored['zero_shot_top1']
 
 
 def test_what_was_done_before_a_kill_is_not_done_again(finished):
