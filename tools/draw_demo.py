@@ -9,6 +9,7 @@ says and what is true. They play as fast as they were taken, again and again.
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,9 @@ FIRST, SECOND = 16, 13  # letters of the two lines above a clip
 LINE, HEAD, SPACE = 21, 42, 12  # heights: of the first line, of both, below a clip
 
 REST = 1000  # milliseconds on the last frame
-COLOURS = 128  # of the palette
+COLOURS = (128, 96, 64, 48, 32)  # of the palette
+MOST_BYTES = 1_500_000
+THINNED = 8  # every so many pixels of a row and of a column choose the palette
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,14 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(path: Path, clips: Sequence[Clip]) -> None:
-    """Writes a GIF of the clips, which repeats."""
+    """Writes a GIF of the clips, which repeats, in the most colours that fit MOST_BYTES."""
     pictures = draw(clips)
     durations = [_seconds(clip) / len(pictures) for clip in clips]
     times = [round(1000 * sum(durations) / len(clips))] * len(pictures)
     times[-1] = REST
-    palette = _palette(pictures)
-    first, *others = [picture.quantize(palette=palette, dither=0) for picture in pictures]
-    first.save(path, save_all=True, append_images=others, duration=times, loop=0, optimize=True)
+    for colours in COLOURS:
+        palette = _palette(pictures, colours)
+        first, *others = [picture.quantize(palette=palette, dither=0) for picture in pictures]
+        file = io.BytesIO()
+        first.save(file, format='GIF', save_all=True, append_images=others, duration=times, loop=0)
+        if len(file.getvalue()) <= MOST_BYTES:
+            break
+    path.write_bytes(file.getvalue())
 
 
 def _seconds(clip: Clip) -> float:
@@ -76,15 +84,20 @@ def _seconds(clip: Clip) -> float:
         return video.duration
 
 
-def _palette(pictures: Sequence[Image]) -> Image:
-    """COLOURS that serve all pictures."""
-    from PIL import Image
+def _palette(pictures: Sequence[Image], colours: int) -> Image:
+    """Colours that serve all pictures: those of the texts, and the best for the rest."""
+    from PIL import Image, ImageColor
 
-    width, height = pictures[0].size
+    width, height = (side // THINNED for side in pictures[0].size)
     sheet = Image.new('RGB', (width, height * len(pictures)))
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (0, i * height))
-    return sheet.quantize(COLOURS, method=Image.Quantize.MEDIANCUT)
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (0, i * height))
+    texts = [LIGHT['paper'], LIGHT['ink'], *LIGHT['cycle'][1:]]
+    values = [value for text in texts for value in ImageColor.getrgb(text)]
+    found = sheet.quantize(colours - len(texts), method=Image.Quantize.MEDIANCUT, kmeans=1)
+    palette = Image.new('P', (1, 1))
+    palette.putpalette(values + found.getpalette())
+    return palette
 
 
 def draw(clips: Sequence[Clip]) -> list[Image]:
