@@ -76,8 +76,9 @@ examples:
   dist_jax demo
   dist_jax demo --workdir=/tmp/demo --num_steps=50
 
-Makes H.264 clips whose classes differ only in motion, and a tiny random backbone; a classifier on
-the mean of frozen frames stays at chance on them, DiST does not. Started again, it continues.
+Makes H.264 clips whose classes differ only in motion; a classifier on the mean of frozen frames
+stays at chance on them, DiST does not. The frozen backbone is asked by words alone, too, for what
+is seen. Ends with filmstrips.png: what DiST says of six clips. Started again, it continues.
 """
 
 EVALUATE_HELP = """\

@@ -27,7 +27,7 @@ def die(*_):
 
 @pytest.fixture(scope='module')
 def finished(clips, tmp_path_factory):
-    """(workdir, summary) of a demo that died over its last picture and was started again."""
+    """(workdir, summary) of a demo that died before its last picture and was started again."""
     workdir = tmp_path_factory.mktemp('demo') / 'run'
     shutil.copytree(clips, workdir / 'data')
     backbone = str(workdir / 'backbone')
@@ -43,7 +43,7 @@ def finished(clips, tmp_path_factory):
         patch.setattr(page, 'png', lambda *_: b'')
         patch.setattr(page, 'write_evaluation', lambda *_: None)
         with patch.context() as again, pytest.raises(Killed):
-            again.setattr(filmstrips, 'draw', die)
+            again.setattr(filmstrips, 'tell', die)
             demo.run_demo(str(workdir), STEPS)
         assert not (workdir / 'report.html').exists()
         return workdir, demo.run_demo(str(workdir), STEPS)
