@@ -171,8 +171,8 @@ EVERY_RUN: Fields = {
     'log.every_steps': 10,
     'log.tensorboard': False,
 }
-# Of a family, in all its rows. Rates were tuned on seed 100 and the validation lists, which no
-# figure of the study is of: of a few the best on motion and on looks together.
+# Of a family, in all its rows. Not tuned yet: values of the demos, and lengths that are a guess.
+# Tuning has to use seed 100 and the validation lists, which no figure of the study is of.
 TUNED: dict[str, Fields] = {
     'zero-shot': {},
     'frame mean': {'optimizer.peak_lr': 2e-3},
