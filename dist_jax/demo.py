@@ -33,12 +33,14 @@ FILES = {
 # What all models stand on, and where the classes of motion and of looks are.
 BACKBONE = {'backbone.name': SHIPPED, 'backbone.checkpoint': SHIPPED}
 MOTION = {**BACKBONE, 'data.name': 'motion_clips'}
-# Over MOTION: two of three blocks are enough, and rates above this learn late or never.
+# Over MOTION: two of three blocks, for the time; higher rates learn late or never.
 DIST = {
     'model.head': 'text',
     'model.selected_layers': (1, 2),
     'optimizer.peak_lr': 1e-3,
     'optimizer.b2': 0.999,
+    'optimizer.schedule': 'linear',
+    'optimizer.warmup_epochs': 1.0,
 }
 LOOKS = {**BACKBONE, 'data.name': 'motion_world_looks'}
 # Of the benchmark, only validation clips are looked at.
