@@ -45,6 +45,5 @@ def get_config(variant: str = 'b16_8f_k400') -> ConfigDict:
 
 def demo(config: ConfigDict) -> None:
     """On the built-in clips."""
-    base.demo(config)
-    config.model.update(num_heads=4, unroll=True)
-    config.data.num_frames = 8
+    base.demo_of_frames(config)
+    config.model.num_heads = 4

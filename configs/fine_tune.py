@@ -109,6 +109,5 @@ def retrieval(config: ConfigDict) -> None:
 
 def demo(config: ConfigDict) -> None:
     """On the built-in clips."""
-    base.demo(config)
-    config.model.update(remat=False, unroll=True)
-    config.data.num_frames = 8
+    base.demo_of_frames(config)
+    config.model.remat = False

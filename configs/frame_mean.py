@@ -27,11 +27,4 @@ def get_config(variant: str = 'b16_8f_k400') -> ConfigDict:
     config.model.family = 'frame_mean'
     config.model.head = 'linear'
     config.model.unroll = False  # write layers out: faster steps on CPU, longer compilation
-    return base.finish(config, VARIANTS, variant, demo)
-
-
-def demo(config: ConfigDict) -> None:
-    """On the built-in clips."""
-    base.demo(config)
-    config.model.unroll = True
-    config.data.num_frames = 8  # as many as DiST's backbone sees
+    return base.finish(config, VARIANTS, variant, base.demo_of_frames)

@@ -29,11 +29,4 @@ def get_config(variant: str = 'b16_8f_k400') -> ConfigDict:
     config = base.get_config()
     config.model.family = 'zero_shot'
     config.model.unroll = False  # write layers out: faster steps on CPU, longer compilation
-    return base.finish(config, VARIANTS, variant, demo)
-
-
-def demo(config: ConfigDict) -> None:
-    """On the built-in clips."""
-    base.demo(config)
-    config.model.unroll = True
-    config.data.num_frames = 8
+    return base.finish(config, VARIANTS, variant, base.demo_of_frames)

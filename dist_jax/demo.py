@@ -14,9 +14,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from configs import dist, frame_mean, zero_shot
+from configs import base, dist, frame_mean, zero_shot
 from dist_jax import drawing, evaluate, filmstrips, recipe
-from dist_jax.paths import SHIPPED
 from dist_jax.scalars import BASELINE, VALIDATION, ZERO_SHOT, percent
 from dist_jax.tasks.api import Picture, Table
 from dist_jax.train import train
@@ -31,8 +30,7 @@ FILES = {
 }
 
 # What all models stand on, and where the classes of motion and of looks are.
-BACKBONE = {'backbone.name': SHIPPED, 'backbone.checkpoint': SHIPPED}
-MOTION = {**BACKBONE, 'data.name': 'motion_clips'}
+MOTION = {**base.TINY_CLIP, 'data.name': 'motion_clips'}
 # Over MOTION: two of three blocks, for the time; higher rates learn late or never.
 DIST = {
     'model.head': 'text',
@@ -42,7 +40,7 @@ DIST = {
     'optimizer.schedule': 'linear',
     'optimizer.warmup_epochs': 1.0,
 }
-LOOKS = {**BACKBONE, 'data.name': 'motion_world_looks'}
+LOOKS = {**base.TINY_CLIP, 'data.name': 'motion_world_looks'}
 # Of the benchmark, only validation clips are looked at.
 LOOKS_FILES = {
     'num_train': 1,
