@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 
 import jax
 from jax.experimental import multihost_utils
@@ -35,11 +36,7 @@ def find(name: str, path: str, image_size: int, workdir: str) -> Backbone:
             'and pass --config.backbone.checkpoint=FOLDER'
         )
     if path == RANDOM:
-        path = os.path.join(workdir, 'backbone')
-        if not converted.absolute_path(path).exists() and jax.process_index() == 0:
-            write_random(path, name)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices('random backbone')
+        path = made_in(workdir, lambda path: write_random(path, name))
     found = stored(str(path))
     expected = named(name)
     if found.kind is not expected.kind:
@@ -55,6 +52,21 @@ def find(name: str, path: str, image_size: int, workdir: str) -> Backbone:
             'name the geometry that was converted'
         )
     return sized(found, 'data.image_size', image_size)
+
+
+def made_in(workdir: str, write: Callable[[str], object]) -> str:
+    """The folder of the backbone that a workdir makes for itself, once, by its first process.
+
+    Args:
+      workdir: where it lies.
+      write: makes it in a folder.
+    """
+    path = os.path.join(workdir, 'backbone')
+    if not converted.absolute_path(path).exists() and jax.process_index() == 0:
+        write(path)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices('made backbone')
+    return path
 
 
 def stored(path: str) -> Backbone:

@@ -9,11 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import jax
-from jax.experimental import multihost_utils
-
+from dist_jax import backbones
 from dist_jax.convert import convert
-from dist_jax.models import converted
 from dist_jax.models.clip import SPECS
 from dist_jax.models.naming import Options
 from dist_jax.paths import SHIPPED
@@ -23,13 +20,8 @@ SPEC = SPECS[SHIPPED]
 
 
 def convert_into(workdir: str) -> str:
-    """The folder of its conversion in a workdir, which the first process of a group writes once."""
-    path = os.path.join(workdir, 'backbone')
-    if not converted.absolute_path(path).exists() and jax.process_index() == 0:
-        write(path)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices('shipped backbone')
-    return path
+    """The folder of its conversion in a workdir; see `backbones.made_in`."""
+    return backbones.made_in(workdir, write)
 
 
 def write(path: str | os.PathLike[str], source: str | os.PathLike[str] = FILE) -> None:
