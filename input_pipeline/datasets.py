@@ -100,6 +100,14 @@ def _world(name: str) -> dict[str, Any]:
 
 # Sentences say left and right: no flip.
 CAPTIONS = {'flip': None, 'captions': True}
+BUILT_IN_CAPTIONS = {
+    'list_format': 'json',
+    'splits': {
+        'train': SplitFile(('train.jsonl',), 'json'),
+        'validation': SplitFile(('val.jsonl',), 'json'),
+    },
+    **CAPTIONS,
+}
 MSRVTT_JSON = ('MSRVTT_data.json', 'videodatainfo_2017.json', 'train_val_videodatainfo.json')
 
 DATASETS: dict[str, DatasetInfo] = {
@@ -216,16 +224,7 @@ DATASETS: dict[str, DatasetInfo] = {
     'motion_images': DatasetInfo(
         len(motion_images.CLASS_NAMES), generate=motion_images.generate, **BUILT_IN
     ),
-    'motion_captions': DatasetInfo(
-        0,
-        'json',
-        splits={
-            'train': SplitFile(('train.jsonl',), 'json'),
-            'validation': SplitFile(('val.jsonl',), 'json'),
-        },
-        generate=motion_captions.generate,
-        **CAPTIONS,
-    ),
+    'motion_captions': DatasetInfo(0, generate=motion_captions.generate, **BUILT_IN_CAPTIONS),
     # One folder of clips serves the first three.
     'motion_world': DatasetInfo(len(motion_world.MOTIONS), flip=None, **_world('motion')),
     'motion_world_looks': DatasetInfo(len(motion_world.LOOKS), **_world('looks')),
@@ -241,14 +240,7 @@ DATASETS: dict[str, DatasetInfo] = {
         **CAPTIONS,
     ),
     'motion_world_pictures': DatasetInfo(
-        0,
-        'json',
-        splits={
-            'train': SplitFile(('train.jsonl',), 'json'),
-            'validation': SplitFile(('val.jsonl',), 'json'),
-        },
-        generate=motion_world.generate_pictures,
-        **CAPTIONS,
+        0, generate=motion_world.generate_pictures, **BUILT_IN_CAPTIONS
     ),
     'custom': DatasetInfo(0, 'auto'),
 }

@@ -47,9 +47,6 @@ SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in NEW_PAIRS)
 LOOKS = tuple(f'{colour} {shape}' for shape, colour in SEEN_PAIRS)
 NEW_LOOKS = tuple(f'{colour} {shape}' for shape, colour in NEW_PAIRS)
 
-# Class -> velocities (right, down, clockwise, larger; ball right, ball down) in the first and in
-# the second half of a clip, turns of the circle per clip. AHEAD stands for a direction that is
-# drawn for the clip.
 DIRECTIONS = {'left': (-1, 0), 'right': (1, 0), 'up': (0, -1), 'down': (0, 1)}
 MOTIONS = (
     *('moves left', 'moves right', 'moves up', 'moves down'),
@@ -224,8 +221,8 @@ def render_clip(clip: Clip, size: int, times: np.ndarray | None = None) -> np.nd
         times = np.arange(SECONDS * clip.rate) / (SECONDS * clip.rate)
     rng = np.random.default_rng(clip.appearance)
     ground = _draw_ground(rng, size, clip.ground)
-    box = size
-    sprite = world.draw_sprite(rng, box, 0.4 * box, clip.look)
+    drawn_radius = 0.4 * size
+    sprite = world.draw_sprite(rng, size, drawn_radius, clip.look)
     ball = _draw_ball(rng, size)
     bar = _draw_bar(rng, size)
     shake = _shake(rng, times) * size
@@ -237,9 +234,9 @@ def render_clip(clip: Clip, size: int, times: np.ndarray | None = None) -> np.nd
         picture = np.roll(ground, _pixels(ground_down, ground_right, size), (0, 1)).copy()
         _lay(picture, ball, 1.0, 0.0, ball_right * size, ball_down * size)
         radius = size * RADII[0] * (RADII[1] / RADII[0]) ** larger
-        _lay(picture, sprite, radius / (0.4 * box), 360 * angle, right * size, down * size)
+        _lay(picture, sprite, radius / drawn_radius, 360 * angle, right * size, down * size)
         picture = np.roll(picture, np.rint(shift).astype(int), (0, 1))
-        picture += (bar[..., :3] - picture) * bar[..., 3:]
+        world.blend(picture, bar)
         frames.append((np.clip(picture, 0, 255) + 0.5).astype(np.uint8))
     return np.stack(frames)
 
@@ -257,8 +254,7 @@ def _lay(
     whole = np.floor([down, right]).astype(int)
     turn[:, 2] += (size - 1) / 2 - middle + np.array([right, down]) % 1
     layer = cv2.warpAffine(sprite, turn, (size, size), flags=cv2.INTER_LINEAR)
-    layer = np.roll(layer, whole, (0, 1))
-    picture += (layer[..., :3] - picture) * layer[..., 3:]
+    world.blend(picture, np.roll(layer, whole, (0, 1)))
 
 
 def _draw_ground(rng: np.random.Generator, size: int, name: str) -> np.ndarray:

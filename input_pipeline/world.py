@@ -4,6 +4,7 @@ Opposite sides of a picture join, so that it may be shifted by any number of pix
 at one side comes back at the other.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,7 +89,11 @@ def _lay(sprite: np.ndarray, picture: np.ndarray, corner: np.ndarray) -> None:
     box, size = len(sprite), len(picture)
     layer = np.zeros((size, size, 4), np.float32)
     layer[:box, :box] = sprite
-    layer = np.roll(layer, np.rint(corner).astype(int), (0, 1))
+    blend(picture, np.roll(layer, np.rint(corner).astype(int), (0, 1)))
+
+
+def blend(picture: np.ndarray, layer: np.ndarray) -> None:
+    """Puts a layer (H, W, 4), RGB and alpha 0 to 1, on a picture (H, W, 3); both float32."""
     picture += (layer[..., :3] - picture) * layer[..., 3:]
 
 
@@ -155,8 +160,10 @@ def _cross(rng: np.random.Generator, radius: float) -> np.ndarray:
     return np.concatenate([quarter @ _rotation(turn) for turn in turns])
 
 
-def _bar(rng: np.random.Generator, radius: float) -> np.ndarray:
-    half = rng.uniform(0.4, 0.5)
+def _bar(
+    rng: np.random.Generator, radius: float, half_width: tuple[float, float] = (0.4, 0.5)
+) -> np.ndarray:
+    half = rng.uniform(*half_width)
     points = radius * np.array([[-1, -half], [1, -half], [1, half], [-1, half]])
     return points @ _rotation(rng.uniform(0, 2 * np.pi))
 
@@ -174,12 +181,6 @@ def _ring(rng: np.random.Generator, radius: float) -> np.ndarray:
 def _thin_star(rng: np.random.Generator, radius: float) -> np.ndarray:
     angles = np.arange(8) * np.pi / 4 + rng.uniform(0, 2 * np.pi)
     return radius * np.where(np.arange(8) % 2, 0.28, 1.0)[:, None] * _directions(angles)
-
-
-def _thin_bar(rng: np.random.Generator, radius: float) -> np.ndarray:
-    half = rng.uniform(0.16, 0.2)
-    points = radius * np.array([[-1, -half], [1, -half], [1, half], [-1, half]])
-    return points @ _rotation(rng.uniform(0, 2 * np.pi))
 
 
 def _cluster(rng: np.random.Generator, radius: float) -> np.ndarray:
@@ -206,7 +207,7 @@ SHAPES: dict[str, Callable[[np.random.Generator, float], np.ndarray]] = {
     'disc': _disc,
     'ring': _ring,
     'spark': _thin_star,
-    'needle': _thin_bar,
+    'needle': functools.partial(_bar, half_width=(0.16, 0.2)),
     'cluster': _cluster,
 }
 
