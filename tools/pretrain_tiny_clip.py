@@ -60,7 +60,7 @@ def accuracies(file: Path, out: Path) -> dict[str, dict[str, Any]]:
       out: folder for conversion, clips and reports.
 
     Returns:
-      'looks_1_frame' and so on -> `top1`, `classes`, `clips`.
+      'looks_1_frames' and so on -> `of`, `frames`, `top1`, `classes`, `clips`.
     """
     backbone = out / 'converted'
     shutil.rmtree(backbone, ignore_errors=True)
@@ -79,6 +79,8 @@ def accuracies(file: Path, out: Path) -> dict[str, dict[str, Any]]:
             config.data.update(val_list=str(root / split), label_map=str(root / labels))
             stored, _ = evaluate.run(config, '', None, str(out / f'{name}_{frames}'))
             found[f'{name}_{frames}_frames'] = {
+                'of': name,
+                'frames': frames,
                 'top1': stored['top1'],
                 'classes': len((root / labels).read_text().splitlines()),
                 'clips': stored['num_videos'],
@@ -95,10 +97,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument('--out', required=True, type=Path, metavar='DIR', help='folder of the run')
     parser.add_argument('--seed', type=int, default=0, help='of all draws (default %(default)s)')
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         '--install', action='store_true', help=f'copy the result to {shipped.FILE.parent.name}/'
     )
-    parser.add_argument(
+    either.add_argument(
         '--shipped', action='store_true', help='train nothing: test the file in the package'
     )
     arguments = parser.parse_args(argv)
@@ -106,10 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     found = accuracies(file, arguments.out)
     (arguments.out / 'accuracies.json').write_text(json.dumps(found, indent=1) + '\n')
     table = Table('clips', 'frames of each', 'classes', 'chance', 'top-1', title='zero-shot')
-    for name, figures in found.items():
-        kind, frames = name.removesuffix('_frames').rsplit('_', 1)
+    for figures in found.values():
         chance, top1 = 1 / figures['classes'], figures['top1']
-        row = (f'{figures["clips"]} {kind}', frames, str(figures['classes']))
+        clips = f'{figures["clips"]} {figures["of"]}'
+        row = (clips, str(figures['frames']), str(figures['classes']))
         table.add_row(*row, f'{chance:.1%}', f'{top1:.1%}')
     console = Console()
     console.print(table)

@@ -142,12 +142,10 @@ def _fields(size: Size, row: Row, data: str) -> dict[str, object]:
     listed = f'{{out}}/{lists.DATA}/{found.folder}/{found.train}'
     if row.share < 100:
         listed = f'{{out}}/{lists.share_of(Path(), found, row.share)}'
-    backbone = {} if row.family in ('STS', 'pictures') else size.world.backbone
     start = {'init_from': f'{{out}}/{RUNS}/{_run_name(row.start, "pictures")}'} if row.start else {}
     return {
         **EVERY_RUN,
         'num_steps': size.steps,
-        **backbone,
         **_test_list(found),
         'data.train_list': listed,
         **TUNED[row.family],

@@ -1,8 +1,8 @@
 """What the study runs: worlds, rows and tests, as tables.
 
 A row is one config, trained on one or several data sets with one or several seeds; a test is a
-trained row on another list, or with another fusion. Names of data sets, of the backbone and of the
-variant of each family stand here and nowhere else, as do lengths and what was tuned.
+trained row on another list, or with another fusion. Names of data sets and of the variant of each
+family stand here and nowhere else, as do lengths and what was tuned.
 """
 
 from __future__ import annotations
@@ -33,17 +33,15 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """A backbone, and data sets by what is learned of them.
+    """Rows of configs, and data sets by what is learned of them.
 
     Attributes:
-      variant: row of each family's table of variants.
-      backbone: fields of configs that stand on one.
+      variant: row of each family's table of variants, which names the backbone.
       data: motion (what happens), looks (what is seen), pictures (single frames with classes),
         captions, and `motion_new` and `looks_new`, classes that nobody was trained on.
     """
 
     variant: str
-    backbone: Fields
     data: Mapping[str, Data]
 
 
@@ -69,7 +67,6 @@ def _unseen(kind: str) -> Data:
 # Figures are of the test lists, which nothing was tuned on and no checkpoint was chosen by.
 WORLD = World(
     'world',
-    {'backbone.name': 'tiny_clip', 'backbone.checkpoint': 'tiny_clip'},
     {
         'motion': _of_world('motion'),
         'looks': _of_world('looks'),
@@ -84,7 +81,6 @@ WORLD = World(
 # The data of the demos, with a backbone that knows nothing: quick, for tries of the tool itself.
 CLIPS = World(
     'demo',
-    {'backbone.name': 'tiny', 'backbone.checkpoint': 'random'},
     {
         'motion': _built_in('motion_clips'),
         'looks': _built_in('motion_clips'),
