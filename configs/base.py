@@ -227,6 +227,7 @@ BEFORE_FAMILY_FIELDS: dict[str, dict[str, object]] = {
         'model.spatial_branch': True,
         'model.temporal_branch': True,
         'model.integration_branch': True,
+        'model.init_std': 0.02,
     },
     'side4video': {'model.temporal_conv': True, 'model.class_token_shift': True},
 }
@@ -276,6 +277,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
             'eval.image_size',
             'model.ada_pooling_layers',
             'model.cls_token_std',
+            'model.init_std',
             'model.pretrained_lr',
             'model.initial_scale',
             'checkpoint.every_steps',
@@ -483,14 +485,20 @@ def demo_of_frames(config: ConfigDict) -> None:
 
 
 # The small CLIP that comes with the package.
-TINY_CLIP: dict[str, object] = {'backbone.name': 'tiny_clip', 'backbone.checkpoint': 'tiny_clip'}
+TINY_CLIP: dict[str, object] = {
+    'backbone.name': 'tiny_clip',
+    'backbone.checkpoint': 'tiny_clip',
+    'data.image_size': 32,
+}
 # The built-in benchmark beside it, over what `demo` says.
 WORLD: dict[str, object] = {
     'demo': True,
     **TINY_CLIP,
     'data.name': 'motion_world',
-    'num_steps': 600,
+    'data.num_frames': 8,
+    'num_steps': 800,
     'eval.every_epochs': 2.0,
+    'optimizer.b2': 0.999,
 }
 
 

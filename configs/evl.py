@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     'b16_8f_k710_k600': {**B16, **TIMES, **FINE_TUNE, 'data.name': 'kinetics600'},
     'b16_8f_k710_k700': {**B16, **TIMES, **FINE_TUNE, 'data.name': 'kinetics700'},
     'demo': {'demo': True},
-    'world': {**base.WORLD, 'data.num_frames': 8},
+    'world': {**base.WORLD, 'model.depth': 3, 'optimizer.peak_lr': 5e-3},
 }
 
 

@@ -55,13 +55,14 @@ VARIANTS: dict[str, dict[str, object]] = {
     # tools/pretrain_tiny_clip.py
     'pictures': {
         'demo': True,
-        'backbone.name': 'tiny_clip',
+        **base.TINY_CLIP,
+        'backbone.checkpoint': 'random',
         'data.name': 'motion_world_pictures',
         'data.num_frames': 1,
         'task.num_words': 24,
         'batch_size': 128,
-        'num_steps': 3000,
-        'eval.every_epochs': 4.0,
+        'num_steps': 5000,
+        'eval.every_epochs': 8.0,
         'model.pretrained_lr': 1.0,
         'model.initial_scale': 1 / 0.07,
         'optimizer.peak_lr': 2e-3,

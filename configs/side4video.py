@@ -100,7 +100,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         for classes in (400, 600, 700)
     },
     'demo': {'demo': True},
-    'world': {**base.WORLD, 'data.num_frames': 8},
+    'world': base.WORLD,
 }
 
 

@@ -121,8 +121,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     # `_imagenet` and `_k400` in small.
     'demo_images': {**DEMO_IMAGES, 'data.name': 'motion_images'},
     'demo': {'demo': True},
-    'world_images': {**DEMO_IMAGES, 'data.name': 'motion_world_looks'},
-    'world': {**base.WORLD, 'backbone.name': '', 'backbone.checkpoint': '', 'data.num_frames': 8},
+    'world_images': {
+        **DEMO_IMAGES,
+        'data.name': 'motion_world_looks',
+        'data.image_size': 32,
+    },
+    'world': {**base.WORLD, 'backbone.name': '', 'backbone.checkpoint': ''},
 }
 VARIANTS = {
     name: {**row, 'model.network': name.rpartition('_')[0]} if 'demo' not in row else row

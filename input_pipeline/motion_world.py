@@ -53,7 +53,7 @@ MOTIONS = (
     *('moves right, then up', 'moves up, then left'),
     *('moves left, then down', 'moves down, then right'),
     *('turns clockwise', 'turns counterclockwise', 'comes closer', 'goes away'),
-    *('moves fast', 'moves slowly', 'moves with the ball', 'moves against the ball'),
+    *('moves fast', 'moves slowly', 'moves with the ball', 'is passed by the ball'),
 )
 NEW_MOTIONS = (
     *('moves up, then right', 'moves left, then up'),
@@ -61,16 +61,16 @@ NEW_MOTIONS = (
 )
 # Turns of the circle per clip.
 FAST, SLOW, TURN, GROW = 1.8, 0.5, 0.75, 0.9
-DRIFT = 0.08  # of thing, ball, angle and size, either way
-GROUND_DRIFT = 0.4
-SHAKE = 0.035  # of the frame's side, most of either way
-RADII = (0.18, 0.34)  # of the thing, smallest and largest, of the frame's side
+DRIFT = 0.03  # of thing, ball, angle and size, either way
+GROUND_DRIFT = 0.1
+SHAKE = 0.015  # of the frame's side, most of either way
+RADII = (0.28, 0.46)  # of the thing, smallest and largest, of the frame's side
 SHADE = 0.45
-BALL = 0.07
-RATES = (8, 10, 12, 16)  # frames per second
-QUANTISERS = (24, 28, 32, 36)
+BALL = 0.13
+RATES = (8, 12, 16)  # frames per second
+QUANTISERS = (16, 20, 24, 28)
 SECONDS = 2
-BAR_SHARE = 0.5  # of clips that have one
+BAR_SHARE = 0.2  # of clips that have one
 
 SPLITS = {  # split -> (pairs of shape and colour, motions)
     'train': (SEEN_PAIRS, MOTIONS),
@@ -198,7 +198,7 @@ def displacements(motion: str, ahead: float, times: np.ndarray) -> np.ndarray:
         'moves fast': (FAST, 0),
         'moves slowly': (SLOW, 0),
         'moves with the ball': (1, 1),
-        'moves against the ball': (1, -1),
+        'is passed by the ball': (0, 1),
     }[motion]
     moved[:, :2] = thing * times[:, None] * way
     moved[:, 4:] = ball * times[:, None] * way
@@ -340,12 +340,12 @@ def labels(seed: int, split: str, index: int) -> tuple[int, int]:
 
 def generate(
     out_dir: str | os.PathLike,
-    num_train: int = 2400,
+    num_train: int = 4800,
     num_val: int = 320,
     num_test: int = 640,
     num_new_looks: int = 288,
     num_new_motions: int = 160,
-    size: int = 48,
+    size: int = 32,
     seed: int = 0,
     num_threads: int = 2,
     progress: built_in.Progress | None = None,
@@ -412,7 +412,7 @@ def generate_pictures(
     out_dir: str | os.PathLike,
     num_train: int = 16000,
     num_val: int = 400,
-    size: int = 48,
+    size: int = 32,
     seed: int = 0,
     num_threads: int = 2,
     progress: built_in.Progress | None = None,

@@ -18,6 +18,7 @@ from dist_jax.models.layers import l2_normalize
 from input_pipeline import motion_world
 from input_pipeline.tokenizer import tokenize
 
+SIZE = shipped.SPEC.image_size
 CARD = shipped.FILE.with_suffix('.md')
 
 
@@ -26,7 +27,7 @@ def backbone(tmp_path_factory):
     path = tmp_path_factory.mktemp('run')
     folder = shipped.convert_into(str(path))
     assert shipped.convert_into(str(path)) == folder  # not made again
-    return backbones.find('tiny_clip', folder, 48, '')
+    return backbones.find('tiny_clip', folder, SIZE, '')
 
 
 def test_its_card_has_its_digest():
@@ -48,7 +49,7 @@ def test_it_knows_what_it_sees(backbone):
 
     def top1(split, count):
         clips = [motion_world.plan_clip(0, split, k) for k in range(count)]
-        pictures = [motion_world.render_clip(clip, 48, np.zeros(1))[0] for clip in clips]
+        pictures = [motion_world.render_clip(clip, SIZE, np.zeros(1))[0] for clip in clips]
         names = motion_world.class_names(split)[0]
         tokens = tokenize(names, backbone.spec.context_length)
         texts = text_features(params['text'], (tokens,), backbone)[0]

@@ -77,7 +77,7 @@ SPECS: dict[str, ClipSpec] = {
     'vit_l14_336': ClipSpec(336, 14, 1024, 24, 16, 768, 768, 12, 12),
     'tiny': ClipSpec(48, 8, 64, 1, 1, 64, 64, 1, 1),  # tests
     # Comes with the package (`dist_jax.shipped`).
-    'tiny_clip': ClipSpec(48, 8, 64, 3, 4, 64, 64, 2, 4, context_length=24),
+    'tiny_clip': ClipSpec(32, 8, 64, 3, 4, 64, 64, 2, 4, context_length=24),
 }
 
 

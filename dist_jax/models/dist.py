@@ -33,6 +33,7 @@ from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import (
     Dtype,
+    Initializer,
     LayerNorm,
     Linear,
     Mlp,
@@ -42,7 +43,6 @@ from dist_jax.models.layers import (
     patchify,
     precision_of,
     quick_gelu,
-    trunc_normal,
 )
 from dist_jax.models.stack import scan_trainable
 from dist_jax.models.time_conv import Stem, TimeConv
@@ -72,6 +72,7 @@ def build(
     spatial_branch: bool = True,
     temporal_branch: bool = True,
     integration_branch: bool = True,
+    init_std: float = 0.02,
     remat: bool = False,
     unroll: bool = False,
 ) -> Model:
@@ -96,6 +97,8 @@ def build(
       spatial_branch: F is read, and the mean class token; else both are 0.
       temporal_branch: X is there; else U = M.
       integration_branch: R is there, and what it gives to X; else M and X meet in the last U alone.
+      init_std: standard deviation of initial matrices, tables and queries; the classifiers of a
+        linear head keep theirs.
       remat: recompute a layer in the backward pass.
       unroll: see `stack`.
 
@@ -142,6 +145,7 @@ def build(
         integration=integration_branch,
         embed_dim=spec.embed_dim,
         head=heads.Head(head, tuple(num_classes)),
+        init_std=init_std,
         dtype=dtype,
         remat=remat,
         unroll=unroll,
@@ -212,10 +216,11 @@ class SpaceConv(nn.Module):
 
     features: int
     dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param('kernel', trunc_normal, (3, 3, x.shape[-1], self.features))
+        kernel = self.param('kernel', self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
         y = jax.lax.platform_dependent(
             x.astype(self.dtype),
@@ -256,12 +261,15 @@ class TemporalNet(nn.Module):
     hidden_dim: int
     kernel_size: int
     dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = LayerNorm(name='ln')(x)
-        y = TimeConv(self.hidden_dim, self.kernel_size, self.dtype, name='c_fc1')(y)
-        y = SpaceConv(x.shape[-1], self.dtype, name='c_fc2')(quick_gelu(y))
+        y = TimeConv(self.hidden_dim, self.kernel_size, self.dtype, self.kernel_init, name='c_fc1')(
+            y
+        )
+        y = SpaceConv(x.shape[-1], self.dtype, self.kernel_init, name='c_fc2')(quick_gelu(y))
         return quick_gelu(x + y)
 
 
@@ -271,14 +279,15 @@ class Temporal2Integration(nn.Module):
     features: int
     alpha: int
     dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, frames, *_, channels = x.shape
         t = frames // self.alpha
-        kernel = self.param('kernel', trunc_normal, (self.alpha, channels, self.features))
+        kernel = self.param('kernel', self.kernel_init, (self.alpha, channels, self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        cls = self.param('cls_token', trunc_normal, (t, self.features)).astype(self.dtype)
+        cls = self.param('cls_token', self.kernel_init, (t, self.features)).astype(self.dtype)
         grouped = x.astype(self.dtype).reshape(b, t, self.alpha, -1, channels)
         patches = einsum('btans,asc->btnc', grouped, kernel.astype(self.dtype)) + bias
         cls = jnp.broadcast_to(cls[None, :, None], (b, t, 1, self.features))
@@ -294,10 +303,11 @@ class Integration2Temporal(nn.Module):
     features: int
     alpha: int
     dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, m: jax.Array) -> jax.Array:
-        kernel = self.param('kernel', trunc_normal, (m.shape[-1], self.features))
+        kernel = self.param('kernel', self.kernel_init, (m.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
         y = jax.lax.platform_dependent(
             m.astype(self.dtype),
@@ -330,12 +340,14 @@ class TemporalFeedForward(nn.Module):
     hidden_dim: int
     kernel_size: int
     dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = Linear(self.hidden_dim, dtype=self.dtype, name='c_fc1')(x)
-        y = TimeConv(self.hidden_dim, self.kernel_size, self.dtype, name='c_fc2')(y)
-        return Linear(x.shape[-1], dtype=self.dtype, name='c_proj')(quick_gelu(y))
+        options = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
+        y = Linear(self.hidden_dim, **options, name='c_fc1')(x)
+        y = TimeConv(self.hidden_dim, self.kernel_size, **options, name='c_fc2')(y)
+        return Linear(x.shape[-1], **options, name='c_proj')(quick_gelu(y))
 
 
 class IntegrationNet(nn.Module):
@@ -345,12 +357,14 @@ class IntegrationNet(nn.Module):
     temporal_ffn_hidden: int
     kernel_size: int
     dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, u: jax.Array) -> jax.Array:
-        frame = Mlp(self.ffn_hidden, dtype=self.dtype, name='ffn')(LayerNorm(name='ln')(u))
+        options = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
+        frame = Mlp(self.ffn_hidden, **options, name='ffn')(LayerNorm(name='ln')(u))
         time = TemporalFeedForward(
-            self.temporal_ffn_hidden, self.kernel_size, self.dtype, name='temporal_ffn'
+            self.temporal_ffn_hidden, self.kernel_size, **options, name='temporal_ffn'
         )(LayerNorm(name='ln_temporal')(u))
         return frame + time
 
@@ -377,6 +391,7 @@ class DistLayer(nn.Module):
     temporal: bool
     integration: bool
     dtype: Dtype
+    kernel_init: Initializer
     last: bool
     outputs: bool
 
@@ -385,36 +400,37 @@ class DistLayer(nn.Module):
         self, carry: tuple[jax.Array | None, jax.Array], index: jax.Array | int, taps: jax.Array
     ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, jax.Array]]:
         """(X, R), number of the layer, frozen outputs (K, B*t, L, W) -> (X', R), outputs."""
+        options = {'dtype': self.dtype, 'kernel_init': self.kernel_init}
         x, r = split_batch(carry)
         if self.temporal:
             x = TemporalNet(
-                self.temporal_hidden, self.temporal_kernel, self.dtype, name='temporal_net'
+                self.temporal_hidden, self.temporal_kernel, **options, name='temporal_net'
             )(x)
         if not (self.integration or self.last):
             return (x, r), {}
         m = r
         if self.spatial:
             tap = jax.lax.dynamic_index_in_dim(taps, index, keepdims=False)
-            m = Linear(self.integration_dim, dtype=self.dtype, name='input_linear')(tap)
+            m = Linear(self.integration_dim, **options, name='input_linear')(tap)
             m = m.reshape(r.shape) + r
         u = m
         if self.temporal:
             u = m + Temporal2Integration(
-                self.integration_dim, self.alpha, self.dtype, name='temporal2integration'
+                self.integration_dim, self.alpha, **options, name='temporal2integration'
             )(x)
         if self.integration:
             r = IntegrationNet(
                 self.ffn_hidden,
                 self.temporal_ffn_hidden,
                 self.temporal_kernel,
-                self.dtype,
+                **options,
                 name='integration_net',
             )(u)
         seen = {'temporal': x, 'integration': r, 'integration_input': u} if self.outputs else {}
         if self.integration and self.temporal:
             # Nobody reads the sum of the last layer; the compiler then drops this product too.
             to_temporal = Integration2Temporal(
-                x.shape[-1], self.alpha, self.dtype, name='integration2temporal'
+                x.shape[-1], self.alpha, **options, name='integration2temporal'
             )(m[:, :, 1:])
             x = x + to_temporal.reshape(x.shape)
         return (x, r), seen
@@ -428,6 +444,7 @@ class AdaptivePooling(nn.Module):
     """
 
     dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(
@@ -444,19 +461,19 @@ class AdaptivePooling(nn.Module):
           The new clip and frame queries.
         """
         batch, width = clip_query.shape[0], tokens.shape[-1]
-        s = frame_query + CrossAttention(self.dtype, name='spatial_transformer')(
-            frame_query, tokens
-        )
+        options = {'dtype': self.dtype, 'kernel_init': self.kernel_init}
+        s = frame_query + CrossAttention(**options, name='spatial_transformer')(frame_query, tokens)
         s = s + self._feed_forward('spatial_cls_token', 'spat_cls_token', s)
-        positions = self.param('positional_embedding', trunc_normal, (s.shape[0] // batch, width))
+        table = (s.shape[0] // batch, width)
+        positions = self.param('positional_embedding', self.kernel_init, table)
         frames = s.reshape(batch, -1, width) + positions.astype(self.dtype)
-        a = clip_query + CrossAttention(self.dtype, name='temporal_transformer')(clip_query, frames)
+        a = clip_query + CrossAttention(**options, name='temporal_transformer')(clip_query, frames)
         return a + self._feed_forward('cls_token', 'temp_cls_token', a), s
 
     def _feed_forward(self, map_name: str, norm_name: str, x: jax.Array) -> jax.Array:
         hidden = ADA_POOLING_MLP_RATIO * x.shape[-1]
         normed = LayerNorm(name=f'ln_out_{norm_name}')(x)
-        return Mlp(hidden, dtype=self.dtype, name=f'output_map_{map_name}')(normed)
+        return Mlp(hidden, self.dtype, self.kernel_init, name=f'output_map_{map_name}')(normed)
 
 
 def pooling_attention(sown: Tree) -> jax.Array:
@@ -480,12 +497,13 @@ class CrossAttention(nn.Module):
     """(N, C) queries over (N, M, C) memories -> (N, C); one norm serves both."""
 
     dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, query: jax.Array, memory: jax.Array) -> jax.Array:
         norm = LayerNorm(name='ln_1')
         num_heads = query.shape[-1] // ADA_POOLING_HEAD_DIM
-        attention = QueryAttention(num_heads, dtype=self.dtype, name='attn')
+        attention = QueryAttention(num_heads, self.dtype, self.kernel_init, name='attn')
         return attention(norm(query), norm(memory))
 
 
@@ -509,6 +527,7 @@ class DistNet(nn.Module):
     integration: bool
     embed_dim: int
     head: heads.Head
+    init_std: float
     dtype: Dtype
     remat: bool
     unroll: bool
@@ -544,6 +563,7 @@ class DistNet(nn.Module):
                 f'a clip of {num_frames} frames for a model of num_frames={self.num_frames}'
             )
         t = num_frames // self.alpha
+        init = nn.initializers.normal(self.init_std)
         x = stem = None
         if self.temporal:
             x = stem = Stem(
@@ -551,6 +571,7 @@ class DistNet(nn.Module):
                 self.patch_size,
                 self.temporal_patch,
                 self.dtype,
+                init,
                 name='temporal_stem',
             )(patches)
         r = jnp.zeros((b, t, taps.shape[2], self.integration_dim), self.dtype)
@@ -565,6 +586,7 @@ class DistNet(nn.Module):
             'temporal': self.temporal,
             'integration': self.integration,
             'dtype': self.dtype,
+            'kernel_init': init,
         }
         seen: list[Tree] = []
         if self.num_layers > 1:
@@ -586,19 +608,19 @@ class DistNet(nn.Module):
 
         width = self.integration_dim
         tokens = (r + last['integration_input']).reshape(b * t, -1, width)
-        clip_query = self.param('aggregated_cls_token', trunc_normal, (width,))
-        frame_query = self.param('aggregated_spatial_cls_token', trunc_normal, (width,))
+        clip_query = self.param('aggregated_cls_token', init, (width,))
+        frame_query = self.param('aggregated_spatial_cls_token', init, (width,))
         a = jnp.broadcast_to(clip_query.astype(self.dtype), (b, width))
         s = jnp.broadcast_to(frame_query.astype(self.dtype), (b * t, width))
         pooled = []
         for i in range(self.ada_pooling_layers):
-            a, s = AdaptivePooling(self.dtype, name=f'adapooling_{i}')(a, s, tokens)
+            a, s = AdaptivePooling(self.dtype, init, name=f'adapooling_{i}')(a, s, tokens)
             pooled.append(a)
 
         v = a.astype(jnp.float32)
         if self.spatial:
             frozen_cls = taps[-1, :, 0].astype(jnp.float32).reshape(b, t, -1).mean(1)
-            v = v + Linear(width, name='proj_spatial_cls_token')(frozen_cls)
+            v = v + Linear(width, kernel_init=init, name='proj_spatial_cls_token')(frozen_cls)
         v = LayerNorm(name='ln_post')(v)
         proj_init = nn.initializers.normal(width**-0.5)
         v = Linear(self.embed_dim, use_bias=False, kernel_init=proj_init, name='proj')(v)

@@ -342,12 +342,14 @@ class Mlp(nn.Module):
     """Two linear maps with QuickGELU between: parameters `c_fc` and `c_proj`."""
 
     hidden_dim: int
-    dtype: Dtype = jnp.float32
+    dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = Linear(self.hidden_dim, dtype=self.dtype, name='c_fc')(x)
-        return Linear(x.shape[-1], dtype=self.dtype, name='c_proj')(quick_gelu(hidden))
+        options = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
+        hidden = Linear(self.hidden_dim, **options, name='c_fc')(x)
+        return Linear(x.shape[-1], **options, name='c_proj')(quick_gelu(hidden))
 
 
 def query_attention(
@@ -389,7 +391,8 @@ class QueryAttention(nn.Module):
     """
 
     num_heads: int
-    dtype: Dtype = jnp.float32
+    dtype: Dtype
+    out_init: Initializer
 
     @nn.compact
     def __call__(self, query: jax.Array, memory: jax.Array) -> jax.Array:
@@ -405,16 +408,17 @@ class QueryAttention(nn.Module):
             q, memory.astype(self.dtype), kernel[:, 1], kernel[:, 2], bias[2]
         )
         self.sow('intermediates', 'weights', weights)
-        return _MergeHeads(width, dtype=self.dtype, name='out')(out)
+        return _MergeHeads(width, self.dtype, self.out_init, name='out')(out)
 
 
 class _MergeHeads(nn.Module):
     features: int
-    dtype: Dtype = jnp.float32
+    dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param('kernel', trunc_normal, (*x.shape[-2:], self.features))
+        kernel = self.param('kernel', self.kernel_init, (*x.shape[-2:], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         merged = einsum('...hd,hdc->...c', x.astype(self.dtype), kernel.astype(self.dtype))
         return merged + bias.astype(self.dtype)

@@ -24,11 +24,12 @@ class TimeConv(nn.Module):
     features: int
     kernel_size: int
     dtype: Dtype
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param('kernel', trunc_normal, shape).astype(self.dtype)
+        kernel = self.param('kernel', self.kernel_init, shape).astype(self.dtype)
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return _conv_time(x.astype(self.dtype), kernel) + bias
 

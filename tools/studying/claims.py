@@ -158,7 +158,7 @@ CLAIMS: tuple[Claim, ...] = (
             Comparison('dist/motion', 'dist_alpha_1/motion', 'step_seconds'),
         ),
     ),
-    Claim('dist_frames', DIST, 'More frames help.', _over('dist/motion', 'dist_8_frames/motion')),
+    Claim('dist_frames', DIST, 'More frames help.', _over('dist/motion', 'dist_4_frames/motion')),
     Claim(
         'dist_zero_shot',
         DIST,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tools.studying import lists
-from tools.studying.rows import EVERY_RUN, ROWS, TESTS, TUNED, Data, Row, Size, Test
+from tools.studying.rows import EVERY_RUN, ROWS, TESTS, Data, Row, Size, Test
 
 RUNS = 'runs'  # folder of a study; a job has a folder in it
 TRAIN, EVALUATE, MEMORY = 'train', 'evaluate', 'memory'
@@ -148,7 +148,6 @@ def _fields(size: Size, row: Row, data: str) -> dict[str, object]:
         'num_steps': size.steps,
         **_test_list(found),
         'data.train_list': listed,
-        **TUNED[row.family],
         **start,
         **row.fields,
     }
