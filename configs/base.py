@@ -495,7 +495,10 @@ WORLD: dict[str, object] = {
     'demo': True,
     **TINY_CLIP,
     'data.name': 'motion_world',
+    # Even steps in time that cover most of a clip.
     'data.num_frames': 8,
+    'data.sampling': 'interval',
+    'data.frame_interval': 7,
     'num_steps': 800,
     'eval.every_epochs': 2.0,
     'optimizer.b2': 0.999,

@@ -100,7 +100,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         for classes in (400, 600, 700)
     },
     'demo': {'demo': True},
-    'world': base.WORLD,
+    'world': {**base.WORLD, 'model.mlp_ratio': 2.0},
 }
 
 

@@ -190,7 +190,7 @@ def test_files_are_h264_of_two_seconds_at_several_rates(folder):
     for path in sorted((folder / 'train').iterdir()):
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            assert stream.codec.name == 'h264' and (stream.height, stream.width) == (48, 48)
+            assert stream.codec.name == 'h264' and (stream.height, stream.width) == (32, 32)
             frames = sum(1 for _ in container.decode(stream))
             rates.add(float(stream.average_rate))
             assert frames == 2 * stream.average_rate

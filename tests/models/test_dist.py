@@ -12,6 +12,7 @@ from dist_jax.models.layers import l2_normalize, patchify
 
 SPEC = clip.ClipSpec(16, 8, 32, 3, 1, 24, 16, 1, 1, vocab_size=20, context_length=6)
 BACKBONE = Backbone(clip.KIND, SPEC)
+INIT = jax.nn.initializers.normal(0.02)
 OPTIONS = {
     'num_classes': (4,),
     'num_frames': 4,
@@ -151,7 +152,7 @@ def test_frozen_logits_are_the_mean_cosine_of_the_frames(backbone, plain):
 def test_time_conv_equals_a_convolution(size):
     kernel_size, frames = size
     x = jax.random.normal(jax.random.key(0), (2, frames, 3, 4))
-    conv = time_conv.TimeConv(6, kernel_size, jnp.float32)
+    conv = time_conv.TimeConv(6, kernel_size, jnp.float32, INIT)
     variables = conv.init(jax.random.key(1), x)
     kernel = variables['params']['kernel']
     expected = jax.lax.conv_general_dilated(
@@ -162,7 +163,7 @@ def test_time_conv_equals_a_convolution(size):
 
 def test_space_conv_equals_a_convolution():
     x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4, 6))
-    conv = dist.SpaceConv(7, jnp.float32)
+    conv = dist.SpaceConv(7, jnp.float32, INIT)
     variables = conv.init(jax.random.key(1), x)
     expected = jax.lax.conv_general_dilated(
         x.reshape(6, 5, 4, 6),
@@ -276,3 +277,14 @@ def test_without_the_temporal_branch_other_frames_change_nothing(backbone):
     features = jax.jit(model.inputs)(frozen, {'video': changed})
     again = jax.jit(model.net.apply)(variables, features)
     np.testing.assert_array_equal(again['logits'][0], outputs['logits'][0])
+
+
+def test_init_std_is_of_all_matrices_and_tables(plain, backbone):
+    """Five times as large, but for what has an initial value of its own."""
+    wide = run(backbone, init_std=0.1)[3]['params']
+    ratios = jax.tree.map(lambda a, b: jnp.std(a) / jnp.std(b), wide, plain[3]['params'])
+    own = {'proj', 'qkv'}
+    for path, ratio in jax.tree_util.tree_leaves_with_path(ratios):
+        names = [part.key for part in path]
+        if names[-1] not in ('scale', 'bias'):  # these start as 1 and 0
+            np.testing.assert_allclose(ratio, 1 if own & set(names) else 5, rtol=1e-5)

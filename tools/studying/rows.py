@@ -183,7 +183,7 @@ def _part(base: str, name: str, label: str, family: str, group: str, **fields: o
 
 
 def _frames(base: str, frames: int, label: str, family: str, small: int = 1) -> Row:
-    fields = {'data.num_frames': frames}
+    fields = {'data.num_frames': frames, 'data.frame_interval': round(56 / frames)}
     return Row(f'{base}_{frames}_frames', label, family, 'frames', base, MOTION, fields, small)
 
 
@@ -237,7 +237,7 @@ ROWS: tuple[Row, ...] = (
         'Side4Video light',
         'Side4Video',
         'side4video',
-        fields={'model.side_dim': 64},
+        fields={'model.tap_every': 3},  # a layer for three blocks
     ),
     Row(
         'sts_pictures', 'pictures', 'pictures', 'sts', 'sts', ('pictures',), full=1, form='_images'
