@@ -124,7 +124,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     'world_images': {
         **DEMO_IMAGES,
         'data.name': 'motion_world_looks',
-        'data.image_size': 32,
+        'data.image_size': base.WORLD['data.image_size'],
     },
     'world': {**base.WORLD, 'backbone.name': '', 'backbone.checkpoint': ''},
 }

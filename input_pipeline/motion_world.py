@@ -89,7 +89,7 @@ LARGE = {  # in place of the defaults of `generate`, which are the small size
     'num_new_looks': 2880,
     'num_new_motions': 1600,
 }
-FORMAT_VERSION = 1  # raise when pixels or sentences change
+FORMAT_VERSION = 2  # raise when pixels or sentences change
 _STREAM = 3  # other draws than those of the other built-in sets
 
 

@@ -265,11 +265,10 @@ class TemporalNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        options = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
         y = LayerNorm(name='ln')(x)
-        y = TimeConv(self.hidden_dim, self.kernel_size, self.dtype, self.kernel_init, name='c_fc1')(
-            y
-        )
-        y = SpaceConv(x.shape[-1], self.dtype, self.kernel_init, name='c_fc2')(quick_gelu(y))
+        y = TimeConv(self.hidden_dim, self.kernel_size, **options, name='c_fc1')(y)
+        y = SpaceConv(x.shape[-1], **options, name='c_fc2')(quick_gelu(y))
         return quick_gelu(x + y)
 
 
@@ -400,7 +399,7 @@ class DistLayer(nn.Module):
         self, carry: tuple[jax.Array | None, jax.Array], index: jax.Array | int, taps: jax.Array
     ) -> tuple[tuple[jax.Array | None, jax.Array], dict[str, jax.Array]]:
         """(X, R), number of the layer, frozen outputs (K, B*t, L, W) -> (X', R), outputs."""
-        options = {'dtype': self.dtype, 'kernel_init': self.kernel_init}
+        options = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
         x, r = split_batch(carry)
         if self.temporal:
             x = TemporalNet(
@@ -441,6 +440,7 @@ class AdaptivePooling(nn.Module):
 
     Attributes:
       dtype: compute dtype.
+      kernel_init: of matrices but the packed ones, and of the table.
     """
 
     dtype: Dtype
@@ -461,7 +461,7 @@ class AdaptivePooling(nn.Module):
           The new clip and frame queries.
         """
         batch, width = clip_query.shape[0], tokens.shape[-1]
-        options = {'dtype': self.dtype, 'kernel_init': self.kernel_init}
+        options = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
         s = frame_query + CrossAttention(**options, name='spatial_transformer')(frame_query, tokens)
         s = s + self._feed_forward('spatial_cls_token', 'spat_cls_token', s)
         table = (s.shape[0] // batch, width)

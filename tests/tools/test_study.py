@@ -11,7 +11,7 @@ from dist_jax import ending
 from dist_jax import main as dist_jax
 from dist_jax.reports import page
 from tools import study
-from tools.studying import claims, jobs, lists, report, results, rows, runner
+from tools.studying import claims, jobs, lists, pictures, report, results, rows, runner
 
 SMOKE = rows.SIZES['smoke']
 
@@ -68,6 +68,9 @@ def test_claims_are_about_rows_and_tests_that_are_there():
     for claim in claims.CLAIMS:
         for comparison in claim.comparisons:
             assert {comparison.first, comparison.second} <= known, claim.name
+    # Texts and what STS starts from are in tables alone.
+    drawn = {row.family for row in rows.ROWS} - {'retrieval', 'pictures'}
+    assert drawn == pictures.COLOURS.keys()
     assert {row.group for row in rows.ROWS} == rows.GROUPS.keys()
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from configs import base
+
 Fields = Mapping[str, object]
 
 
@@ -176,26 +178,28 @@ def _main(name: str, label: str, family: str, config: str, **more: object) -> Ro
     return Row(name, label, family, 'main', config, BOTH, **{'small': 3, 'full': 3, **more})
 
 
-def _part(base: str, name: str, label: str, family: str, group: str, **fields: object) -> Row:
+def _part(config: str, name: str, label: str, family: str, group: str, **fields: object) -> Row:
     """A family with another value of one of its options, on motion."""
     named = {f'model.{field}': value for field, value in fields.items()}
-    return Row(f'{base}_{name}', label, family, group, base, MOTION, named)
+    return Row(f'{config}_{name}', label, family, group, config, MOTION, named)
 
 
-def _frames(base: str, frames: int, label: str, family: str, small: int = 1) -> Row:
-    fields = {'data.num_frames': frames, 'data.frame_interval': round(56 / frames)}
-    return Row(f'{base}_{frames}_frames', label, family, 'frames', base, MOTION, fields, small)
+def _frames(config: str, frames: int, label: str, family: str, small: int = 1) -> Row:
+    """A family with other frames of the same stretch of time, on motion."""
+    whole = base.WORLD['data.num_frames'] * base.WORLD['data.frame_interval']
+    fields = {'data.num_frames': frames, 'data.frame_interval': whole // frames}
+    return Row(f'{config}_{frames}_frames', label, family, 'frames', config, MOTION, fields, small)
 
 
-def _shares(base: str, label: str, family: str, small: bool) -> tuple[Row, ...]:
+def _shares(config: str, label: str, family: str, small: bool) -> tuple[Row, ...]:
     """A row of the main table on shares of the training list; all of it is the main table's."""
     return tuple(
         Row(
-            f'{base}_{share}_percent',
+            f'{config}_{share}_percent',
             f'{label}, {share} %',
             family,
             'data',
-            base,
+            config,
             MOTION,
             small=int(small and share in (10, 50)),
             share=share,
