@@ -65,11 +65,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     'demo': {'demo': True},
     'world': {
         **base.WORLD,
+        'model.head': 'text',
         'model.selected_layers': (1, 2),
         'model.temporal_dim': 64,
-        'model.init_std': 0.1,
-        'optimizer.peak_lr': 8e-4,
-        'optimizer.schedule': 'linear',
+        'model.init_std': 0.2,
+        'optimizer.peak_lr': 1.2e-3,
     },
 }
 

@@ -71,14 +71,14 @@ def test_claims_are_about_rows_and_tests_that_are_there():
     # Texts and what STS starts from are in tables alone.
     drawn = {row.family for row in rows.ROWS} - {'retrieval', 'pictures'}
     assert drawn == pictures.COLOURS.keys()
-    assert {row.group for row in rows.ROWS} == rows.GROUPS.keys()
+    assert {each.group for each in (*rows.ROWS, *rows.TESTS)} == rows.GROUPS.keys()
 
 
 def test_groups_bring_what_they_start_from():
     names = {job.row for job in jobs.plan(rows.SIZES['small'], ['sts'])}
     assert names == {'sts_pictures', 'sts_plain', 'sts_scratch', 'sts_scratch_plain'}
     tested = jobs.plan(rows.SIZES['small'], ['zero-shot'])
-    assert {job.row for job in tested} == {'dist_text'}
+    assert {job.row for job in tested} == {'dist'}
 
 
 def test_shares_are_balanced_and_within_each_other():
@@ -142,16 +142,16 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 def test_a_failure_is_written_down_and_the_rest_goes_on(tmp_path):
     planned = jobs.plan(SMOKE)
-    broken = 'dist_text_motion_seed0'
+    broken = 'dist_motion_seed0'
     stub = Stub(broken=(broken,))
-    tested = rows.fusion_name('motion_new', 0.5)
-    assert [job.name for job in runner.run(tmp_path, planned, stub)] == [broken, tested]
-    assert tested not in stub.ran and len(stub.ran) == len(planned) - 1
+    after = [rows.fusion_name('motion_new', 0.5), 'dist_memory']
+    assert [job.name for job in runner.run(tmp_path, planned, stub)] == [broken, *after]
+    assert stub.ran == [job.name for job in planned if job.name not in after]
     failures = {job.name: runner.failure_of(tmp_path, job) for job in planned}
     assert failures[broken]['code'] == 1 and failures[broken]['log'][-1] == 'the last line'
-    assert failures[tested]['log'] == [f'needs {broken}, which failed']
+    assert all(failures[name]['log'] == [f'needs {broken}, which failed'] for name in after)
     again = Stub()
-    assert runner.run(tmp_path, planned, again) == [] and again.ran == [broken, tested]
+    assert runner.run(tmp_path, planned, again) == [] and again.ran == [broken, *after]
 
 
 def test_the_result_of_another_command_is_not_taken(tmp_path):

@@ -149,6 +149,7 @@ def _fields(size: Size, row: Row, data: str) -> dict[str, object]:
         **_test_list(found),
         'data.train_list': listed,
         **start,
+        **size.world.fields.get(row.config, {}),
         **row.fields,
     }
 
