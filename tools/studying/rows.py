@@ -163,10 +163,11 @@ GROUPS = {
 }
 
 # All rows see as many clips: steps times clips of a batch.
-STEPS = 800
+STEPS = 700
 BATCH_SIZE = 32
 EVERY_RUN: Fields = {
     'batch_size': BATCH_SIZE,
+    'data.num_workers': 1,  # beside the two threads of a step on two cores
     'eval.every_epochs': 0.0,  # the last step only
     'checkpoint.every_steps': 0,
     'log.every_steps': 10,
