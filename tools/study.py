@@ -10,8 +10,9 @@ Runs of `dist_jax train` and `dist_jax evaluate`, one after the other, each in a
 that shares compiled programs with the others: `tools/studying/rows.py` lists them,
 `tools/studying/claims.py` what they test. What remains in the folder is `report.html`, one page
 without other files; `results.md`, its tables; pictures; `study.json`, every figure; `runs/`.
-Stopped at any moment, the same command goes on; a larger size goes on from a smaller one. Exit
-code 1: runs failed; the same command tries them again.
+Stopped at any moment, the same command goes on, and --size=full goes on from the small one. Exit
+code 1: runs failed; the same command tries them again. What rows of other groups are compared with
+is in the group `main`.
 """
 
 from __future__ import annotations
@@ -63,25 +64,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.report_only and not (out / report.WHERE).exists():
         parser.error(f'--report_only: {out} holds no study')
-    if not arguments.report_only:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if not arguments.report_only:
             report.note_where(out)
             lists.prepare(out, size.world, jobs.rows_of(size, groups), console.print)
             runner.run(out, planned, runner.execute)
-        except KeyboardInterrupt:
-            console.print('stopped; the same command continues')
-            return ending.AGAIN
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    failed = {
-        job.name: record['log'] for job in everything if (record := runner.failure_of(out, job))
-    }
-    report.write(out, arguments.size, results.collect(out, everything), failed)
+        failed = {
+            job.name: record['log'] for job in everything if (record := runner.failure_of(out, job))
+        }
+        report.write(out, arguments.size, results.collect(out, everything), failed)
+    except KeyboardInterrupt:
+        console.print('stopped; the same command continues')
+        return ending.AGAIN
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     console.print(f'see {out / report.REPORT}; beside it: {report.RESULTS}, {report.STUDY}')
     for name, log in failed.items():
         console.print(f'{name} failed: {log[-1]}', style='red', soft_wrap=True)
-    return int(bool(failed))
+    return int(any(job.name in failed for job in planned))
 
 
 def table(out: Path, planned: Sequence[jobs.Job], done: Set[str]) -> Table:

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from configs import base
-from dist_jax import ending
+from configs import base, zero_shot
+from dist_jax import ending, recipe
 from dist_jax import main as dist_jax
 from dist_jax.reports import page
+from input_pipeline import motion_world
 from tools import study
 from tools.studying import claims, jobs, lists, pictures, report, results, rows, runner
 
@@ -74,6 +75,29 @@ def test_claims_are_about_rows_and_tests_that_are_there():
     assert {each.group for each in (*rows.ROWS, *rows.TESTS)} == rows.GROUPS.keys()
 
 
+def test_every_list_opens_as_it_is_evaluated(tmp_path):
+    motion_world.generate(
+        tmp_path / lists.DATA / 'world',
+        num_train=32,
+        num_val=16,
+        num_test=16,
+        num_new_looks=6,
+        num_new_motions=4,
+    )
+    for kind, data in rows.WORLD.data.items():
+        config = zero_shot.get_config('world')
+        for name, value in jobs.test_list(data).items():
+            config.update_from_flattened_dict({name: value.replace('{out}', str(tmp_path))})
+        if kind == 'captions':
+            config.task.name = 'retrieve'
+        source = recipe.open_split(config, 'val')
+        assert len(source) >= 4, kind
+        if kind.endswith('_new'):
+            known = rows.WORLD.data[kind.removesuffix('_new')].labels
+            seen = (tmp_path / lists.DATA / 'world' / known).read_text().splitlines()
+            assert source.num_classes >= 4 and not set(source.class_names) & set(seen)
+
+
 def test_groups_bring_what_they_start_from():
     names = {job.row for job in jobs.plan(rows.SIZES['small'], ['sts'])}
     assert names == {'sts_pictures', 'sts_plain', 'sts_scratch', 'sts_scratch_plain'}
@@ -119,6 +143,7 @@ class Stub:
             found |= {'num_classes': [8], 'trainable_parameters': 1234, 'step': 4, 'seconds': 9.0}
             (folder / 'config.json').write_text('{"batch_size": 32}')
             row = {'step_seconds': 0.25, 'compute_seconds': 0.2, 'clips_per_second': 128.0}
+            row['data_wait_seconds'] = 0.05
             slow = {name: 100.0 for name in row}
             lines = [{'step': i, **(row if i else slow)} for i in range(3)]
             (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
@@ -144,7 +169,7 @@ def test_a_failure_is_written_down_and_the_rest_goes_on(tmp_path):
     planned = jobs.plan(SMOKE)
     broken = 'dist_motion_seed0'
     stub = Stub(broken=(broken,))
-    after = [rows.fusion_name('motion_new', 0.5), 'dist_memory']
+    after = [f'{rows.fusion_name("motion_new", 0.5)}_seed0', 'dist_memory']
     assert [job.name for job in runner.run(tmp_path, planned, stub)] == [broken, *after]
     assert stub.ran == [job.name for job in planned if job.name not in after]
     failures = {job.name: runner.failure_of(tmp_path, job) for job in planned}
@@ -160,6 +185,29 @@ def test_the_result_of_another_command_is_not_taken(tmp_path):
     longer = jobs.plan(dataclasses.replace(SMOKE, steps=5))
     with pytest.raises(ValueError, match=r'num_steps=4.*num_steps=5.*choose another --out'):
         runner.run(tmp_path, longer, Stub())
+
+
+def test_what_was_made_of_another_run_is_not_taken(tmp_path):
+    planned = jobs.plan(SMOKE)
+    runner.run(tmp_path, planned, Stub())
+    summary = tmp_path / jobs.RUNS / 'dist_motion_seed0' / jobs.RESULTS[jobs.TRAIN]
+    summary.write_text(summary.read_text().replace('0.5', '0.6'))
+    with pytest.raises(ValueError, match='was made of another dist_motion_seed0'):
+        runner.run(tmp_path, planned, Stub())
+
+
+@pytest.mark.parametrize('left', ['{"val_error": "no accuracy"}', '{"val_top', 'null'])
+def test_a_run_without_a_figure_failed(tmp_path, left):
+    def execute(command, log, env):
+        (log.parent / 'summary.json').write_text(left)
+        return 0
+
+    (job, *_) = jobs.plan(SMOKE)
+    assert runner.run(tmp_path, [job], execute) == [job]
+    (why,) = runner.failure_of(tmp_path, job)['log']
+    assert why == 'no accuracy' or 'cannot be read' in why
+    (tmp_path / jobs.RUNS / job.name / runner.RECORD).write_text('{"code": 0}')
+    assert not runner.is_done(tmp_path, job)
 
 
 def test_a_run_that_another_process_has_is_waited_for(tmp_path, monkeypatch):
@@ -188,7 +236,7 @@ def cells(**values):
             'seed': seed,
             'test': '',
             'figures': {'top1': value, 'num_videos': 400},
-            'step_seconds': value,
+            'compute_seconds': value,
         }
         for key, found in values.items()
         for seed, value in enumerate(found)
@@ -231,7 +279,7 @@ def test_little_may_be_lost_where_a_claim_says_so():
 
 
 def test_of_costs_less_is_better_and_differences_are_relative():
-    cheaper = dataclasses.replace(AGAINST, figure='step_seconds')
+    cheaper = dataclasses.replace(AGAINST, figure='compute_seconds')
     found = claims.judge(cells(dist__motion=(0.09, 0.1, 0.11), evl__motion=(0.2,)), cheaper)
     assert found.verdict == claims.HELD and found.difference == pytest.approx(0.5)
     assert not found.pooled
@@ -265,7 +313,7 @@ def test_the_report_of_a_whole_study(tmp_path, monkeypatch, capsys):
     assert found['cores'] >= 1 and found['versions']['jax'] and found['chance']['motion'] == 1 / 8
     run = next(run for run in found['runs'] if run['name'] == 'dist_motion_seed1')
     assert run['figures']['top1'] == pytest.approx(0.81) and run['seed'] == 1
-    assert run['clips_seen'] == 128 and run['training_seconds'] == 1.0
+    assert run['clips_seen'] == 128 and run['training_seconds'] == 0.8
     verdicts = {name: claim['verdict'] for name, claim in found['claims'].items()}
     assert verdicts['dist_branches'] == claims.HELD
     assert verdicts['evl_parts'] == claims.MISSING

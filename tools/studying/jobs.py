@@ -77,7 +77,12 @@ def plan(size: Size, groups: Sequence[str] = ()) -> list[Job]:
     ]
     by_name = {row.name: row for row in rows}
     jobs = [job for row in rows for job in _runs(size, row)]
-    jobs += [_evaluation(size, by_name[test.row], test) for test in tests if test.row in by_name]
+    jobs += [
+        _evaluation(size, by_name[test.row], test, seed)
+        for test in tests
+        if test.row in by_name
+        for seed in range(size.seeds(by_name[test.row]))
+    ]
     jobs += [_memory(size, row) for row in rows if row.group == 'main' and row.trained]
     return jobs
 
@@ -98,19 +103,20 @@ def _runs(size: Size, row: Row) -> Iterator[Job]:
             yield Job(name, kind, command, row.group, data, row.name, seed, needs=needs)
 
 
-def _evaluation(size: Size, row: Row, test: Test) -> Job:
-    run = _run_name(row.name, test.trained_on)
+def _evaluation(size: Size, row: Row, test: Test, seed: int) -> Job:
+    run, name = _run_name(row.name, test.trained_on, seed), f'{test.name}_seed{seed}'
     data = size.world.data[test.data]
-    fields = {**_test_list(data), **test.fields}
+    fields = {**test_list(data), **test.fields}
     command = (
         'dist_jax',
         EVALUATE,
         f'--workdir={{out}}/{RUNS}/{run}',
-        f'--output={{out}}/{RUNS}/{test.name}',
+        f'--output={{out}}/{RUNS}/{name}',
         *_given(fields),
     )
+    needs = (run,)
     return Job(
-        test.name, EVALUATE, command, test.group, test.data, row.name, test=test.name, needs=(run,)
+        name, EVALUATE, command, test.group, test.data, row.name, seed, test.name, needs=needs
     )
 
 
@@ -146,7 +152,7 @@ def _fields(size: Size, row: Row, data: str) -> dict[str, object]:
     return {
         **EVERY_RUN,
         'num_steps': size.steps,
-        **_test_list(found),
+        **test_list(found),
         'data.train_list': listed,
         **start,
         **size.world.fields.get(row.config, {}),
@@ -154,7 +160,8 @@ def _fields(size: Size, row: Row, data: str) -> dict[str, object]:
     }
 
 
-def _test_list(data: Data) -> dict[str, object]:
+def test_list(data: Data) -> dict[str, str]:
+    """Fields that say what an evaluation reads."""
     root = f'{{out}}/{lists.DATA}/{data.folder}'
     return {
         'data.name': data.name,

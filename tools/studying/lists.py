@@ -24,14 +24,18 @@ def prepare(
       world: its data sets.
       rows: to be run.
       say: is told what takes long.
+
+    Raises:
+      ValueError: a set is there that another version made, or a part of one.
     """
-    folders = {data.folder: data.name for data in world.data.values()}
+    folders = {data.folder: data.name for data in world.data.values() if data.train}
     wanted = {world.data[name].folder for row in rows for name in row.data}
     for folder in sorted(wanted):
         target = out / DATA / folder
         if not target.exists():
             say(f'making {folder} in {target}')
-            DATASETS[folders[folder]].generate(target)
+        # Looks at what is there, and makes it only if that is nothing.
+        DATASETS[folders[folder]].generate(target)
     for row in rows:
         if row.share == 100:
             continue

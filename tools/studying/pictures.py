@@ -30,7 +30,7 @@ DIM = '#8c8c8c'  # of lines to compare with
 COSTS = (
     ('memory', 'memory of the training step, MB', 1e6),
     ('trainable_parameters', 'trained parameters, thousands', 1e3),
-    ('training_seconds', 'seconds of training', 1.0),
+    ('training_seconds', 'seconds of training, without waiting for clips', 1.0),
 )
 NEW = {'motion': 'motion', 'looks': 'looks', 'motion_new': 'new motions', 'looks_new': 'new looks'}
 
@@ -224,10 +224,10 @@ def efficiency(cells: Cells, chance: float | None) -> Figure:
     return figure
 
 
-def fusion_points(cells: Cells, data: str) -> list[tuple[float, float]]:
-    """(weight of the frozen CLIP, accuracy) on one list."""
+def fusion_points(cells: Cells, data: str) -> list[tuple[float, list[float]]]:
+    """(weight of the frozen CLIP, accuracies, one a seed) on one list."""
     found = ((weight, cells.values(fusion_name(data, weight), 'top1')) for weight in FUSIONS)
-    return [(weight, values[0]) for weight, values in found if values]
+    return [(weight, values) for weight, values in found if values]
 
 
 def fusion(cells: Cells, chance: Mapping[str, float]) -> Figure:
@@ -240,13 +240,15 @@ def fusion(cells: Cells, chance: Mapping[str, float]) -> Figure:
             points = fusion_points(cells, data)
             if points:
                 weights, values = zip(*points)
-                axis.plot(
+                axis.errorbar(
                     weights,
-                    [100 * value for value in values],
+                    [100 * statistics.mean(own) for own in values],
+                    [100 * _deviation(own) for own in values],
                     linestyle=style,
                     color=colour,
                     marker='o',
-                    ms=4,
+                    markersize=4,
+                    capsize=3,
                     label=NEW[data],
                 )
             if data in chance:

@@ -23,23 +23,28 @@ from tools.studying.results import Cells, Record
 from tools.studying.rows import ROWS, TESTS
 
 REPORT, RESULTS, STUDY, WHERE = 'report.html', 'results.md', 'study.json', 'where.json'
-UNITS = {'memory': (1e6, 'MB'), 'step_seconds': (1e-3, 'ms'), 'trainable_parameters': (1e3, 'k')}
+UNITS = {
+    'memory': (1e6, 'MB'),
+    'compute_seconds': (1e-3, 'ms'),
+    'trainable_parameters': (1e3, 'k'),
+}
 LABELS = {
     'top1': '',
     't2v_r1': 'text to video R@1',
     'v2t_r1': 'video to text R@1',
     'memory': 'memory',
-    'step_seconds': 'time of a step',
+    'compute_seconds': 'time of a step',
     'trainable_parameters': 'trained parameters',
 }
 SEVERAL = '± is the standard deviation between seeds'
 RULE = (
     f'Each is a difference of means with a {100 * claims.CONFIDENCE:.0f} % interval, from the '
-    'spread between seeds of both rows or, where one has a single seed, of the main table. '
-    'It held if the whole interval is above 0 (where little may be lost: above that loss), and '
-    f'did not if all of it is below {100 * claims.WORTH:.0f} point (below that loss); a claim of '
-    'several held if all did, and did not if one did not. The intervals know of seeds only, not of '
-    'other test videos or other worlds.'
+    'spread between seeds of both rows or, where one has a single seed, of the main table or of '
+    'the other row, whichever is larger. Costs are shares of the second row; memory and '
+    'parameters are exact. It did not hold if all of the interval is below '
+    f'{100 * claims.WORTH:.0f} point (where little may be lost: below that loss), and held if all '
+    'of it is above 0 (above that loss); a claim of several held if all did, and did not if one '
+    'did not. The intervals know of seeds only, not of other test videos or other worlds.'
 )
 
 
@@ -56,7 +61,7 @@ def write(
     """
     cells, chance = Cells(records), chances(records)
     judged = claims.judge_all(cells)
-    where = json.loads((out / WHERE).read_text(encoding='utf-8'))
+    where = _read_where(out)
     seconds = sum(record['job_seconds'] for record in records)
     study = {'size': name, **where, 'seconds': round(seconds, 1), 'chance': chance}
     study |= {'runs': list(records), 'claims': _claims(judged)}
@@ -115,7 +120,10 @@ def chances(records: Sequence[Record]) -> dict[str, float]:
 
 
 def note_where(out: Path) -> None:
-    """Writes what machine, versions and code the runs have, for the report."""
+    """Writes what machine, versions and code the runs have, for the report.
+
+    Where earlier runs had others, these stay, under `earlier`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     found = {
         'machine': _processor(),
@@ -124,7 +132,18 @@ def note_where(out: Path) -> None:
         'commit': _commit(),
         'code_sha256': doctor.code_sha256(),
     }
-    write_json(out / WHERE, found)
+    before = _read_where(out) if (out / WHERE).exists() else found
+    earlier = before.pop('earlier', [])
+    if any(before.get(name) != value for name, value in found.items() if name != 'commit'):
+        earlier = [*earlier, before]
+    write_json(out / WHERE, found | ({'earlier': earlier} if earlier else {}))
+
+
+def _read_where(out: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((out / WHERE).read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f'{out / WHERE} cannot be read ({error}); delete it') from None
 
 
 def _processor() -> str:
@@ -158,7 +177,9 @@ def _about(where: Mapping[str, Any]) -> str:
     return (
         f'All figures are of the test lists, at the last step of a run; {SEVERAL}. '
         f'{where["machine"]}, {where["cores"]} cores, jax {versions.get("jax", "?")}, '
-        f'commit {where["commit"] or "unknown"}.'
+        f'commit {where["commit"] or "unknown"}'
+        + ('; some runs had another machine or other code, see study.json.' * ('earlier' in where))
+        + '.' * ('earlier' not in where)
     )
 
 
@@ -195,7 +216,7 @@ def _main_table(cells: Cells, chance: Mapping[str, float]) -> Table:
         'trained parameters, k',
         'memory of a step, MB',
         'step, ms',
-        'clips/s',
+        'waiting, ms',
         'training, s',
     )
     rows = []
@@ -209,8 +230,8 @@ def _main_table(cells: Cells, chance: Mapping[str, float]) -> Table:
                     *map(_spread, top1),
                     _number(cells, key, 'trainable_parameters', 1e3, 1),
                     _number(cells, key, 'memory', 1e6),
-                    _number(cells, key, 'step_seconds', 1e-3),
-                    _number(cells, key, 'clips_per_second', 1),
+                    _number(cells, key, 'compute_seconds', 1e-3),
+                    _number(cells, key, 'data_wait_seconds', 1e-3),
                     _number(cells, key, 'training_seconds', 1),
                 )
             )
@@ -249,7 +270,7 @@ def _sts_table(cells: Cells) -> Table:
             by_name[name].label,
             _spread(cells.values(f'{name}/motion', 'top1')),
             _number(cells, f'{name}/motion', 'trainable_parameters', 1e3, 1),
-            _number(cells, f'{name}/motion', 'step_seconds', 1e-3),
+            _number(cells, f'{name}/motion', 'compute_seconds', 1e-3),
         )
         for name in labels
         if cells.runs(f'{name}/motion')
@@ -276,14 +297,14 @@ def _fusion_table(cells: Cells, chance: Mapping[str, float]) -> Table:
     rows = [
         (
             pictures.NEW[data],
-            *(_spread(_of(points, weight)) for weight in weights),
+            *(_spread(points.get(weight, ())) for weight in weights),
             _spread(_of(chance, data)),
         )
         for data, points in found.items()
         if points
     ]
     columns = ('top-1', *(f'{weight:g}' for weight in weights), 'chance')
-    return Table('DiST with a text head: weight of the frozen CLIP, 0 to 1', columns, rows)
+    return Table('DiST: weight of the frozen CLIP, 0 to 1', columns, rows)
 
 
 def _of(values: Mapping[Any, float], key: Any) -> list[float]:
@@ -375,7 +396,7 @@ def _sentence(comparison: Comparison, finding: Finding) -> str:
     if finding.margin is None:
         change += ', nothing known of the spread'
     elif finding.pooled:
-        change += ', by the spread of the main table'
+        change += ', of a single seed'
     return f'{named}{first} {next(means)}, {second} {next(means)}: {change}: {finding.verdict}'
 
 
@@ -413,7 +434,7 @@ def _evidence(one: Judged) -> str:
 def _markdown(
     tables: Sequence[Table], judged: Sequence[Judged], where: Mapping[str, Any], seconds: float
 ) -> str:
-    parts = [f'{_about(where)} All runs together took {duration(seconds)}.']
+    parts = [f'{_about(where)} The runs that are shown took {duration(seconds)} together.']
     for table in tables:
         ruler = ['---'] + ['---:'] * (len(table.columns) - 1)
         lines = [f'**{table.title}**', '', *map(_line, (table.columns, ruler, *table.rows))]

@@ -21,9 +21,13 @@ def collect(out: Path, jobs: Iterable[Job]) -> list[Record]:
 
     Each has `name`, `row`, `data`, `seed`, `test` ('' for a run itself), `figures` of the test list
     by name, `num_classes` of each head, `seconds`, and `job_seconds` of the whole process. One that
-    trained has `trainable_parameters`, `steps`, `clips_seen`, `step_seconds`, `compute_seconds`,
-    `clips_per_second` and `training_seconds`, without compilation; the first run of a row of the
-    main table `memory`, in bytes by kind.
+    trained has `trainable_parameters`, `steps`, `clips_seen`, `step_seconds`, of it
+    `data_wait_seconds` for clips and `compute_seconds` for the rest, `clips_per_second` and
+    `training_seconds` (all steps without waiting; compilation is in none); the first run of a row
+    of the main table `memory`, in bytes by kind.
+
+    Raises:
+      ValueError: a file cannot be read.
     """
     jobs = [job for job in jobs if runner.is_done(out, job)]
     memory = {job.needs[0]: _read(job.result(out)) for job in jobs if job.kind == MEMORY}
@@ -57,7 +61,12 @@ def collect(out: Path, jobs: Iterable[Job]) -> list[Record]:
 
 
 def _read(path: Path) -> Record:
-    return json.loads(path.read_text(encoding='utf-8'))
+    try:
+        return dict(json.loads(path.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f'{path} cannot be read ({error}); delete its folder, and the study makes it again'
+        ) from None
 
 
 def _trained(
@@ -66,7 +75,7 @@ def _trained(
     # The first line is also of what comes before the first step; compilation is in none.
     timed = [row for row in metrics if 'step_seconds' in row]
     timed = timed[1:] or timed
-    step = statistics.median(row['step_seconds'] for row in timed)
+    compute = statistics.median(row['compute_seconds'] for row in timed)
     return {
         'figures': _figures(
             {
@@ -79,10 +88,11 @@ def _trained(
         'trainable_parameters': summary['trainable_parameters'],
         'steps': summary['step'],
         'clips_seen': summary['step'] * batch_size,
-        'step_seconds': step,
-        'compute_seconds': statistics.median(row['compute_seconds'] for row in timed),
+        'step_seconds': statistics.median(row['step_seconds'] for row in timed),
+        'compute_seconds': compute,
+        'data_wait_seconds': statistics.median(row['data_wait_seconds'] for row in timed),
         'clips_per_second': statistics.median(row['clips_per_second'] for row in timed),
-        'training_seconds': step * summary['step'],
+        'training_seconds': compute * summary['step'],
         'seconds': summary['seconds'],
     }
 

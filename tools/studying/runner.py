@@ -10,6 +10,7 @@ Killed at any moment, the same study goes on: `dist_jax train` continues by itse
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -26,7 +27,7 @@ from dist_jax import ending
 from dist_jax.json_file import write_json
 from dist_jax.progress import duration
 from input_pipeline.escape import Console
-from tools.studying.jobs import EXPECTED, Job
+from tools.studying.jobs import EXPECTED, RESULTS, RUNS, TRAIN, Job
 
 RECORD, LOG = 'job.json', 'job.log'
 LOG_LINES = 30  # of a failure
@@ -63,20 +64,29 @@ def execute(command: Sequence[str], log: Path, env: Mapping[str, str]) -> int:
 def record_of(out: Path, job: Job) -> dict[str, Any]:
     """What `job.json` says; {} where there is none that can be read."""
     try:
-        return dict(json.loads((job.folder(out) / RECORD).read_text(encoding='utf-8')))
+        found = dict(json.loads((job.folder(out) / RECORD).read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError):
         return {}
+    if found.keys() < {'command', 'code', 'seconds'} or (found['code'] and not found.get('log')):
+        return {}
+    return found
 
 
 def is_done(out: Path, job: Job) -> bool:
     """Whether its result is there, and is this command's.
 
     Raises:
-      ValueError: another command made it.
+      ValueError: another command made it, or of another run than the one that is there.
     """
     record = record_of(out, job)
     if record.get('code') != 0 or not job.result(out).exists():
         return False
+    for name, digest in _digests(out, job).items():
+        if record.get('needs', {}).get(name, digest) != digest:
+            raise ValueError(
+                f'{job.folder(out)} was made of another {name} than the one that is there. Delete '
+                'that folder to run it again'
+            )
     if record['command'] != list(job.command):
         changed = set(record['command']) ^ set(job.command)
         raise ValueError(
@@ -166,14 +176,32 @@ def _run(out: Path, job: Job, env: Mapping[str, str], start: Execute) -> dict[st
         time.sleep(SETTLE_SECONDS)
         code = start(command, log, env)
     record: dict[str, Any] = {'code': code, 'seconds': round(time.monotonic() - started, 2)}
-    if not code and not job.result(out).exists():
-        record['code'] = 1
-    if record['code']:
-        record['log'] = _end(log) or [
-            f'nothing was printed, and no {job.result(out).name} is there'
-        ]
+    why = _lacking(job.result(out))
+    if code or why:
+        record |= {'code': code or 1, 'log': (code and _end(log)) or [why]}
+    else:
+        record['needs'] = _digests(out, job)
     _write(out, job, record)
     return record
+
+
+def _lacking(result: Path) -> str:
+    """Why there is no result; '' where there is one."""
+    try:
+        found = dict(json.loads(result.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):
+        return f'no {result.name} is there, or it cannot be read'
+    return str(found.get('val_error', ''))
+
+
+def _digests(out: Path, job: Job) -> dict[str, str]:
+    """Of the results that it reads, by name of the job."""
+    found = {name: (out / RUNS / name / RESULTS[TRAIN]) for name in job.needs}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in found.items()
+        if file.exists()
+    }
 
 
 def _write(out: Path, job: Job, record: Mapping[str, Any]) -> None:
