@@ -57,7 +57,7 @@ def rows_of(size: Size, groups: Sequence[str] = ()) -> list[Row]:
     chosen = {
         row.name: row
         for row in ROWS
-        if size.seeds(row)
+        if any(size.seeds(row, data) for data in row.data)
         and (not size.only or row.name in size.only)
         and (not groups or row.group in groups)
     }
@@ -81,7 +81,7 @@ def plan(size: Size, groups: Sequence[str] = ()) -> list[Job]:
         _evaluation(size, by_name[test.row], test, seed)
         for test in tests
         if test.row in by_name
-        for seed in range(size.seeds(by_name[test.row]))
+        for seed in range(size.seeds(by_name[test.row], test.trained_on))
     ]
     jobs += [_memory(size, row) for row in rows if row.group == 'main' and row.trained]
     return jobs
@@ -89,7 +89,7 @@ def plan(size: Size, groups: Sequence[str] = ()) -> list[Job]:
 
 def _runs(size: Size, row: Row) -> Iterator[Job]:
     for data in row.data:
-        for seed in range(size.seeds(row)):
+        for seed in range(size.seeds(row, data)):
             name = _run_name(row.name, data, seed)
             kind, folder = (TRAIN, 'workdir') if row.trained else (EVALUATE, 'output')
             command = (

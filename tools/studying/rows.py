@@ -110,6 +110,7 @@ class Row:
       data: keys of `World.data` that it is trained on, each by itself.
       fields: of the config, over the variant's and the study's.
       small, full: number of seeds in these sizes; 0 leaves it out.
+      once: of `data`, that of which the small size has one seed.
       share: of the training list, in percent; the number of steps stays.
       form: behind the world's variant, for a family that has several.
       start: name of the row that it starts from (`init_from`), its first seed.
@@ -126,6 +127,7 @@ class Row:
     fields: Fields = dataclasses.field(default_factory=dict)
     small: int = 1
     full: int = 3
+    once: tuple[str, ...] = ()
     share: int = 100
     form: str = ''
     start: str = ''
@@ -250,20 +252,8 @@ ROWS: tuple[Row, ...] = (
     Row(
         'sts_pictures', 'pictures', 'pictures', 'sts', 'sts', ('pictures',), full=1, form='_images'
     ),
-    _main('sts', 'STS, from pictures', 'STS', 'sts', start='sts_pictures'),
-    # The same network without STS, and without pictures.
-    Row(
-        'sts_plain',
-        'plain, from pictures',
-        'STS',
-        'sts',
-        'sts',
-        MOTION,
-        PLAIN,
-        start='sts_pictures',
-    ),
-    Row('sts_scratch', 'STS, from scratch', 'STS', 'sts', 'sts', MOTION),
-    Row('sts_scratch_plain', 'plain, from scratch', 'STS', 'sts', 'sts', MOTION, PLAIN),
+    # Its steps take minutes together, so looks have one seed.
+    _main('sts', 'STS, from pictures', 'STS', 'sts', start='sts_pictures', once=('looks',)),
     # Parts.
     _part('dist', 'no_spatial', 'no spatial branch', 'DiST', 'ablation', spatial_branch=False),
     _part('dist', 'no_temporal', 'no temporal branch', 'DiST', 'ablation', temporal_branch=False),
@@ -335,6 +325,19 @@ ROWS: tuple[Row, ...] = (
         {'data.num_frames': 1},
         small=0,
     ),
+    # The network of STS without STS, and without pictures.
+    Row(
+        'sts_plain',
+        'plain, from pictures',
+        'STS',
+        'sts',
+        'sts',
+        MOTION,
+        PLAIN,
+        start='sts_pictures',
+    ),
+    Row('sts_scratch', 'STS, from scratch', 'STS', 'sts', 'sts', MOTION),
+    Row('sts_scratch_plain', 'plain, from scratch', 'STS', 'sts', 'sts', MOTION, PLAIN),
 )
 
 FUSIONS = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the frozen CLIP: 1 is it alone
@@ -360,23 +363,25 @@ class Size:
     Attributes:
       world: where.
       steps: of every run.
-      seeds: of a row.
+      seeds: of a row on one of its data sets.
       only: names of its rows and tests; () for all rows with a seed, and their tests.
     """
 
     world: World
     steps: int
-    seeds: Callable[[Row], int]
+    seeds: Callable[[Row, str], int]
     only: tuple[str, ...] = ()
 
 
 SIZES = {
-    'small': Size(WORLD, STEPS, lambda row: row.small),
-    'full': Size(WORLD, STEPS, lambda row: row.full),
+    'small': Size(
+        WORLD, STEPS, lambda row, data: min(row.small, 1) if data in row.once else row.small
+    ),
+    'full': Size(WORLD, STEPS, lambda row, data: row.full),
     'smoke': Size(
         CLIPS,
         4,
-        lambda row: 1,
+        lambda row, data: 1,
         ('frame_mean', 'frame_mean_10_percent', 'dist', fusion_name('motion_new', 0.5)),
     ),
 }
