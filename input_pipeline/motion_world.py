@@ -15,7 +15,8 @@ on circles: place of the thing (right, down), its angle, its size (which grows t
 starts again at the smallest), place of the ball, place of the ground. Each starts uniformly and
 moves along a path that the class draws (`displacements`), to which drift and shake are added that
 know nothing of the class. So at any time each phase is uniform and independent of the others,
-whatever the class; look, ground, bar, frame rate and quantiser are drawn without regard to it, and
+whatever the class; bar, frame rate and quantiser are drawn without regard to it, looks and grounds
+come in turn with every motion (`combination`: a small part of a list has few looks of each), and
 every frame is an intra frame, which knows no other. What many frames say without their order is not
 bounded: places that vary say that something moves (`tools.study` measures it as the floor).
 
@@ -127,10 +128,10 @@ class Clip:
 
 
 def combination(seed: int, split: str, index: int) -> tuple[tuple[str, str], str, str]:
-    """(shape, colour), ground and motion of a clip; no two of the same are in a split.
+    """(shape, colour), ground and motion of a clip.
 
-    They come back after as many clips as there are combinations. Every run of as many clips as
-    there are motions has each of them once.
+    The same come back after as many clips as there are combinations, and not before. Every run of
+    as many clips as there are motions has each of them once.
     """
     pairs, motions = SPLITS[split]
     looks = list(itertools.product(pairs, GROUNDS))
