@@ -16,6 +16,8 @@ from dist_jax.paths import RANDOM
 
 log = logging.getLogger('dist_jax')
 
+OF_RANDOM = '-random'  # behind the name of one whose weights are
+
 
 def find(name: str, path: str, image_size: int, workdir: str) -> Backbone:
     """A converted backbone; a random one is made on first use.
@@ -134,7 +136,7 @@ def write_random(path: str, name: str, seed: int = 0) -> None:
     params = jax.device_get(backbone.kind.init_params(jax.random.key(seed), backbone.spec))
     metadata = {
         'family': family_of(backbone),
-        'name': f'{name}-random',
+        'name': f'{name}{OF_RANDOM}',
         'spec': dataclasses.asdict(backbone.spec),
         'sources': [],
         'source_sha256': '',

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 
 from dist_jax import attention_map, contact_sheet
 from dist_jax.drawing import cut
-from dist_jax.predict import Prediction, predict_videos, shown_view
+from dist_jax.predict import shown_view
 from dist_jax.tasks.api import labels_of
 from dist_jax.trained import Trained
+from dist_jax.video_model import Prediction, VideoModel
 from input_pipeline.video_list import LabelledSource
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ def tell(trained: Trained, config: ConfigDict, source: LabelledSource) -> list[C
     (names,) = labels_of(source)
     rounds = _rounds(source.labels)
     records = [source[i] for i in itertools.chain(*rounds)]
-    predictions = predict_videos(
-        trained,
-        config,
+    predictions = VideoModel(trained, config).predict_all(
         [record.path for record in records],
         most=1,
         attention=trained.model.attention is not None,

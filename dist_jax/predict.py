@@ -1,156 +1,31 @@
-"""What a trained model sees in single videos: a table, pictures and JSON.
-
-The views, the averaging and the compiled step are those of the evaluation, so that a video gets the
-scores here that it gets there.
-"""
+"""What a trained model says of single videos (`VideoModel.predict_all`): table, pictures, JSON."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from dist_jax import attention_map, contact_sheet, drawing, metrics, recipe, step
+from dist_jax import attention_map, contact_sheet, drawing
 from dist_jax.json_file import write_json
 from dist_jax.progress import Bar
-from dist_jax.sharding import batch_parts, batched, make_mesh
-from dist_jax.tasks.classify import Classify
-from dist_jax.trained import Trained, load_trained
-from input_pipeline.decode import DecodeError
+from dist_jax.trained import load_trained
+from dist_jax.video_model import Prediction, Ranking, VideoModel
 from input_pipeline.escape import Console, file_name, styled, terminal
 from input_pipeline.label_maps import read_label_map
-from input_pipeline.video_list import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Ranking = tuple[tuple[str, float], ...]  # (class name, probability), best first
-
 # What `run` writes of a video, after its name: the field of the JSON row and the ending.
 PICTURES = {'picture': '.png'}
 ATTENTION_PICTURES = {'attention': '-attention.png', 'attention_animation': '-attention.gif'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What a model says about one video.
-
-    Attributes:
-      path: the video.
-      top: the most probable classes of each head; empty after an error.
-      scores: (num_classes,) probabilities of each head; likewise.
-      video: (V, T, H, W, 3) uint8 RGB, the views as the model got them; None likewise.
-      attention: (V, t, g, g) float32, see `Model.attention`; None if it was not asked for, and
-        likewise.
-      error: '' or why there is no prediction: the video cannot be read, or the model's scores are
-        NaN or infinite.
-    """
-
-    path: str
-    top: tuple[Ranking, ...] = ()
-    scores: tuple[np.ndarray, ...] = ()
-    video: np.ndarray | None = None
-    attention: np.ndarray | None = None
-    error: str = ''
-
-    def summary(self) -> dict[str, Any]:
-        """JSON values: path, error, and `top` as lists of {label, probability}."""
-        return {
-            'path': self.path,
-            'error': self.error,
-            'top': [
-                [{'label': name, 'probability': share} for name, share in ranking]
-                for ranking in self.top
-            ],
-        }
-
-
-def predict_videos(
-    trained: Trained,
-    config: ConfigDict,
-    paths: Sequence[str | os.PathLike[str]],
-    most: int = 5,
-    attention: bool = False,
-) -> Iterator[Prediction]:
-    """Predicts videos one after the other.
-
-    Args:
-      trained: the model, see `load_trained`.
-      config: of its run; `eval` holds the views and the fusion with the frozen backbone.
-      paths: video files.
-      most: classes in a ranking.
-      attention: also say where the model's query looked; another pass over each video.
-
-    Yields:
-      One prediction a path, in order. A video that cannot be read, or whose scores are no
-      numbers, gets one with an error.
-
-    Raises:
-      ValueError: fusion is asked of a model without text features, or attention of one in which
-        no query looks at patches.
-    """
-    if not isinstance(trained.task, Classify):
-        raise ValueError(
-            f'predict shows what classifiers say, and task.name={config.task.name!r} is not '
-            'classify; `dist_jax evaluate` judges such runs'
-        )
-    if attention and trained.model.attention is None:
-        raise ValueError(
-            f'model.family={config.model.family!r} with the options of this run has no query that '
-            'looks at patches, so there is no attention to show: predict without --attention, or '
-            'take a run of a model that pools by attention'
-        )
-    mesh = make_mesh(**config.mesh)
-    reader = recipe.eval_reader(config)
-    placed = (trained.variables, trained.frozen)
-    eval_step = step.make_eval_step(trained.model, trained.task, mesh, *placed)
-    attention_step = None
-    if attention:
-        attention_step = attention_map.make_attention_step(trained.model, mesh, *placed)
-    names = [os.fspath(path) for path in paths]
-    return _predictions(trained, reader, eval_step, attention_step, mesh, names, most)
-
-
-def _predictions(
-    trained: Trained,
-    reader: Any,
-    eval_step: Any,
-    attention_step: Any,
-    mesh: jax.sharding.Mesh,
-    paths: Sequence[str],
-    most: int,
-) -> Iterator[Prediction]:
-    for path in paths:
-        try:
-            video, _ = reader.read(Record(path, 0, path))
-        except DecodeError as error:
-            yield Prediction(path, error=f'cannot be read: {error.kind}: {error.reason}')
-            continue
-        # A batch has at least one row for each of its parts.
-        batch = np.zeros((batch_parts(mesh), *video.shape), np.uint8)
-        batch[0] = video
-        batch = {'video': jax.device_put(batch, batched(mesh))}
-        found = eval_step(trained.variables, trained.frozen, batch)
-        scores = tuple(np.asarray(head)[0] for head in found['scores'])
-        if not all(np.isfinite(head).all() for head in scores):
-            yield Prediction(path, error=f'scores are not finite numbers. {metrics.CAUSE}')
-            continue
-        top = tuple(
-            tuple((names[i], float(head[i])) for i in np.argsort(-head, kind='stable')[:most])
-            for names, head in zip(trained.task.labels, scores)
-        )
-        maps = None
-        if attention_step is not None:
-            maps = np.asarray(attention_step(trained.variables, trained.frozen, batch))[0]
-        yield Prediction(path, top, scores, video, maps)
 
 
 def run(
@@ -185,8 +60,8 @@ def run(
     if jax.process_count() > 1:
         raise ValueError('predict runs in one process; start it on a single host')
     class_names = (read_label_map(labels).names,) if labels else None
-    trained = load_trained(config, workdir, step_number, class_names)
-    predictions = predict_videos(trained, config, paths, attention=attention)
+    model = VideoModel(load_trained(config, workdir, step_number, class_names), config)
+    predictions = model.predict_all(paths, attention=attention)
     # Pictures are written locally, also those of a run in a bucket.
     folder = Path(output or os.path.join('' if '://' in workdir else workdir, 'predictions'))
     folder.mkdir(parents=True, exist_ok=True)

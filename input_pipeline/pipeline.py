@@ -300,9 +300,42 @@ class EvalReader:
             # Whole frames of all clips together may not fit into memory.
             for index, picture in video.pictures(wanted):
                 crops[:, np.searchsorted(wanted, index)] = cut(picture[None])[:, 0]
-        views = crops[:, where.reshape(indices.shape)]  # (crops, clips, T, H, W, 3)
         rows = _rows(self.annotate, record, record.label)
-        return views.swapaxes(0, 1).reshape(self.shape), rows
+        return self._views(crops, where.reshape(indices.shape)), rows
+
+    def views_of(self, frames: np.ndarray, fps: float = REFERENCE_FPS) -> np.ndarray:
+        """The views of a video that is in memory.
+
+        Args:
+          frames: (N, H, W, 3) uint8 RGB, all frames of the video. T of them are taken for a clip,
+            whatever the sampling.
+          fps: frames a second.
+
+        Returns:
+          (V, T, H, W, 3) uint8 RGB, as `read`.
+
+        Raises:
+          ValueError: another shape or dtype, or no frame.
+        """
+        frames = np.asarray(frames)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+            raise ValueError(
+                f'frames are (N, H, W, 3) uint8 RGB, at least one; these are {frames.shape} '
+                f'{frames.dtype}'
+            )
+        if len(frames) == self.num_frames:
+            indices = np.tile(np.arange(self.num_frames), (self.num_clips, 1))
+        else:
+            protocol = PROTOCOLS[self.sampling]
+            indices = protocol.test(
+                len(frames), self.num_frames, self.num_clips, self.interval, fps
+            )
+        wanted, where = np.unique(indices, return_inverse=True)
+        return self._views(self.cut()(frames[wanted]), where.reshape(indices.shape))
+
+    def _views(self, crops: np.ndarray, where: np.ndarray) -> np.ndarray:
+        """(crops, frames, H, W, 3) and which frames (clips, T) -> (V, T, H, W, 3)."""
+        return crops[:, where].swapaxes(0, 1).reshape(self.shape)
 
 
 @functools.lru_cache(maxsize=2)  # this epoch and the one that batches are made ahead of

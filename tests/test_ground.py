@@ -30,7 +30,6 @@ from dist_jax import (
     experiment,
     init_from,
     losses,
-    predict,
     step,
     train,
     trained,
@@ -45,6 +44,7 @@ from dist_jax.plan import compiling
 from dist_jax.sharding import ShardingRule, make_mesh
 from dist_jax.tasks import TASKS
 from dist_jax.tasks.classify import Classify
+from dist_jax.video_model import VideoModel
 
 TIMEOUT_SECONDS = 240
 
@@ -105,7 +105,7 @@ def test_single_videos_are_predicted(run, clips):
     config = trained.saved_config(str(workdir))
     found = trained.load_trained(config, str(workdir), None)
     video = next(clips.rglob('*.mp4'))
-    (one,) = predict.predict_videos(found, config, [video])
+    (one,) = VideoModel(found, config).predict_all([video])
     assert not one.error and np.isclose(sum(one.scores[0]), 1, atol=1e-5)
 
 

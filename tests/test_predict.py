@@ -12,6 +12,7 @@ import pytest
 from configs import dist as dist_config
 from dist_jax import main, predict, recipe, step, train, trained
 from dist_jax.sharding import gather_rows, make_mesh
+from dist_jax.video_model import Prediction, VideoModel
 from dist_jax.views import Views
 from input_pipeline import motion_clips
 
@@ -72,7 +73,7 @@ def test_scores_equal_those_of_the_evaluation(run):
     workdir, paths, scores = run
     config = trained.saved_config(workdir)
     model = trained.load_trained(config, workdir, None)
-    found = list(predict.predict_videos(model, config, paths))
+    found = list(VideoModel(model, config).predict_all(paths))
     assert [prediction.path for prediction in found] == paths
     for prediction, expected in zip(found, scores):
         np.testing.assert_allclose(prediction.scores[0], expected, atol=1e-6)
@@ -162,7 +163,7 @@ def test_attention_is_of_the_frames_that_the_model_got(run):
     workdir, paths, scores = run
     config = trained.saved_config(workdir)
     own = trained.load_trained(config, workdir, None)
-    found = list(predict.predict_videos(own, config, paths[:2], attention=True))
+    found = list(VideoModel(own, config).predict_all(paths[:2], attention=True))
     assert all(prediction.attention.shape == (2, 2, 6, 6) for prediction in found)
     for prediction, expected in zip(found, scores):
         np.testing.assert_allclose(prediction.scores[0], expected, atol=1e-6)
@@ -173,7 +174,7 @@ def test_attention_is_of_the_frames_that_the_model_got(run):
         assert prediction.attention.min() >= 0 and 0.5 < total.min() <= total.max() <= 1
     blind = dataclasses.replace(own, model=dataclasses.replace(own.model, attention=None))
     with pytest.raises(ValueError, match='without --attention'):
-        predict.predict_videos(blind, config, paths, attention=True)
+        VideoModel(blind, config).predict_all(paths, attention=True)
 
 
 def test_attention_is_drawn_as_a_sheet_and_an_animation(run, tmp_path, console, capsys):
@@ -223,7 +224,5 @@ def test_sheet_takes_any_views_frames_and_heads(tmp_path):
     for views, frames, columns in ((1, 1, 1), (3, 33, 2)):
         video = rng.integers(0, 255, (views, frames, 32, 32, 3), np.uint8)
         path = tmp_path / f'{frames}.png'
-        predict.write_contact_sheet(
-            path, predict.Prediction('v.mp4', (ranking,) * columns, (), video)
-        )
+        predict.write_contact_sheet(path, Prediction('v.mp4', (ranking,) * columns, (), video))
         assert cv2.imread(str(path)).shape[1] > 800

@@ -193,6 +193,22 @@ class Frozen:
             flatten({TOWER: tree[TOWER]}) | _load_tables(self.backbone, wanted, verify)
         )
 
+    def with_texts(self, tree: Tree, mesh: Mesh, texts: ClassTexts, *, verify: bool = True) -> Tree:
+        """A tree of the same weights with other class texts; the text tower is read anew.
+
+        Args:
+          tree: loaded, with class texts.
+          mesh: the devices.
+          texts: names of the classes.
+          verify: see `load`.
+
+        Raises:
+          ValueError: a class has no text or too long a one, or the weights are damaged.
+        """
+        tokens = texts.tokens(self.backbone.spec.context_length)
+        placed = self.place(self.abstract([len(rows) for rows in tokens]), mesh)
+        return tree | self._text_features(placed, tokens, mesh, verify)
+
     def _text_features(
         self, placed: Tree, tokens: tuple[np.ndarray, ...], mesh: Mesh, verify: bool
     ) -> Tree:

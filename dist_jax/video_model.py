@@ -1,0 +1,475 @@
+"""A trained model in Python: paths or numpy arrays in, numpy arrays out.
+
+The views, their average and the compiled steps are those of the evaluation: a video gets the scores
+here that it gets there. `dist_jax predict` is made of this.
+
+A *video* is the path of a file, or all its frames in order, (N, H, W, 3) uint8 RGB of any size and
+number. Whatever the run samples and crops of a file it samples and crops of them. Frames that are
+as many as a clip has (`num_frames`) are the clip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import zero_shot
+from dist_jax import attention_map, backbones, experiment, metrics, paths, recipe, step
+from dist_jax.index_model import mean_of_frames
+from dist_jax.models import converted, plain
+from dist_jax.models.api import Tree
+from dist_jax.models.frozen import ClassTexts
+from dist_jax.models.layers import exact_float32
+from dist_jax.sharding import batch_parts, batched, make_mesh
+from dist_jax.tasks.api import Labels
+from dist_jax.tasks.classify import Classify
+from dist_jax.trained import Trained, load_trained, saved_config
+from dist_jax.views import ViewStep
+from input_pipeline.decode import DecodeError
+from input_pipeline.sampling import REFERENCE_FPS
+from input_pipeline.video_list import Record
+
+Video = str | os.PathLike[str] | np.ndarray
+Ranking = tuple[tuple[str, float], ...]  # (class name, probability), best first
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model says about one video.
+
+    Attributes:
+      path: of the video; '' for frames.
+      top: the most probable classes of each head; empty after an error.
+      scores: (num_classes,) probabilities of each head; likewise.
+      video: (V, T, H, W, 3) uint8 RGB, the views as the model got them; None likewise.
+      attention: (V, t, g, g) float32, see `Model.attention`; None if it was not asked for, and
+        likewise.
+      error: '' or why there is no prediction: the video cannot be read, or the model's scores are
+        NaN or infinite.
+    """
+
+    path: str
+    top: tuple[Ranking, ...] = ()
+    scores: tuple[np.ndarray, ...] = ()
+    video: np.ndarray | None = None
+    attention: np.ndarray | None = None
+    error: str = ''
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values: path, error, and `top` as lists of {label, probability}."""
+        return {
+            'path': self.path,
+            'error': self.error,
+            'top': [
+                [{'label': name, 'probability': share} for name, share in ranking]
+                for ranking in self.top
+            ],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Embeddings:
+    """Stands where `make_eval_step` takes a task: the mean over views of what a head reads."""
+
+    eval_input_keys: tuple[str, ...] = ()
+
+    def predict(self, outputs: Tree, num_views: int) -> dict[str, jax.Array]:
+        if 'embedding' in outputs:
+            clips = outputs['embedding'].astype(jnp.float32)
+        else:
+            clips = mean_of_frames(outputs)['vectors']
+        return {'embedding': clips.reshape(-1, num_views, clips.shape[-1]).mean(1)}
+
+
+class VideoModel:
+    """A model with its weights, as `load` makes it.
+
+    Steps are compiled when they are first used, for each number of videos at once.
+
+    Attributes:
+      config: of its run; `eval` holds the views and the fusion with the frozen backbone.
+      trained: the parts that it is made of.
+    """
+
+    def __init__(self, trained: Trained, config: ConfigDict):
+        """Makes it of a model that `load_trained` read, and of the config of its run."""
+        self.config, self.trained = config, trained
+        self._reader = recipe.eval_reader(config)
+        self._mesh = make_mesh(**config.mesh)
+        self._other: tuple[tuple[str, ...], VideoModel] | None = None
+
+    def __repr__(self) -> str:
+        classes = ', '.join(f'{len(names)} classes' for names in self.labels) or 'no classes'
+        views = f'{self._reader.num_views} views' if self._reader.num_views > 1 else 'one view'
+        return (
+            f'VideoModel({self.config.model.family}, {classes}, {views} of {self.num_frames} '
+            f'frames of {self.image_size} x {self.image_size})'
+        )
+
+    @property
+    def labels(self) -> Labels:
+        """Class names of each head; () where there are none."""
+        return () if self.trained.task is None else self.trained.task.labels
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip, T."""
+        return self._reader.num_frames
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of a clip in pixels."""
+        return self._reader.image_size
+
+    @property
+    def variables(self) -> Tree:
+        """What `apply` takes: `network`, the trained ones, and `frozen`, those of the backbone."""
+        return {'network': self.trained.variables, 'frozen': self.trained.frozen}
+
+    def apply(self, variables: Tree, clips: jax.Array) -> Tree:
+        """The network as a pure function, for `jax.jit`, `jax.grad` and others.
+
+        Args:
+          variables: as `self.variables`.
+          clips: (B, T, H, W, 3), T `num_frames`, H and W `image_size`; pixels 0 to 255, uint8 or
+            float.
+
+        Returns:
+          The outputs of the family: of a classifier `logits`, a tuple of float32 (B, num_classes),
+          and `embedding` (B, E).
+        """
+
+        def outputs(variables: Tree, clips: jax.Array) -> Tree:
+            model = self.trained.model
+            inputs = model.inputs(variables['frozen'], {'video': model.normalize(clips)})
+            return model.net.apply(variables['network'], inputs)
+
+        return exact_float32(outputs)(variables, clips)
+
+    def views(self, video: Video, fps: float = REFERENCE_FPS) -> np.ndarray:
+        """What the model sees of a video: (V, T, H, W, 3) uint8 RGB.
+
+        Args:
+          video: see the module.
+          fps: of frames; files know theirs.
+
+        Raises:
+          DecodeError: the file cannot be read.
+          ValueError: frames of another shape or dtype.
+        """
+        if isinstance(video, (str, os.PathLike)):
+            return self._reader.read(Record(os.fspath(video), 0, os.fspath(video)))[0]
+        return self._reader.views_of(video, fps)
+
+    def predict(
+        self, video: Video, most: int = 5, *, attention: bool = False, fps: float = REFERENCE_FPS
+    ) -> Prediction:
+        """The most probable classes of a video.
+
+        Args:
+          video: see the module.
+          most: classes in a ranking.
+          attention: also say where the model's query looked; another pass over the video.
+          fps: see `views`.
+
+        Raises:
+          DecodeError: the file cannot be read.
+          FloatingPointError: the model's scores are NaN or infinite.
+          ValueError: something else than a classifier, fusion without text features, or attention
+            of a model in which no query looks at patches.
+        """
+        self._check(attention)
+        path = os.fspath(video) if isinstance(video, (str, os.PathLike)) else ''
+        return self._predicted(path, self.views(video, fps), most, attention)
+
+    def predict_all(
+        self,
+        videos: Sequence[str | os.PathLike[str]],
+        most: int = 5,
+        *,
+        attention: bool = False,
+    ) -> Iterator[Prediction]:
+        """Predicts files one after the other.
+
+        Args:
+          videos: paths.
+          most: classes in a ranking.
+          attention: see `predict`.
+
+        Yields:
+          One prediction a path, in order. A video that cannot be read, or whose scores are no
+          numbers, gets one with an error.
+
+        Raises:
+          ValueError: as `predict`, at once.
+        """
+        self._check(attention)
+        return self._predictions([os.fspath(path) for path in videos], most, attention)
+
+    def score(
+        self,
+        video: Video,
+        labels: Sequence[str] | None = None,
+        *,
+        fps: float = REFERENCE_FPS,
+    ) -> np.ndarray | tuple[np.ndarray, ...]:
+        """Probabilities of all classes.
+
+        Args:
+          video: see the module; or clips (B, N, H, W, 3), B videos of frames.
+          labels: other classes, as text; of a text head only. Those of the last call are kept.
+          fps: see `views`.
+
+        Returns:
+          Float32 (num_classes,), or (B, num_classes); a tuple of them where there are several
+          heads.
+
+        Raises:
+          DecodeError, FloatingPointError, ValueError: as `predict`.
+        """
+        if labels is not None:
+            names = _names(labels)
+            if self._other is None or self._other[0] != names:
+                self._other = names, self.with_labels(names)
+            return self._other[1].score(video, fps=fps)
+        self._check()
+        scores = self._run(self._score_step, video, fps)['scores']
+        metrics.check_finite(scores)
+        own = tuple(head if _many(video) else head[0] for head in scores)
+        return own if len(own) > 1 else own[0]
+
+    def embed(self, video: Video, *, fps: float = REFERENCE_FPS) -> np.ndarray:
+        """What the head reads of a video: one vector, the mean over its views.
+
+        As it is, not of unit length. A view of a backbone alone or of a model of retrieval is the
+        mean of its frames, of unit length.
+
+        Args:
+          video: as `score`.
+          fps: see `views`.
+
+        Returns:
+          Float32 (E,), or (B, E).
+
+        Raises:
+          DecodeError: the file cannot be read.
+          FloatingPointError: it is NaN or infinite.
+          ValueError: frames of another shape or dtype.
+        """
+        found = self._run(self._embed_step, video, fps)['embedding']
+        if not np.isfinite(found).all():
+            raise FloatingPointError(f'the embedding is not finite. {metrics.CAUSE}')
+        return found if _many(video) else found[0]
+
+    def with_labels(self, labels: Sequence[str]) -> VideoModel:
+        """The same model, sharing all weights, that tells other classes apart.
+
+        Args:
+          labels: the classes, as text.
+
+        Raises:
+          ValueError: its head is not a text head, or these are no class names.
+        """
+        names, frozen, data = (_names(labels),), self.trained.model.frozen, self.config.data
+        if frozen is None or not frozen.reads_classes or self.trained.task is None:
+            raise ValueError(
+                f'only model.head=text can take other classes; this is {self!r}. A backbone takes '
+                'them from the start: dist_jax.load(FOLDER, labels=[...])'
+            )
+        texts = ClassTexts(names, data.split_names, data.truncate_texts)
+        verify = self.config.checkpoint.verify
+        tree = frozen.with_texts(self.trained.frozen, self._mesh, texts, verify=verify)
+        task = experiment.make_task(self.config, names)
+        return VideoModel(dataclasses.replace(self.trained, task=task, frozen=tree), self.config)
+
+    @property
+    def _placed(self) -> tuple[Tree, Tree]:
+        return self.trained.variables, self.trained.frozen
+
+    @functools.cached_property
+    def _score_step(self) -> ViewStep:
+        model, task = self.trained.model, self.trained.task
+        return step.make_eval_step(model, task, self._mesh, *self._placed)
+
+    @functools.cached_property
+    def _embed_step(self) -> ViewStep:
+        return step.make_eval_step(self.trained.model, _Embeddings(), self._mesh, *self._placed)
+
+    @functools.cached_property
+    def _attention_step(self) -> Callable[[Tree, Tree, Tree], jax.Array]:
+        return attention_map.make_attention_step(self.trained.model, self._mesh, *self._placed)
+
+    def _check(self, attention: bool = False) -> None:
+        """Raises ValueError if it is no classifier, or has no attention that is asked for."""
+        task = self.trained.task
+        if task is None:
+            raise ValueError(
+                'a backbone alone has no classes: dist_jax.load(FOLDER, labels=[...]) gives it '
+                'some; `embed` needs none'
+            )
+        if not isinstance(task, Classify):
+            raise ValueError(
+                f'classes are what classifiers tell, and task.name={self.config.task.name!r} is '
+                'not classify; `dist_jax evaluate` judges such runs'
+            )
+        if attention and self.trained.model.attention is None:
+            raise ValueError(
+                f'model.family={self.config.model.family!r} with the options of this run has no '
+                'query that looks at patches, so there is no attention to show: predict without '
+                '--attention, or take a run of a model that pools by attention'
+            )
+
+    def _run(self, run: ViewStep, video: Video, fps: float) -> Tree:
+        """A step on one video, or on many: numpy arrays, axis 0 being videos."""
+        videos = list(video) if _many(video) else [video]
+        if not videos:
+            raise ValueError('clips of shape (0, ...): there is no video')
+        views = np.stack([self.views(each, fps) for each in videos])
+        found = run(*self._placed, self._batch(views))
+        return jax.tree.map(lambda rows: np.asarray(rows)[: len(views)], found)
+
+    def _batch(self, views: np.ndarray) -> dict[str, jax.Array]:
+        """(B, V, T, H, W, 3) on the devices, with as many rows of zeros as they need more."""
+        parts = batch_parts(self._mesh)
+        filled = np.zeros((-(-len(views) // parts) * parts, *views.shape[1:]), np.uint8)
+        filled[: len(views)] = views
+        return {'video': jax.device_put(filled, batched(self._mesh))}
+
+    def _predictions(
+        self, names: Sequence[str], most: int, attention: bool
+    ) -> Iterator[Prediction]:
+        for path in names:
+            try:
+                yield self._predicted(path, self.views(path), most, attention)
+            except DecodeError as error:
+                yield Prediction(path, error=f'cannot be read: {error.kind}: {error.reason}')
+            except metrics.NonFiniteScoresError:
+                yield Prediction(path, error=f'scores are not finite numbers. {metrics.CAUSE}')
+
+    def _predicted(self, path: str, views: np.ndarray, most: int, attention: bool) -> Prediction:
+        batch = self._batch(views[None])
+        found = self._score_step(*self._placed, batch)
+        scores = tuple(np.asarray(head)[0] for head in found['scores'])
+        metrics.check_finite([head[None] for head in scores], lambda _: path or 'the frames')
+        top = tuple(
+            tuple((names[i], float(head[i])) for i in np.argsort(-head, kind='stable')[:most])
+            for names, head in zip(self.labels, scores)
+        )
+        maps = None
+        if attention:
+            maps = np.asarray(self._attention_step(*self._placed, batch))[0]
+        return Prediction(path, top, scores, views, maps)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    step: int | str | None = None,
+    config: ConfigDict | None = None,
+    backbone: str | os.PathLike[str] = '',
+    overrides: Mapping[str, Any] | None = None,
+) -> VideoModel:
+    """Reads a model and its weights.
+
+    Args:
+      path: a run's folder; a checkpoint that `dist_jax convert` made of a trained network, with
+        `config`; or a converted backbone, which embeds as it is, and with `labels` tells classes by
+        their texts (zero-shot).
+      labels: class names. Of a run those that it was trained on, unless a text head is to tell
+        others apart; of a converted network those that its authors trained it on, in their order.
+      step: of a run's checkpoint, or 'best'; None for the newest.
+      config: of a converted network, such as `configs.dist.get_config('b16_8+16f_k400')`.
+      backbone: where the converted backbone lies, if it has moved or the config does not say.
+      overrides: fields of the config by name, {'eval.num_clips': 4}; files of data are not read.
+
+    Raises:
+      ValueError: nothing to read there, parts that do not fit, or no such field.
+    """
+    path = os.fspath(path)
+    names = None if labels is None else (_names(labels),)
+    if (converted.absolute_path(path) / paths.CHECKPOINTS).exists():
+        if config is not None:
+            raise ValueError(f'{path} is a run and has its own config; change it with overrides')
+        found = _changed(saved_config(path, step), backbone, overrides)
+        return VideoModel(load_trained(found, path, step, names), found)
+    if step is not None:
+        raise ValueError(f'{path} is no run, and only runs have steps')
+    if config is None:
+        return _of_backbone(path, names, overrides)
+    if names is None:
+        raise ValueError(f'{path} is no run, so nothing says what its classes are: pass labels')
+    found = _changed(config, backbone, {**(overrides or {}), 'init_from': path})
+    return VideoModel(load_trained(found, '', None, names), found)
+
+
+def _of_backbone(
+    path: str, names: Labels | None, overrides: Mapping[str, Any] | None
+) -> VideoModel:
+    """A converted backbone as it is.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    stored = backbones.stored(path)
+    name = stored.name.removesuffix(backbones.OF_RANDOM)
+    own = {'backbone.name': name, 'data.image_size': stored.spec.image_size}
+    config = _changed(zero_shot.get_config(), path, own | dict(overrides or {}))
+    if names is not None:
+        return VideoModel(load_trained(config, '', None, names), config)
+    found = backbones.sized(stored, 'data.image_size', config.data.image_size)
+    model = plain.build(found, dtype=experiment.DTYPES[config.model.dtype])
+    mesh = make_mesh(**config.mesh)
+    frozen = model.frozen.load(mesh, ClassTexts(), verify=config.checkpoint.verify)
+    return VideoModel(Trained(None, model, frozen, plain.VARIABLES, -1), config)
+
+
+def _changed(
+    config: ConfigDict, backbone: str | os.PathLike[str], fields: Mapping[str, Any] | None
+) -> ConfigDict:
+    """A copy of a config with other fields, locked.
+
+    Raises:
+      ValueError: no such field, or a value of another type.
+    """
+    fields = dict(fields or {}) | ({'backbone.checkpoint': os.fspath(backbone)} if backbone else {})
+    found = config.copy_and_resolve_references()
+    for name, value in fields.items():
+        try:
+            found.update_from_flattened_dict({name: value})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f'{name}={value!r}: {error} (fields and their meaning: configs/base.py)'
+            ) from None
+    return found.lock()
+
+
+def _names(labels: Sequence[str]) -> tuple[str, ...]:
+    """Class names, checked.
+
+    Raises:
+      ValueError: none, one text where a list belongs, something else than text, or one twice.
+    """
+    if isinstance(labels, str):
+        raise ValueError(f'labels={labels!r} is one text; pass a list of them')
+    names = tuple(labels)
+    wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
+    if wrong or not names:
+        raise ValueError(f'labels are texts, at least one; there is {(wrong or [names])[0]!r}')
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f'labels name {twice[0]!r} twice')
+    return names
+
+
+def _many(video: Video) -> bool:
+    """Whether it is several videos."""
+    return not isinstance(video, (str, os.PathLike)) and np.ndim(video) == 5
