@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import importlib.metadata
 import logging
-import math
 import os
 import platform
 import re
@@ -19,16 +18,15 @@ import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import absl.logging
-from absl import flags
 from ml_collections import ConfigDict
-from ml_collections.config_flags import config_flags
 
 from configs import base
 from dist_jax import convert_arguments, ending, paths, pod
+from dist_jax.config_arguments import UsageError, closest, named_fields, read_config
 from input_pipeline import escape
 
 EXAMPLES = """\
@@ -189,10 +187,6 @@ Compiled programs are kept in --cache. A program takes minutes on two cores.
 """
 
 
-class UsageError(Exception):
-    """Wrong arguments; the message says which and what to do."""
-
-
 # Errors whose message is enough.
 KNOWN_ERRORS = (UsageError, ValueError, OSError, RuntimeError, FloatingPointError)
 # As XLA says it, of CPUs and of TPUs.
@@ -293,7 +287,7 @@ class _Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.8)
             if not close and '--config' in self._option_string_actions:
                 name, fields = unknown[1].removeprefix('--'), base.flat(base.get_config())
-                close = [name] if name in fields else _closest(name, fields)
+                close = [name] if name in fields else closest(name, fields)
                 close = [f'--config.{field}' for field in close]
             message += f'; did you mean {" or ".join(close)}?' if close else ''
         super().error(message)
@@ -329,133 +323,6 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, sorted(config, key=lambda argument: not argument.startswith('--config='))
 
 
-def read_config(arguments: list[str], default: ConfigDict | None = None) -> ConfigDict:
-    """The config that the arguments name, or `default`, with their overrides.
-
-    Raises:
-      UsageError: no config, no such file or variant, or a field that does not exist.
-    """
-    named = [_find_file(a) for a in arguments if a.startswith('--config=')]
-    if '--config' in arguments or (not named and default is None):
-        raise UsageError(
-            'pass --config=FILE:VARIANT, for example --config=configs/dist.py:b16_8+16f_k400'
-        )
-    try:
-        config = _parsed(named, default)
-    except _CONFIG_ERRORS as error:
-        raise UsageError(_config_message(error)) from error
-    for argument in arguments:
-        if not argument.startswith('--config='):
-            config = _with_field(config, argument)
-    return config
-
-
-_CONFIG_ERRORS = (AttributeError, KeyError, flags.Error, TypeError, ValueError, OSError)
-
-
-def _parsed(arguments: list[str], default: ConfigDict | None) -> ConfigDict:
-    """The config that ml_collections makes of arguments, from `default` unless they name a file."""
-    values = flags.FlagValues()
-    command_line = ['dist_jax', *arguments]
-    if default is None or any(argument.startswith('--config=') for argument in arguments):
-        config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=command_line)
-    else:
-        config_flags.DEFINE_config_dict(
-            'config', default, flag_values=values, sys_argv=command_line
-        )
-    values(command_line)
-    return values.config
-
-
-def _config_message(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error).strip()
-    if 'Traceback' in text:  # a config file that raised: the last line is its message
-        text = text.splitlines()[-1].partition(': ')[2]
-    return f'{text} (fields and their meaning: configs/base.py)'
-
-
-def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
-    """The config with one field set by --config.GROUP.FIELD=VALUE.
-
-    Raises:
-      UsageError: no such field, a group, or a value of another type.
-    """
-    name, equals, text = argument.removeprefix('--config.').partition('=')
-    fields = base.flat(config)
-    if name not in fields:
-        members = [field for field in fields if field.startswith(f'{name}.')] if name else []
-        if members:
-            raise UsageError(
-                f'--config.{name} is a group; set a field of it: '
-                + ', '.join(f'--config.{field}' for field in members)
-            )
-        if name in base.RENAMED_FIELDS:
-            raise UsageError(
-                f'--config.{name} is now called --config.{base.RENAMED_FIELDS[name]}; runs that '
-                'were started under the old name go on under the new one'
-            )
-        close = _closest(name, fields)
-        hint = f'; did you mean {" or ".join(f"--config.{field}" for field in close)}?'
-        raise UsageError(
-            f'the config has no field {name!r}{hint if close else ""} '
-            '(fields and their meaning: configs/base.py)'
-        )
-    if not equals:
-        raise UsageError(f'--config.{name} needs a value: {_expected(fields[name])}')
-    try:
-        changed = _parsed([argument], config)
-        value = base.flat(changed)[name]
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        if isinstance(fields[name], (float, list, tuple)) and not all(map(math.isfinite, numbers)):
-            raise ValueError('not finite')
-    except _CONFIG_ERRORS as error:
-        raise UsageError(
-            f'--config.{name}={text}: expected {_expected(fields[name])} '
-            '(fields and their meaning: configs/base.py)'
-        ) from error
-    return changed
-
-
-def _closest(name: str, fields: Collection[str]) -> list[str]:
-    """At most three fields that somebody who wrote `name` may have meant, the likeliest first."""
-    group, _, last = name.rpartition('.')
-    elsewhere = [field for field in fields if field.rpartition('.')[2] == last]
-    if elsewhere:
-        return elsewhere[:3]
-
-    def likeness(field: str) -> float:
-        own_group, _, own = field.rpartition('.')
-        words = set(last.split('_')) <= set(own.split('_'))
-        parts = 0.8 if words else difflib.SequenceMatcher(None, last, own).ratio()
-        whole = difflib.SequenceMatcher(None, name, field).ratio()
-        return max(whole, parts + 0.2 * (group == own_group))
-
-    ranked = sorted(fields, key=likeness, reverse=True)
-    best = likeness(ranked[0]) if ranked else 0
-    return [field for field in ranked[:3] if likeness(field) >= max(0.7, best - 0.1)]
-
-
-def _expected(value: Any) -> str:
-    """The type of a field in words, with its value as the example."""
-    if isinstance(value, (tuple, list)):
-        return f'numbers in brackets, such as {tuple(value) or (256,)}'
-    if isinstance(value, bool):
-        return 'true or false'
-    kinds = {int: 'a whole number', float: 'a number'}
-    return f'{kinds.get(type(value), "text")}, such as {value}'
-
-
-def _find_file(argument: str) -> str:
-    """Lets 'configs/dist.py' be found from any folder: beside the packages if not here."""
-    path, colon, variant = argument.removeprefix('--config=').partition(':')
-    if not os.path.exists(path):
-        beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), path)
-        if not os.path.exists(beside):
-            raise UsageError(f'--config: no file {path}')
-        path = beside
-    return f'--config={path}{colon}{variant}'
-
-
 @contextlib.contextmanager
 def _wrong_usage() -> Iterator[None]:
     """What a look at the arguments finds is for the user to mend; its traceback helps nobody."""
@@ -463,12 +330,6 @@ def _wrong_usage() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _named_fields(arguments: Sequence[str]) -> dict[str, str]:
-    """'group.field' -> text, of the fields that arguments set."""
-    pairs = (a.removeprefix('--config.').partition('=') for a in arguments)
-    return {name: text for name, _, text in pairs if not name.startswith('--')}
 
 
 def _start_jax() -> None:
@@ -541,7 +402,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         if arguments.workdir:
             paths.check_run(arguments.workdir)
         root = paths.saved_root(arguments.workdir) if arguments.workdir else ''
-        paths.check_inputs(_named_fields(config_arguments), ('val',), root)
+        paths.check_inputs(named_fields(config_arguments), ('val',), root)
     from dist_jax import evaluate, trained
     from dist_jax.reports import console
 
@@ -576,7 +437,7 @@ def _predict(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(rest)
     with _wrong_usage():
         paths.check_run(arguments.workdir)
-        paths.check_inputs(_named_fields(config_arguments), ())
+        paths.check_inputs(named_fields(config_arguments), ())
         videos = paths.find_videos(arguments.videos)
     if arguments.labels and not os.path.exists(arguments.labels):
         raise UsageError(f'--labels: no file {arguments.labels}')
@@ -643,7 +504,7 @@ def _index(argv: Sequence[str]) -> int:
             raise ValueError('--step and --config go with --workdir')
         if arguments.batch_size < 1:
             raise ValueError(f'--batch_size={arguments.batch_size} must be at least 1')
-        paths.check_inputs(_named_fields(config_arguments), ())
+        paths.check_inputs(named_fields(config_arguments), ())
         paths.check_backbone(arguments.backbone)
         names, others = paths.videos_below(arguments.folder)
     from dist_jax import index, index_model, trained

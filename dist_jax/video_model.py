@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from configs import zero_shot
 from dist_jax import attention_map, backbones, experiment, metrics, paths, recipe, step
+from dist_jax.config_arguments import read_config
 from dist_jax.index_model import mean_of_frames
 from dist_jax.models import converted, plain
 from dist_jax.models.api import Tree
@@ -374,7 +375,7 @@ def load(
     *,
     labels: Sequence[str] | None = None,
     step: int | str | None = None,
-    config: ConfigDict | None = None,
+    config: ConfigDict | str | None = None,
     backbone: str | os.PathLike[str] = '',
     overrides: Mapping[str, Any] | None = None,
 ) -> VideoModel:
@@ -387,7 +388,7 @@ def load(
       labels: class names. Of a run those that it was trained on, unless a text head is to tell
         others apart; of a converted network those that its authors trained it on, in their order.
       step: of a run's checkpoint, or 'best'; None for the newest.
-      config: of a converted network, such as `configs.dist.get_config('b16_8+16f_k400')`.
+      config: of a converted network, by name ('dist:b16_8+16f_k400') or as it is.
       backbone: where the converted backbone lies, if it has moved or the config does not say.
       overrides: fields of the config by name, {'eval.num_clips': 4}; files of data are not read.
 
@@ -405,6 +406,8 @@ def load(
         raise ValueError(f'{path} is no run, and only runs have steps')
     if config is None:
         return _of_backbone(path, names, overrides)
+    if isinstance(config, str):
+        config = read_config([f'--config={config}'])
     if names is None:
         raise ValueError(f'{path} is no run, so nothing says what its classes are: pass labels')
     found = _changed(config, backbone, {**(overrides or {}), 'init_from': path})

@@ -11,7 +11,18 @@ import pytest
 
 from configs import base
 from configs import dist as dist_config
-from dist_jax import backbones, checkpoint, evaluate, main, recipe, sharding, step, train, trained
+from dist_jax import (
+    backbones,
+    checkpoint,
+    config_arguments,
+    evaluate,
+    main,
+    recipe,
+    sharding,
+    step,
+    train,
+    trained,
+)
 from dist_jax.evaluate import BadVideosError
 from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.sharding import gather_rows, make_mesh, to_global
@@ -383,7 +394,7 @@ def test_tuples_of_a_saved_run_can_be_set(monkeypatch):
     assert found.to_dict() == config.to_dict()
     fields = ['eval.resize=(256,)', 'data.crop_area=(0.5, 1.0)', 'data.resize=(240, 320)']
     fields += ['model.selected_layers=(1, 2)']
-    main.read_config([f'--config.{field}' for field in fields], found)
+    config_arguments.read_config([f'--config.{field}' for field in fields], found)
     assert found.eval.resize == (256,) and found.data.crop_area == (0.5, 1.0)
     assert found.data.resize == (240, 320) and found.model.selected_layers == (1, 2)
     assert base.plain(found)['eval']['resize'] == [256]

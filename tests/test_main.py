@@ -86,7 +86,11 @@ def test_no_command_is_wrong_usage(capsys):
             ['train', '--workdir=w', '--config=configs/dist.py:b16_8+16f_k40'],
             ["no variant 'b16_8+16f_k40'", "did you mean 'b16_8+16f_k400'", 'demo'],
         ),
-        (['train', '--workdir=w', '--config=configs/dits.py:demo'], ['no file configs/dits.py']),
+        (
+            ['train', '--workdir=w', '--config=configs/dits.py:demo'],
+            ['no file configs/dits.py; did you mean dist?'],
+        ),
+        (['train', '--workdir=w', '--config=base'], ['no file base', 'there are', 'dist, evl']),
         (
             ['train', '--workdir=w', DIST, '--config.optimizer.peak_rl=1'],
             ['no field', 'peak_rl', 'peak_lr', 'configs/base.py'],

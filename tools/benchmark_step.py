@@ -24,8 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from dist_jax import optim, step, train
-from dist_jax.main import read_config
+from dist_jax import config_arguments, optim, step, train
 from dist_jax.plan import compiling
 from dist_jax.sharding import make_mesh, replicated, to_global
 from input_pipeline.escape import Console
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     rows = []
     for dtype in arguments.dtypes:
-        config = read_config([f'--config={arguments.config}'])
+        config = config_arguments.read_config([f'--config={arguments.config}'])
         config.model.dtype = dtype
         config.model.unroll = arguments.unroll or config.model.unroll
         config.batch_size = arguments.batch_size

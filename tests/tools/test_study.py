@@ -7,8 +7,7 @@ import json
 import pytest
 
 from configs import base, zero_shot
-from dist_jax import ending, recipe
-from dist_jax import main as dist_jax
+from dist_jax import config_arguments, ending, recipe
 from dist_jax.reports import page
 from input_pipeline import motion_world
 from tools import study
@@ -34,7 +33,7 @@ def test_rows_have_fields_that_are_there(config):
         if job.kind != jobs.MEMORY and variant.startswith(f'--config=configs/{config}.py:'):
             given[variant] |= dict.fromkeys(field for field in fields if '{out}' not in field)
     for variant, fields in given.items():
-        base.check(dist_jax.read_config([variant, *fields]))
+        base.check(config_arguments.read_config([variant, *fields]))
 
 
 @pytest.mark.parametrize('name', rows.SIZES)

@@ -12,14 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_jax import main as command
+from dist_jax import config_arguments
 from dist_jax.json_file import write_json
 
 
 def main(argv: Sequence[str]) -> int:
     """Writes arguments, outputs, aliased, temporaries and program, in bytes, and their sum."""
     target, *fields = argv
-    config = command.read_config(fields)
+    config = config_arguments.read_config(fields)
     from dist_jax.plan import compiling
     from dist_jax.sharding import make_mesh
 
