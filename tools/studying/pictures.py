@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ COLOURS = {
     'STS': ('#8866cc', '*'),
 }
 DIM = '#8c8c8c'  # of lines to compare with
+LEFT_OUT = 0.6  # an axis of accuracies may begin above 0 if all are above this
 # (figure, title, unit in which it is shown)
 COSTS = (
     ('memory', 'memory of the training step, MB', 1e6),
@@ -61,7 +63,7 @@ def trade_offs(cells: Cells, chance: Mapping[str, float]) -> Figure:
             _line(axis, 'chance', chance.get(data), 'right')
     if marks:
         figure.legend(
-            marks.values(), marks.keys(), loc='outside lower center', ncols=min(len(marks), 8)
+            marks.values(), marks.keys(), loc='outside lower center', ncols=min(len(marks), 5)
         )
     return figure
 
@@ -72,7 +74,7 @@ def _trade_off(
     """Draws a point a row; what stands for it in a legend, by label."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    marks, seen = {}, set()
+    marks, seen, lowest = {}, set(), 1.0
     for row in main_rows():
         key = f'{row.name}/{data}'
         # Memory is asked for once a row: other classes change the classifier alone.
@@ -80,6 +82,7 @@ def _trade_off(
         top1 = cells.values(key, 'top1')
         if not paid or not top1:
             continue
+        lowest = min(lowest, statistics.mean(top1) - _deviation(top1))
         colour, mark = COLOURS[row.family]
         marks[row.label] = axis.errorbar(
             statistics.mean(paid) / unit,
@@ -99,14 +102,15 @@ def _trade_off(
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_ylim(0, 103)
+    # Where all are close together, what is below is left out.
+    axis.set_ylim(10 * math.floor(10 * lowest - 1) if seen and lowest > LEFT_OUT else 0, 103)
     axis.grid(True)
     return marks
 
 
 def _line(axis: Axes, name: str, value: float | None, place: str) -> None:
     """A dotted line across the picture, with its name at a place where no other stands."""
-    if value is None:
+    if value is None or 100 * value < axis.get_ylim()[0]:
         return
     axis.axhline(100 * value, linestyle=':', linewidth=1, color=DIM)
     axis.annotate(
