@@ -102,6 +102,6 @@ def demo(config: ConfigDict) -> None:
     config.update(batch_size=64, num_epochs=16.0)
     config.batch_norm.groups = 1
     config.optimizer.update(weight_decay=1e-4, clip_tensor_norm=0.0)
-    # The text tower learns from the start, as fast as the rest: that of the tiny backbone is random,
-    # and the small CLIP never read words of motion.
+    # The text tower learns from the start, as fast as the rest: the tiny backbone's is random, and
+    # the small CLIP never read words of motion.
     config.model.update(side_dim=64, remat='none', unroll=True, pretrained_lr=1.0)
