@@ -178,6 +178,15 @@ def bars(cells: Cells, groups: Sequence[str], chance: float | None) -> Figure:
     axis.set_title('motion: top-1 of the test list, %')
     if chance is not None:
         axis.axvline(100 * chance, linestyle=':', linewidth=1, color=DIM)
+        axis.annotate(
+            'chance',
+            (100 * chance, 0),
+            (3, 2),
+            xycoords=('data', 'axes fraction'),
+            textcoords='offset points',
+            fontsize=7,
+            color=DIM,
+        )
     axis.grid(True, axis='x')
     return figure
 

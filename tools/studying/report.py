@@ -38,7 +38,8 @@ LABELS = {
 }
 SEVERAL = '± is the standard deviation between seeds'
 RULE = (
-    f'Each is a difference of means with a {100 * claims.CONFIDENCE:.0f} % interval, from the '
+    f'Each is a difference of means; here ± is half of a {100 * claims.CONFIDENCE:.0f} % interval, '
+    'from the '
     'spread between seeds of both rows or, where one has a single seed, of the main table or of '
     'the other row, whichever is larger. Costs are shares of the second row; memory and '
     'parameters are exact. It did not hold if all of the interval is below '
@@ -175,7 +176,9 @@ def _commit() -> str:
 def _about(where: Mapping[str, Any]) -> str:
     versions = where['versions']
     return (
-        f'All figures are of the test lists, at the last step of a run; {SEVERAL}. '
+        f'All figures are of the test lists, at the last step of a run; {SEVERAL}, and without ± '
+        'there is one. Costs are of motion: memory is what the compiler plans for a training step, '
+        'times are medians. '
         f'{where["machine"]}, {where["cores"]} cores, jax {versions.get("jax", "?")}, '
         f'commit {where["commit"] or "unknown"}'
         + ('; some runs had another machine or other code, see study.json.' * ('earlier' in where))
@@ -258,7 +261,7 @@ def _ablations(cells: Cells) -> Table:
                     '-' if change is None else f'{change:+.1f}',
                 )
             )
-    columns = ('', 'motion top-1', 'the whole', 'points')
+    columns = ('', 'motion top-1', 'row of the main table', 'points')
     return Table('Parts, layers and frames', columns, rows)
 
 
@@ -345,9 +348,9 @@ def _drawn(cells: Cells, chance: Mapping[str, float]) -> dict[str, Picture]:
         'parts.png': (
             bool(_ablations(cells).rows),
             Picture(
-                'Without a part',
+                'Parts, layers and frames',
                 lambda: pictures.bars(cells, ('ablation', 'frames'), motion),
-                'accuracy of each family without its parts',
+                'accuracy of each family without its parts, with fewer layers and other frames',
                 'wide',
             ),
         ),
@@ -423,12 +426,12 @@ def _figure(figure: str, value: float) -> str:
 def _paragraph(one: Judged) -> str:
     return (
         f'<p><b>{escape.html(one.verdict.capitalize())}.</b> {escape.html(one.claim.text)} '
-        f'<i>({escape.html(one.claim.source)})</i><br>{escape.html(_evidence(one))}.</p>'
+        f'<i>({escape.html(one.claim.source)})</i><br>{escape.html("; ".join(_evidence(one)))}.</p>'
     )
 
 
-def _evidence(one: Judged) -> str:
-    return '; '.join(map(_sentence, one.claim.comparisons, one.findings))
+def _evidence(one: Judged) -> list[str]:
+    return list(map(_sentence, one.claim.comparisons, one.findings))
 
 
 def _markdown(
@@ -441,8 +444,12 @@ def _markdown(
         parts.append('\n'.join(lines))
     if judged:
         claimed = [
-            f'- **{one.verdict.capitalize()}.** {one.claim.text} *({one.claim.source})* '
-            f'{_evidence(one)}.'
+            '\n'.join(
+                [
+                    f'- **{one.verdict.capitalize()}.** {one.claim.text} *({one.claim.source})*',
+                    *(f'  - {sentence}' for sentence in _evidence(one)),
+                ]
+            )
             for one in judged
         ]
         parts.append('\n'.join(['**What the papers say**', '', RULE, '', *claimed]))
