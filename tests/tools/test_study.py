@@ -205,8 +205,9 @@ def test_a_run_without_a_figure_failed(tmp_path, left):
     assert runner.run(tmp_path, [job], execute) == [job]
     (why,) = runner.failure_of(tmp_path, job)['log']
     assert why == 'no accuracy' or 'cannot be read' in why
-    (tmp_path / jobs.RUNS / job.name / runner.RECORD).write_text('{"code": 0}')
-    assert not runner.is_done(tmp_path, job)
+    for record in ('{"code": 0}', '{"code": 0, "more": 1}'):
+        (tmp_path / jobs.RUNS / job.name / runner.RECORD).write_text(record)
+        assert not runner.is_done(tmp_path, job) and not runner.failure_of(tmp_path, job)
 
 
 def test_a_run_that_another_process_has_is_waited_for(tmp_path, monkeypatch):

@@ -67,9 +67,8 @@ def record_of(out: Path, job: Job) -> dict[str, Any]:
         found = dict(json.loads((job.folder(out) / RECORD).read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError):
         return {}
-    if found.keys() < {'command', 'code', 'seconds'} or (found['code'] and not found.get('log')):
-        return {}
-    return found
+    whole = found.keys() >= {'command', 'code', 'seconds'}
+    return found if whole and (not found['code'] or found.get('log')) else {}
 
 
 def is_done(out: Path, job: Job) -> bool:
