@@ -290,10 +290,7 @@ class EvalReader:
         opened = functools.partial(open_video, record, self.max_pixels, self.jpeg_decoder)
         with reading(record.path), opened() as video:
             first, total = video.frame_range(record.start, record.end)
-            protocol = PROTOCOLS[self.sampling]
-            indices = protocol.test(
-                total, self.num_frames, self.num_clips, self.interval, video.fps
-            )
+            indices = self._indices(total, video.fps)
             wanted, where = np.unique(first + indices, return_inverse=True)
             size = (self.image_size, self.image_size, 3)
             crops = np.empty((self.num_crops, len(wanted), *size), np.uint8)
@@ -326,12 +323,14 @@ class EvalReader:
         if len(frames) == self.num_frames:
             indices = np.tile(np.arange(self.num_frames), (self.num_clips, 1))
         else:
-            protocol = PROTOCOLS[self.sampling]
-            indices = protocol.test(
-                len(frames), self.num_frames, self.num_clips, self.interval, fps
-            )
+            indices = self._indices(len(frames), fps)
         wanted, where = np.unique(indices, return_inverse=True)
         return self._views(self.cut()(frames[wanted]), where.reshape(indices.shape))
+
+    def _indices(self, total: int, fps: float) -> np.ndarray:
+        """(clips, T) frames of a video of so many."""
+        protocol = PROTOCOLS[self.sampling]
+        return protocol.test(total, self.num_frames, self.num_clips, self.interval, fps)
 
     def _views(self, crops: np.ndarray, where: np.ndarray) -> np.ndarray:
         """(crops, frames, H, W, 3) and which frames (clips, T) -> (V, T, H, W, 3)."""

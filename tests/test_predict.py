@@ -8,36 +8,19 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import text_run
 
-from configs import dist as dist_config
-from dist_jax import main, predict, recipe, step, train, trained
+from dist_jax import main, predict, recipe, step, trained
 from dist_jax.sharding import gather_rows, make_mesh
 from dist_jax.video_model import Prediction, VideoModel
 from dist_jax.views import Views
-from input_pipeline import motion_clips
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """(workdir, videos, scores of the evaluation); the data folder that trained it is gone."""
     folder = tmp_path_factory.mktemp('predict')
-    data = folder / 'data'
-    motion_clips.generate(data, num_train=8, num_val=3, size=48, num_frames=8)
-    config = dist_config.get_config('demo')
-    config.update(batch_size=8, num_steps=2)
-    config.data.update(
-        root=str(data),
-        train_list='train.txt',
-        label_map='labels.txt',
-        num_frames=4,
-        image_size=48,
-    )
-    config.model.update(head='text', temporal_dim=8)
-    config.eval.update(num_clips=2, batch_size=8)
-    config.optimizer.peak_lr = 1e-2  # scores that differ between videos
-    config.log.tensorboard = False
-    workdir = str(folder / 'run')
-    train.train(config, workdir)
+    data, workdir = text_run.train_in(folder, num_val=3)
 
     mesh = make_mesh()
     saved = trained.saved_config(workdir)

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import text_run
 
 import dist_jax
 from configs import dist as dist_config
-from dist_jax import convert, evaluate, train, trained
-from dist_jax.models import converted
-from input_pipeline import motion_clips
+from dist_jax import convert, evaluate, trained
 from input_pipeline.decode import DecodeError, VideoReader
 
 
@@ -21,23 +20,7 @@ from input_pipeline.decode import DecodeError, VideoReader
 def run(tmp_path_factory):
     """(workdir, videos, accuracy of the evaluation, labels of the videos)."""
     folder = tmp_path_factory.mktemp('video_model')
-    data, workdir = folder / 'data', str(folder / 'run')
-    motion_clips.generate(data, num_train=8, num_val=4, size=48, num_frames=8)
-    config = dist_config.get_config('demo')
-    config.update(batch_size=8, num_steps=2)
-    config.data.update(
-        root=str(data),
-        train_list='train.txt',
-        val_list='val.txt',
-        label_map='labels.txt',
-        num_frames=4,
-        image_size=48,
-    )
-    config.model.update(head='text', temporal_dim=8)
-    config.eval.update(num_clips=2, batch_size=8)
-    config.optimizer.peak_lr = 1e-2  # scores that differ between videos
-    config.log.tensorboard = False
-    train.train(config, workdir)
+    data, workdir = text_run.train_in(folder, num_val=4, val_list='val.txt')
     lines = [line.split() for line in (data / 'val.txt').read_text().splitlines()]
     figures, _ = evaluate.run(trained.saved_config(workdir), workdir, None, str(folder))
     paths, labels = zip(*((str(data / name), int(label)) for name, label in lines))
@@ -109,9 +92,7 @@ def test_converted_networks_and_backbones(run, model, tmp_path):
     workdir, paths, *_ = run
     convert.export(workdir, tmp_path / 'dist.safetensors')
     convert.convert(tmp_path / 'dist.safetensors', tmp_path / 'dist')
-    backbone = trained.saved_config(workdir).backbone.checkpoint
-    if not converted.absolute_path(backbone).exists():  # made in the run
-        backbone = f'{workdir}/backbone'
+    backbone = f'{workdir}/backbone'
     again = dist_jax.load(
         tmp_path / 'dist',
         config=trained.saved_config(workdir),

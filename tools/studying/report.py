@@ -175,14 +175,13 @@ def _commit() -> str:
 
 def _about(where: Mapping[str, Any]) -> str:
     versions = where['versions']
+    others = '; some runs had another machine or other code, see study.json'
     return (
         f'All figures are of the test lists, at the last step of a run; {SEVERAL}, and without ± '
         'there is one. Costs are of motion: memory is what the compiler plans for a training step, '
         'times are medians. '
         f'{where["machine"]}, {where["cores"]} cores, jax {versions.get("jax", "?")}, '
-        f'commit {where["commit"] or "unknown"}'
-        + ('; some runs had another machine or other code, see study.json.' * ('earlier' in where))
-        + '.' * ('earlier' not in where)
+        f'commit {where["commit"] or "unknown"}{others if "earlier" in where else ""}.'
     )
 
 
