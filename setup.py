@@ -15,7 +15,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.11',
-    packages=find_packages(include=['dist_jax*', 'configs*', 'input_pipeline*', 'tools*']),
+    packages=find_packages(include=['dist_jax*', 'input_pipeline*']),  # dist_jax.configs is a link
     package_data={'dist_jax': ['weights/*'], 'dist_jax.models': ['kernel_costs.json']},
     entry_points={'console_scripts': ['dist_jax=dist_jax.main:main']},
     install_requires=[

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import base
+from dist_jax.configs import base
 
 K400 = {'data.name': 'kinetics400', 'model.ada_pooling_layers': 4}
 K600 = {**K400, 'data.name': 'kinetics600'}

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.inputs import INPUTS
+from dist_jax.configs import base
+from dist_jax.configs.inputs import INPUTS
 
 B16 = {'backbone.name': 'vit_b16', 'model.qkv_dim': 768, 'model.num_heads': 12}
 L14 = {'backbone.name': 'vit_l14', 'model.qkv_dim': 1024, 'model.num_heads': 16}

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.inputs import INPUTS
+from dist_jax.configs import base
+from dist_jax.configs.inputs import INPUTS
 
 # Rows of text-video retrieval, with the fields of `config.task` that it has.
 RETRIEVAL = ('msrvtt_b32', 'pictures')

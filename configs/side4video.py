@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.inputs import INPUTS, POLICY
+from dist_jax.configs import base
+from dist_jax.configs.inputs import INPUTS, POLICY
 
 # 0-based odd blocks of EVA are read, and norms lie behind the branches.
 EVA = {'model.tap_every': 2, 'model.post_norm': True, 'model.remat': 'branches'}

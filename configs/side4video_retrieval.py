@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.inputs import INPUTS
-from configs.side4video import BACKBONES
+from dist_jax.configs import base
+from dist_jax.configs.inputs import INPUTS
+from dist_jax.configs.side4video import BACKBONES
 
 # Frames of MSR-VTT and MSVD are every n-th from the first on, of VATEX the middles of equal parts.
 SAMPLING = {'msrvtt': 'block_start', 'msvd': 'block_start', 'vatex': 'block'}

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.inputs import INPUTS
+from dist_jax.configs import base
+from dist_jax.configs.inputs import INPUTS
 
 # The recipe "A2" of "ResNet strikes back" (Wightman et al., arXiv:2110.00476), the same for all.
 IMAGENET: dict[str, object] = {

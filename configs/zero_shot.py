@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import base
+from dist_jax.configs import base
 
 VARIANTS: dict[str, dict[str, object]] = {
     'b16_8f_k400': {'data.num_frames': 8},

@@ -28,7 +28,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from configs import base
+from dist_jax.configs import base
 from dist_jax.models import converted, digests
 from dist_jax.models.api import Tree
 from dist_jax.models.converted import (

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from configs import base
+from dist_jax.configs import base
 
 NO_FAMILIES = ('__init__', 'base', 'inputs')  # of configs/: what families are made of
 

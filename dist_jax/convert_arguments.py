@@ -76,7 +76,7 @@ examples:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     """The arguments; None, after a message on stderr, if there is no such source."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if '://' not in args.source and not os.path.exists(os.path.expanduser(args.source)):
         text = f'error: {args.source}: no such file or folder{_hint(args.source)}'
         print(escape.lines(text), file=sys.stderr)
@@ -95,7 +95,7 @@ def _hint(source: str) -> str:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='dist_jax convert',
         description=DESCRIPTION,

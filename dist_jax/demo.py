@@ -14,8 +14,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from configs import base, dist, frame_mean, zero_shot
 from dist_jax import drawing, evaluate, filmstrips, recipe
+from dist_jax.configs import base, dist, frame_mean, zero_shot
 from dist_jax.scalars import BASELINE, VALIDATION, ZERO_SHOT, percent
 from dist_jax.tasks.api import Picture, Table
 from dist_jax.train import train

@@ -32,8 +32,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from configs import base
 from dist_jax import experiment, paths, pod, recipe, train
+from dist_jax.configs import base
 from dist_jax.models import converted
 from dist_jax.sharding import feed, make_mesh
 from input_pipeline.decode import DecodeError
@@ -46,7 +46,7 @@ log = logging.getLogger('dist_jax')
 
 OK, WARNING, FAILED = 'ok', 'warning', 'failed'
 PACKAGES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'av')
-CODE = ('dist_jax', 'input_pipeline', 'configs')
+CODE = ('dist_jax', 'dist_jax/configs', 'input_pipeline')  # rglob follows no link
 CLOCK_SECONDS = 5.0  # hosts' clocks may differ by this much
 DISK_GIB = 2.0  # free space for temporary files below which there is a warning
 WAIT_SECONDS = 300  # for the slowest host
@@ -250,10 +250,9 @@ def code_sha256() -> str:
     """Digest of the Python files that take part in a run."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for folder in CODE:
-        for file in sorted((root / folder).rglob('*.py')):
-            digest.update(file.relative_to(root).as_posix().encode() + b'\0')
-            digest.update(file.read_bytes() + b'\0')
+    for file in sorted({file for folder in CODE for file in (root / folder).rglob('*.py')}):
+        digest.update(file.relative_to(root).as_posix().encode() + b'\0')
+        digest.update(file.read_bytes() + b'\0')
     return digest.hexdigest()
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import base
 from dist_jax import backbones, recipe, shipped, step
+from dist_jax.configs import base
 from dist_jax.init_from import Origin
 from dist_jax.models import FAMILIES, Family
 from dist_jax.models.api import Model, Tree

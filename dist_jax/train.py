@@ -25,8 +25,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import base
 from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, recipe, step
+from dist_jax.configs import base
 from dist_jax.evaluate import BadVideosError, Evaluation, evaluate
 from dist_jax.json_file import write_json
 from dist_jax.metric_writer import MetricWriter

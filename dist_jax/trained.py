@@ -7,8 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base
 from dist_jax import checkpoint, experiment, init_from, step
+from dist_jax.configs import base
 from dist_jax.models.api import Model, Tree
 from dist_jax.models.params import flatten
 from dist_jax.sharding import make_mesh

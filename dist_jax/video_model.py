@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import zero_shot
 from dist_jax import attention_map, backbones, experiment, metrics, paths, recipe, step
 from dist_jax.config_arguments import read_config
+from dist_jax.configs import zero_shot
 from dist_jax.index_model import mean_of_frames
 from dist_jax.models import converted, plain
 from dist_jax.models.api import Tree

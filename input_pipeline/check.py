@@ -26,7 +26,7 @@ from input_pipeline.sources import open_source
 REPORT = 'bad_videos.jsonl'
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='dist_jax check',
         description=__doc__,
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
       The exit code: 0 all good, 1 some videos are bad, 2 the list is wrong.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     report = arguments.report or REPORT
     console = Console()
     try:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import base
 from dist_jax import convert
+from dist_jax.configs import base
 from dist_jax.models import FAMILIES, Family, converted, heads, naming
 from dist_jax.models.api import Model, ParamGroup
 from dist_jax.models.batch_norm import BatchNorm

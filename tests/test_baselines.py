@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from configs import attentive_probe as attentive_probe_config
-from configs import base
-from configs import fine_tune as fine_tune_config
-from configs import zero_shot as zero_shot_config
 from dist_jax import backbones, checkpoint, convert, evaluate, main, optim, step, train, trained
+from dist_jax.configs import attentive_probe as attentive_probe_config
+from dist_jax.configs import base
+from dist_jax.configs import fine_tune as fine_tune_config
+from dist_jax.configs import zero_shot as zero_shot_config
 from dist_jax.models import attentive_probe, clip, converted, dist, fine_tune, zero_shot
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.params import flatten

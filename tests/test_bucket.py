@@ -14,8 +14,8 @@ from buckets import Objects, stand_in_for_buckets
 from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 
-from configs import frame_mean
 from dist_jax import backbones, checkpoint, evaluate, metric_writer, train, trained
+from dist_jax.configs import frame_mean
 from dist_jax.json_file import write_json
 from dist_jax.reports import page
 from dist_jax.step import TrainState

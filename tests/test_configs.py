@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, dist, evl, frame_mean, side4video, side4video_retrieval, sts
 from dist_jax import backbones, checkpoint, init_from, optim, recipe, step, train
+from dist_jax.configs import base, dist, evl, frame_mean, side4video, side4video_retrieval, sts
 from dist_jax.plan import compiling
 from dist_jax.sharding import make_mesh
 from dist_jax.tasks.api import labels_of

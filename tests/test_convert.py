@@ -16,8 +16,8 @@ import pytest
 from released import assert_same_tensors
 from safetensors.numpy import load_file, save_file
 
-from configs import dist
 from dist_jax import checkpoint, convert, convert_arguments, experiment, main
+from dist_jax.configs import dist
 from dist_jax.models import clip, clip_params, converted, digests
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.naming import Export, Naming, Plan

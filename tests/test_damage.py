@@ -301,7 +301,7 @@ def test_a_restart_is_asked_for_by_the_exit_code(monkeypatch, capsys):
     def fail(argv):
         raise ending.AgainError('the disk is away')
 
-    monkeypatch.setitem(main.COMMANDS, 'train', (fail, ''))
+    monkeypatch.setattr(main.COMMANDS['train'], 'run', fail)
     assert main.main(['train']) == ending.AGAIN == 75
     assert 'the disk is away' in capsys.readouterr().err
 

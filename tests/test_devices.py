@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from configs import dist as dist_config
+from dist_jax.configs import dist as dist_config
 from conv_family import build as build_conv
 from dist_jax import checkpoint, mixup, step, train
 from dist_jax.models import (

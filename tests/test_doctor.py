@@ -6,8 +6,8 @@ import threading
 import jax
 import pytest
 
-from configs import dist
 from dist_jax import backbones, doctor, main
+from dist_jax.configs import dist
 
 
 @pytest.fixture
@@ -246,9 +246,9 @@ def test_little_disk_is_a_warning(hosts):
 
 
 def test_the_code_digest_follows_the_files(monkeypatch, tmp_path):
-    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'dist_jax' / 'configs').mkdir(parents=True)
     monkeypatch.setattr(doctor, '__file__', str(tmp_path / 'dist_jax' / 'doctor.py'))
-    file = tmp_path / 'configs' / 'a.py'
+    file = tmp_path / 'dist_jax' / 'configs' / 'a.py'
     file.write_text('a = 1\n')
     before = doctor.code_sha256()
     assert doctor.code_sha256() == before

@@ -57,7 +57,7 @@ def polite(_):
 
 ending.PATIENCE_SECONDS = 0.5
 ending.before_exit.append(lambda: print('hook', flush=True))
-main.COMMANDS[sys.argv[1]] = (globals()[sys.argv[2]], '')
+main.COMMANDS[sys.argv[1]].run = globals()[sys.argv[2]]
 sys.exit(main.main([sys.argv[1]]))
 """
 

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from configs import dist as dist_config
 from dist_jax import (
     backbones,
     checkpoint,
@@ -23,6 +21,8 @@ from dist_jax import (
     train,
     trained,
 )
+from dist_jax.configs import base
+from dist_jax.configs import dist as dist_config
 from dist_jax.evaluate import BadVideosError
 from dist_jax.metrics import NonFiniteScoresError
 from dist_jax.sharding import gather_rows, make_mesh, to_global

@@ -20,7 +20,6 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import dist, evl, frame_mean
 from dist_jax import (
     backbones,
     checkpoint,
@@ -34,6 +33,7 @@ from dist_jax import (
     train,
     trained,
 )
+from dist_jax.configs import dist, evl, frame_mean
 from dist_jax.models import BACKBONES, FAMILIES, Family, converted, heads
 from dist_jax.models.api import Model, ParamGroup
 from dist_jax.models.backbone import Kind, Taps

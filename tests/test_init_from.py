@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from kinetics_tables import whole_tables, write_tables, youtube_id
 
-from configs import dist
 from dist_jax import backbones, checkpoint, evaluate, experiment, init_from, recipe, step, train
+from dist_jax.configs import dist
 from dist_jax.models import converted, heads
 from dist_jax.sharding import make_mesh
 from dist_jax.tasks.api import labels_of

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.inputs import INPUTS
 from dist_jax import main, train
+from dist_jax.configs.inputs import INPUTS
 from tools.show_augmentations import flags
 
 DIST = '--config=configs/dist.py:demo'
@@ -196,8 +196,12 @@ def test_any_working_directory_will_do(asked, tmp_path, monkeypatch):
     assert run('train', '--workdir=w', DIST) == 0
     # A file of one's own is taken first.
     (tmp_path / 'configs').mkdir()
-    own = 'from configs import base\n\ndef get_config(variant):\n    return base.get_config()\n'
-    (tmp_path / 'configs' / 'dist.py').write_text(own)
+    own = [
+        'from dist_jax.configs import base',
+        'def get_config(_):',
+        '    return base.get_config()',
+    ]
+    (tmp_path / 'configs' / 'dist.py').write_text('\n'.join(own))
     assert run('train', '--workdir=w', DIST) == 0
     assert ['integration_dim' in config.model for config, _ in asked] == [True, False]
 

@@ -13,8 +13,8 @@ import optax
 import pytest
 from safetensors import safe_open
 
-from configs import base, frame_mean
 from dist_jax import checkpoint, optim, step, train
+from dist_jax.configs import base, frame_mean
 from dist_jax.models import digests
 from dist_jax.models.api import ParamGroup, TensorAxes
 

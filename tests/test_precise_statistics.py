@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import base
 from dist_jax import checkpoint, evaluate, experiment, recipe, step, train, trained
+from dist_jax.configs import base
 from dist_jax.models import FAMILIES
 from dist_jax.models.params import flatten
 from dist_jax.sharding import make_mesh

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from video_files import decode_everything, pictures, write_video
 
-from configs import base, dist, evl, frame_mean
-from configs.inputs import INPUTS
 from dist_jax import checkpoint, experiment, recipe
+from dist_jax.configs import base, dist, evl, frame_mean
+from dist_jax.configs.inputs import INPUTS
 from dist_jax.models import clip
 from dist_jax.models.frozen import ClassTexts
 from input_pipeline.datasets import DATASETS

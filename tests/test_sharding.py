@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from configs import dist, evl, frame_mean
 from dist_jax import sharding, step, train
+from dist_jax.configs import dist, evl, frame_mean
 from dist_jax.models import converted
 from dist_jax.plan import compiling
 from dist_jax.sharding import ShardingRule, check_replicated_share, place

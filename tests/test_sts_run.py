@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import sts as configs
 from dist_jax import checkpoint, experiment, main, recipe, step
+from dist_jax.configs import sts as configs
 from dist_jax.models import sts
 from dist_jax.models.params import flatten
 from dist_jax.tasks.api import labels_of

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, dist
 from dist_jax import backbones, checkpoint, evaluate, main, train, trained
+from dist_jax.configs import base, dist
 from dist_jax.metric_writer import read_metrics
 from dist_jax.models import converted, digests
 from dist_jax.models.params import tree_sha256

@@ -11,8 +11,8 @@ import pytest
 import text_run
 
 import dist_jax
-from configs import dist as dist_config
 from dist_jax import convert, evaluate, trained
+from dist_jax.configs import dist as dist_config
 from input_pipeline.decode import DecodeError, VideoReader
 
 

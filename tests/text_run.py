@@ -1,7 +1,7 @@
 """A short run of DiST with a text head on built-in clips of 8 frames, two views of 4 each."""
 
-from configs import dist
 from dist_jax import train
+from dist_jax.configs import dist
 from input_pipeline import motion_clips
 
 

@@ -39,8 +39,8 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from configs import base, dist
-from configs.inputs import INPUTS
+from dist_jax.configs import base, dist
+from dist_jax.configs.inputs import INPUTS
 from dist_jax.models import clip, sts
 from dist_jax.recipe import train_reader
 from input_pipeline import sampling

@@ -23,8 +23,8 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from configs import base
-from configs.inputs import INPUTS
+from dist_jax.configs import base
+from dist_jax.configs.inputs import INPUTS
 from input_pipeline.escape import Console
 from input_pipeline.randaugment import KERNELS, OPS, Warp
 from input_pipeline.transforms import (

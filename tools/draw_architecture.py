@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from configs import dist as dist_config
+from dist_jax.configs import dist as dist_config
 from dist_jax.models.frozen import TOWER
 from dist_jax.models.params import count
 from dist_jax.plan import compiling

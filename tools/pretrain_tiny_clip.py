@@ -20,8 +20,8 @@ import numpy as np
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from configs import fine_tune, zero_shot
 from dist_jax import convert, evaluate, recipe, shipped, train
+from dist_jax.configs import fine_tune, zero_shot
 from input_pipeline.escape import Console
 
 # What it is asked: list, class names, frames of a clip.

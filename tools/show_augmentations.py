@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from rich.progress import track
 
-from configs import base
-from configs.inputs import INPUTS
 from dist_jax import contact_sheet, recipe
+from dist_jax.configs import base
+from dist_jax.configs.inputs import INPUTS
 from dist_jax.drawing import theme
 from dist_jax.models import clip
 from input_pipeline.escape import Console
@@ -65,7 +65,7 @@ def recipe_config(name: str, changes: Sequence[str] = ()) -> ConfigDict:
     """The config of a recipe; Something-Something's labels for its rows.
 
     Args:
-      name: a key of `configs.inputs.INPUTS`.
+      name: a key of `configs/inputs.py`'s INPUTS.
       changes: 'group.field=value' texts; values as in Python, or plain words.
 
     Raises:

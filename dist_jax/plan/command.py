@@ -14,7 +14,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import base
+from dist_jax.configs import base
 from dist_jax.json_file import write_json
 from dist_jax.plan import cache, compiling, figures, search, tables
 from dist_jax.plan.topology import Topology, devices, versions

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import base
 from dist_jax import experiment, optim, recipe, step, train, views
+from dist_jax.configs import base
 from dist_jax.models.api import Model, Tree
 from dist_jax.plan import flops
 from dist_jax.plan.gradients import with_gradients

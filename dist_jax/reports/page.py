@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from configs.base import flat
+from dist_jax.configs.base import flat
 from dist_jax.drawing import DARK, LIGHT, png
 from dist_jax.metric_writer import METRICS_FILE, read_metrics
 from dist_jax.progress import duration

@@ -7,8 +7,8 @@ import cv2
 import pytest
 from video_files import pictures, write_video
 
-from configs import dist
 from dist_jax import recipe
+from dist_jax.configs import dist
 from input_pipeline.pipeline import record_rng
 from input_pipeline.records import BuiltSplit
 from tools import build_dataset

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from video_files import contents
 
-from configs import base
 from dist_jax import recipe
+from dist_jax.configs import base
 from input_pipeline import motion_clips, world
 from input_pipeline.captions import CaptionPairs, check_captions
 from input_pipeline.datasets import DATASETS

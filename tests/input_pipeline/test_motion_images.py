@@ -6,8 +6,8 @@ import pytest
 from ml_collections import ConfigDict
 from video_files import contents
 
-from configs import base
 from dist_jax import recipe
+from dist_jax.configs import base
 from input_pipeline import built_in, motion_clips, pipeline, world
 from input_pipeline.motion_images import CLASS_NAMES, LOOKS, generate, render_image
 from input_pipeline.sources import open_source

@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from configs import frame_mean
 from dist_jax import main, recipe
+from dist_jax.configs import frame_mean
 from dist_jax.tasks.classify import Classify
 from input_pipeline import check, records
 from input_pipeline.decode import DecodeError

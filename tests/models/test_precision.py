@@ -15,7 +15,7 @@ PRODUCT = re.compile(r'stablehlo\.(?:dot_general|convolution).* : \((.*?)\) ->')
 
 def products(family, dtype, head):
     """(dtypes of the factors, whether more than the quick product is asked) -> how many."""
-    config = importlib.import_module(f'configs.{family}').get_config('demo')
+    config = importlib.import_module(f'dist_jax.configs.{family}').get_config('demo')
     config.model.dtype, config.model.unroll, config.model.head = dtype, False, head
     one = compiling.train_step(config, make_mesh(jax.devices()[:1]))
     lowered = one.function.trace(*one.arguments.values()).lower(lowering_platforms=('cuda',))

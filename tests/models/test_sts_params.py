@@ -12,8 +12,8 @@ import pytest
 from released import assert_same_tensors, save_released
 from safetensors.numpy import load_file, save_file
 
-from configs import sts as configs
 from dist_jax import checkpoint, convert, init_from, main, step
+from dist_jax.configs import sts as configs
 from dist_jax.models import converted, sts, sts_params
 from dist_jax.models.naming import Options
 from dist_jax.models.params import export_tree, flatten, outgoing

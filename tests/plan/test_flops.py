@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import dist, evl
+from dist_jax.configs import dist, evl
 from dist_jax.plan import compiling, flops
 from dist_jax.sharding import make_mesh
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import dist, frame_mean
+from dist_jax.configs import dist, frame_mean
 from dist_jax.models import clip
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.params import count

@@ -20,9 +20,9 @@ from etils import epath
 from PIL import Image
 from video_files import pictures, write_video
 
-from configs import base
-from configs.inputs import INPUTS
 from dist_jax import recipe
+from dist_jax.configs import base
+from dist_jax.configs.inputs import INPUTS
 from input_pipeline.datasets import DATASETS
 from input_pipeline.decode import VideoReader
 from input_pipeline.pipeline import train_batches

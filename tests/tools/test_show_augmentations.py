@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from configs.inputs import INPUTS
+from dist_jax.configs.inputs import INPUTS
 from tools import benchmark_transforms, show_augmentations
 
 PAGE = (Path(__file__).parents[2] / 'docs' / 'augmentation.md').read_text()

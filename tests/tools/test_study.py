@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from configs import base, zero_shot
 from dist_jax import config_arguments, ending, recipe
+from dist_jax.configs import base, zero_shot
 from dist_jax.reports import page
 from input_pipeline import motion_world
 from tools import study

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from configs import base
+from dist_jax.configs import base
 
 Fields = Mapping[str, object]
 

@@ -1,0 +1,1 @@
+"""The commands, one a module: HELP and SUMMARY, `parser()`, which loads no jax, and `run(argv)`."""
