@@ -50,6 +50,7 @@ setup(
             'pytest>=8.0',
             'pytest-xdist>=3.5',
             'ruff>=0.8',
+            'setuptools>=70.1',  # builds the wheel that is looked at
             BEAM,
             'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
         ],

@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = 'kinetics400'  # a key of input_pipeline.datasets.DATASETS
     config.data.root = ''  # folder that paths in the lists start from
-    # List of training videos, a folder of class folders, or one that tools.build_dataset wrote.
+    # List of training videos, a folder of class folders, or what `dist_jax dataset build` wrote.
     config.data.train_list = ''
     config.data.val_list = ''  # list of validation videos
     # For lists that hold several splits (HMDB51: train1 to train3); '' is the one named train.

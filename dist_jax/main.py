@@ -25,6 +25,7 @@ from dist_jax import ending, pod
 from dist_jax.commands import (
     check,
     convert,
+    dataset,
     demo,
     doctor,
     evaluate,
@@ -77,8 +78,10 @@ COMMANDS: dict[str, ModuleType] = {
     'plan': plan,
     'doctor': doctor,
     'check': check,
+    'dataset': dataset,
 }
-CONTINUED = ('demo', 'train', 'index')  # commands that continue where they were stopped
+# Commands that continue where they were stopped.
+CONTINUED = ('demo', 'train', 'index', 'dataset')
 
 # Errors whose message is enough.
 KNOWN_ERRORS = (UsageError, ValueError, OSError, RuntimeError, FloatingPointError)
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] == 'help' and len(argv) > 1:
-        argv = [argv[1], '--help']
+        argv = [*argv[1:], '--help']
     if not argv or argv[0] in ('-h', '--help', 'help'):
         print(_overview())
         return 0 if argv else 2

@@ -48,7 +48,7 @@ class DatasetInfo:
         whose classes have no names; else they come from the names.
       sampling: a key of `sampling.PROTOCOLS`, the one of DiST for it.
       class_key: of a class name; names with equal keys are one class, in whatever list they are.
-      splits: the original annotation files, which `tools.build_dataset` reads.
+      splits: the original annotation files, which `dist_jax dataset build` reads.
       label_files: class names, one file per head, relative to the annotations; alternatives are
         separated by '|'. () numbers the names of the lists in sorted order.
       captions: texts take the place of classes.

@@ -1,4 +1,4 @@
-"""Data sets built by `tools.build_dataset`: encoded videos in shards, and an index beside them.
+"""Data sets built by `dist_jax dataset build`: encoded videos in shards, and an index beside them.
 
 The shards are ArrayRecord files of `tf.train.Example` messages in the layout of TFDS, which reads
 them without TensorFlow: `tfds.builder_from_directory(folder).as_data_source(split)`. The index,

@@ -36,7 +36,7 @@ def open_source(
     purpose: str = '',
     usual_format: str = '',
 ) -> VideoList | BuiltSplit:
-    """Reads a list of videos, or opens a data set that `tools.build_dataset` wrote.
+    """Reads a list of videos, or opens a data set that `dist_jax dataset build` wrote.
 
     Args:
       list_path: the list file; for 'folder' and 'hmdb51' a folder, for 'ucf101' a file or the

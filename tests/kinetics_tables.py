@@ -2,8 +2,8 @@
 
 import csv
 
+from dist_jax.dataset.merging.kinetics import SETS, Inputs
 from input_pipeline.kinetics import SYNONYMS
-from tools.merging.kinetics import SETS, Inputs
 
 
 def youtube_id(name):

@@ -15,15 +15,15 @@ from kinetics_tables import whole_tables, write_tables, youtube_id
 
 from dist_jax import backbones, checkpoint, evaluate, experiment, init_from, recipe, step, train
 from dist_jax.configs import dist
+from dist_jax.dataset import build, merge_kinetics
+from dist_jax.dataset.merging import kinetics
+from dist_jax.dataset.merging.kinetics import SETS
 from dist_jax.models import converted, heads
 from dist_jax.sharding import make_mesh
 from dist_jax.tasks.api import labels_of
 from input_pipeline import class_names
 from input_pipeline.kinetics import SYNONYMS, merged_key
 from input_pipeline.sources import open_source
-from tools import build_dataset, merge_kinetics
-from tools.merging import kinetics
-from tools.merging.kinetics import SETS
 
 # Classes of the clips: renamed ones, common ones and one that k700 lacks.
 CLASSES = {
@@ -492,7 +492,7 @@ def test_a_merge_goes_through_the_builder(merged, tmp_path):
     out = tmp_path / 'built'
     words = ['kinetics710', '--annotations', str(merged), '--videos', str(merged.parent)]
     words += ['--out', str(out), '--splits', 'train', 'validation', '--workers', '1']
-    assert build_dataset.main(words) == 0
+    assert build.main(words) == 0
     names = tuple(names_of(merged / 'names.txt'))
     for split, name, count in (('train', 'train', 18), ('validation', 'val', 9)):
         built = open_source(out, 'built', subset=split)

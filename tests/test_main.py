@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from dist_jax import main, train
+from dist_jax.commands import dataset
 from dist_jax.configs.inputs import INPUTS
-from tools.show_augmentations import flags
+from dist_jax.dataset.augmentations import flags
 
 DIST = '--config=configs/dist.py:demo'
 
@@ -305,3 +306,17 @@ def test_the_module_starts_as_the_command_does(tmp_path):
             env=environment,
         )
         assert found.returncode == 2 and "Did you mean 'train'" in found.stderr
+
+
+@pytest.mark.parametrize('part', dataset.PARTS)
+def test_every_part_of_dataset_explains_itself(part, capsys):
+    for arguments in (['dataset', part, '--help'], ['help', 'dataset', part]):
+        assert run(*arguments) == 0
+        assert f'dist_jax dataset {part} ' in capsys.readouterr().out
+
+
+def test_a_part_of_dataset_that_is_none_is_named(capsys):
+    assert run('dataset', 'bild') == 2
+    assert "did you mean 'build'" in capsys.readouterr().err
+    assert run('dataset') == 2
+    assert 'merge-kinetics' in capsys.readouterr().out

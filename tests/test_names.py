@@ -73,13 +73,13 @@ def test_any_name_goes_through_training_evaluation_and_prediction(folder, capfd)
 
 
 def test_any_name_goes_into_a_built_data_set(folder, capfd):
+    from dist_jax.dataset import build, inspect
     from input_pipeline.records import BuiltSplit
-    from tools import build_dataset, inspect_dataset
 
     out = folder / 'built'
     words = ['custom', '--list', f'train={folder}/val', '--videos', '/', '--out', str(out)]
-    assert build_dataset.main([*words, '--workers', '0']) == 0
-    assert inspect_dataset.main([str(out), '--videos', '1']) == 0
+    assert build.main([*words, '--workers', '0']) == 0
+    assert inspect.main([str(out), '--videos', '1']) == 0
     assert '\x1b' not in ''.join(capfd.readouterr())
     assert r'bro\xe9ken.mp4' in (out / 'report.txt').read_text()
     built, listed = BuiltSplit(out, 'train'), open_source(folder / 'train')

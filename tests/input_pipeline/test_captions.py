@@ -6,13 +6,13 @@ import pickle
 import numpy as np
 import pytest
 
+from dist_jax.dataset import build
 from input_pipeline import pipeline
 from input_pipeline.captions import CaptionPairs, CaptionTokens, check_captions, sentence_rows
 from input_pipeline.sources import open_source
 from input_pipeline.tokenizer import tokenize
 from input_pipeline.transforms import CentreCrop
 from input_pipeline.video_list import Record, VideoList
-from tools import build_dataset
 
 CAPTIONS = (('a dog', '!~'), ('a cat sits',), ('a', 'b', 'word ' * 40))
 OWNERS = [0, 0, 1, 2, 2, 2]
@@ -119,7 +119,7 @@ def test_pairs_of_a_built_set_are_those_of_its_list_and_no_shard_is_opened(tmp_p
     ]
     (tmp_path / 'train.jsonl').write_text('\n'.join(map(json.dumps, entries)))
     words = ['custom', '--list', f'train={tmp_path}/train.jsonl', '--videos', f'{clips}/train']
-    assert build_dataset.main([*words, '--out', f'{tmp_path}/built', '--workers', '0']) == 0
+    assert build.main([*words, '--out', f'{tmp_path}/built', '--workers', '0']) == 0
     listed = open_source(tmp_path / 'train.jsonl', root=clips / 'train')
     built = open_source(tmp_path / 'built', purpose='train')
     for found in zip(CaptionPairs(listed), pickle.loads(pickle.dumps(CaptionPairs(built)))):

@@ -9,9 +9,9 @@ from video_files import pictures, write_video
 
 from dist_jax import recipe
 from dist_jax.configs import dist
+from dist_jax.dataset import build
 from input_pipeline.pipeline import record_rng
 from input_pipeline.records import BuiltSplit
-from tools import build_dataset
 
 CLASSES = {'kinetics400': 400, 'kinetics600': 600, 'kinetics700': 700, 'kinetics710': 710}
 SIDES = ('Pulling something from left to right', 'Pulling something from right to left')
@@ -227,7 +227,7 @@ def test_a_built_set_without_a_named_split(video, tmp_path):
     write(tmp_path / 'names.txt', 'run\njump\n')
     words = ['custom', '--list', f'train={tmp_path}/train.txt', f'test={tmp_path}/test.txt']
     words += ['--label_map', f'{tmp_path}/names.txt', '--videos', str(video.parent)]
-    assert build_dataset.main([*words, '--out', f'{tmp_path}/built', '--workers', '0']) == 0
+    assert build.main([*words, '--out', f'{tmp_path}/built', '--workers', '0']) == 0
     assert len(BuiltSplit(tmp_path / 'built', 'train')) == 1
     built = tmp_path / 'built'
     assert read_both('custom', '', built, built) == ([0], [1])

@@ -10,6 +10,7 @@ from video_files import contents
 
 from dist_jax import recipe
 from dist_jax.configs import base
+from dist_jax.dataset import make
 from input_pipeline import motion_clips, world
 from input_pipeline.captions import CaptionPairs, check_captions
 from input_pipeline.datasets import DATASETS
@@ -25,7 +26,6 @@ from input_pipeline.motion_captions import (
 )
 from input_pipeline.sources import open_source
 from input_pipeline.tokenizer import tokenize_counted
-from tools import make_motion_clips
 
 SMALL = {'num_train': 10, 'num_val': 9, 'size': 48, 'num_frames': 8}
 ALL = [describe(look, motion) for look in LOOKS for motion in range(len(MOTIONS))]
@@ -142,9 +142,9 @@ def test_wrong_arguments_are_errors(tmp_path, change, message):
 def test_command_writes_the_set_and_a_contact_sheet(tmp_path, capsys):
     out = tmp_path / 'clips'
     arguments = ['--captions', '--out', str(out), '--num_train', '2', '--num_val', '10']
-    assert make_motion_clips.main([*arguments, '--frames', '8']) == 0
+    assert make.main([*arguments, '--frames', '8']) == 0
     assert (out / 'contact_sheet.png').read_bytes()[:4] == b'\x89PNG'
     assert f'wrote {out}' in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        make_motion_clips.main([*arguments, '--images'])
+        make.main([*arguments, '--images'])
     assert '--images: not allowed with argument --captions' in capsys.readouterr().err

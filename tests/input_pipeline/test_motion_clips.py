@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from video_files import contents, decode_everything
 
+from dist_jax.dataset import make
 from input_pipeline import sampling
 from input_pipeline.motion_clips import CLASS_NAMES, generate, plan_clip, render_clip, write_clip
 from input_pipeline.sources import open_source
-from tools import make_motion_clips
 
 SMALL = {'num_train': 16, 'num_val': 8, 'size': 48, 'num_frames': 8}
 
@@ -164,10 +164,10 @@ def test_wrong_arguments_are_errors(tmp_path, change, message):
 def test_command_writes_the_set_and_a_contact_sheet(tmp_path, capsys):
     out = tmp_path / 'clips'
     arguments = ['--out', str(out), '--num_train', '8', '--num_val', '8', '--size', '48']
-    assert make_motion_clips.main([*arguments, '--frames', '16']) == 0
+    assert make.main([*arguments, '--frames', '16']) == 0
     assert (out / 'contact_sheet.png').read_bytes()[:4] == b'\x89PNG'
     assert 'wrote' in capsys.readouterr().out
-    assert make_motion_clips.main([*arguments, '--frames', '16']) == 0
+    assert make.main([*arguments, '--frames', '16']) == 0
     assert 'found a complete set' in capsys.readouterr().out
-    assert make_motion_clips.main([*arguments, '--frames', '8']) == 1
+    assert make.main([*arguments, '--frames', '8']) == 1
     assert 'holds another set' in capsys.readouterr().out

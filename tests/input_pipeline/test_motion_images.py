@@ -8,10 +8,10 @@ from video_files import contents
 
 from dist_jax import recipe
 from dist_jax.configs import base
+from dist_jax.dataset import make
 from input_pipeline import built_in, motion_clips, pipeline, world
 from input_pipeline.motion_images import CLASS_NAMES, LOOKS, generate, render_image
 from input_pipeline.sources import open_source
-from tools import make_motion_clips
 
 NUM = len(CLASS_NAMES)
 SMALL = {'num_train': 2 * NUM, 'num_val': NUM, 'size': 48}
@@ -131,10 +131,10 @@ def test_mean_colours_tell_little_of_the_class():
 def test_command_writes_images_and_a_contact_sheet(tmp_path, capsys):
     out = tmp_path / 'images'
     arguments = ['--images', '--out', str(out), '--num_train', '4', '--num_val', '4']
-    assert make_motion_clips.main(arguments) == 0
+    assert make.main(arguments) == 0
     assert 'wrote' in capsys.readouterr().out
     assert (out / 'contact_sheet.png').read_bytes()[:4] == b'\x89PNG'
     assert len(contents(out / 'train')) == 4
     with pytest.raises(SystemExit):
-        make_motion_clips.main([*arguments, '--fps', '8'])
+        make.main([*arguments, '--fps', '8'])
     assert '--fps: images have none' in capsys.readouterr().err

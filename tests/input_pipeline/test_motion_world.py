@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from video_files import contents
 
+from dist_jax.dataset import make
 from input_pipeline import motion_world
 from input_pipeline.datasets import DATASETS
 from input_pipeline.motion_world import (
@@ -28,7 +29,6 @@ from input_pipeline.motion_world import (
 )
 from input_pipeline.sources import open_source
 from input_pipeline.tokenizer import tokenize_counted
-from tools import make_motion_clips
 
 SMALL = {
     'num_train': 17,
@@ -230,6 +230,6 @@ def test_no_sentence_is_cut():
 
 def test_the_tool_writes_it_with_a_sheet(tmp_path, capsys):
     arguments = [f'--{name}={value}' for name, value in SMALL.items()]
-    assert make_motion_clips.main(['--world', '--out', str(tmp_path / 'w'), *arguments]) == 0
+    assert make.main(['--world', '--out', str(tmp_path / 'w'), *arguments]) == 0
     assert (tmp_path / 'w' / 'contact_sheet.png').exists()
     assert (tmp_path / 'w' / 'motion_train.txt').exists()

@@ -14,6 +14,7 @@ import pytest
 
 from dist_jax import main, recipe
 from dist_jax.configs import frame_mean
+from dist_jax.dataset import build
 from dist_jax.tasks.classify import Classify
 from input_pipeline import check, records
 from input_pipeline.decode import DecodeError
@@ -21,7 +22,6 @@ from input_pipeline.packed import Texts, TextTuples
 from input_pipeline.pipeline import EvalReader, TrainReader, eval_batches, open_video, train_batches
 from input_pipeline.records import BuiltSplit, SplitIndex
 from input_pipeline.sources import open_source
-from tools import build_dataset
 
 
 @pytest.fixture(scope='module')
@@ -30,7 +30,7 @@ def built(clips, tmp_path_factory):
     out = tmp_path_factory.mktemp('built') / 'motion'
     words = ['motion_clips', '--annotations', clips, '--videos', clips, '--out', out]
     words += ['--records_per_shard', 4, '--workers', 0]
-    assert build_dataset.main(list(map(str, words))) == 0
+    assert build.main(list(map(str, words))) == 0
     return out
 
 
@@ -231,7 +231,7 @@ def test_captions_are_no_classes(tmp_path, clips, monkeypatch):
     (tmp_path / 'train.jsonl').write_text('\n'.join(map(json.dumps, entries)))
     listed = open_source(tmp_path / 'train.jsonl', label_map=clips / 'labels.txt', num_classes=8)
     words = ['custom', '--list', f'train={tmp_path}/train.jsonl', '--videos', f'{clips}/train']
-    assert build_dataset.main([*words, '--out', f'{tmp_path}/built', '--workers', '0']) == 0
+    assert build.main([*words, '--out', f'{tmp_path}/built', '--workers', '0']) == 0
     built = open_source(tmp_path / 'built', num_classes=8)
     for source in (listed, pickle.loads(pickle.dumps(listed)), built):
         assert (source.class_names, source.num_classes, source.labels.shape) == ((), 0, (1, 0))

@@ -40,8 +40,8 @@ def read(path: Path) -> None:
 
 def prepare(folder: Path) -> list[Input]:
     """Builds a small data set."""
+    from dist_jax.dataset import build
     from input_pipeline import motion_clips
-    from tools import build_dataset
 
     clips, out = folder / 'clips', folder / 'built'
     folder.mkdir(parents=True)
@@ -49,7 +49,7 @@ def prepare(folder: Path) -> list[Input]:
     words = ['motion_clips', '--annotations', clips, '--videos', clips, '--out', out]
     words += ['--records_per_shard', 4, '--workers', 0]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = build_dataset.main(list(map(str, words)))
+        code = build.main(list(map(str, words)))
     if code:
         raise RuntimeError(f'the data set could not be built: {printed.getvalue()}')
     return [Input(out, 'built')]

@@ -1,14 +1,14 @@
 """Builds a data set: from the original annotation files and videos to shards that train reads.
 
 examples:
-  python -m tools.build_dataset kinetics400 --annotations k400/annotations --videos /data/k400 \\
+  dist_jax dataset build kinetics400 --annotations k400/annotations --videos /data/k400 \\
       --out built/k400 --short_side 256 --workers 16
-  python -m tools.build_dataset something_v1 --annotations v1/ --videos v1/frames --out built/v1
-  python -m tools.build_dataset hmdb51 --annotations splits/ --videos hmdb.tar --out built/hmdb51 \\
+  dist_jax dataset build something_v1 --annotations v1/ --videos v1/frames --out built/v1
+  dist_jax dataset build hmdb51 --annotations splits/ --videos hmdb.tar --out built/hmdb51 \\
       --splits train1 test1
-  python -m tools.build_dataset custom --list train=train.csv validation=val.csv --videos clips/ \\
+  dist_jax dataset build custom --list train=train.csv validation=val.csv --videos clips/ \\
       --out built/mine --short_side 320 --codec jpeg --crf 4
-  python -m tools.build_dataset kinetics400 --annotations ... --videos ... --out ... --beam \\
+  dist_jax dataset build kinetics400 --annotations ... --videos ... --out ... --beam \\
       -- --runner=FlinkRunner --flink_master=HOST:8081
 
 Then: dist_jax train --config.data.train_list=built/k400 --config.data.val_list=built/k400 ...
@@ -21,7 +21,6 @@ command for every data set. The exit code is 0 when the set is complete, 2 when 
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -37,21 +36,21 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dist_jax.dataset.building import finish, plan, pool, shards
+from dist_jax.dataset.building.plan import Options
+from dist_jax.dataset.building.shards import BuildFolder
+from dist_jax.dataset.building.videos import VideoFiles
 from input_pipeline.datasets import DATASETS
 from input_pipeline.encode import CODECS
 from input_pipeline.escape import Console
 from input_pipeline.list_formats import FORMATS
 from input_pipeline.machine import num_cpus
 from input_pipeline.records import INDEX
-from tools.building import finish, plan, pool, shards
-from tools.building.plan import Options
-from tools.building.shards import BuildFolder
-from tools.building.videos import VideoFiles
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='python -m tools.build_dataset',
+        prog='dist_jax dataset build',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -159,7 +158,7 @@ def _build(folder: BuildFolder, arguments: argparse.Namespace, beam_flags, conso
         console.print(f'{len(tasks) - len(left)} of {len(tasks)} shards are built already')
     if arguments.beam:
         try:
-            from tools.building.beam import build_with_beam
+            from dist_jax.dataset.building.beam import build_with_beam
         except ImportError as error:
             raise ValueError(f"{error}: --beam needs pip install -e '.[beam]'") from error
         build_with_beam(folder.path, left, beam_flags)
@@ -200,11 +199,10 @@ def _check_complete(folder: BuildFolder) -> None:
                 )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    split = words.index('--') if '--' in words else len(words)
-    arguments, beam_flags = _parser().parse_args(words[:split]), words[split + 1 :]
+    split = argv.index('--') if '--' in argv else len(argv)
+    arguments, beam_flags = parser().parse_args(argv[:split]), list(argv[split + 1 :])
     console = Console()
     try:
         if beam_flags and not arguments.beam:
@@ -231,7 +229,3 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table)
     console.print(f'see {folder.path}: report.txt, labels.png', soft_wrap=True)
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

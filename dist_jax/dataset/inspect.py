@@ -1,9 +1,9 @@
 """Looks at a built data set: figures, pictures of every class, and a check of every record.
 
 examples:
-  python -m tools.inspect_dataset built/k400
-  python -m tools.inspect_dataset built/k400 --splits validation --full --threads 16
-  python -m tools.inspect_dataset built/k400 --no_check --videos 6 --out look/
+  dist_jax dataset inspect built/k400
+  dist_jax dataset inspect built/k400 --splits validation --full --threads 16
+  dist_jax dataset inspect built/k400 --no_check --videos 6 --out look/
 
 Written into OUT (FOLDER/inspection unless given): statistics.json, statistics.png (durations,
 sizes, frame rates, bytes), SPLIT/CLASS.png (frames of a few videos of each class, with a text in
@@ -16,7 +16,6 @@ set.
 import argparse
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -252,14 +251,14 @@ def check_record(source: BuiltSplit, index: int, full: bool = False) -> tuple[st
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='python -m tools.inspect_dataset',
+        prog='dist_jax dataset inspect',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('folder', metavar='FOLDER', help='built by tools.build_dataset')
+    add('folder', metavar='FOLDER', help='built by `dist_jax dataset build`')
     add('--splits', nargs='+', default=[], help='default: all')
     add('--out', default='', metavar='DIR', help='default: FOLDER/inspection')
     add('--videos', type=int, default=4, help='on a contact sheet (default %(default)s); 0: none')
@@ -319,14 +318,14 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     console = Console()
     folder = Path(arguments.folder)
     try:
         if not is_built(folder):
-            raise ValueError(f'{folder}: no data set of tools.build_dataset (no index.json)')
+            raise ValueError(f'{folder}: no data set of `dist_jax dataset build` (no index.json)')
         splits = arguments.splits or read_index(folder)['splits']
         sources = [BuiltSplit(folder, split) for split in splits]
     except ValueError as error:
@@ -357,7 +356,3 @@ def main(argv: list[str] | None = None) -> int:
         console.print(verdict, soft_wrap=True)
     console.print(f'see {out}: statistics.png, and a sheet a class in its folders', soft_wrap=True)
     return 1 if bad else 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

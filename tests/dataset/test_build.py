@@ -23,12 +23,12 @@ from video_files import pictures, write_video
 from dist_jax import recipe
 from dist_jax.configs import base
 from dist_jax.configs.inputs import INPUTS
+from dist_jax.dataset import build as command
+from dist_jax.dataset.building.shards import ShardBuilder
 from input_pipeline.datasets import DATASETS
 from input_pipeline.decode import VideoReader
 from input_pipeline.pipeline import train_batches
 from input_pipeline.records import BuiltSplit
-from tools import build_dataset
-from tools.building.shards import ShardBuilder
 
 
 @pytest.fixture(scope='session')
@@ -46,7 +46,7 @@ def put(path, content):
 
 def build(name, folder, *arguments, code=0):
     words = [name, '--out', f'{folder}/out', '--workers', '0', *map(str, arguments)]
-    assert build_dataset.main(words) == code
+    assert command.main(words) == code
     return folder / 'out'
 
 
@@ -72,7 +72,7 @@ def kinetics710(folder, video):
     names = numbered(710)[::-1]
     put(folder / 'lists/names.txt', '\n'.join(names))
     header = 'label,youtube_id,time_start,time_end,split,source\n'
-    # As tools.merge_kinetics writes it: with the file, of two of this name.
+    # As merge-kinetics writes it: with the file, of two of this name.
     text = f'{header.strip()},path\n{names[7]},abc,0,10,train,k600,k600/abc_000000_000010.mp4\n'
     put(folder / 'lists/train.csv', text)
     put(folder / 'videos/k400/abc_000000_000010.mp4', b'another')
@@ -414,7 +414,7 @@ def test_any_number_of_workers_gives_the_same_bytes(listed):
     arguments += ['--short_side', 24, '--keyframe_interval', 4]
     one = build('custom', folder, *arguments)
     words = ['custom', '--out', f'{folder}/two', '--workers', '2', *map(str, arguments)]
-    assert build_dataset.main(words) == 0
+    assert command.main(words) == 0
     assert checksums(one) == checksums(folder / 'two')
 
 
@@ -426,10 +426,10 @@ def test_a_killed_build_continues_to_the_same_bytes(listed):
     out = folder / 'killed'
     words = ['custom', '--out', str(out), '--workers', '0', *map(str, arguments)]
     # More workers than one may write when the build is killed.
-    command = [sys.executable, '-m', 'tools.build_dataset', *words, '--workers', '2']
+    started = [sys.executable, '-m', 'dist_jax', 'dataset', 'build', *words, '--workers', '2']
     kills = 0
     for number in (1, 3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(started, stdout=subprocess.DEVNULL)
         while len(list(out.glob('build/done/*.json'))) < number and process.poll() is None:
             time.sleep(0.002)
         children = psutil.Process(process.pid).children(recursive=True)
@@ -441,11 +441,11 @@ def test_a_killed_build_continues_to_the_same_bytes(listed):
     assert kills
     assert not (out / 'index.json').exists()
     # Other arguments are refused, and change nothing.
-    assert build_dataset.main([*words, '--crf', '30']) == 2
-    assert build_dataset.main(words) == 0
+    assert command.main([*words, '--crf', '30']) == 2
+    assert command.main(words) == 0
     assert checksums(out) == checksums(expected)
     before = (out / 'manifest.json').stat().st_mtime_ns
-    assert build_dataset.main(words) == 0  # complete already
+    assert command.main(words) == 0  # complete already
     assert (out / 'manifest.json').stat().st_mtime_ns == before
 
 
@@ -457,7 +457,7 @@ def test_two_builds_in_one_folder_are_refused(listed, monkeypatch, capsys):
     def meanwhile(self, *rest):
         monkeypatch.setattr(ShardBuilder, 'build', build_shard)
         words = ['custom', '--out', f'{folder}/out', '--workers', '0', *map(str, arguments)]
-        codes.append(build_dataset.main(words))
+        codes.append(command.main(words))
         return build_shard(self, *rest)
 
     monkeypatch.setattr(ShardBuilder, 'build', meanwhile)
@@ -499,7 +499,7 @@ def test_videos_in_tar_files_give_the_same_set(listed):
     arguments[arguments.index('--videos') + 1] = str(folder / 'part_0.tar')
     words = ['custom', '--out', f'{folder}/tar', '--workers', '0', *map(str, arguments)]
     words.insert(words.index(f'{folder}/part_0.tar') + 1, f'{folder}/part_1.tar')
-    assert build_dataset.main(words) == 0
+    assert command.main(words) == 0
     # The two files of one name lie in different tar files now: the first wins.
     same = {name for name in checksums(expected) if 'array_record' in name}
     same = {name for name in same if 'array_record-00003' not in name}
@@ -534,7 +534,7 @@ def test_a_video_that_kills_or_hangs_its_process_is_left_out(listed, monkeypatch
     # Real processes, which die or sleep at a video: what a decoder's fault looks like from outside.
     (folder / 'sitecustomize.py').write_text(
         'import os, time\n'
-        'from tools.building import examples\n'
+        'from dist_jax.dataset.building import examples\n'
         'make = examples.VideoMaker.make\n'
         'def hostile(self, entry):\n'
         "    if entry.video_id == 'v02':\n"
@@ -546,8 +546,8 @@ def test_a_video_that_kills_or_hangs_its_process_is_left_out(listed, monkeypatch
     )
     monkeypatch.setenv('PYTHONPATH', f'{folder}:{os.environ.get("PYTHONPATH", "")}:{os.getcwd()}')
     words = ['custom', '--out', f'{folder}/out', *map(str, arguments)]
-    command = [sys.executable, '-m', 'tools.build_dataset', *words, '--workers', '2']
-    subprocess.run([*command, '--timeout', '5'], check=True, stdout=subprocess.DEVNULL)
+    started = [sys.executable, '-m', 'dist_jax', 'dataset', 'build', *words, '--workers', '2']
+    subprocess.run([*started, '--timeout', '5'], check=True, stdout=subprocess.DEVNULL)
     report = json.loads((folder / 'out/report.json').read_text())['train']
     reasons = {problem['video_id']: problem for problem in report['videos']}
     assert reasons['v02']['kind'] == 'crashed'
@@ -581,7 +581,7 @@ def test_beam_gives_the_bytes_of_the_local_build(listed):
     expected = build('custom', folder, *arguments)
     words = ['custom', '--out', f'{folder}/beam', *map(str, arguments), '--beam', '--']
     words += ['--runner=DirectRunner', '--direct_num_workers=2']
-    assert build_dataset.main([*words, '--direct_running_mode=multi_processing']) == 0
+    assert command.main([*words, '--direct_running_mode=multi_processing']) == 0
     assert checksums(folder / 'beam') == checksums(expected)
     assert (folder / 'beam/report.json').read_bytes() == (expected / 'report.json').read_bytes()
 
@@ -603,8 +603,8 @@ def test_videos_and_the_set_may_lie_in_a_bucket(listed, monkeypatch):
         return whole(self, task, *rest)
 
     monkeypatch.setattr(ShardBuilder, 'build', interrupted)
-    assert build_dataset.main(words) == 130
+    assert command.main(words) == 130
     monkeypatch.setattr(ShardBuilder, 'build', whole)
-    assert build_dataset.main(words) == 0
-    assert build_dataset.main(words) == 0
+    assert command.main(words) == 0
+    assert command.main(words) == 0
     assert checksums(epath.Path('gs://bucket/out')) == checksums(expected)

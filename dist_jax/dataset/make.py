@@ -1,11 +1,11 @@
 """Writes a built-in data set, motion clips or others of their world, and a contact sheet of it.
 
-python -m tools.make_motion_clips --out data/motion_clips
-python -m tools.make_motion_clips --out /tmp/small --num_train 100 --num_val 20 --seed 1
-python -m tools.make_motion_clips --images --out data/motion_images
-python -m tools.make_motion_clips --captions --out data/motion_captions
-python -m tools.make_motion_clips --world --out data/motion_world
-python -m tools.make_motion_clips --large_world --out data/motion_world_large
+dist_jax dataset make --out data/motion_clips
+dist_jax dataset make --out /tmp/small --num_train 100 --num_val 20 --seed 1
+dist_jax dataset make --images --out data/motion_images
+dist_jax dataset make --captions --out data/motion_captions
+dist_jax dataset make --world --out data/motion_world
+dist_jax dataset make --large_world --out data/motion_world_large
 """
 
 import argparse
@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,16 +169,15 @@ def draw_contact_sheet(out_dir: Path, built_in: BuiltIn, meta: Mapping[str, Any]
     return path
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.make_motion_clips',
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog='dist_jax dataset make',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--out', required=True, metavar='DIR', help='folder to create')
-    parser.set_defaults(built_in=CLIPS)
-    kinds = parser.add_mutually_exclusive_group()
+    found.add_argument('--out', required=True, metavar='DIR', help='folder to create')
+    found.set_defaults(built_in=CLIPS)
+    kinds = found.add_mutually_exclusive_group()
     for flag, built_in, text in (
         ('--images', IMAGES, 'still images whose classes are shape, texture and colour'),
         ('--captions', CAPTIONS, 'clips of one object, with sentences in place of classes'),
@@ -201,16 +199,21 @@ def main(argv: list[str] | None = None) -> int:
     }.items():
         flags = [f'--{name}'] + (['--frames'] if name == 'num_frames' else [])
         sets = {'clips': CLIPS, 'images': IMAGES, 'world': WORLD, 'large_world': LARGE_WORLD}
-        found = {key: each.defaults[name] for key, each in sets.items() if name in each.defaults}
-        same = len(set(found.values())) == 1
-        each = ', '.join(f'{value} of {key}' for key, value in found.items())
-        text += f' (default {next(iter(found.values())) if same else each})'
-        parser.add_argument(*flags, dest=name, type=int, default=argparse.SUPPRESS, help=text)
-    arguments = vars(parser.parse_args(argv))
+        defaults = {key: each.defaults[name] for key, each in sets.items() if name in each.defaults}
+        same = len(set(defaults.values())) == 1
+        each = ', '.join(f'{value} of {key}' for key, value in defaults.items())
+        text += f' (default {next(iter(defaults.values())) if same else each})'
+        found.add_argument(*flags, dest=name, type=int, default=argparse.SUPPRESS, help=text)
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    arguments = vars(parser().parse_args(argv))
     out_dir, built_in = Path(arguments.pop('out')), arguments.pop('built_in')
     foreign = [f'--{name}' for name in arguments if name not in built_in.defaults]
     if foreign:
-        parser.error(f'{", ".join(foreign)}: {built_in.noun} have none; leave it out')
+        parser().error(f'{", ".join(foreign)}: {built_in.noun} have none; leave it out')
 
     console = Console()
     columns = (
@@ -234,7 +237,3 @@ def main(argv: list[str] | None = None) -> int:
     what = 'wrote' if written else 'found a complete set in'
     console.print(f'{what} {out_dir}; see {sheet}', soft_wrap=True)
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

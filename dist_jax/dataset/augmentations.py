@@ -1,9 +1,9 @@
 """Shows what a recipe makes of a video: training clips and test views on one contact sheet.
 
-  python -m tools.show_augmentations
-  python -m tools.show_augmentations clip.mp4 --recipes side4video_ssv2 evl_k400 --draws 4
-  python -m tools.show_augmentations --recipes dist_k400 --set data.erase=1 data.flip=False
-  python -m tools.show_augmentations --flags side4video_ssv2
+  dist_jax dataset augmentations
+  dist_jax dataset augmentations clip.mp4 --recipes side4video_ssv2 evl_k400 --draws 4
+  dist_jax dataset augmentations --recipes dist_k400 --set data.erase=1 data.flip=False
+  dist_jax dataset augmentations --flags side4video_ssv2
 
 Recipes are rows of configs/inputs.py. Without a video a drawn one is used, in which left and right
 differ. --flags prints the fields of a recipe as they are passed to `dist_jax train`; --table prints
@@ -180,15 +180,14 @@ def table() -> str:
     return '\n'.join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.show_augmentations',
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog='dist_jax dataset augmentations',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('video', nargs='?', help='any video file (default: a drawn one)')
-    parser.add_argument(
+    found.add_argument('video', nargs='?', help='any video file (default: a drawn one)')
+    found.add_argument(
         '--recipes',
         nargs='+',
         choices=INPUTS,
@@ -196,12 +195,17 @@ def main(argv: list[str] | None = None) -> int:
         metavar='NAME',
         help=f'some of {", ".join(INPUTS)} (default: all)',
     )
-    parser.add_argument('--draws', type=int, default=2, help='training clips (%(default)s)')
-    parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='changes')
-    parser.add_argument('--output', default='augmentations.png', help='PNG file (%(default)s)')
-    parser.add_argument('--flags', choices=INPUTS, metavar='NAME', help='print a recipe')
-    parser.add_argument('--table', action='store_true', help='print all recipes')
-    arguments = parser.parse_args(argv)
+    found.add_argument('--draws', type=int, default=2, help='training clips (%(default)s)')
+    found.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='changes')
+    found.add_argument('--output', default='augmentations.png', help='PNG file (%(default)s)')
+    found.add_argument('--flags', choices=INPUTS, metavar='NAME', help='print a recipe')
+    found.add_argument('--table', action='store_true', help='print all recipes')
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    arguments = parser().parse_args(argv)
     if arguments.flags or arguments.table:
         sys.stdout.write((flags(arguments.flags) if arguments.flags else table()) + '\n')
         return 0
@@ -222,7 +226,3 @@ def main(argv: list[str] | None = None) -> int:
     draw_sheet(rows, Path(arguments.output))
     Console().print(f'{arguments.output}: {len(rows)} rows')
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from tools.building.shards import ShardBuilder, Task
+from dist_jax.dataset.building.shards import ShardBuilder, Task
 
 TRIES = 2  # of a video at which a process died, before it is left out
 Progress = Callable[[int, int], None]

@@ -1,15 +1,15 @@
 """Merges Kinetics-400, -600 and -700 into Kinetics-710.
 
 examples:
-  python -m tools.merge_kinetics --out k710 --k700_edition 2020 \\
+  dist_jax dataset merge-kinetics --out k710 --k700_edition 2020 \\
       --k400 train=k400/train.csv val=k400/val.csv test=k400/test.csv videos=/data/k400 \\
       --k600 train=k600/train.csv val=k600/val.csv test=k600/test.csv videos=/data/k600 \\
       --k700 train=k700/train.csv val=k700/val.csv test=k700/test.csv videos=/data/k700
       lists of the videos that are there
-  python -m tools.merge_kinetics --out k710 --k700_edition 2020 --overwrite \\
+  dist_jax dataset merge-kinetics --out k710 --k700_edition 2020 --overwrite \\
       --k400 train=... val=... test=... videos=/data/k400 broken=bad_k400.jsonl ...
       without those that `dist_jax check --report bad_k400.jsonl` could not read
-  python -m tools.merge_kinetics --out k710_clean_val --rule clean_val --k700_edition 2019 ...
+  dist_jax dataset merge-kinetics --out k710_clean_val --rule clean_val --k700_edition 2019 ...
       another published rule; `--rule` lists them
 
 The tables are the official CSV files. Without `videos`, lists hold what the tables say. A key may
@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -29,11 +28,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from dist_jax.dataset.merging import kinetics
+from dist_jax.dataset.merging.kinetics import REASONS, RULES, SETS
 from input_pipeline.escape import Console
 from input_pipeline.kinetics import SYNONYMS
 from input_pipeline.text_files import read_json
-from tools.merging import kinetics
-from tools.merging.kinetics import REASONS, RULES, SETS
 
 KEYS = tuple(field.name for field in fields(kinetics.Inputs))
 MOST_NAMED = 10  # classes in a warning
@@ -207,9 +206,9 @@ def check_destination(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f'{out} exists and is no merge, so it is not replaced; name another')
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='python -m tools.merge_kinetics',
+        prog='dist_jax dataset merge-kinetics',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -254,9 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code: 0, or 2 if an argument or a file is wrong."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     console = Console()
     out = Path(os.path.abspath(os.path.expanduser(arguments.out)))
     columns = (SpinnerColumn(), TextColumn('{task.description}'), TimeElapsedColumn())
@@ -287,7 +286,3 @@ def main(argv: list[str] | None = None) -> int:
     console.print((out / 'report.txt').read_text(), soft_wrap=True)
     console.print(f'wrote {out}; see class_counts.png', soft_wrap=True)
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from tools.building.shards import ShardBuilder, Task
+from dist_jax.dataset.building.shards import ShardBuilder, Task
 
 
 class BuildShard(beam.DoFn):

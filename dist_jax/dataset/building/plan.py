@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dist_jax.dataset.building.videos import AmbiguousName, VideoFile, VideoFiles
 from input_pipeline.datasets import DATASETS, SplitFile
 from input_pipeline.encode import check_options
 from input_pipeline.escape import json_text
 from input_pipeline.list_formats import FORMATS, guess_format
 from input_pipeline.sources import count_heads, find_classes, read_rows
 from input_pipeline.video_list import Names
-from tools.building.videos import AmbiguousName, VideoFile, VideoFiles
 
 
 @dataclass(frozen=True)

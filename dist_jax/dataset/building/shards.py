@@ -26,11 +26,11 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
+from dist_jax.dataset.building.examples import VideoMaker, make_features, serialize
+from dist_jax.dataset.building.plan import Entry, Options, Plan
 from input_pipeline.decode import DecodeError
 from input_pipeline.escape import json_text
 from input_pipeline.pipeline import reading
-from tools.building.examples import VideoMaker, make_features, serialize
-from tools.building.plan import Entry, Options, Plan
 
 MANIFEST = 'manifest.json'
 # One record a group, for random access; videos do not compress.

@@ -13,12 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dist_jax.dataset.building.examples import label_names, make_features
+from dist_jax.dataset.building.shards import MANIFEST, BuildFolder, Task
 from dist_jax.drawing import cut, theme
 from input_pipeline.escape import json_text, terminal
 from input_pipeline.packed import Texts, TextTuples
 from input_pipeline.records import FACTS, INDEX, SplitIndex, index_file, index_text
-from tools.building.examples import label_names, make_features
-from tools.building.shards import MANIFEST, BuildFolder, Task
 
 _MOST_BARS = 48  # classes that get a bar and their name; of more, so many are named
 

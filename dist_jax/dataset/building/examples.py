@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from dist_jax.dataset.building.plan import Entry, Options
 from input_pipeline.bad_videos import check_frames
 from input_pipeline.decode import VideoReader
 from input_pipeline.encode import transcode
@@ -16,7 +17,6 @@ from input_pipeline.escape import terminal
 from input_pipeline.jpeg import open_file
 from input_pipeline.records import FACTS
 from input_pipeline.video_list import Names
-from tools.building.plan import Entry, Options
 
 
 @dataclass(frozen=True)

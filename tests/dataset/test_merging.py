@@ -9,12 +9,12 @@ import pytest
 from kinetics_tables import whole_sets, whole_tables, write_table, write_tables, youtube_id
 from video_files import write_video
 
+from dist_jax.dataset.merging import kinetics
+from dist_jax.dataset.merging.kinetics import RULES, SETS, Inputs, merge, write_lists
 from input_pipeline import check
 from input_pipeline.datasets import DATASETS
 from input_pipeline.kinetics import SYNONYMS, merged_key
 from input_pipeline.sources import open_source
-from tools.merging import kinetics
-from tools.merging.kinetics import RULES, SETS, Inputs, merge, write_lists
 
 HUG, WINE, NOT_WINE = 'hugging (not baby)', 'opening wine bottle', 'opening bottle (not wine)'
 

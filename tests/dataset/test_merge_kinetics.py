@@ -5,9 +5,9 @@ import json
 import cv2
 import pytest
 
+from dist_jax.dataset import merge_kinetics
+from dist_jax.dataset.merging import kinetics
 from input_pipeline.sources import open_source
-from tools import merge_kinetics
-from tools.merging import kinetics
 
 CLASSES = ('abseiling', 'hugging (not baby)', 'sipping cup')
 OLD = {'hugging (not baby)': 'hugging', 'sipping cup': 'drinking'}

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
+from dist_jax.dataset import build, inspect
 from input_pipeline.records import BuiltSplit
-from tools import build_dataset, inspect_dataset
 
 
 @pytest.fixture(scope='module')
@@ -17,13 +17,13 @@ def built(clips, tmp_path_factory):
     out = tmp_path_factory.mktemp('built') / 'motion'
     words = ['motion_clips', '--annotations', clips, '--videos', clips, '--out', out]
     words += ['--records_per_shard', 6, '--workers', 0]
-    assert build_dataset.main(list(map(str, words))) == 0
+    assert build.main(list(map(str, words))) == 0
     return out
 
 
 def test_figures_and_pictures_of_every_class(built, tmp_path, capsys):
     words = ['--out', str(tmp_path), '--videos', '2']
-    assert inspect_dataset.main([str(built), *words]) == 0
+    assert inspect.main([str(built), *words]) == 0
     assert 'all 28 records are right' in capsys.readouterr().out
     figures = json.loads((tmp_path / 'statistics.json').read_text())
     train = figures['train']
@@ -45,8 +45,8 @@ def test_figures_and_pictures_of_every_class(built, tmp_path, capsys):
 
 def test_sheets_are_as_high_as_their_frames_and_constants_have_no_axes(built, tmp_path):
     source = BuiltSplit(built, 'train')
-    inspect_dataset.draw_sheet(source, 'square', [0, 1], tmp_path / 'square.png')
-    inspect_dataset.draw_statistics([source], tmp_path / 'statistics.png')
+    inspect.draw_sheet(source, 'square', [0, 1], tmp_path / 'square.png')
+    inspect.draw_statistics([source], tmp_path / 'statistics.png')
     sheet, statistics = (cv2.imread(str(tmp_path / f'{n}.png')) for n in ('square', 'statistics'))
     assert (sheet.min(axis=2) > 250).mean() < 1 / 3  # white
     # Of four figures one varies: a panel of two thirds of the width is all there is.
@@ -63,7 +63,7 @@ def test_every_kind_of_damage_is_found(built, tmp_path, capsys):
     # Another shard in the place of one: intact, and not what the index says.
     shutil.copy(folder / validation.index.shards[0], shards[2])  # records 12 to 17
     words = [str(folder), '--out', f'{tmp_path}/look', '--videos', '1']
-    assert inspect_dataset.main(words) == 1
+    assert inspect.main(words) == 1
     lines = (tmp_path / 'look/check.jsonl').read_text().splitlines()
     kinds = {entry['index']: entry['kind'] for entry in map(json.loads, lines)}
     assert kinds == dict.fromkeys(range(12), 'unreadable') | dict.fromkeys(
@@ -79,8 +79,8 @@ def test_sets_of_captions_and_odd_names(clips, tmp_path):
     ]
     (tmp_path / 'train.jsonl').write_text('\n'.join(map(json.dumps, entries)))
     words = ['custom', '--list', f'train={tmp_path}/train.jsonl', '--videos', f'{clips}/train']
-    assert build_dataset.main([*words, '--out', f'{tmp_path}/built', '--workers', '0']) == 0
-    assert inspect_dataset.main([f'{tmp_path}/built', '--videos', '2', '--full']) == 0
+    assert build.main([*words, '--out', f'{tmp_path}/built', '--workers', '0']) == 0
+    assert inspect.main([f'{tmp_path}/built', '--videos', '2', '--full']) == 0
     figures = json.loads((tmp_path / 'built/inspection/statistics.json').read_text())
     assert figures['train']['captions'] == 6
     sheets = sorted((tmp_path / 'built/inspection/train').iterdir())
@@ -88,6 +88,6 @@ def test_sets_of_captions_and_odd_names(clips, tmp_path):
 
 
 def test_another_folder_is_an_error(tmp_path, built, capsys):
-    assert inspect_dataset.main([str(tmp_path)]) == 2
-    assert inspect_dataset.main([str(built), '--splits', 'test']) == 2
+    assert inspect.main([str(tmp_path)]) == 2
+    assert inspect.main([str(built), '--splits', 'test']) == 2
     assert 'it has train, validation' in ' '.join(capsys.readouterr().out.split())

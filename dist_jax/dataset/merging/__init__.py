@@ -1,0 +1,1 @@
+"""How `dist_jax dataset merge-kinetics` makes one data set of three."""

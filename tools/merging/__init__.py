@@ -1,1 +1,0 @@
-"""How `tools.merge_kinetics` makes one data set of three."""
