@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dist_jax import step
-from dist_jax.models.api import Model, Tree
+from dist_jax.models.api import Tree
 from dist_jax.sharding import check_batch_size, local_rows, to_global
+from dist_jax.similarity import unit
+from dist_jax.views import ViewStep
 from input_pipeline.video_list import Record
-from input_pipeline.windows import End, Window, WindowReader, read_windows
+from input_pipeline.windows import ClipReader, End, Window, read_windows
 
 # Outputs of a network for clips, (B, ...) leaves -> what is wanted of them, by name.
 Reading = Callable[[Tree], Mapping[str, jax.Array]]
@@ -50,41 +52,53 @@ class Done(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Stands where `make_eval_step` takes a task: a window is a video of one view."""
+class Embedding:
+    """Stands where `make_eval_step` takes a task, for whoever wants something else of a network.
+
+    Attributes:
+      reading: takes what is wanted of the outputs for clips.
+    """
 
     reading: Reading
     eval_input_keys: tuple[str, ...] = ()
 
-    def predict(self, outputs: Tree, num_views: int) -> Mapping[str, jax.Array]:
-        del num_views
-        return self.reading(outputs)
+    def predict(self, outputs: Tree, num_views: int) -> dict[str, jax.Array]:
+        """Means over the views of a video."""
+        found = self.reading(outputs)
+        return {
+            name: leaf.reshape(-1, num_views, *leaf.shape[1:]).mean(1) if num_views > 1 else leaf
+            for name, leaf in found.items()
+        }
+
+
+def clip_embedding(outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a network says of a whole clip.
+
+    Returns:
+      `clip` (B, E) float32: what a classifier's head reads, as it is; where there are frames alone,
+      of a backbone or of a model of retrieval, their mean, of unit length.
+    """
+    if 'embedding' in outputs:
+        return {'clip': outputs['embedding'].astype(jnp.float32)}
+    return {'clip': unit(outputs['frames'].astype(jnp.float32).mean(1))}
 
 
 class Embedder:
-    """A compiled model that embeds windows, in one process.
+    """A step that embeds windows, in one process and on its devices.
 
     Attributes:
       batch_size: windows of a step.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        variables: Tree,
-        frozen: Tree,
-        reading: Reading,
-        mesh: Mesh,
-        batch_size: int,
-    ):
-        """Makes the step; it is compiled when it is first used.
+    def __init__(self, step: ViewStep, variables: Tree, frozen: Tree, mesh: Mesh, batch_size: int):
+        """Takes the parts.
 
         Args:
-          model: of any family, or `models.plain`.
-          variables: parameters and collections of its network, on the mesh.
+          step: (variables, frozen, {'video': (B, V, T, H, W, 3) uint8}) -> (B, ...) leaves by name;
+            see `step.make_eval_step`. It is compiled when it is first used.
+          variables: parameters and collections of the network, on the mesh.
           frozen: its frozen tree, likewise.
-          reading: takes what is wanted of the network's outputs, on the devices.
-          mesh: the devices, over which rows are split.
+          mesh: the devices, of this process alone, over which rows are split.
           batch_size: windows of a step.
 
         Raises:
@@ -94,12 +108,12 @@ class Embedder:
         self.batch_size = batch_size
         self._mesh = mesh
         self._tree = (variables, frozen)
-        self._step = step.make_eval_step(model, _Reader(reading), mesh, variables, frozen)
+        self._step = step
 
     def embed(
         self,
         records: Iterable[Record],
-        reader: WindowReader,
+        reader: ClipReader,
         *,
         first_row: int = 0,
         num_threads: int = 2,
@@ -122,7 +136,8 @@ class Embedder:
             for events, clips in self._batches(items, reader.shape, row):
                 found = {}
                 if not all(isinstance(item, Done) for _, item, _ in events):
-                    batch = to_global({'video': clips[:, None]}, self._mesh)
+                    views = clips.reshape(len(clips), -1, *clips.shape[-4:])
+                    batch = to_global({'video': views}, self._mesh)
                     found = self._step(*self._tree, batch)
                 # One step is on the devices while the next batch is read.
                 if running is not None:
@@ -137,7 +152,7 @@ class Embedder:
         shape: tuple[int, ...],
         row: int,
     ) -> Iterator[tuple[list[_Event], np.ndarray]]:
-        """Fills batches (B, T, H, W, 3); zeros where there is no window."""
+        """Fills batches (B, ...) of what the reader gives; zeros where there is no window."""
         clips = np.zeros((self.batch_size, *shape), np.uint8)
         waiting: list[_Event] = []
         for number, item in items:

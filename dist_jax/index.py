@@ -7,28 +7,22 @@ are tried again whenever the command is started, but for those of a journal.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from rich.table import Table
 
 from dist_jax import index_file
-from dist_jax.embed import Done, Embedder, Row
+from dist_jax.embed_journal import Journal
+from dist_jax.embed_videos import embed_videos, find_file
 from dist_jax.index_file import VECTORS, Index, Video
-from dist_jax.index_journal import Journal
 from dist_jax.index_model import IndexModel, differences, preprocessing
-from dist_jax.metrics import CAUSE
-from dist_jax.progress import Bar, duration
 from input_pipeline.escape import Console, terminal
-from input_pipeline.machine import num_cpus
-from input_pipeline.video_list import Record
 from input_pipeline.windows import WindowReader
 
 log = logging.getLogger('dist_jax')
@@ -107,76 +101,18 @@ def _embed(
     """All videos of the folder in order, with their windows, and how many were embedded."""
     known = {video.path: video for video in old.videos() if not video.error} if old else {}
     known |= journal.videos
-    found: dict[str, Video] = {}
-    left: list[Video] = []
-    for name in request.names:
-        video = _stat(request.folder, name)
-        have = known.get(name)
-        if have is not None and (have.size, have.time_ns) == (video.size, video.time_ns):
-            found[name] = have
-        else:
-            left.append(video)
-    if not left:
-        return [found[name] for name in request.names], 0
-    with Bar('index', len(request.names), len(found)) as bar:
-        bar.line(f'{len(left)} of {len(request.names)} videos to embed, loading the model')
-        embedder = model.embedder(request.batch_size)
-        items = _embedded(
-            request,
-            embedder,
-            left,
-            journal.next_row,
-            lambda note: bar.update(len(found), note),
-        )
-        for video, next_row in items:
-            journal.add(video, next_row)
-            found[video.path] = journal.videos[video.path]
-            bar.update(len(found), '')
-    return [found[name] for name in request.names], len(left)
-
-
-def _embedded(
-    request: Request,
-    embedder: Embedder,
-    videos: Sequence[Video],
-    first_row: int,
-    note: Callable[[str], None],
-) -> Iterator[tuple[Video, int]]:
-    """Each video with its windows, and `embed.Done.next_row`."""
-    paths = [os.path.join(request.folder, video.path) for video in videos]
-    records = (Record(path, (), path) for path in paths)
-    threads = min(num_cpus(), MOST_THREADS)
-    rows: list[Row] = []
-    items = embedder.embed(records, request.reader, first_row=first_row, num_threads=threads)
-    with contextlib.closing(items):
-        for number, item in items:
-            video = videos[number]
-            if isinstance(item, Row):
-                rows.append(item)
-                if len(rows) % 64 == 0:
-                    note(f'{video.path}, {duration(item.end)}')
-                continue
-            yield _with_rows(video, rows, item), item.next_row
-            rows = []
-
-
-def _with_rows(video: Video, rows: Sequence[Row], done: Done) -> Video:
-    """A video as it is stored.
-
-    Raises:
-      FloatingPointError: its vectors are no numbers.
-    """
-    if done.error:
-        return dataclasses.replace(video, error=done.error)
-    arrays: dict[str, np.ndarray] = {
-        'spans': np.array([(row.start, row.end) for row in rows], np.float64)
-    }
-    for name in rows[0].values:
-        arrays[name] = np.stack([row.values[name] for row in rows])
-        if not np.isfinite(arrays[name]).all():
-            raise FloatingPointError(f'{video.path}: {name} are not finite numbers. {CAUSE}')
-    arrays['vectors'] = arrays['vectors'].astype(VECTORS)
-    return dataclasses.replace(video, num_windows=len(rows), read=lambda: arrays)
+    items = [find_file(request.folder, name) for name in request.names]
+    embedded = embed_videos(
+        'index',
+        items,
+        known,
+        journal,
+        lambda: model.embedder(request.batch_size),
+        request.reader,
+        {'vectors': VECTORS},
+    )
+    known |= journal.videos
+    return [known[name] for name in request.names], embedded
 
 
 def _same(old: Sequence[Video], new: Sequence[Video]) -> bool:
@@ -184,15 +120,6 @@ def _same(old: Sequence[Video], new: Sequence[Video]) -> bool:
     names = ('path', 'size', 'time_ns', 'error')
     rows = [[[getattr(video, name) for name in names] for video in each] for each in (old, new)]
     return rows[0] == rows[1]
-
-
-def _stat(folder: str, name: str) -> Video:
-    """A video without windows; one whose file is gone has no size."""
-    try:
-        found = os.stat(os.path.join(folder, name))
-    except OSError:
-        return Video(name, 0, 0)
-    return Video(name, found.st_size, found.st_mtime_ns)
 
 
 def _check_same(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -10,13 +10,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dist_jax.embedded import Video
 from dist_jax.models.params import safetensors_header
 from dist_jax.models.source_files import read_safetensors
 from input_pipeline.escape import terminal
@@ -47,27 +48,6 @@ PathLike = str | os.PathLike[str]
 
 class IndexFileError(ValueError):
     """No index, a damaged one, or one that this version does not read."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Video:
-    """A video of a folder, and its windows.
-
-    Attributes:
-      path: from the folder on, with `/`.
-      size: of its file in bytes.
-      time_ns: when that was changed last, in nanoseconds.
-      error: '', or 'kind: reason' why it could not be read; then it has no windows.
-      num_windows: how many it has.
-      read: gives `spans` (n, 2), `vectors` (n, ...) and, where there are, `weights` (n, T).
-    """
-
-    path: str
-    size: int
-    time_ns: int
-    error: str = ''
-    num_windows: int = 0
-    read: Callable[[], Mapping[str, np.ndarray]] = dict
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dist_jax import backbones, checkpoint, experiment, recipe, step, trained
-from dist_jax.embed import Embedder
+from dist_jax.embed import Embedder, Embedding, clip_embedding
 from dist_jax.index_file import Index
 from dist_jax.models import converted, plain
 from dist_jax.models.backbone import Backbone
@@ -131,7 +131,9 @@ class Plain:
         mesh = make_mesh()
         model = plain.build(self.backbone, dtype=DTYPES[self.dtype])
         frozen = model.frozen.load(mesh, ClassTexts())
-        return Embedder(model, plain.VARIABLES, frozen, mean_of_frames, mesh, batch_size)
+        parts = (plain.VARIABLES, frozen)
+        run = step.make_eval_step(model, Embedding(mean_of_frames), mesh, *parts)
+        return Embedder(run, *parts, mesh, batch_size)
 
     def score_of_sentence(self, sentence: str) -> Score:
         params = converted.load_params(self.backbone.path, ['text'])
@@ -207,7 +209,9 @@ class Trained:
         found = trained.load_trained(self.config, self.workdir, int(self.folder.name))
         reading = weighted_frames if self._weighted else mean_of_frames
         mesh = make_mesh(**self.config.mesh)
-        return Embedder(found.model, found.variables, found.frozen, reading, mesh, batch_size)
+        parts = (found.variables, found.frozen)
+        run = step.make_eval_step(found.model, Embedding(reading), mesh, *parts)
+        return Embedder(run, *parts, mesh, batch_size)
 
     def score_of_sentence(self, sentence: str) -> Score:
         config, mesh = self.config, make_mesh(**self.config.mesh)
@@ -262,7 +266,7 @@ def _logits(weights: jax.Array) -> jax.Array:
 
 def mean_of_frames(outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """`frames` (B, T, E) -> `vectors` (B, E) float32 of unit length."""
-    return {'vectors': unit(outputs['frames'].astype(jnp.float32).mean(1))}
+    return {'vectors': clip_embedding(outputs)['clip']}
 
 
 def weighted_frames(outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from dist_jax import attention_map, backbones, experiment, metrics, paths, recipe, step
 from dist_jax.config_arguments import read_config
 from dist_jax.configs import zero_shot
-from dist_jax.index_model import mean_of_frames
+from dist_jax.embed import Embedding, clip_embedding
 from dist_jax.models import converted, plain
 from dist_jax.models.api import Tree
 from dist_jax.models.frozen import ClassTexts
@@ -74,20 +73,6 @@ class Prediction:
                 for ranking in self.top
             ],
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Embeddings:
-    """Stands where `make_eval_step` takes a task: the mean over views of what a head reads."""
-
-    eval_input_keys: tuple[str, ...] = ()
-
-    def predict(self, outputs: Tree, num_views: int) -> dict[str, jax.Array]:
-        if 'embedding' in outputs:
-            clips = outputs['embedding'].astype(jnp.float32)
-        else:
-            clips = mean_of_frames(outputs)['vectors']
-        return {'embedding': clips.reshape(-1, num_views, clips.shape[-1]).mean(1)}
 
 
 class VideoModel:
@@ -265,7 +250,7 @@ class VideoModel:
           FloatingPointError: it is NaN or infinite.
           ValueError: frames of another shape or dtype.
         """
-        found = self._run(self._embed_step, video, fps)['embedding']
+        found = self._run(self._embed_step, video, fps)['clip']
         if not np.isfinite(found).all():
             raise FloatingPointError(f'the embedding is not finite. {metrics.CAUSE}')
         return found if _many(video) else found[0]
@@ -302,7 +287,9 @@ class VideoModel:
 
     @functools.cached_property
     def _embed_step(self) -> ViewStep:
-        return step.make_eval_step(self.trained.model, _Embeddings(), self._mesh, *self._placed)
+        return step.make_eval_step(
+            self.trained.model, Embedding(clip_embedding), self._mesh, *self._placed
+        )
 
     @functools.cached_property
     def _attention_step(self) -> Callable[[Tree, Tree, Tree], jax.Array]:

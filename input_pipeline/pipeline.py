@@ -107,9 +107,12 @@ def _check_reader(reader: 'TrainReader | EvalReader') -> None:
         raise ValueError(f'annotate makes {sorted(taken)}, which every batch has; rename its keys')
 
 
+OpenVideo = VideoReader | JpegReader | FrameFolder
+
+
 def open_video(
     record: Record, max_pixels: int = MAX_PIXELS, jpeg_decoder: str = 'libjpeg'
-) -> VideoReader | JpegReader | FrameFolder:
+) -> OpenVideo:
     """Opens the video of a record, from its file, its folder of frames or from where it says.
 
     Args:
@@ -286,19 +289,36 @@ class EvalReader:
         Raises:
           DecodeError: if the video cannot be read.
         """
-        cut = self.cut()
+        with self.open(record) as video:
+            views = self.take(video, *video.frame_range(record.start, record.end))
+        return views, _rows(self.annotate, record, record.label)
+
+    @contextmanager
+    def open(self, record: Record) -> Iterator[OpenVideo]:
+        """Opens a video as this reads it.
+
+        Raises:
+          DecodeError: if it cannot be read, also by the caller.
+        """
         opened = functools.partial(open_video, record, self.max_pixels, self.jpeg_decoder)
         with reading(record.path), opened() as video:
-            first, total = video.frame_range(record.start, record.end)
-            indices = self._indices(total, video.fps)
-            wanted, where = np.unique(first + indices, return_inverse=True)
-            size = (self.image_size, self.image_size, 3)
-            crops = np.empty((self.num_crops, len(wanted), *size), np.uint8)
-            # Whole frames of all clips together may not fit into memory.
-            for index, picture in video.pictures(wanted):
-                crops[:, np.searchsorted(wanted, index)] = cut(picture[None])[:, 0]
-        rows = _rows(self.annotate, record, record.label)
-        return self._views(crops, where.reshape(indices.shape)), rows
+            yield video
+
+    def take(self, video: OpenVideo, first: int, total: int) -> np.ndarray:
+        """All views, (V, T, H, W, 3) uint8 RGB, of frames `first` to `first + total - 1`.
+
+        Raises:
+          DecodeError: if they cannot be read.
+        """
+        cut = self.cut()
+        indices = self._indices(total, video.fps)
+        wanted, where = np.unique(first + indices, return_inverse=True)
+        size = (self.image_size, self.image_size, 3)
+        crops = np.empty((self.num_crops, len(wanted), *size), np.uint8)
+        # Whole frames of all clips together may not fit into memory.
+        for index, picture in video.pictures(wanted):
+            crops[:, np.searchsorted(wanted, index)] = cut(picture[None])[:, 0]
+        return self._views(crops, where.reshape(indices.shape))
 
     def views_of(self, frames: np.ndarray, fps: float = REFERENCE_FPS) -> np.ndarray:
         """The views of a video that is in memory.

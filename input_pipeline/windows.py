@@ -5,19 +5,18 @@ there, and frames are kept, already cut, as long as a later window needs them.
 """
 
 import contextlib
-import functools
 import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from input_pipeline.decode import DecodeError
-from input_pipeline.pipeline import EvalReader, open_video, reading
+from input_pipeline.pipeline import EvalReader
 from input_pipeline.sampling import PROTOCOLS
 from input_pipeline.video_list import Record
 
@@ -27,11 +26,56 @@ _SLACK = 1e-6  # seconds by which times that were computed in two ways may diffe
 
 
 class Window(NamedTuple):
-    """A clip, and where it lies: `clip` (T, H, W, 3) uint8 RGB, `start` and `end` in seconds."""
+    """A clip, and where it lies: `start` and `end` in seconds.
+
+    Attributes:
+      clip: (T, H, W, 3) uint8 RGB; of `WholeReader` all views, (V, T, H, W, 3).
+    """
 
     start: float
     end: float
     clip: np.ndarray
+
+
+class ClipReader(Protocol):
+    """How a record becomes windows: `WindowReader` or `WholeReader`.
+
+    Attributes:
+      shape: of the `clip` of each.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, record: Record) -> Iterator[Window]: ...
+
+
+@dataclass(frozen=True)
+class WholeReader:
+    """All views of a video, as an evaluation takes them, as one window.
+
+    Attributes:
+      views: makes them.
+    """
+
+    views: EvalReader
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a clip, (V, T, H, W, 3)."""
+        return self.views.shape
+
+    def read(self, record: Record) -> Iterator[Window]:
+        """Reads the one window of a video.
+
+        Raises:
+          DecodeError: if the video cannot be read.
+        """
+        with self.views.open(record) as video:
+            first, total = video.frame_range(record.start, record.end)
+            times = video.times[first : first + total]
+            seconds = float(times[-1] - times[0]) + 1 / video.fps
+            yield Window(0.0, round(seconds, 6), self.views.take(video, first, total))
 
 
 @dataclass(frozen=True)
@@ -96,8 +140,7 @@ class WindowReader:
         """
         views = self.views
         cut = views.cut()
-        opened = functools.partial(open_video, record, views.max_pixels, views.jpeg_decoder)
-        with reading(record.path), opened() as video:
+        with views.open(record) as video:
             first, total = video.frame_range(record.start, record.end)
             times = video.times[first : first + total] - video.times[first]
             try:
@@ -154,7 +197,7 @@ class End:
 
 
 def read_windows(
-    records: Iterable[Record], reader: WindowReader, num_threads: int = 2, ahead: int = 8
+    records: Iterable[Record], reader: ClipReader, num_threads: int = 2, ahead: int = 8
 ) -> Iterator[tuple[int, Window | End]]:
     """Windows of several videos, each read by one thread.
 

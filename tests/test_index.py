@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from video_files import pictures, write_video
 
-from dist_jax import backbones, index, index_file, index_journal, index_model, main, paths, search
+from dist_jax import backbones, embed_journal, index_file, index_model, main, paths, search
+from dist_jax.embed import Embedder
 from dist_jax.models import converted
 from dist_jax.models.backbone import Taps
 from dist_jax.models.frozen import text_features
@@ -181,13 +182,14 @@ def test_only_what_is_new_is_embedded(made, videos, backbone, tmp_path, monkeypa
     assert run(*command) == 0
     first = out.read_bytes()
     asked = []
-    embed = index._embedded
+    embed = Embedder.embed
 
-    def watched(request, embedder, videos, *rest):
-        asked.append([video.path for video in videos])
-        return embed(request, embedder, videos, *rest)
+    def watched(self, records, *rest, **options):
+        records = list(records)
+        asked.append([os.path.relpath(record.path, folder) for record in records])
+        return embed(self, records, *rest, **options)
 
-    monkeypatch.setattr(index, '_embedded', watched)
+    monkeypatch.setattr(Embedder, 'embed', watched)
     assert run(*command) == 0  # broken ones are tried again
     assert out.read_bytes() == first and asked.pop() == ['b/broken.mp4', 'cut.mp4']
     (folder / 'a.mp4').unlink()
@@ -337,10 +339,10 @@ def test_wrong_usage_is_explained(arguments, expected, tmp_path, monkeypatch, ca
 
 def test_two_processes_do_not_make_one_index(tmp_path):
     path = str(tmp_path / 'x.partial')
-    with index_journal.Journal(path) as journal:
+    with embed_journal.Journal(path) as journal:
         journal.begin({'model': {}})
-        with pytest.raises(index_journal.InUseError, match='being made by another process'):
-            index_journal.Journal(path)
+        with pytest.raises(embed_journal.InUseError, match='being made by another process'):
+            embed_journal.Journal(path)
     assert not os.path.exists(path)  # nothing was in it
 
 

@@ -1,9 +1,9 @@
-"""What a running `dist_jax index` has embedded so far: a file that grows by one video at a time.
+"""What a running `dist_jax index` or `features` has embedded so far: a file that grows.
 
-    INDEX.partial   a line of JSON that says of what, then for each video a line of JSON and the
-                    bytes of its arrays
+    a line of JSON that says of what, then for each video a line of JSON and the bytes of its arrays
 
-Killed at any moment, the file ends with a whole video or with a part of one, which is cut off.
+Videos are added in groups, mostly of one. Killed at any moment, the file ends with a whole group or
+with a part of one, which is cut off.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dist_jax import ending
-from dist_jax.index_file import Video
+from dist_jax.embedded import Video
 
 FORMAT = 'dist_jax index journal 1'
 MOST_LINE = 2**20  # bytes of a line of JSON
 _ALIGNMENT = 8  # bytes; spaces at the end of a line
+_FIELDS = ('path', 'size', 'time_ns', 'error', 'num_windows', 'file')
 
 
 class InUseError(ending.AgainError):
-    """Another process writes this index."""
+    """Another process makes the same."""
 
 
 class Journal:
@@ -71,27 +72,26 @@ class Journal:
         self._file.write(_line({'format': FORMAT, 'settings': self.settings}))
         self._file.flush()
 
-    def add(self, video: Video, next_row: int) -> None:
-        """Writes down a video with its arrays."""
-        arrays = video.read()
-        data = b''.join(leaf.tobytes() for leaf in arrays.values())
-        data += bytes(-len(data) % _ALIGNMENT)
-        row = {
-            'path': video.path,
-            'size': video.size,
-            'time_ns': video.time_ns,
-            'error': video.error,
-            'num_windows': video.num_windows,
-            'next_row': next_row,
-            'arrays': [[name, leaf.dtype.name, leaf.shape] for name, leaf in arrays.items()],
-            'bytes': len(data),
-            'crc32': zlib.crc32(data),
-        }
-        self._file.write(_line(row))
-        place = self._file.tell()
-        self._file.write(data)
+    def add(self, videos: Iterable[tuple[Video, int]]) -> None:
+        """Writes down a group of videos with their arrays, each with its `next_row`."""
+        group = list(videos)
+        known = []
+        for number, (video, next_row) in enumerate(group, 1):
+            arrays = video.read()
+            data = b''.join(leaf.tobytes() for leaf in arrays.values())
+            data += bytes(-len(data) % _ALIGNMENT)
+            row = {name: getattr(video, name) for name in _FIELDS} | {
+                'next_row': next_row,
+                'follow': len(group) - number,
+                'arrays': [[name, leaf.dtype.name, leaf.shape] for name, leaf in arrays.items()],
+                'bytes': len(data),
+                'crc32': zlib.crc32(data),
+            }
+            self._file.write(_line(row))
+            known.append((row, self._file.tell()))
+            self._file.write(data)
         self._file.flush()
-        self._know(row, place)
+        self._know(known)
 
     def remove(self) -> None:
         """Deletes the file, which nobody needs any more."""
@@ -108,25 +108,28 @@ class Journal:
             if head['format'] == FORMAT:
                 self.settings = dict(head['settings'])
                 whole = self._file.tell()
+            group = []
             while self.settings:
                 row = json.loads(self._file.readline(MOST_LINE))
-                place = self._file.tell()
+                group.append((row, self._file.tell()))
                 # Of a damaged number of bytes no more is read than there is.
                 data = self._file.read(min(row['bytes'], os.fstat(self._file.fileno()).st_size))
                 if len(data) != row['bytes'] or zlib.crc32(data) != row['crc32']:
                     break
-                self._know(row, place)
-                whole = self._file.tell()
+                if not row.get('follow'):
+                    self._know(group)
+                    group, whole = [], self._file.tell()
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
         self._file.seek(whole)
         self._file.truncate()
 
-    def _know(self, row: Mapping[str, Any], place: int) -> None:
-        names = ('path', 'size', 'time_ns', 'error', 'num_windows')
-        read = functools.partial(self._arrays, row['arrays'], place)
-        self.videos[row['path']] = Video(*(row[name] for name in names), read)
-        self.next_row = row['next_row']
+    def _know(self, group: Sequence[tuple[Mapping[str, Any], int]]) -> None:
+        for row, place in group:
+            read = functools.partial(self._arrays, row['arrays'], place)
+            fields = {name: row[name] for name in _FIELDS if name in row}
+            self.videos[row['path']] = Video(**fields, read=read)
+            self.next_row = row['next_row']
 
     def _arrays(
         self, arrays: Sequence[tuple[str, str, Sequence[int]]], place: int
