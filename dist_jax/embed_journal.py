@@ -41,15 +41,19 @@ class Journal:
       next_row: `embed.Done.next_row` of the last video.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, of: str):
         """Opens a journal, or makes one.
+
+        Args:
+          path: of the file.
+          of: what is being made, for a message.
 
         Raises:
           InUseError: another process has it.
           OSError: it cannot be written.
         """
         self.path = path
-        self._file = _locked(path)
+        self._file = _locked(path, of)
         self.settings: dict[str, Any] = {}
         self.videos: dict[str, Video] = {}
         self.next_row = 0
@@ -148,7 +152,7 @@ def _line(value: Mapping[str, Any]) -> bytes:
     return text + b' ' * (-(len(text) + 1) % _ALIGNMENT) + b'\n'
 
 
-def _locked(path: str) -> Any:
+def _locked(path: str, of: str) -> Any:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
         file = os.fdopen(fd, 'r+b')
@@ -160,7 +164,6 @@ def _locked(path: str) -> Any:
         except BlockingIOError:
             file.close()
             raise InUseError(
-                f'{path.removesuffix(".partial")} is being made by another process; wait for it, '
-                'or name another --out'
+                f'{of} is being made by another process; wait for it, or name another --out'
             ) from None
         file.close()

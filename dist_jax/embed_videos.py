@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from dist_jax.embed import Done, Embedder, Row
 from dist_jax.embedded import Video
 from dist_jax.metrics import CAUSE
 from dist_jax.progress import Bar, duration
+from input_pipeline.escape import terminal
 from input_pipeline.machine import num_cpus
 from input_pipeline.video_list import Record
 from input_pipeline.windows import ClipReader
@@ -66,7 +67,7 @@ def embed_videos(
     store: Store,
     make_embedder: Callable[[], Embedder],
     reader: ClipReader,
-    dtypes: Mapping[str, np.dtype],
+    dtype_of: Callable[[str], np.dtype | None],
 ) -> int:
     """Embeds what is not known, in order, into the store.
 
@@ -77,7 +78,7 @@ def embed_videos(
       store: takes the others.
       make_embedder: loads the model; it is called if there is anything to do.
       reader: makes the windows.
-      dtypes: of what is stored in another one than it is computed in.
+      dtype_of: name -> the dtype that it is stored in; None for that of the computation.
 
     Returns:
       How many were embedded, or tried.
@@ -107,7 +108,7 @@ def embed_videos(
                     if len(rows) % 64 == 0:
                         bar.update(done, f'{video.path}, {duration(item.end)}')
                     continue
-                store.add([(_with_rows(video, rows, item, dtypes), item.next_row)])
+                store.add([(_with_rows(video, rows, item, dtype_of), item.next_row)])
                 rows = []
                 done += 1
                 bar.update(done, '')
@@ -122,7 +123,7 @@ def _numbered(
 
 
 def _with_rows(
-    video: Video, rows: Sequence[Row], done: Done, dtypes: Mapping[str, np.dtype]
+    video: Video, rows: Sequence[Row], done: Done, dtype_of: Callable[[str], np.dtype | None]
 ) -> Video:
     """A video as it is stored.
 
@@ -137,7 +138,28 @@ def _with_rows(
     for name in rows[0].values:
         leaf = np.stack([row.values[name] for row in rows])
         with np.errstate(over='ignore'):  # to infinity, which is found
-            arrays[name] = leaf.astype(dtypes.get(name, leaf.dtype))
+            arrays[name] = leaf.astype(dtype_of(name) or leaf.dtype)
         if not np.isfinite(arrays[name]).all():
             raise FloatingPointError(f'{video.path}: {name} are not finite numbers. {CAUSE}')
     return dataclasses.replace(video, num_windows=len(rows), read=lambda: arrays)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines that name what differs between settings and the groups of `new`."""
+    return [
+        f'{name}: {terminal(old[part].get(name))[:80]} there, {terminal(value)[:80]} now'
+        for part in new
+        for name, value in sorted({**dict.fromkeys(old[part]), **new[part]}.items())
+        if old[part].get(name) != value
+    ]
+
+
+def check_same(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming what differs, if what is there was made with something else."""
+    unlike = differences(old, new)
+    if unlike:
+        raise ValueError(
+            f'{path} was made with another model or other settings, and all of it has the same:\n  '
+            + '\n  '.join(unlike)
+            + '\nName another --out, or delete what is there.'
+        )

@@ -12,16 +12,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from rich.table import Table
 
 from dist_jax import index_file
 from dist_jax.embed_journal import Journal
-from dist_jax.embed_videos import embed_videos, find_file
+from dist_jax.embed_videos import check_same, embed_videos, find_file
 from dist_jax.index_file import VECTORS, Index, Video
-from dist_jax.index_model import IndexModel, differences, preprocessing
+from dist_jax.index_model import IndexModel, preprocessing
 from input_pipeline.escape import Console, terminal
 from input_pipeline.windows import WindowReader
 
@@ -74,12 +73,12 @@ def run(request: Request, model: IndexModel) -> int:
     places = {'folder': os.path.realpath(request.folder), 'model': model.place}
     old = index_file.read(request.out) if os.path.exists(request.out) else None
     if old is not None:
-        _check_same(request.out, old.settings, settings)
+        check_same(request.out, old.settings, settings)
         _check_folder(old, places['folder'])
     os.makedirs(os.path.dirname(os.path.abspath(request.out)), exist_ok=True)
-    with Journal(request.out + JOURNAL) as journal:
+    with Journal(request.out + JOURNAL, request.out) as journal:
         if journal.settings:
-            _check_same(journal.path, journal.settings, settings)
+            check_same(journal.path, journal.settings, settings)
         else:
             journal.begin(settings)
         _say_others(request)
@@ -109,7 +108,7 @@ def _embed(
         journal,
         lambda: model.embedder(request.batch_size),
         request.reader,
-        {'vectors': VECTORS},
+        {'vectors': VECTORS}.get,
     )
     known |= journal.videos
     return [known[name] for name in request.names], embedded
@@ -120,16 +119,6 @@ def _same(old: Sequence[Video], new: Sequence[Video]) -> bool:
     names = ('path', 'size', 'time_ns', 'error')
     rows = [[[getattr(video, name) for name in names] for video in each] for each in (old, new)]
     return rows[0] == rows[1]
-
-
-def _check_same(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming what differs, if an index was made with something else."""
-    unlike = differences(old, new)
-    if unlike:
-        raise ValueError(
-            f'{path} was made with another model or other settings, and all of an index has the '
-            f'same:\n  ' + '\n  '.join(unlike) + '\nName another --out, or delete the file.'
-        )
 
 
 def _check_folder(old: Index, folder: str) -> None:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from dist_jax import backbones, checkpoint, experiment, recipe, step, trained
 from dist_jax.embed import Embedder, Embedding, clip_embedding
+from dist_jax.embed_videos import differences
 from dist_jax.index_file import Index
 from dist_jax.models import converted, plain
 from dist_jax.models.backbone import Backbone
@@ -176,16 +177,10 @@ class Trained:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         task = self.config.task
-        return {
-            'kind': 'run',
-            'name': self.config.model.family,
-            'step': int(self.folder.name),
-            'sha256': checkpoint.variables_sha256(self.folder),
-            'backbone_sha256': checkpoint.backbone_sha256(self._metadata['backbone']),
+        return trained.identity(self.config, self.folder) | {
             'interaction': task.interaction,
             'masked': task.masked,
             'num_words': task.num_words,
-            'dtype': self.config.model.dtype,
         }
 
     @property
@@ -384,13 +379,3 @@ def _place(index: Index, given: str, flag: str) -> str:
             f'pass {flag}=FOLDER, where it lies now'
         )
     return place
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines that name what differs between settings of an index and the groups of `new`."""
-    return [
-        f'{name}: {terminal(old[part].get(name))[:80]} there, {terminal(value)[:80]} now'
-        for part in new
-        for name, value in sorted({**dict.fromkeys(old[part]), **new[part]}.items())
-        if old[part].get(name) != value
-    ]

@@ -29,6 +29,7 @@ from dist_jax.commands import (
     demo,
     doctor,
     evaluate,
+    features,
     index,
     plan,
     predict,
@@ -55,6 +56,8 @@ examples:
       test accuracy, per class
   dist_jax predict --workdir=runs/b16 video.mp4
       top-5 of single videos, with a picture
+  dist_jax features --workdir=runs/b16 videos/ --out features
+      a vector for each video
   dist_jax train --config=configs/side4video_retrieval.py:demo --workdir=runs/retrieval
       learn to match videos with sentences, here on built-in clips
   dist_jax index videos/ --out videos.index --backbone=clip_b16
@@ -72,6 +75,7 @@ COMMANDS: dict[str, ModuleType] = {
     'train': train,
     'evaluate': evaluate,
     'predict': predict,
+    'features': features,
     'index': index,
     'search': search,
     'convert': convert,
@@ -81,7 +85,7 @@ COMMANDS: dict[str, ModuleType] = {
     'dataset': dataset,
 }
 # Commands that continue where they were stopped.
-CONTINUED = ('demo', 'train', 'index', 'dataset')
+CONTINUED = ('demo', 'train', 'features', 'index', 'dataset')
 
 # Errors whose message is enough.
 KNOWN_ERRORS = (UsageError, ValueError, OSError, RuntimeError, FloatingPointError)

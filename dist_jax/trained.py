@@ -1,15 +1,20 @@
-"""Trained models, as `evaluate` and `predict` take them from a run or a converted checkpoint."""
+"""Models with their weights: of a run, of a converted checkpoint, or a backbone as it is."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, experiment, init_from, step
-from dist_jax.configs import base
+from dist_jax import backbones, checkpoint, experiment, init_from, step
+from dist_jax.configs import base, zero_shot
+from dist_jax.models import plain
 from dist_jax.models.api import Model, Tree
+from dist_jax.models.backbone import Backbone
+from dist_jax.models.frozen import ClassTexts
 from dist_jax.models.params import flatten
 from dist_jax.sharding import make_mesh
 from dist_jax.tasks.api import Labels, Task
@@ -25,14 +30,14 @@ class Trained:
     """A trained model, ready to run.
 
     Attributes:
-      task: what it learned, for the classes that it is asked for.
+      task: what it learned, for the classes that it is asked for; None for a backbone as it is.
       model: its family's model, at the size of evaluation.
       frozen: frozen tree, with text features of these classes where the head reads them.
       variables: parameters (their average if there is one) and collections.
       step: of the checkpoint, -1 for a converted one and for a backbone.
     """
 
-    task: Task
+    task: Task | None
     model: Model
     frozen: Tree
     variables: Tree
@@ -70,6 +75,7 @@ def load_trained(
     step_number: int | str | None,
     labels: Labels | None = None,
     output: str = '',
+    mesh: Mesh | None = None,
 ) -> Trained:
     """Builds the model of a run (or of `config.init_from`) and reads its weights.
 
@@ -82,12 +88,13 @@ def load_trained(
       step_number: of the checkpoint, or 'best'; None for the newest.
       labels: another label set, for zero-shot use of a text head; None for the run's own.
       output: where a random backbone lies without a run.
+      mesh: where the weights go; None for the one of the config, of all devices.
 
     Raises:
       ValueError: nothing to read, another backbone than the run's, or a label set that the head
         cannot take.
     """
-    mesh = make_mesh(**config.mesh)
+    mesh = make_mesh(**config.mesh) if mesh is None else mesh
     if workdir:
         folder = checkpoint.find_checkpoint(workdir, step_number)
         metadata = checkpoint.read_metadata(folder)
@@ -124,6 +131,60 @@ def load_trained(
     else:
         found = _of_backbone(config, parts, variables)
     return Trained(parts.task, parts.test_model, frozen, found, -1)
+
+
+def identity(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
+    """JSON values that say which weights a step of a run has.
+
+    Args:
+      config: the run's.
+      folder: of the step.
+
+    Raises:
+      ValueError: an earlier version wrote it, without digests.
+    """
+    backbone = checkpoint.read_metadata(folder)['backbone']
+    return {
+        'kind': 'run',
+        'name': config.model.family,
+        'step': int(folder.name),
+        'sha256': checkpoint.variables_sha256(folder),
+        'backbone_sha256': checkpoint.backbone_sha256(backbone),
+        'dtype': config.model.dtype,
+    }
+
+
+def backbone_config(path: str) -> ConfigDict:
+    """What stands for the config of a run where a converted backbone is used as it is, locked.
+
+    Raises:
+      ValueError: there is no converted backbone.
+    """
+    stored = backbones.stored(path)
+    config = zero_shot.get_config()
+    config.backbone.checkpoint = path
+    config.backbone.name = stored.name.removesuffix(backbones.OF_RANDOM)
+    config.data.image_size = stored.spec.image_size
+    return config.lock()
+
+
+def backbone_of(config: ConfigDict) -> Backbone:
+    """The converted backbone of `backbone_config`, at the size that the config says."""
+    stored = backbones.stored(config.backbone.checkpoint)
+    return backbones.sized(stored, 'data.image_size', config.data.image_size)
+
+
+def load_backbone(config: ConfigDict, mesh: Mesh | None = None) -> Trained:
+    """A converted backbone as it is, without classes.
+
+    Args:
+      config: of `backbone_config`, possibly changed.
+      mesh: see `load_trained`.
+    """
+    mesh = make_mesh(**config.mesh) if mesh is None else mesh
+    model = plain.build(backbone_of(config), dtype=experiment.DTYPES[config.model.dtype])
+    frozen = model.frozen.load(mesh, ClassTexts(), verify=config.checkpoint.verify)
+    return Trained(None, model, frozen, plain.VARIABLES, -1)
 
 
 def _of_backbone(config: ConfigDict, parts: experiment.Experiment, variables: Tree) -> Tree:

@@ -20,18 +20,23 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dist_jax import attention_map, backbones, experiment, metrics, paths, recipe, step
+from dist_jax import attention_map, experiment, metrics, paths, recipe, step
 from dist_jax.config_arguments import read_config
-from dist_jax.configs import zero_shot
 from dist_jax.embed import Embedding, clip_embedding
-from dist_jax.models import converted, plain
+from dist_jax.models import converted
 from dist_jax.models.api import Tree
 from dist_jax.models.frozen import ClassTexts
 from dist_jax.models.layers import exact_float32
 from dist_jax.sharding import batch_parts, batched, make_mesh
 from dist_jax.tasks.api import Labels
 from dist_jax.tasks.classify import Classify
-from dist_jax.trained import Trained, load_trained, saved_config
+from dist_jax.trained import (
+    Trained,
+    backbone_config,
+    load_backbone,
+    load_trained,
+    saved_config,
+)
 from dist_jax.views import ViewStep
 from input_pipeline.decode import DecodeError
 from input_pipeline.sampling import REFERENCE_FPS
@@ -409,17 +414,9 @@ def _of_backbone(
     Raises:
       ValueError: it is something else.
     """
-    stored = backbones.stored(path)
-    name = stored.name.removesuffix(backbones.OF_RANDOM)
-    own = {'backbone.name': name, 'data.image_size': stored.spec.image_size}
-    config = _changed(zero_shot.get_config(), path, own | dict(overrides or {}))
-    if names is not None:
-        return VideoModel(load_trained(config, '', None, names), config)
-    found = backbones.sized(stored, 'data.image_size', config.data.image_size)
-    model = plain.build(found, dtype=experiment.DTYPES[config.model.dtype])
-    mesh = make_mesh(**config.mesh)
-    frozen = model.frozen.load(mesh, ClassTexts(), verify=config.checkpoint.verify)
-    return VideoModel(Trained(None, model, frozen, plain.VARIABLES, -1), config)
+    config = _changed(backbone_config(path), '', overrides)
+    found = load_backbone(config) if names is None else load_trained(config, '', None, names)
+    return VideoModel(found, config)
 
 
 def _changed(

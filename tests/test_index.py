@@ -339,10 +339,10 @@ def test_wrong_usage_is_explained(arguments, expected, tmp_path, monkeypatch, ca
 
 def test_two_processes_do_not_make_one_index(tmp_path):
     path = str(tmp_path / 'x.partial')
-    with embed_journal.Journal(path) as journal:
+    with embed_journal.Journal(path, 'x') as journal:
         journal.begin({'model': {}})
         with pytest.raises(embed_journal.InUseError, match='being made by another process'):
-            embed_journal.Journal(path)
+            embed_journal.Journal(path, 'x')
     assert not os.path.exists(path)  # nothing was in it
 
 
