@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).parent / 'README.md'
 BEAM = 'apache-beam>=2.70'  # wants protobuf 6, which jax, grain, tfds and orbax take as well
+PARQUET = 'pyarrow>=15.0'
 
 setup(
     name='dist_jax',
@@ -52,9 +53,11 @@ setup(
             'ruff>=0.8',
             'setuptools>=70.1',  # builds the wheel that is looked at
             BEAM,
+            PARQUET,
             'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
         'beam': [BEAM],  # data sets built by many machines; [gcp] beside it for Dataflow
+        'parquet': [PARQUET],  # features as tables
         'benchmark': ['decord>=0.6', 'psutil>=5.9'],
         'tpu': [
             'jax[tpu]>=0.10',

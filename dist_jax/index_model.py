@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dist_jax import backbones, checkpoint, experiment, recipe, step, trained
+from dist_jax import backbones, checkpoint, experiment, recipe, shipped, step, trained
 from dist_jax.embed import Embedder, Embedding, clip_embedding
 from dist_jax.embed_videos import differences
 from dist_jax.index_file import Index
@@ -294,12 +294,12 @@ def score_by_vectors(queries: jax.Array) -> Score:
 
 
 def of_backbone(path: str, num_frames: int, dtype: str) -> Plain:
-    """A converted backbone as it is.
+    """A converted backbone as it is; 'tiny_clip' is the one of the package.
 
     Raises:
       ValueError: it has no text tower, or a number does not fit.
     """
-    return Plain(backbones.stored(path), num_frames, dtype)
+    return Plain(backbones.stored(shipped.folder_of(path)), num_frames, dtype)
 
 
 def of_run(config: ConfigDict, workdir: str, step_number: int | str | None) -> Trained:

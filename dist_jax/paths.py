@@ -50,9 +50,15 @@ def check_run(workdir: str) -> None:
         raise ValueError(f'{workdir} {known} no checkpoints; pass the --workdir of a run')
 
 
+def cache_folder(name: str) -> str:
+    """Where this library keeps what it can make again."""
+    base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return os.path.join(base, 'dist_jax', name)
+
+
 def check_backbone(name: str) -> None:
     """Raises ValueError if there is nothing where an option says that a converted backbone is."""
-    if not _found(name):
+    if name != SHIPPED and not _found(name):
         raise ValueError(f'--backbone: no folder {name}{_MAKERS["backbone.checkpoint"]}')
 
 

@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import backbones, checkpoint, experiment, init_from, step
+from dist_jax import backbones, checkpoint, experiment, init_from, shipped, step
 from dist_jax.configs import base, zero_shot
 from dist_jax.models import plain
 from dist_jax.models.api import Model, Tree
@@ -157,9 +157,13 @@ def identity(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
 def backbone_config(path: str) -> ConfigDict:
     """What stands for the config of a run where a converted backbone is used as it is, locked.
 
+    Args:
+      path: its folder, or 'tiny_clip'.
+
     Raises:
       ValueError: there is no converted backbone.
     """
+    path = shipped.folder_of(path)
     stored = backbones.stored(path)
     config = zero_shot.get_config()
     config.backbone.checkpoint = path

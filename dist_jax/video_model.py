@@ -375,8 +375,8 @@ def load(
 
     Args:
       path: a run's folder; a checkpoint that `dist_jax convert` made of a trained network, with
-        `config`; or a converted backbone, which embeds as it is, and with `labels` tells classes by
-        their texts (zero-shot).
+        `config`; or a converted backbone ('tiny_clip' for the one of the package), which embeds as
+        it is, and with `labels` tells classes by their texts (zero-shot).
       labels: class names. Of a run those that it was trained on, unless a text head is to tell
         others apart; of a converted network those that its authors trained it on, in their order.
       step: of a run's checkpoint, or 'best'; None for the newest.

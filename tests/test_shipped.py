@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dist_jax
 from dist_jax import backbones, shipped
 from dist_jax.models import converted
 from dist_jax.models.backbone import Taps
@@ -66,3 +67,15 @@ def test_it_is_installed_with_the_package(tmp_path):
     subprocess.run(command, check=True, cwd=root)
     for file in (shipped.FILE, CARD):
         assert (tmp_path / file.relative_to(root)).read_bytes() == file.read_bytes()
+
+
+def test_its_name_is_enough_without_a_run(backbone, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.chdir(tmp_path)
+    model = dist_jax.load('tiny_clip', labels=['a red square', 'a blue circle'])
+    frames = np.full((8, SIZE, SIZE, 3), (0, 0, 255), np.uint8)
+    assert model.score(frames).argmax() == 1
+    folder = shipped.folder_of('tiny_clip')
+    assert folder.startswith(str(tmp_path / 'cache')) and shipped.folder_of('tiny_clip') == folder
+    (tmp_path / 'tiny_clip').mkdir()  # one's own is taken first
+    assert shipped.folder_of('tiny_clip') == 'tiny_clip' and shipped.folder_of('x') == 'x'

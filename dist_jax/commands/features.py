@@ -43,7 +43,12 @@ def parser() -> argparse.ArgumentParser:
     add('--out', required=True, metavar='DIR', help='folder to make')
     add('--workdir', default='', help='folder of the run')
     add('--step', help="its checkpoint: a number or 'best'; the newest by default")
-    add('--backbone', default='', metavar='FOLDER', help='converted backbone, in place of a run')
+    add(
+        '--backbone',
+        default='',
+        metavar='FOLDER',
+        help='converted backbone, or tiny_clip, in place of a run',
+    )
     add(
         '--outputs',
         default='clip',

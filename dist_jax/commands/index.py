@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         '--backbone',
         default='',
         metavar='FOLDER',
-        help='converted CLIP, in place of a run',
+        help='converted CLIP, or tiny_clip, in place of a run',
     )
     found.add_argument(
         '--window', type=float, default=8, help='seconds; 0: a video is one (%(default)s)'

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dist_jax.paths import cache_folder
 from dist_jax.plan.compiling import Compiled
 
 VERSION = 2  # of what is kept, and of `sharding.compiler_options`
@@ -22,8 +23,7 @@ VERSION = 2  # of what is kept, and of `sharding.compiler_options`
 
 def default_folder() -> str:
     """Where programs are kept if nobody says."""
-    base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
-    return os.path.join(base, 'dist_jax', 'plan')
+    return cache_folder('plan')
 
 
 def key(lowered_text: str, topology: str, versions: Mapping[str, str]) -> str:
