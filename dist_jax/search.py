@@ -23,6 +23,7 @@ from dist_jax.index_file import Index, IndexFileError
 from dist_jax.index_model import IndexModel, Score
 from dist_jax.json_file import write_json
 from dist_jax.models.layers import exact_float32
+from dist_jax.times import clock
 from input_pipeline.decode import DecodeError
 from input_pipeline.escape import Console, styled
 from input_pipeline.pipeline import open_video, reading
@@ -219,15 +220,6 @@ def _hit(index: Index, number: int, score: float, folder: str) -> Hit:
         problem = 'is not there any more'
     start, end = index.spans[number].tolist()
     return Hit(name, file, start, end, score, problem)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 1:02:03.4 or 2:03.4."""
-    tenths = round(seconds * 10)
-    minutes, rest = divmod(tenths, 600)
-    hours, minutes = divmod(minutes, 60)
-    ahead = f'{hours}:{minutes:02}' if hours else f'{minutes}'
-    return f'{ahead}:{rest // 10:02}.{rest % 10}'
 
 
 def _print(

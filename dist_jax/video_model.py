@@ -10,19 +10,22 @@ as many as a clip has (`num_frames`) are the clip.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dist_jax import attention_map, experiment, metrics, paths, recipe, step
+from dist_jax import attention_map, experiment, metrics, over_time, paths, recipe, step
 from dist_jax.config_arguments import read_config
-from dist_jax.embed import Embedding, clip_embedding
+from dist_jax.embed import Done, Embedder, Embedding, Row, clip_embedding
 from dist_jax.models import converted
 from dist_jax.models.api import Tree
 from dist_jax.models.frozen import ClassTexts
@@ -30,6 +33,7 @@ from dist_jax.models.layers import exact_float32
 from dist_jax.sharding import batch_parts, batched, make_mesh
 from dist_jax.tasks.api import Labels
 from dist_jax.tasks.classify import Classify
+from dist_jax.times import clock
 from dist_jax.trained import (
     Trained,
     backbone_config,
@@ -39,11 +43,16 @@ from dist_jax.trained import (
 )
 from dist_jax.views import ViewStep
 from input_pipeline.decode import DecodeError
+from input_pipeline.machine import num_cpus
 from input_pipeline.sampling import REFERENCE_FPS
 from input_pipeline.video_list import Record
+from input_pipeline.windows import Window, WindowReader
 
 Video = str | os.PathLike[str] | np.ndarray
 Ranking = tuple[tuple[str, float], ...]  # (class name, probability), best first
+
+WINDOWS_AT_ONCE = 8  # of a step, or more where there are more devices
+MOST_VIDEOS_AT_ONCE = 4  # that are read, where windows of many are asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +89,38 @@ class Prediction:
         }
 
 
+class WindowPrediction(NamedTuple):
+    """What a model says about a part of a video.
+
+    Attributes:
+      start: seconds.
+      end: seconds.
+      top: the most probable classes of each head.
+      scores: (num_classes,) float32 probabilities of each head.
+    """
+
+    start: float
+    end: float
+    top: tuple[Ranking, ...]
+    scores: tuple[np.ndarray, ...]
+
+
+# Sees a window when it is read: the number of its video, and the window.
+Seen = Callable[[int, Window], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched(WindowReader):
+    """Shows its windows to someone; labels of records are numbers of videos."""
+
+    seen: Seen = lambda number, window: None
+
+    def read(self, record: Record) -> Iterator[Window]:
+        for window in super().read(record):
+            self.seen(record.label, window)
+            yield window
+
+
 class VideoModel:
     """A model with its weights, as `load` makes it.
 
@@ -96,6 +137,7 @@ class VideoModel:
         self._reader = recipe.eval_reader(config)
         self._mesh = make_mesh(**config.mesh)
         self._other: tuple[tuple[str, ...], VideoModel] | None = None
+        self._of_windows: Embedder | None = None
 
     def __repr__(self) -> str:
         classes = ', '.join(f'{len(names)} classes' for names in self.labels) or 'no classes'
@@ -205,6 +247,87 @@ class VideoModel:
         self._check(attention)
         return self._predictions([os.fspath(path) for path in videos], most, attention)
 
+    def predict_windows(
+        self,
+        path: str | os.PathLike[str],
+        window: float = 2.0,
+        stride: float | None = None,
+        most: int = 5,
+        *,
+        smooth: int = 1,
+        batch_size: int | None = None,
+    ) -> Iterator[WindowPrediction]:
+        """What is said of a long video from window to window.
+
+        Every frame is decoded once, and memory does not grow with the length of the video. A window
+        is one view: of the run's test views, `eval.num_clips` and `eval.num_crops` do not count.
+
+        Args:
+          path: a video file, or a folder of frames.
+          window: seconds. All windows have this length, the last one being moved back to end with
+            the video; a video that is shorter is one window.
+          stride: seconds from one start to the next; half a window by default.
+          most: classes in a ranking.
+          smooth: windows, an odd number: scores are the mean of so many around each.
+          batch_size: windows of a step, a multiple of the devices; 8 by default, or as many more as
+            these need.
+
+        Yields:
+          A prediction a window, in order of time.
+
+        Raises:
+          DecodeError: the file cannot be read, possibly after some of its windows came out.
+          FloatingPointError: scores of a window are NaN or infinite, likewise.
+          ValueError: something else than a classifier, a window or a stride that is none, at once.
+        """
+        videos = self.predict_windows_all(
+            [path], window, stride, most, smooth=smooth, batch_size=batch_size
+        )
+
+        def predictions() -> Iterator[WindowPrediction]:
+            with contextlib.closing(videos):
+                yield from next(videos)
+
+        return predictions()
+
+    def predict_windows_all(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        window: float = 2.0,
+        stride: float | None = None,
+        most: int = 5,
+        *,
+        smooth: int = 1,
+        batch_size: int | None = None,
+        seen: Seen | None = None,
+    ) -> Iterator[Iterator[WindowPrediction]]:
+        """`predict_windows` of several videos, whose windows share the steps.
+
+        Args:
+          paths: video files.
+          window, stride, most, smooth, batch_size: see `predict_windows`.
+          seen: called with each window when it is read, before it is predicted, in threads.
+
+        Yields:
+          What `predict_windows` yields of each video, in order; each is to be used up before the
+          next. Of a video that cannot be read it raises DecodeError, and of scores that are no
+          numbers FloatingPointError; the next one comes nonetheless.
+
+        Raises:
+          ValueError: as `predict_windows`, at once.
+        """
+        self._check()
+        over_time.check_smooth(smooth)
+        if not window > 0:
+            raise ValueError(f'window={window} must be more than 0 seconds')
+        one_view = dataclasses.replace(self._reader, num_clips=1, num_crops=1)
+        stride = window / 2 if stride is None else stride
+        reader = WindowReader(one_view, window, stride)
+        if seen is not None:
+            reader = _Watched(one_view, window, stride, seen)
+        embedder = self._embedder(batch_size)
+        return self._windows([os.fspath(path) for path in paths], embedder, reader, most, smooth)
+
     def score(
         self,
         video: Video,
@@ -300,6 +423,57 @@ class VideoModel:
     def _attention_step(self) -> Callable[[Tree, Tree, Tree], jax.Array]:
         return attention_map.make_attention_step(self.trained.model, self._mesh, *self._placed)
 
+    def _embedder(self, batch_size: int | None) -> Embedder:
+        """What scores windows; of the last size that was asked for it is compiled."""
+        if batch_size is None:
+            parts = batch_parts(self._mesh)
+            batch_size = -(-WINDOWS_AT_ONCE // parts) * parts
+        if self._of_windows is None or self._of_windows.batch_size != batch_size:
+            self._of_windows = Embedder(self._head_scores, *self._placed, self._mesh, batch_size)
+        return self._of_windows
+
+    def _head_scores(self, variables: Tree, frozen: Tree, batch: Tree) -> dict[str, jax.Array]:
+        """The scores of a head by its number, as a name."""
+        scores = self._score_step(variables, frozen, batch)['scores']
+        return {str(number): head for number, head in enumerate(scores)}
+
+    def _windows(
+        self,
+        paths: Sequence[str],
+        embedder: Embedder,
+        reader: WindowReader,
+        most: int,
+        smooth: int,
+    ) -> Iterator[Iterator[WindowPrediction]]:
+        records = (Record(path, number, path) for number, path in enumerate(paths))
+        threads = max(1, min(num_cpus(), len(paths), MOST_VIDEOS_AT_ONCE))
+        with contextlib.closing(embedder.embed(records, reader, num_threads=threads)) as items:
+            for number, own in itertools.groupby(items, operator.itemgetter(0)):
+                yield self._windows_of(paths[number], (item for _, item in own), most, smooth)
+
+    def _windows_of(
+        self, path: str, items: Iterator[Row | Done], most: int, smooth: int
+    ) -> Iterator[WindowPrediction]:
+        error = ''
+
+        def scored() -> Iterator[over_time.Scored]:
+            nonlocal error
+            for item in items:
+                if isinstance(item, Done):
+                    error = item.error
+                    return
+                scores = tuple(item.values[str(i)] for i in range(len(self.labels)))
+                name = f'{path}, from {clock(item.start)} to {clock(item.end)}'
+                rows = [head[None] for head in scores]
+                metrics.check_finite(rows, lambda _, name=name: name, 'windows')
+                yield item.start, item.end, scores
+
+        for start, end, scores in over_time.smoothed(scored(), smooth):
+            yield WindowPrediction(start, end, _rankings(self.labels, scores, most), scores)
+        if error:
+            kind, _, reason = error.partition(': ')
+            raise DecodeError(path, kind, reason)
+
     def _check(self, attention: bool = False) -> None:
         """Raises ValueError if it is no classifier, or has no attention that is asked for."""
         task = self.trained.task
@@ -352,10 +526,7 @@ class VideoModel:
         found = self._score_step(*self._placed, batch)
         scores = tuple(np.asarray(head)[0] for head in found['scores'])
         metrics.check_finite([head[None] for head in scores], lambda _: path or 'the frames')
-        top = tuple(
-            tuple((names[i], float(head[i])) for i in np.argsort(-head, kind='stable')[:most])
-            for names, head in zip(self.labels, scores)
-        )
+        top = _rankings(self.labels, scores, most)
         maps = None
         if attention:
             maps = np.asarray(self._attention_step(*self._placed, batch))[0]
@@ -455,6 +626,14 @@ def _names(labels: Sequence[str]) -> tuple[str, ...]:
     if twice:
         raise ValueError(f'labels name {twice[0]!r} twice')
     return names
+
+
+def _rankings(labels: Labels, scores: Sequence[np.ndarray], most: int) -> tuple[Ranking, ...]:
+    """The most probable classes of each head."""
+    return tuple(
+        tuple((names[i], float(head[i])) for i in np.argsort(-head, kind='stable')[:most])
+        for names, head in zip(labels, scores)
+    )
 
 
 def _many(video: Video) -> bool:

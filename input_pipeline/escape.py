@@ -80,6 +80,15 @@ def csv_cell(text: object) -> str:
     return ("'" if name.lstrip(' ').startswith(FORMULA_STARTS) else '') + terminal(name)
 
 
+# What players take for the time of the next subtitle, for tags and for commands.
+_OF_SUBTITLES = str.maketrans('<>{}', '\u2039\u203a()')
+
+
+def subtitle(text: object) -> str:
+    """One line of a subtitle (SubRip), whose marks players show and do not obey."""
+    return terminal(text).translate(_OF_SUBTITLES)
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
     r"""JSON that every UTF-8 file takes, and from which `json.loads` makes the same strings.
 

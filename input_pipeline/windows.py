@@ -30,11 +30,13 @@ class Window(NamedTuple):
 
     Attributes:
       clip: (T, H, W, 3) uint8 RGB; of `WholeReader` all views, (V, T, H, W, 3).
+      num_windows: that its video has, if it can be read to the end.
     """
 
     start: float
     end: float
     clip: np.ndarray
+    num_windows: int = 1
 
 
 class ClipReader(Protocol):
@@ -161,7 +163,7 @@ class WindowReader:
                 there += 1
                 while done < len(spans) and where[done].max() < there:
                     clip = np.stack([kept[k] for k in where[done].tolist()])
-                    yield Window(*spans[done].tolist(), clip)
+                    yield Window(*spans[done].tolist(), clip, len(spans))
                     for k in set(where[done].tolist()):
                         if last_use[k] == done:
                             del kept[k]
