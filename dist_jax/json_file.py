@@ -8,6 +8,8 @@ from typing import Any
 
 from etils import epath
 
+from dist_jax.whole_file import appearing
+
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a JSON file, local or in a bucket, that appears whole or not at all.
@@ -20,6 +22,5 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     if '://' in os.fspath(path):  # an object appears whole
         path.write_bytes(data)
         return
-    partial = path.with_name(f'.{path.name}.partial')
-    partial.write_bytes(data)
-    partial.replace(path)
+    with appearing(path) as partial:
+        partial.write_bytes(data)

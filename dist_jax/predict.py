@@ -57,14 +57,9 @@ def run(
       ValueError: the run, the backbone or the labels do not fit, or the model has no attention to
         draw.
     """
-    if jax.process_count() > 1:
-        raise ValueError('predict runs in one process; start it on a single host')
-    class_names = (read_label_map(labels).names,) if labels else None
-    model = VideoModel(load_trained(config, workdir, step_number, class_names), config)
+    model = load_model(config, workdir, step_number, labels)
     predictions = model.predict_all(paths, attention=attention)
-    # Pictures are written locally, also those of a run in a bucket.
-    folder = Path(output or os.path.join('' if '://' in workdir else workdir, 'predictions'))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(workdir, output)
     endings = PICTURES | (ATTENTION_PICTURES if attention else {})
     stems = picture_stems(paths, tuple(endings.values()))
     if json_file:  # a folder that cannot be made is found before the work
@@ -86,6 +81,27 @@ def run(
         write_json(Path(json_file), rows)
     print_predictions(rows)
     return 1 if any(row['error'] for row in rows) else 0
+
+
+def load_model(
+    config: ConfigDict, workdir: str, step_number: int | str | None, labels: str
+) -> VideoModel:
+    """The model of a run, for other classes where there is a file of them; arguments as of `run`.
+
+    Raises:
+      ValueError: the run, the backbone or the labels do not fit, or there are several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError('predict runs in one process; start it on a single host')
+    class_names = (read_label_map(labels).names,) if labels else None
+    return VideoModel(load_trained(config, workdir, step_number, class_names), config)
+
+
+def output_folder(workdir: str, output: str) -> Path:
+    """Where files about videos are written, made: locally, also those of a run in a bucket."""
+    folder = Path(output or os.path.join('' if '://' in workdir else workdir, 'predictions'))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def picture_stems(paths: Sequence[str], endings: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from types import TracebackType
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from input_pipeline.escape import Console, lines
+from input_pipeline.escape import Console, lines, terminal
 
 
 class Bar:
@@ -29,11 +29,11 @@ class Bar:
         self._progress = None
         if self._console.is_terminal and not self._quiet:
             self._progress = Progress(
-                TextColumn('[bold]{task.description}'),
+                TextColumn('{task.description}', style='bold', markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn('{task.fields[note]}'),
+                TextColumn('{task.fields[note]}', markup=False),
                 console=self._console,
                 transient=True,
             )
@@ -55,12 +55,13 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
 
-    def update(self, done: int, note: str | None = None) -> None:
-        """Moves the bar; `note` stands beside it."""
+    def update(self, done: int, note: str | None = None, total: int | None = None) -> None:
+        """Moves the bar; `note` stands beside it, `total` is another one from now on."""
         self._done = done
+        self._total = self._total if total is None else total
         if self._progress is not None:
-            fields = {} if note is None else {'note': note}
-            self._progress.update(self._task, completed=done, **fields)
+            fields = {} if note is None else {'note': terminal(note)}
+            self._progress.update(self._task, completed=done, total=self._total, **fields)
             return
         now = time.monotonic()
         if self._first is None:  # what came before is compilation, and says nothing of the rest
@@ -71,7 +72,8 @@ class Bar:
             if done > had:
                 seconds = (now - since) / (done - had) * (self._total - done)
                 left = f', ETA {duration(seconds)}'
-            self.line(f'{100 * done / self._total:.0f} %{left}')
+            where = f', {note}' if note else ''
+            self.line(f'{100 * done / self._total:.0f} %{left}{where}')
 
     def line(self, text: str) -> None:
         """Prints a line above the bar."""

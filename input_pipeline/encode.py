@@ -4,8 +4,10 @@ Frames keep their times and are turned upright; sound and all else is left behin
 gives the same bytes: encoders run on one thread and write no date and no version.
 """
 
+import contextlib
 import io
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -31,6 +33,7 @@ _H264 = {
     'threads': '1',
 }
 _MUXER = {'fflags': '+bitexact'}
+_TO_WATCH = {'preset': 'veryfast', 'crf': '23'}
 CODECS = ('h264', 'jpeg')
 CRF_RANGE = {'h264': (0, 51), 'jpeg': (2, 31)}
 
@@ -183,6 +186,40 @@ def _plane(frame: av.VideoFrame, number: int) -> np.ndarray:
     plane = frame.planes[number]
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
     return rows[: plane.height, : plane.width]
+
+
+def write_pictures(
+    path: str | os.PathLike, pictures: Iterable[tuple[float, np.ndarray]], fps: float
+) -> int:
+    """Encodes pictures as they come into an H.264 mp4 file; none waits in memory.
+
+    Args:
+      path: the file to write.
+      pictures: (seconds, (H, W, 3) uint8 RGB), times increasing, H and W even and all the same.
+      fps: frames per second, about.
+
+    Returns:
+      How many there were; without any, there is no file.
+    """
+    rate = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
+    count = 0
+    with contextlib.ExitStack() as stack:
+        for seconds, picture in pictures:
+            if not count:
+                options = _MUXER | {'movflags': 'faststart'}
+                container = av.open(os.fspath(path), 'w', format='mp4', options=options)
+                stack.enter_context(container)
+                stream = container.add_stream('libx264', rate=rate, options=_TO_WATCH)
+                stream.height, stream.width = picture.shape[:2]
+                stream.pix_fmt = 'yuv420p'
+                stream.codec_context.time_base = _TIME_BASE
+            frame = av.VideoFrame.from_ndarray(picture, format='rgb24')
+            frame.pts, frame.time_base = round(seconds / _TIME_BASE), _TIME_BASE
+            container.mux(stream.encode(frame))
+            count += 1
+        if count:
+            container.mux(stream.encode(None))
+    return count
 
 
 def join_jpegs(pictures: Sequence[bytes] | Iterator[bytes], fps: float) -> bytes:

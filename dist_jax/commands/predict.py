@@ -1,12 +1,13 @@
-"""Top-5 of single videos."""
+"""Top-5 of single videos, or of windows over long ones."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from dist_jax import paths
+from dist_jax import paths, times
 from dist_jax.commands.arguments import make_parser, split, start_jax, wrong_usage
 from dist_jax.config_arguments import UsageError, named_fields, read_config
 
@@ -20,10 +21,16 @@ examples:
       choose among other class names, one a line, averaged with the frozen CLIP (text head only)
   dist_jax predict --workdir=runs/b16 --attention video.mp4
       where the model's query looked, as a sheet of frames and as an animation
+  dist_jax predict --workdir=runs/b16 --window=2s --stride=1s long.mp4
+      what is said of a long video over time: table, JSON, CSV, subtitles, a picture
+  dist_jax predict --workdir=runs/b16 --window=2s --smooth=5 --threshold=0.5 --annotate long.mp4
+      averaged over 5 windows, nothing below 50 %, and the video with the classes drawn on it
 
 Needs the run and its backbone, not the training data; if the backbone has moved, pass
 --config.backbone.checkpoint=FOLDER. Exit code 1: a video could not be read.
 """
+
+WINDOW_OPTIONS = ('window', 'stride', 'smooth', 'threshold', 'annotate', 'batch_size')
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +52,59 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         '--attention', action='store_true', help="also draw where the model's query looked"
     )
+    group = found.add_argument_group('long videos')
+    group.add_argument(
+        '--window', metavar='TIME', help='predict from window to window: 2s, 500ms, 1m'
+    )
+    group.add_argument(
+        '--stride', metavar='TIME', help='from one start to the next; half a window by default'
+    )
+    group.add_argument(
+        '--smooth', type=int, metavar='N', help='average scores over N windows, an odd number'
+    )
+    group.add_argument(
+        '--threshold', type=float, metavar='P', help='no class where none is as probable, 0 to 1'
+    )
+    group.add_argument(
+        '--annotate',
+        action='store_const',
+        const=True,
+        help='also write the video with the classes on it',
+    )
+    group.add_argument('--batch_size', type=int, metavar='N', help='windows of a step (8)')
     return found
+
+
+def _window_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of long videos that were given, by the names of `predict_windows.Options`.
+
+    Raises:
+      ValueError: they are no values, or do not go together.
+    """
+    values = {name: getattr(arguments, name) for name in WINDOW_OPTIONS}
+    given = {name: value for name, value in values.items() if value not in (None, '')}
+    if 'window' not in given:
+        if given:
+            named = ', '.join(f'--{name}' for name in given)
+            raise ValueError(f'{named} goes with --window=TIME, which is not there')
+        return {}
+    for name in ('attention', 'json'):
+        if getattr(arguments, name):
+            raise ValueError(
+                f'--{name} does not go with --window'
+                + ', which writes JSON of each video to --output' * (name == 'json')
+            )
+    for name in ('window', 'stride'):
+        if name in given:
+            try:
+                given[name] = times.seconds(given[name])
+            except ValueError as error:
+                raise ValueError(f'--{name}: {error}') from error
+            if not given[name]:
+                raise ValueError(f'--{name}={getattr(arguments, name)} must be more than 0')
+    if not 0 <= given.get('threshold', 0) <= 1:
+        raise ValueError(f'--threshold={given["threshold"]:g} must be 0 to 1')
+    return given
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,13 +113,24 @@ def run(argv: Sequence[str]) -> int:
     with wrong_usage():
         paths.check_run(arguments.workdir)
         paths.check_inputs(named_fields(config_arguments), ())
+        options = _window_options(arguments)
         videos = paths.find_videos(arguments.videos)
     if arguments.labels and not os.path.exists(arguments.labels):
         raise UsageError(f'--labels: no file {arguments.labels}')
-    from dist_jax import predict, trained
+    from dist_jax import predict, predict_windows, trained
 
     config = read_config(config_arguments, trained.saved_config(arguments.workdir, arguments.step))
     start_jax()
+    if options:
+        return predict_windows.run(
+            config,
+            arguments.workdir,
+            arguments.step,
+            videos,
+            predict_windows.Options(**options),
+            arguments.output,
+            arguments.labels,
+        )
     return predict.run(
         config,
         arguments.workdir,
