@@ -111,7 +111,7 @@ class _Said:
         self._turns = track.turns()
         self._heads = [(own[:, 0], shares[:, 0]) for own, shares in track.heads()]
         self._threshold = threshold
-        self._band = functools.lru_cache(maxsize=64)(_band)
+        self._band = functools.lru_cache(maxsize=64)(band)
 
     def draw(self, seconds: float, frame: np.ndarray) -> None:
         """Draws on a frame (H, W, 3) uint8."""
@@ -129,7 +129,7 @@ class _Said:
             ground[:] = (ground * (1 - alpha) + light).round().astype(np.uint8)
 
 
-def _band(
+def band(
     lines: tuple[tuple[str, float], ...], height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is drawn at the foot of a frame: a name, a percentage and a bar for each line.

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,7 +55,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class Found:
     """What was found and written of a video.
 
     Attributes:
@@ -116,7 +116,7 @@ def run(
         batch_size=options.batch_size,
         seen=lambda number, window: thumbnails[number].see(window),
     )
-    results: list[_Found] = []
+    results: list[Found] = []
     with Bar('predict', len(paths)) as bar:
         bar.line(f'{len(paths)} videos, compiling the step')
         for number, predictions in enumerate(videos):
@@ -124,7 +124,7 @@ def run(
             columns = Columns([len(names) for names in model.labels])
             found = _collect(model, paths[number], predictions, options, columns, place)
             found = dataclasses.replace(found, files=files[number])
-            results.append(write(found, options, columns, thumbnails[number], place))
+            results.append(write(found, options, columns, thumbnails[number], place.drawn))
             thumbnails[number] = timeline.Thumbnails()  # frees the frames
     console = Console()
     for found in results:
@@ -192,7 +192,7 @@ def _collect(
     options: Options,
     columns: Columns,
     place: _Place,
-) -> _Found:
+) -> Found:
     """The windows of a video that can be read; fills `columns`, too."""
     track = Track(model.labels, options.most)
     error = ''
@@ -207,17 +207,24 @@ def _collect(
         error = f'scores are not finite numbers. {metrics.CAUSE}'
     if error and len(track):
         error = f'from {clock(track.end)} on {error}'
-    return _Found(path, track, {}, error)
+    return Found(path, track, {}, error)
 
 
 def write(
-    found: _Found,
+    found: Found,
     options: Options,
     columns: Columns,
     thumbnails: timeline.Thumbnails,
-    place: _Place,
-) -> _Found:
+    on_frame: Callable[[float, float], None],
+) -> Found:
     """Writes the files about a video; of one without windows, only that which says why.
+
+    Args:
+      found: of the video; `files` says where to.
+      options: see there.
+      columns: highest probabilities of all classes.
+      thumbnails: frames of the video.
+      on_frame: called with the time of an annotated frame, and that of the end.
 
     Returns:
       The same, with what was not or not wholly written.
@@ -236,12 +243,12 @@ def write(
         return found
     problem = annotate.write(
         *(files['video'], found.path, track, options.threshold),
-        on_frame=lambda seconds: place.drawn(seconds, track.end),
+        on_frame=lambda seconds: on_frame(seconds, track.end),
     )
     return dataclasses.replace(found, problem=problem)
 
 
-def _title(found: _Found, options: Options) -> str:
+def _title(found: Found, options: Options) -> str:
     name = drawing.cut(os.path.join(*Path(found.path).parts[-2:]), 60)
     text = f'{name}   {clock(found.track.end)}, windows of {options.window:g} s'
     text += f', {options.smooth} averaged' if options.smooth > 1 else ''
@@ -268,7 +275,7 @@ def _segment(track: Track, segment: Segment) -> dict[str, Any]:
     return times | {'windows': segment.num_windows, 'best': best}
 
 
-def _write_json(path: Path, found: _Found, options: Options) -> None:
+def _write_json(path: Path, found: Found, options: Options) -> None:
     """All windows and segments, one a line, never all in memory as JSON."""
     track = found.track
     stride = options.window / 2 if options.stride is None else options.stride
@@ -335,7 +342,7 @@ def _write_subtitles(path: Path, track: Track, threshold: float) -> None:
                 file.write('\n'.join([str(number), f'{start} --> {end}', *lines, '', '']))
 
 
-def _print(console: Console, found: _Found, options: Options) -> None:
+def _print(console: Console, found: Found, options: Options) -> None:
     track = found.track
     segments = [each for each in track.segments(options.threshold) if any(each.best)]
     if segments:
@@ -352,7 +359,7 @@ def _print(console: Console, found: _Found, options: Options) -> None:
             console.print(f'{kind}: {file}', soft_wrap=True)
 
 
-def _print_segments(console: Console, found: _Found, segments: Sequence[Segment]) -> None:
+def _print_segments(console: Console, found: Found, segments: Sequence[Segment]) -> None:
     labels = found.track.labels
     table = Table('from', 'to', title=styled(found.path), title_justify='left')
     table.columns[0].justify = table.columns[1].justify = 'right'

@@ -266,7 +266,7 @@ def _draw_legend(axis: Axes, timeline: Timeline, left: float, room: float, y: fl
     text = '1  probability'
     text += f' (the highest of {of_each} windows in a row)' if of_each > 1 else ''
     _draw_text(axis, left + 0.93, y, text, fontsize=7.5, alpha=0.75)
-    x = left + room - 1.95
-    axis.plot((x, x + 0.25), (y, y), color='C1', lw=3, solid_capstyle='butt')
     text = 'the best class' + f', if ≥ {timeline.threshold:g}' * (timeline.threshold > 0)
-    _draw_text(axis, x + 0.32, y, text, fontsize=7.5, alpha=0.75)
+    _draw_text(axis, left + room, y, text, fontsize=7.5, alpha=0.75, ha='right')
+    x = left + room - LETTER * len(text) - 0.35
+    axis.plot((x, x + 0.25), (y, y), color='C1', lw=3, solid_capstyle='butt')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-_PART = re.compile(r'([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ms|s|m|h|)')
+_PART = re.compile(r'([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(ms|s|m|h|)\s*')
 _UNITS = {'': 1.0, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0}
 
 
@@ -15,9 +15,8 @@ def seconds(text: str) -> float:
     Raises:
       ValueError: it is none.
     """
-    written = ''.join(text.split())
-    parts = list(_PART.finditer(written))
-    whole = ''.join(part[0] for part in parts) == written
+    parts = list(_PART.finditer(text.strip()))
+    whole = ''.join(part[0] for part in parts) == text.strip()
     if not parts or not whole or (len(parts) > 1 and not all(part[2] for part in parts)):
         raise ValueError(f'{text!r} is no length of time: write seconds, or 2s, 500ms, 1m, 1m30s')
     found = sum(float(part[1]) * _UNITS[part[2]] for part in parts)

@@ -37,6 +37,7 @@ def test_no_control_character_and_no_surrogate_leaves(name):
         escape.lines,
         escape.html,
         escape.csv_cell,
+        escape.subtitle,
         escape.file_name,
         escape.markdown,
         escape.json_text,
@@ -67,6 +68,11 @@ def test_a_spreadsheet_computes_nothing(start):
     csv.writer(buffer).writerow([escape.csv_cell(start + 'cmd')])
     (cell,) = next(csv.reader(io.StringIO(buffer.getvalue())))
     assert cell.startswith("'")
+
+
+def test_a_subtitle_holds_no_times_and_no_tags():
+    text = escape.subtitle('a\n1 --> 2 <i>b</i> {\\an8}')
+    assert not set('<>{}\n') & set(text) and 'b' in text
 
 
 @pytest.mark.parametrize('name', [*NAMES, '../../etc/passwd', '...', '', '-rf', 'é' * 300])
