@@ -84,7 +84,8 @@ def test_the_frames_of_a_window_are_those_between_its_times(folder):
     reader = WindowReader(VIEWS, 2.0, 0.7)
     found = list(reader.read(record(folder / 'c.mkv')))
     assert len(found) == 13
-    for start, end, clip in found:
+    for start, end, clip, num_windows in found:
+        assert num_windows == 13
         inside = np.flatnonzero((times > start - 1e-6) & (times < end - 1e-6))
         chosen = inside[segment_test(len(inside), 4, 1)[0]]
         np.testing.assert_array_equal(clip, frames[chosen][:, :, 8:56])
