@@ -268,5 +268,5 @@ def _draw_legend(axis: Axes, timeline: Timeline, left: float, room: float, y: fl
     _draw_text(axis, left + 0.93, y, text, fontsize=7.5, alpha=0.75)
     text = 'the best class' + f', if ≥ {timeline.threshold:g}' * (timeline.threshold > 0)
     _draw_text(axis, left + room, y, text, fontsize=7.5, alpha=0.75, ha='right')
-    x = left + room - LETTER * len(text) - 0.35
+    x = left + room - 0.056 * len(text) - 0.33
     axis.plot((x, x + 0.25), (y, y), color='C1', lw=3, solid_capstyle='butt')
