@@ -24,6 +24,8 @@ from input_pipeline.jpeg import JpegReader
 from input_pipeline.pipeline import open_video, reading
 from input_pipeline.video_list import Record
 
+OpenVideo = VideoReader | JpegReader | FrameFolder
+
 # Pixels of the short and the long side: smaller frames are enlarged by a whole number, so that text
 # on them can be read, larger ones are made smaller.
 LEAST_SIDE, MOST_SIDE, MOST_LONG = 240, 720, 1920
@@ -53,29 +55,29 @@ def write(
     said = _Said(track, threshold)
     problem = ''
 
-    def drawn(
-        video: VideoReader | JpegReader | FrameFolder,
-    ) -> Iterator[tuple[float, np.ndarray]]:
+    def drawn(video: OpenVideo) -> Iterator[tuple[float, np.ndarray]]:
         nonlocal problem
         times = video.times[: np.searchsorted(video.times, track.end - _SLACK)]
         done = 0
         try:
-            for number, picture in video.pictures(np.arange(len(times))):
-                if number != done:
-                    continue  # of a shortcut that fails: they start again
-                frame = resized(picture)
-                said.draw(times[number], frame)
-                yield float(times[number]), frame
-                on_frame(float(times[number]))
-                done += 1
+            with reading(source):
+                for number, picture in video.pictures(np.arange(len(times))):
+                    if number != done:
+                        continue  # of a shortcut that fails: they start again
+                    frame = resized(picture)
+                    said.draw(times[number], frame)
+                    yield float(times[number]), frame
+                    on_frame(float(times[number]))
+                    done += 1
         except DecodeError as error:
             if not done:
                 raise
             problem = f'{error.kind}: {error.reason}'
 
     try:
-        record = Record(source, (), source)
-        with reading(source), open_video(record) as video, appearing(path) as partial:
+        with reading(source):
+            opened = open_video(Record(source, (), source))
+        with opened as video, appearing(path) as partial:
             write_pictures(partial, drawn(video), video.fps)
     except DecodeError as error:
         return f'{error.kind}: {error.reason}'
@@ -147,7 +149,7 @@ def band(
     pad, thick = max(2, letters // 2), max(2, letters // 5)
     for number, (name, share) in enumerate(lines):
         y = number * step
-        font = drawing.font(letters)
+        font = drawing.font(letters, text=name)
         percent = f'{100 * share:.0f} %'
         room = width - 3 * pad - font.getlength(percent)
         pen.text((pad, y + step * 0.42), fitted(name, font, room), 'white', font, 'lm')

@@ -95,13 +95,37 @@ def _font_families() -> list[str]:
     return ['DejaVu Sans', *filter(None, found)]
 
 
-def font(size: int, bold: bool = False) -> FreeTypeFont:
-    """matplotlib's own font for a picture that Pillow draws; `size` in pixels."""
-    import matplotlib
+def font(size: int, bold: bool = False, text: str = '') -> FreeTypeFont:
+    """A font for a picture that Pillow draws: matplotlib's own, or another for another script.
+
+    Args:
+      size: in pixels.
+      bold: of matplotlib's own.
+      text: what is drawn; the first font here that has all its letters is taken, if there is any.
+    """
+    from matplotlib import get_data_path
     from PIL import ImageFont
 
     name = f'DejaVuSans{"-Bold" * bold}.ttf'
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', name), size)
+    own = os.path.join(get_data_path(), 'fonts', 'ttf', name)
+    letters = frozenset(map(ord, text))
+    found = next((path for path in (own, *_more_font_files()) if letters <= _has(path)), own)
+    return ImageFont.truetype(found, size)
+
+
+@functools.cache
+def _more_font_files() -> tuple[str, ...]:
+    from matplotlib import font_manager
+
+    return tuple(font_manager.findfont(name) for name in _font_families()[1:])
+
+
+@functools.cache
+def _has(path: str) -> frozenset[int]:
+    """The letters of a font."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(path).get_charmap())
 
 
 def cut(text: str, most: int) -> str:
