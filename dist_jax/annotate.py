@@ -16,15 +16,11 @@ import numpy as np
 from dist_jax import drawing
 from dist_jax.over_time import Track
 from dist_jax.whole_file import appearing
-from input_pipeline.decode import DecodeError, VideoReader
+from input_pipeline.decode import DecodeError
 from input_pipeline.encode import write_pictures
 from input_pipeline.escape import terminal
-from input_pipeline.frame_folder import FrameFolder
-from input_pipeline.jpeg import JpegReader
-from input_pipeline.pipeline import open_video, reading
+from input_pipeline.pipeline import OpenVideo, open_video, reading
 from input_pipeline.video_list import Record
-
-OpenVideo = VideoReader | JpegReader | FrameFolder
 
 # Pixels of the short and the long side: smaller frames are enlarged by a whole number, so that text
 # on them can be read, larger ones are made smaller.

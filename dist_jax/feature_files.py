@@ -11,6 +11,7 @@ Files appear whole, and before the journal says that they are there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,6 +24,7 @@ import numpy as np
 from dist_jax.embed_journal import Journal
 from dist_jax.embedded import Video
 from dist_jax.json_file import write_json
+from dist_jax.whole_file import appearing
 
 MANIFEST, VIDEOS, HOSTS = 'manifest.json', 'videos.jsonl', '.hosts'
 SPANS = 'spans'
@@ -78,7 +80,8 @@ class NpyFiles:
             for name, array in video.read().items():
                 path = self._folder / name / f'{video.path}.npy'
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _write(path, lambda file, array=array: np.save(file, array, allow_pickle=False))
+                with appearing(path) as partial, open(partial, 'wb') as file:
+                    np.save(file, array, allow_pickle=False)
             self._journal.add([(_without_arrays(video), next_row)])
 
     def close(self) -> None:
@@ -184,7 +187,8 @@ def write_parquet(path: Path, videos: Sequence[tuple[Video, Arrays]]) -> None:
         shape = json.dumps(whole.shape[1:])
         fields.append(pyarrow.field(name, columns[name].type, metadata={'shape': shape}))
     table = pyarrow.table(list(columns.values()), schema=pyarrow.schema(fields))
-    _write(path, lambda file: parquet.write_table(table, file, compression='zstd'))
+    with appearing(path) as partial:
+        parquet.write_table(table, partial, compression='zstd')
 
 
 def import_parquet() -> tuple[Any, Any]:
@@ -210,9 +214,10 @@ def write_array_record(path: Path, videos: Sequence[tuple[Video, Arrays]]) -> No
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
-    partial = path.with_name(f'.{path.name}.new')
-    try:
-        writer = ArrayRecordWriter(str(partial), 'group_size:1')
+    with (
+        appearing(path) as partial,
+        contextlib.closing(ArrayRecordWriter(str(partial), 'group_size:1')) as writer,
+    ):
         for video, arrays in videos:
             example = tf_example_pb2.Example()
             feature = example.features.feature
@@ -226,31 +231,14 @@ def write_array_record(path: Path, videos: Sequence[tuple[Video, Arrays]]) -> No
                     feature[f'{name}/shape'].int64_list.value.extend(array.shape)
             # A message writes its map in an order that differs from process to process.
             writer.write(example.SerializeToString(deterministic=True))
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write(path: Path, write: Callable[[Any], object]) -> None:
-    """A file that appears whole or not at all."""
-    partial = path.with_name(f'.{path.name}.new')
-    try:
-        with open(partial, 'wb') as file:
-            write(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON values, one a line; ASCII, also of names that are not UTF-8."""
 
-    def write(file: Any) -> None:
+    with appearing(path) as partial, open(partial, 'wb') as file:
         for row in rows:
             file.write((json.dumps(row, allow_nan=False) + '\n').encode())
-
-    _write(path, write)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

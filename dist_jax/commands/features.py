@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dist_jax import paths
+from dist_jax import paths, times
 from dist_jax.commands.arguments import make_parser, split, start_jax, wrong_usage
 from dist_jax.config_arguments import named_fields, read_config
 
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         '--window',
         default='',
-        help='seconds (2s), or with --fps frames (16); else all of a video',
+        help='seconds, as 2s; with --fps a number of frames; all of a video by default',
     )
     add(
         '--stride',
@@ -157,13 +157,11 @@ def _windows(window: str, stride: str, fps: float | None) -> tuple[float, float]
 
 
 def _seconds(name: str, text: str, fps: float | None) -> float:
-    number, unit = (text[:-1], 's') if text.endswith('s') else (text, '')
+    """A length of time; a bare number counts frames where there is a rate."""
     try:
-        value = float(number)
-    except ValueError:
-        raise ValueError(f'--{name}={text}: a number of seconds, as 2s, or of frames') from None
-    if not unit and fps is None:
-        raise ValueError(f'--{name}={text}: write {text}s for seconds, or say --fps for frames')
-    if not 0 < value < 1e9:
-        raise ValueError(f'--{name}={text} must be above 0')
-    return value if unit else value / fps
+        value = times.seconds(text)
+    except ValueError as error:
+        raise ValueError(f'--{name}: {error}') from None
+    if not value:
+        raise ValueError(f'--{name}={text} must be more than 0')
+    return value / fps if fps and not text.strip()[-1].isalpha() else value
