@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from dist_jax import pod
+from dist_jax import pod, times
 from dist_jax.config_arguments import UsageError, closest
 from dist_jax.configs import base
 
@@ -46,6 +46,18 @@ def make_parser(command: str, text: str, examples: str) -> argparse.ArgumentPars
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def length(text: str) -> float:
+    """Seconds, as the type of an argument; see `times.seconds`.
+
+    Raises:
+      argparse.ArgumentTypeError: it is no length of time.
+    """
+    try:
+        return times.seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from dist_jax import paths
-from dist_jax.commands.arguments import make_parser, split, start_jax, wrong_usage
+from dist_jax.commands.arguments import length, make_parser, split, start_jax, wrong_usage
 from dist_jax.config_arguments import named_fields, read_config
 
 SUMMARY = 'embed the videos of a folder, to search them'
@@ -43,10 +43,10 @@ def parser() -> argparse.ArgumentParser:
         help='converted CLIP, or tiny_clip, in place of a run',
     )
     found.add_argument(
-        '--window', type=float, default=8, help='seconds; 0: a video is one (%(default)s)'
+        '--window', type=length, default=8.0, help='seconds, as 8 or 8s; 0: a video is one (8)'
     )
     found.add_argument(
-        '--stride', type=float, help='seconds from one start to the next; half a window by default'
+        '--stride', type=length, help='seconds from one start to the next; half a window by default'
     )
     found.add_argument(
         '--num_frames', type=int, help='of a window, for --backbone (8); a run has its own'
