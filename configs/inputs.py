@@ -1,8 +1,9 @@
 """What the four systems do with their videos: fields of `data`, `eval` and `mixing`.
 
 A family's file starts from its row; any other config takes one with
-`config.update_from_flattened_dict(INPUTS['side4video_ssv2'])`. `docs/augmentation.md` shows them
-side by side. What a row does not name stays as `configs/base.py` has it, which is DiST on Kinetics.
+`config.update_from_flattened_dict(INPUTS['side4video_ssv2'])`. `docs/guides/augmentation.md` shows
+them side by side. What a row does not name stays as `configs/base.py` has it, which is DiST on
+Kinetics.
 """
 
 from __future__ import annotations

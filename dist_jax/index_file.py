@@ -1,4 +1,4 @@
-"""The index of a folder of videos: one safetensors file. docs/search.md describes it for others.
+"""The index of a folder of videos: one safetensors file, as docs/guides/search.md says.
 
 What is read may be anybody's: it is checked before it is used, nothing in it is run, and memory
 goes with what a file really holds, most of which stays on the disk.

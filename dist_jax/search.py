@@ -1,7 +1,7 @@
 """`dist_jax search`: the windows of an index that a sentence, or another video, is nearest to.
 
 Every vector is compared: brute force on the devices, a part of the index after the other, so that
-memory does not grow with it. docs/search.md says to what size that is enough.
+memory does not grow with it. docs/guides/search.md says to what size that is enough.
 """
 
 from __future__ import annotations

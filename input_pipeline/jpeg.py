@@ -2,7 +2,7 @@
 
 Image recipes were published on Pillow: its decoder is libjpeg-turbo, as OpenCV's, which gives the
 same pixels faster. FFmpeg's differ where colours are stored at half of the resolution, as in most
-files. `docs/data.md` has both in figures.
+files. `docs/guides/data.md` has both in figures.
 """
 
 import os

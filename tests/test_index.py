@@ -95,7 +95,7 @@ def test_the_file_holds_what_the_documentation_says(made, videos, backbone):
 
 
 def test_the_example_of_the_documentation_reads_it(made, monkeypatch, capsys):
-    text = (Path(main.__file__).parents[1] / 'docs' / 'search.md').read_text()
+    text = (Path(main.__file__).parents[1] / 'docs' / 'guides' / 'search.md').read_text()
     example = text.partition('```python\n')[2].partition('```')[0]
     exec(example.replace("'videos.index'", repr(str(made))), {})
     lines = capsys.readouterr().out.splitlines()

@@ -25,8 +25,8 @@ Then: dist_jax search videos.index 'a red square moves left'
 Takes the videos of all depths (hidden files are left out). Stopped at any moment, the same command
 goes on where it was, to the same file; started again later, it embeds what is new or changed (by
 size and time of change), forgets what is gone and tries again what it could not read. Such videos
-are listed at the end and in the index. Exit code 1: none could be read. docs/search.md describes
-the file.
+are listed at the end and in the index. Exit code 1: none could be read. docs/guides/search.md
+describes the file.
 """
 
 

@@ -7,7 +7,7 @@
 
 Recipes are rows of configs/inputs.py. Without a video a drawn one is used, in which left and right
 differ. --flags prints the fields of a recipe as they are passed to `dist_jax train`; --table prints
-the table of docs/augmentation.md.
+the table of docs/guides/augmentation.md.
 """
 
 import argparse

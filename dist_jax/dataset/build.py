@@ -14,9 +14,9 @@ examples:
 Then: dist_jax train --config.data.train_list=built/k400 --config.data.val_list=built/k400 ...
 
 A build that was cut off continues when the same command runs again; other arguments are refused.
-Videos that are missing or broken are left out and listed in OUT/report.txt. docs/data.md has a
-command for every data set. The exit code is 0 when the set is complete, 2 when something is wrong,
-130 when interrupted.
+Videos that are missing or broken are left out and listed in OUT/report.txt. docs/guides/data.md has
+a command for every data set. The exit code is 0 when the set is complete, 2 when something is
+wrong, 130 when interrupted.
 """
 
 import argparse

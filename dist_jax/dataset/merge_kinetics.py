@@ -13,7 +13,7 @@ examples:
       another published rule; `--rule` lists them
 
 The tables are the official CSV files. Without `videos`, lists hold what the tables say. A key may
-be given twice. docs/kinetics710.md explains rules, outputs and what was decided.
+be given twice. docs/guides/kinetics710.md explains rules, outputs and what was decided.
 """
 
 import argparse

@@ -12,7 +12,7 @@
 #          --dry_run: print the JobSet or the command
 #
 # Needs kubectl with the cluster's credentials, and JobSet 0.8 or newer on the cluster. The image comes
-# from the Dockerfile beside this file. See README.md there.
+# from the Dockerfile beside this file. See docs/guides/pods.md.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tools/launch/common.sh
@@ -118,7 +118,7 @@ spec:
           podFailurePolicy:
             rules:
               # Wrong arguments or config would be wrong again. Not 74, a full disk: the next pod
-              # may have room. Exit codes: README.md.
+              # may have room. Exit codes: docs/guides/runs.md.
               - action: FailJob
                 onExitCodes:
                   containerName: dist-jax

@@ -13,7 +13,7 @@
 #          --dry_run: print the commands instead of running them
 #
 # The same command runs on every worker, by worker.sh, detached from the connection; its output is in
-# ~/dist_jax.log there. Needs gcloud. See README.md beside this file.
+# ~/dist_jax.log there. Needs gcloud. See docs/guides/pods.md.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
