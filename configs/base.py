@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
     # An epoch has so many times more clips; without, it has as many clips as the list has videos,
     # and so many epochs go through the list once.
     config.data.repeats_extend_epoch = True
-    # Training clips go through what follows from top to bottom; docs/augmentation.md has the
+    # Training clips go through what follows from top to bottom; docs/guides/augmentation.md has the
     # values of the four systems. One draw for a clip, the same in all its frames.
     config.data.rand_augment = ''  # policy such as 'rand-m7-n4-mstd0.5-inc1'; '' for none
     config.data.auto_augment = ''  # in its place, policy such as 'original-mstd0.5'; '' for none
@@ -128,7 +128,7 @@ def get_config() -> ConfigDict:
     # Readers of a host: processes, which use all cores and are replaced when they die over a file;
     # -1 for one a CPU, at most 128. With 0 there are none, and threads read.
     config.data.num_workers = -1
-    config.data.num_threads = 8
+    config.data.num_threads = 8  # that read, where there are no processes
     config.data.record_timeout = 60.0  # seconds after which a reader process is given up
     config.data.buffer_size = 8  # batches read ahead
 
@@ -159,15 +159,15 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 1e-4  # of matrices; biases, norms and tables are not decayed
     config.optimizer.decay_all = False  # those, too
     config.optimizer.b1 = 0.9  # of adamw, lamb and bertadam, as b2 and eps
-    config.optimizer.b2 = 0.999
-    config.optimizer.eps = 1e-8
+    config.optimizer.b2 = 0.999  # likewise
+    config.optimizer.eps = 1e-8  # likewise
     config.optimizer.momentum = 0.9  # of sgd
     config.optimizer.nesterov = False  # of sgd
     config.optimizer.clip_norm = 0.0  # global gradient norm; 0 for no clipping
     # Gradient norm of each tensor, clipped after that; 0 for no clipping. Layers count each by
     # itself where the family says which arrays stack them.
     config.optimizer.clip_tensor_norm = 0.0
-    config.optimizer.label_smoothing = 0.1
+    config.optimizer.label_smoothing = 0.1  # share of a label that all classes get alike
     # Moving average of parameters and batch statistics, used in evaluation; 0 for none.
     config.optimizer.ema_decay = 0.0
 
@@ -195,7 +195,7 @@ def get_config() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every_steps = 20  # between lines; the last step always has one, with 0 no other
-    config.log.tensorboard = True
+    config.log.tensorboard = True  # event files beside metrics.jsonl
 
     return config
 

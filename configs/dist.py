@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     'b16_32+64f_ssv2': {**B16, **SSV2, 'data.num_frames': 64},  # 70.9 / 92.1
     'l14_32+64f_ssv2': {**L14, **SSV2, 'data.num_frames': 64},  # 73.1 / 93.2
     # 89.6 / 98.4 on K400 after the next row, the only figure with K710. The authors published no
-    # recipe for it: this is the K400 recipe on the larger set. See docs/kinetics710.md.
+    # recipe for it: this is the K400 recipe on the larger set. See docs/guides/kinetics710.md.
     'l14_32+64f_k710': {**L14, **K710, 'data.num_frames': 64},
     # Set init_from to the run of the row above.
     'l14_32+64f_k710_k400': {**L14, **K400, **FINE_TUNE, 'data.num_frames': 64},
@@ -84,14 +84,16 @@ def get_config(variant: str = 'b16_8+16f_k400') -> ConfigDict:
     config.model.head = 'text'  # text: cosine with class names; linear: a classifier
     config.model.alpha = 2  # the backbone sees every alpha-th frame
     config.model.selected_layers = ()  # blocks of the backbone that are read; () for all
-    config.model.integration_dim = 384
-    config.model.temporal_dim = 96
+    config.model.integration_dim = 384  # channels of the integration branch
+    config.model.temporal_dim = 96  # channels of the temporal encoder
     config.model.temporal_patch = 5  # frames of the stem's kernel
     config.model.temporal_kernel = 3  # frames of the other temporal kernels
+    # Hidden channels over channels: of the temporal encoder, and of the integration branch's MLPs
+    # over channels and over time.
     config.model.temporal_conv_mlp_ratio = 1.0
-    config.model.integration_mlp_ratio = 1.0
-    config.model.integration_temporal_mlp_ratio = 0.25
-    config.model.ada_pooling_layers = 4
+    config.model.integration_mlp_ratio = 1.0  # likewise
+    config.model.integration_temporal_mlp_ratio = 0.25  # likewise
+    config.model.ada_pooling_layers = 4  # blocks of the adaptive pooling
     config.model.spatial_branch = True  # for ablations, as the next two: read the backbone
     config.model.temporal_branch = True  # the temporal encoder, which sees all frames
     config.model.integration_branch = True  # joins both in every layer; without it, in the last

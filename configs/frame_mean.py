@@ -25,6 +25,6 @@ def get_config(variant: str = 'b16_8f_k400') -> ConfigDict:
     """
     config = base.get_config()
     config.model.family = 'frame_mean'
-    config.model.head = 'linear'
+    config.model.head = 'linear'  # a classifier; there is no other
     config.model.unroll = False  # write layers out: faster steps on CPU, longer compilation
     return base.finish(config, VARIANTS, variant, base.demo_of_frames)

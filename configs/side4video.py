@@ -112,11 +112,11 @@ def get_config(variant: str = 'b16_8f_k400') -> ConfigDict:
     """
     config = base.get_config()
     config.model.family = 'side4video'
-    config.model.head = 'linear'
+    config.model.head = 'linear'  # a classifier; there is no other
     config.model.side_dim = 320  # channels of the side network, a multiple of 64
     config.model.tap_every = 1  # blocks of the backbone for one layer beside them
     config.model.post_norm = False  # norms behind the branches, as on EVA
-    config.model.mlp_ratio = 4.0
+    config.model.mlp_ratio = 4.0  # hidden channels over channels
     config.model.temporal_conv = True  # for ablations, as the next: convolve over frames
     config.model.class_token_shift = True  # class tokens of the frames before and after
     # Computed again in the backward pass: none, branches (the release on EVA) or layers.

@@ -60,7 +60,7 @@ def get_config(variant: str = 'msrvtt_b16') -> ConfigDict:
     config.model.side_dim = 320  # channels of the side network, a multiple of 64
     config.model.tap_every = 1  # blocks of the backbone for one layer beside them
     config.model.post_norm = False  # norms behind the branches, as on EVA
-    config.model.mlp_ratio = 4.0
+    config.model.mlp_ratio = 4.0  # hidden channels over channels
     # Rate of what starts as the backbone's (text tower, projections, scale), a share of peak_lr.
     config.model.pretrained_lr = 1e-3
     # The release's gradients of both towers, divided by its number of devices; 1: of the loss.

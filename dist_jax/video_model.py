@@ -164,7 +164,7 @@ class VideoModel:
 
     @property
     def variables(self) -> Tree:
-        """What `apply` takes: `network`, the trained ones, and `frozen`, those of the backbone."""
+        """`network`, what is trained, and `frozen`, the backbone's, as `apply` takes them."""
         return {'network': self.trained.variables, 'frozen': self.trained.frozen}
 
     def apply(self, variables: Tree, clips: jax.Array) -> Tree:

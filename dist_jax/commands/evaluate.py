@@ -23,7 +23,7 @@ examples:
   dist_jax evaluate --config=configs/dist.py:b16_8+16f_k400 --config.init_from=dist_b16 \\
       --config.backbone.checkpoint=clip_b16 --config.data.val_list=val.txt ...
       the authors' weights, after `dist_jax convert`
-  dist_jax evaluate --config=configs/zero_shot.py:b16_8f_k400 --output=runs/zero_shot \
+  dist_jax evaluate --config=configs/zero_shot.py:b16_8f_k400 --output=runs/zero_shot \\
       --config.backbone.checkpoint=clip_b16 --config.data.val_list=val.txt ...
       CLIP with the class names, nothing trained
 
