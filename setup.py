@@ -56,6 +56,14 @@ setup(
             PARQUET,
             'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
+        'docs': [
+            'sphinx>=8.0',
+            'myst-parser>=4.0',  # Markdown
+            'furo>=2024.8',
+            'jupytext>=1.16',  # notebooks as text
+            'nbclient>=0.10',
+            'ipykernel>=6.29',
+        ],
         'beam': [BEAM],  # data sets built by many machines; [gcp] beside it for Dataflow
         'parquet': [PARQUET],  # features as tables
         'benchmark': ['decord>=0.6', 'psutil>=5.9'],
