@@ -39,3 +39,4 @@ html_show_sourcelink = False
 html_show_copyright = False
 pygments_style = 'friendly'
 pygments_dark_style = 'github-dark'
+highlight_language = 'none'  # of blocks that do not say
