@@ -138,7 +138,7 @@ def band(
     """
     from PIL import Image, ImageDraw
 
-    letters = max(9, min(round(height * 0.055), width // 12))
+    letters = max(9, min(max(12, round(0.045 * height)), width // 20))
     step = min(round(1.9 * letters), height // len(lines))
     band = Image.new('RGBA', (width, step * len(lines)), (0, 0, 0, round(255 * _DARK)))
     pen = ImageDraw.Draw(band)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import threading
 
 import av
 import cv2
@@ -514,3 +515,16 @@ def test_the_command_writes_an_annotated_video(workdir, videos, tmp_path, capsys
         assert video.duration == pytest.approx(end, abs=0.11)
     assert f'video: {tmp_path}/long.mp4' in capsys.readouterr().out
     assert not [file for file in os.listdir(tmp_path) if file.startswith('.')]
+
+
+def test_letters_that_no_font_has_are_drawn_with_the_usual_one():
+    assert drawing.font(12, text='moves left').path.endswith('DejaVuSans.ttf')
+    assert drawing.font(12, text='\U0010fffd').path.endswith('DejaVuSans.ttf')
+
+
+def test_whoever_stops_listening_leaves_no_thread(model, videos):
+    before = threading.active_count()
+    found = model.predict_windows(videos / 'long.mp4', 0.5, 0.1)
+    next(found)
+    found.close()
+    assert threading.active_count() == before

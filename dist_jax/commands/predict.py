@@ -11,7 +11,7 @@ from dist_jax import paths, times
 from dist_jax.commands.arguments import make_parser, split, start_jax, wrong_usage
 from dist_jax.config_arguments import UsageError, named_fields, read_config
 
-SUMMARY = 'top-5 of single videos, with a picture of each'
+SUMMARY = 'top-5 of single videos, with a picture; what is said of long ones over time'
 HELP = """\
 examples:
   dist_jax predict --workdir=runs/b16 video.mp4
