@@ -21,6 +21,7 @@ from dist_jax.tasks.api import Labels
 Scores = tuple[np.ndarray, ...]  # (num_classes,) float32 probabilities of each head
 Scored = tuple[float, float, Scores]  # start and end of a window in seconds, and what it says
 
+MOST_SMOOTH = 999  # windows whose scores are averaged; they are in memory together
 MOST_COLUMNS = 1024  # of `Columns`, an even number
 _SLACK = 1e-6  # seconds by which turns that touch may be apart
 
@@ -55,7 +56,7 @@ def smoothed(windows: Iterable[Scored], width: int) -> Iterator[Scored]:
 
     Args:
       windows: of one video, in order of time.
-      width: windows, an odd number; 1 changes nothing.
+      width: windows, an odd number up to `MOST_SMOOTH`; 1 changes nothing.
 
     Raises:
       ValueError: another width.
@@ -85,9 +86,11 @@ def smoothed(windows: Iterable[Scored], width: int) -> Iterator[Scored]:
 
 
 def check_smooth(width: int) -> None:
-    """Raises ValueError for a number of windows that has no one in the middle."""
-    if width < 1 or width % 2 == 0:
-        raise ValueError(f'smooth={width} must be an odd number of windows, 1 for none')
+    """Raises ValueError for a number of windows that has none in the middle, or too many."""
+    if not 1 <= width <= MOST_SMOOTH or width % 2 == 0:
+        raise ValueError(
+            f'smooth={width} must be an odd number of windows, 1 for none and at most {MOST_SMOOTH}'
+        )
 
 
 class Track:

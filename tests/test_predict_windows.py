@@ -135,6 +135,7 @@ def test_mistakes_are_said_at_once(model):
         ({'window': float('nan')}, 'window=nan'),
         ({'window': 2.0, 'stride': 0.001}, 'stride=0.001 must be at least'),
         ({'smooth': 2}, 'smooth=2 must be an odd number'),
+        ({'smooth': 1001}, 'smooth=1001 must be .* at most 999'),
         ({'batch_size': 0}, 'batch_size=0 must be a positive'),
     ):
         with pytest.raises(ValueError, match=words):
@@ -477,6 +478,15 @@ def test_an_annotated_video_has_the_times_and_pictures_of_its_source(tmp_path):
     assert frames.shape == source.shape
     difference = np.abs(frames.astype(int) - source).mean((2, 3))
     assert difference[:, :200].mean() < 8 and difference[:, -15:].mean() > 40
+
+
+def test_a_video_that_is_gone_leaves_no_annotated_one(tmp_path):
+    track = track_of(scored([(1, 0)]), 'ab')
+    target = tmp_path / 'out.mp4'
+    assert annotate.write(target, str(tmp_path / 'a.mp4'), track) == 'missing: no such file'
+    (tmp_path / 'a.mp4').write_bytes(b'nothing')
+    assert 'not a video' in annotate.write(target, str(tmp_path / 'a.mp4'), track)
+    assert sorted(os.listdir(tmp_path)) == ['a.mp4']
 
 
 def test_nothing_is_drawn_below_the_threshold(tmp_path):
