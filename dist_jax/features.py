@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from rich.table import Table
 
 from dist_jax import feature_files, paths
+from dist_jax.embed import Embedder
 from dist_jax.embed_journal import Journal
 from dist_jax.embed_videos import Item, check_same, embed_videos, find_file
 from dist_jax.embedded import Video
@@ -226,12 +227,19 @@ def run(request: Request, model: FeatureModel) -> int:
         else:
             journal.begin(settings)
         store = _store(request.form, out, journal, host)
+
+        def make_embedder() -> Embedder:
+            return model.embedder(request.outputs, request.blocks, request.batch_size)
+
+        if hosts > 1:
+            # Weights are read by all hosts at once, also by one that has nothing left to do.
+            made = make_embedder()
         embed_videos(
             'features',
             request.items[host::hosts],
             dict(journal.videos),
             store,
-            lambda: model.embedder(request.outputs, request.blocks, request.batch_size),
+            make_embedder if hosts == 1 else lambda: made,
             request.reader,
             lambda _: dtype,
         )

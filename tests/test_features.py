@@ -211,38 +211,48 @@ def test_killed_it_continues_to_the_same_bytes(made, videos, backbone, tmp_path)
     assert contents(out) == contents(made)
 
 
-@pytest.mark.slow
-def test_two_hosts_embed_each_video_once(made, videos, backbone, tmp_path):
+def start_two(command):
+    """Two hosts of one machine."""
     with socket.socket() as found:
         found.bind(('localhost', 0))
         address = f'localhost:{found.getsockname()[1]}'
-    out = tmp_path / 'out'
-    command = [sys.executable, '-m', 'dist_jax', 'features', str(videos), '--out', str(out)]
-    command += [f'--backbone={backbone}', *WINDOWS, ALL]
-    hosts = [
-        subprocess.Popen(
-            command,
-            env=os.environ
-            | {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2'}
-            | {'JAX_PROCESS_ID': str(number), 'JAX_PLATFORMS': 'cpu'},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    same = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2', 'JAX_PLATFORMS': 'cpu'}
+    same['DIST_JAX_LOST_SECONDS'] = '6'
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+    return [
+        subprocess.Popen(command, env=os.environ | same | {'JAX_PROCESS_ID': str(number)}, **pipes)
         for number in range(2)
     ]
+
+
+@pytest.mark.slow
+def test_two_hosts_embed_each_video_once_and_one_may_be_killed(made, videos, backbone, tmp_path):
+    command = [sys.executable, '-m', 'dist_jax', 'features', str(videos)]
+    command += [f'--backbone={backbone}', *WINDOWS, ALL, '--out']
+    out = tmp_path / 'out'
+    hosts = start_two([*command, str(out)])
     said = [host.communicate(timeout=300)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said
-    assert [row | {'source': ''} for row in listed(out)] == [
-        row | {'source': ''} for row in listed(made)
-    ]
+    assert listed(out) == listed(made)
     for path in made.rglob('*.npy'):  # but for the rounding of other places in a batch
         found = np.load(out / path.relative_to(made))
         np.testing.assert_allclose(found, np.load(path), atol=2e-2)
-    # One host alone does not go on with what two have begun, nor makes it again.
-    before = contents(out)
-    assert run(*command[4:]) == 2
-    assert contents(out) == before
+
+    killed = tmp_path / 'killed'
+    hosts = start_two([*command, str(killed)])
+    while hosts[1].poll() is None and not list(killed.glob('spans/**/*.npy')):
+        time.sleep(0.002)
+    hosts[1].send_signal(signal.SIGKILL)
+    said = [host.communicate(timeout=300)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [75, -signal.SIGKILL], said
+    # One host alone does not go on with what two have begun.
+    before = contents(killed)
+    assert run(*command[4:], killed) == 2
+    assert contents(killed) == before
+    hosts = start_two([*command, str(killed)])
+    said = [host.communicate(timeout=300)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert contents(killed) == contents(out)
 
 
 def test_shards_and_lists_of_parts_are_read(videos, backbone, tmp_path, capsys):

@@ -99,6 +99,7 @@ def run(argv: Sequence[str]) -> int:
     from dist_jax import feature_model, features, trained
     from input_pipeline.sources import open_source
 
+    start_jax()
     with wrong_usage():
         outputs, blocks = feature_model.parse_outputs(arguments.outputs)
         if workdir:
@@ -123,7 +124,6 @@ def run(argv: Sequence[str]) -> int:
             items = features.items_of_list(listed, arguments.root)
             labels, class_names = features.labels_of_list(listed)
             source = {'list': arguments.list, 'root': arguments.root, 'subset': arguments.subset}
-    start_jax()
     request = features.Request(
         items,
         labels,

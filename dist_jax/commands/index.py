@@ -87,6 +87,7 @@ def run(argv: Sequence[str]) -> int:
     from dist_jax import index, index_model, trained
     from input_pipeline.windows import WindowReader
 
+    start_jax()
     if workdir:
         saved = trained.saved_config(workdir, arguments.step)
         config = read_config(config_arguments, saved)
@@ -100,7 +101,6 @@ def run(argv: Sequence[str]) -> int:
     stride = arguments.window / 2 if arguments.stride is None else arguments.stride
     with wrong_usage():
         reader = WindowReader(model.views, arguments.window, stride)
-    start_jax()
     request = index.Request(
         arguments.folder, names, others, arguments.out, reader, arguments.batch_size
     )
