@@ -447,6 +447,24 @@ def plain(config: ConfigDict) -> dict[str, Any]:
     return convert(config.to_dict())
 
 
+def restored(saved: Mapping[str, Any]) -> ConfigDict:
+    """The config that `plain` made JSON values of, locked; newer fields are as they were then."""
+    config = get_config().to_dict()
+    for name, value in before_fields(saved).items():
+        group, field = name.split('.')
+        config[group][field] = value
+    for name, value in saved.items():
+        config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
+    return ConfigDict(_with_tuples(config)).lock()
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as what they were before `plain`: configs hold tuples alone."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
 def demo(config: ConfigDict) -> None:
     """The built-in motion clips and a tiny random backbone, for minutes on two cores."""
     config.backbone.update(name='tiny', checkpoint='random')

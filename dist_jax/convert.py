@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dist_jax import backbone_inside, backbones
+from dist_jax import backbone_inside, backbones, hub
 from dist_jax.checkpoint import (
     backbone_sha256,
     describe_backbone,
@@ -55,6 +55,7 @@ from dist_jax.models.source_files import (
     read_safetensors,
     sources_record,
 )
+from dist_jax.paths import HUB
 from input_pipeline.escape import Console, lines
 
 # What `--kind` says -> naming, in the order in which they are asked.
@@ -97,7 +98,8 @@ def convert(
     if precision not in PRECISIONS:
         raise ValueError(f'precision={precision!r} is not one of {PRECISIONS}')
     converted.check_destination(dest, overwrite=overwrite)
-    opened = open_source(source)
+    fetched = hub.fetch_checkpoint(os.fspath(source)) if _is_hub(source) else None
+    opened = open_source(fetched.path if fetched else source)
     if kind == 'auto':
         kind = detect(opened)
     plan, params = read_params(opened, kind, options or Options(), precision)
@@ -120,6 +122,7 @@ def convert(
                 'non_finite': non_finite(params, plan.rows),
                 **({converted.COLLECTIONS: list(plan.collections)} if plan.collections else {}),
                 **({backbone_inside.KEY: beside} if plan.backbone else {}),
+                **({converted.HUB: fetched.origin} if fetched else {}),
             },
             overwrite=overwrite,
             on_bytes=advance,
@@ -127,6 +130,10 @@ def convert(
     if console:
         _print_summary(console, params, metadata, dest)
     return metadata
+
+
+def _is_hub(source: str | os.PathLike[str]) -> bool:
+    return os.fspath(source).startswith(HUB)
 
 
 def read_params(
@@ -248,6 +255,7 @@ def _print_summary(
         ('spec', ', '.join(f'{key}={value}' for key, value in metadata['spec'].items())),
         ('activation', metadata['spec'].get('activation', '-')),
         ('source', ', '.join(record['file'] for record in metadata['sources'])),
+        *([('from', metadata[converted.HUB])] if converted.HUB in metadata else []),
         ('source sha256', metadata['source_sha256']),
         ('params sha256', metadata['params_sha256']),
         ('ignored', summed_up(metadata['ignored']) or 'nothing'),
@@ -429,6 +437,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.with_backbone and not args.export:
             raise ValueError('--with_backbone is of --export; --backbone DIR compares')
+        if args.export and _is_hub(args.source):
+            raise ValueError(f'--export: {args.source} is not here; name a run or a conversion')
         if args.export and args.backbone and not args.with_backbone:
             raise ValueError('--export --backbone DIR: pass --with_backbone too, to write it')
         if args.export:

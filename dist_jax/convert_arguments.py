@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from dist_jax.paths import HUB
 from input_pipeline import escape
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
@@ -38,9 +39,9 @@ examples:
   # OpenAI's archive; activation and heads belong to it
   dist_jax convert ViT-B-16.pt clip_b16
 
-  # a Hugging Face folder (config.json, safetensors or .bin, sharded or not)
+  # of the Hugging Face Hub (hf://owner/name@revision/file), or a folder from there
+  dist_jax convert hf://openai/clip-vit-base-patch16 clip_b16
   dist_jax convert clip-vit-base-patch16/ clip_b16 --precision bfloat16
-
   # OpenCLIP with open_clip_config.json beside the file, or with the activation said by hand
   dist_jax convert CLIP-ViT-B-16-laion2B/ clip_b16_laion
   dist_jax convert epoch_32.pt clip_b16_own --activation gelu
@@ -90,8 +91,8 @@ def _hint(source: str) -> str:
         return ''
     folder = source.split('/')[1]
     return (
-        '; nothing is downloaded here. If it is a model of the Hugging Face Hub, get it first:\n'
-        f'  pip install huggingface_hub && hf download {source} --local-dir {folder}'
+        f'; if it is a model of the Hugging Face Hub, that is:\n  dist_jax convert {HUB}{source} '
+        f"{folder.replace('-', '_')}   # after pip install 'dist_jax[hub]'"
     )
 
 
@@ -102,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('source', metavar='SOURCE', help='file or folder to convert')
+    parser.add_argument(
+        'source', metavar='SOURCE', help='file or folder to convert, or hf://owner/name'
+    )
     parser.add_argument('dest', metavar='DEST', help='directory (with --export: file) to write')
     parser.add_argument('--export', action='store_true', help='orbax -> safetensors')
     parser.add_argument(

@@ -33,6 +33,7 @@ from dist_jax.commands import (
     index,
     plan,
     predict,
+    push,
     search,
     train,
 )
@@ -63,6 +64,8 @@ examples:
   dist_jax index videos/ --out videos.index --backbone=clip_b16
   dist_jax search videos.index 'a red square moves left'
       find moments of the videos in a folder
+  dist_jax push runs/b16 owner/name
+      the trained model to the Hugging Face Hub, with a card
   dist_jax plan --config=configs/dist.py:b16_8+16f_k400 --topology=v4:2x2x2
       memory and time of a step on a TPU that is not here
 
@@ -79,6 +82,7 @@ COMMANDS: dict[str, ModuleType] = {
     'index': index,
     'search': search,
     'convert': convert,
+    'push': push,
     'plan': plan,
     'doctor': doctor,
     'check': check,

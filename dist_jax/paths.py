@@ -20,6 +20,9 @@ CHECKPOINTS = 'checkpoints'  # of a run, in its workdir
 RANDOM = 'random'
 SHIPPED = 'tiny_clip'  # the small CLIP that comes with the package
 MADE = (RANDOM, SHIPPED)
+# Of a release: what it says of itself, and the trained parameters.
+RELEASE = ('config.json', 'network.safetensors')
+HUB = 'hf://'  # before what lies on the Hugging Face Hub
 _MAKERS = {'backbone.checkpoint': ' (`dist_jax convert` makes one from CLIP)'}
 
 
@@ -54,6 +57,11 @@ def cache_folder(name: str) -> str:
     """Where this library keeps what it can make again."""
     base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     return os.path.join(base, 'dist_jax', name)
+
+
+def is_release(path: str | os.PathLike[str]) -> bool:
+    """Whether a local folder looks like a release of a run."""
+    return all(os.path.isfile(os.path.join(path, name)) for name in RELEASE)
 
 
 def check_backbone(name: str) -> None:

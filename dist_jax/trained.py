@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -9,13 +10,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import backbones, checkpoint, experiment, init_from, shipped, step
+from dist_jax import backbones, checkpoint, experiment, init_from, release, shipped, step
 from dist_jax.configs import base, zero_shot
 from dist_jax.models import plain
 from dist_jax.models.api import Model, Tree
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.frozen import ClassTexts
 from dist_jax.models.params import flatten
+from dist_jax.paths import is_release
 from dist_jax.sharding import make_mesh
 from dist_jax.tasks.api import Labels, Task
 
@@ -48,25 +50,13 @@ def saved_config(workdir: str, step_number: int | str | None = None) -> ConfigDi
     """The config of a run, locked.
 
     Args:
-      workdir: the run.
+      workdir: the run, or a release of one.
       step_number: of the checkpoint, or 'best'; None for the newest.
     """
+    if is_release(workdir):
+        return release.read(workdir, step_number).config
     metadata = checkpoint.read_metadata(checkpoint.find_checkpoint(workdir, step_number))
-    config = base.get_config().to_dict()
-    for name, value in base.before_fields(metadata['config']).items():
-        group, field = name.split('.')
-        config[group][field] = value
-    for name, value in metadata['config'].items():
-        # Fields that are newer than the run have the values it was trained under.
-        config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
-    return ConfigDict(_with_tuples(config)).lock()
-
-
-def _with_tuples(value: Any) -> Any:
-    """JSON's lists as what they were before `base.plain`: configs hold tuples alone."""
-    if isinstance(value, dict):
-        return {name: _with_tuples(item) for name, item in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+    return base.restored(metadata['config'])
 
 
 def load_trained(
@@ -84,7 +74,8 @@ def load_trained(
 
     Args:
       config: the run's, possibly with other paths or another test protocol.
-      workdir: the run; '' to take the weights from `config.init_from` or the backbone.
+      workdir: the run, or a release of one; '' to take the weights from `config.init_from` or the
+        backbone.
       step_number: of the checkpoint, or 'best'; None for the newest.
       labels: another label set, for zero-shot use of a text head; None for the run's own.
       output: where a random backbone lies without a run.
@@ -95,7 +86,11 @@ def load_trained(
         cannot take.
     """
     mesh = make_mesh(**config.mesh) if mesh is None else mesh
-    if workdir:
+    released = release.read(workdir, step_number) if is_release(workdir) else None
+    if released is not None:
+        folder, metadata, trained_labels = None, released.metadata, released.labels
+        config = released.with_backbone(config)
+    elif workdir:
         folder = checkpoint.find_checkpoint(workdir, step_number)
         metadata = checkpoint.read_metadata(folder)
         trained_labels = tuple(map(tuple, metadata['class_names']))
@@ -112,7 +107,8 @@ def load_trained(
                 f'on {checkpoint.describe_backbone(theirs)}; pass the right one with '
                 '--config.backbone.checkpoint=FOLDER'
             )
-    parts = experiment.assemble(config, trained_labels if labels is None else labels, backbone)
+    with released.blamed() if released is not None else contextlib.nullcontext():
+        parts = experiment.assemble(config, trained_labels if labels is None else labels, backbone)
     reads_classes = parts.model.frozen is not None and parts.model.frozen.reads_classes
     if metadata is not None and parts.task.labels != trained_labels and not reads_classes:
         raise ValueError(
@@ -120,6 +116,8 @@ def load_trained(
             'pass the label map of the run'
         )
     verify = config.checkpoint.verify
+    if released is not None:
+        return _released(released, parts, mesh, verify)
     frozen = parts.load_test_frozen(mesh, verify=verify)
     variables = step.place_variables(parts.test_model, parts.abstract_variables(), mesh)
     if folder is not None:
@@ -189,6 +187,16 @@ def load_backbone(config: ConfigDict, mesh: Mesh | None = None) -> Trained:
     model = plain.build(backbone_of(config), dtype=experiment.DTYPES[config.model.dtype])
     frozen = model.frozen.load(mesh, ClassTexts(), verify=config.checkpoint.verify)
     return Trained(None, model, frozen, plain.VARIABLES, -1)
+
+
+def _released(
+    released: release.Release, parts: experiment.Experiment, mesh: Mesh, verify: bool
+) -> Trained:
+    with released.blamed():
+        variables = step.place_variables(parts.test_model, parts.abstract_variables(), mesh)
+    found = released.read_variables(variables, verify)
+    frozen = parts.load_test_frozen(mesh, verify=verify)
+    return Trained(parts.task, parts.test_model, frozen, found, released.step)
 
 
 def _of_backbone(config: ConfigDict, parts: experiment.Experiment, variables: Tree) -> Tree:

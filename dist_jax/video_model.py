@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dist_jax import attention_map, experiment, metrics, over_time, paths, recipe, step
+from dist_jax import attention_map, experiment, hub, metrics, over_time, paths, recipe, step
 from dist_jax.config_arguments import read_config
 from dist_jax.embed import Done, Embedder, Embedding, Row, clip_embedding
 from dist_jax.models import converted
@@ -545,9 +545,10 @@ def load(
     """Reads a model and its weights.
 
     Args:
-      path: a run's folder; a checkpoint that `dist_jax convert` made of a trained network, with
-        `config`; or a converted backbone ('tiny_clip' for the one of the package), which embeds as
-        it is, and with `labels` tells classes by their texts (zero-shot).
+      path: a run's folder; a release of one, here or on the Hugging Face Hub ('hf://owner/name',
+        'hf://owner/name@revision'); a checkpoint that `dist_jax convert` made of a trained
+        network, with `config`; or a converted backbone ('tiny_clip' for the one of the package),
+        which embeds as it is, and with `labels` tells classes by their texts (zero-shot).
       labels: class names. Of a run those that it was trained on, unless a text head is to tell
         others apart; of a converted network those that its authors trained it on, in their order.
       step: of a run's checkpoint, or 'best'; None for the newest.
@@ -557,12 +558,15 @@ def load(
 
     Raises:
       ValueError: nothing to read there, parts that do not fit, or no such field.
+      ConnectionError: the Hub cannot be reached, and this was not fetched before.
     """
     path = os.fspath(path)
     names = None if labels is None else (_names(labels),)
-    if (converted.absolute_path(path) / paths.CHECKPOINTS).exists():
+    if path.startswith(paths.HUB):
+        path = os.fspath(hub.fetch_release(path, with_backbone=not backbone).path)
+    if paths.is_release(path) or (converted.absolute_path(path) / paths.CHECKPOINTS).exists():
         if config is not None:
-            raise ValueError(f'{path} is a run and has its own config; change it with overrides')
+            raise ValueError(f'{path} is of a run and has its own config; change it with overrides')
         found = _changed(saved_config(path, step), backbone, overrides)
         return VideoModel(load_trained(found, path, step, names), found)
     if step is not None:

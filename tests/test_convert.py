@@ -350,7 +350,7 @@ def test_a_hub_name_hints_at_the_download_before_jax_is_imported(tmp_path):
     )
     assert done.stdout == '2 False\n'
     assert done.stderr.startswith('error: openai/clip-vit-base-patch16: no such file or folder')
-    assert 'hf download openai/clip-vit-base-patch16 --local-dir' in done.stderr
+    assert 'dist_jax convert hf://openai/clip-vit-base-patch16 clip_vit_base_patch16' in done.stderr
 
 
 @pytest.mark.parametrize('name', ['missing.pt', 'a/sub/missing.pt', '/data/clip', 'here/x.pt'])

@@ -4,6 +4,7 @@
                     at the top, and beside them collections under their names
     PATH/metadata   JSON: format_version, family, name, spec, sources, source_sha256, precision,
                     params_sha256, ignored, collections (their names; absent where there are none),
+                    hub (hf://owner/name@commit of a source that was fetched from there; likewise),
                     and digests of all this, which are checked when it is read
 
 `spec` holds the geometry, as the naming states it that the checkpoint was converted by: see
@@ -43,6 +44,7 @@ log = logging.getLogger('dist_jax')
 
 FORMAT_VERSION = 2  # since 2 with digests
 COLLECTIONS = 'collections'
+HUB = 'hub'  # field of the metadata: the commit that the source was fetched from
 REQUIRED = ('family', 'name', 'spec', 'sources', 'source_sha256', 'precision', 'ignored')
 
 # Of one piece of an array on disk. A device that needs a part of an array reads whole pieces.

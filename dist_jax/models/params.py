@@ -420,15 +420,34 @@ def export_file(
     if twice:
         raise ConversionError(duplicates=twice, context=f'{path} would have names twice')
     leaves = {each.name: (each.shape, each.dtype) for each in named}
-    text, places = safetensors_header(leaves, {'format': 'pt'})
+    write_tensors(path, leaves, read_outgoing(tensors), {'format': 'pt'})
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    leaves: Mapping[str, tuple[Sequence[int], np.dtype]],
+    values: Iterable[tuple[str, np.ndarray | PartedArray]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file, one tensor after the other; it appears whole or not at all.
+
+    Args:
+      path: file to write; one that is there is replaced.
+      leaves: see `safetensors_header`.
+      values: each of them once, in any order.
+      metadata: texts.
+    """
+    path = Path(path)
+    text, places = safetensors_header(leaves, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.partial')
     try:
         with open(partial, 'wb') as file:
             file.write(text)
-            for name, value in read_outgoing(tensors):
+            for name, value in values:
                 file.seek(places[name])
-                file.write(value.tobytes())
+                for part, _ in parts_of(value):
+                    file.write(part.tobytes())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -55,6 +55,10 @@ _FOLDER_FILES = (
 )
 
 
+SUFFIXES = ('.safetensors', '.pt', '.pth', '.pyth', '.bin')  # of files of weights
+JSON_BESIDE = ('config.json', 'open_clip_config.json')  # what they may have beside them
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceFiles:
     """An opened checkpoint.
@@ -113,8 +117,8 @@ def open_source(path: str | os.PathLike[str]) -> SourceFiles:
         path=path,
         files=tuple(files),
         tensors=strip_prefix(tensors, 'module.'),
-        config=_json_beside(main, 'config.json'),
-        open_clip_config=_json_beside(main, 'open_clip_config.json'),
+        config=_json_beside(main, JSON_BESIDE[0]),
+        open_clip_config=_json_beside(main, JSON_BESIDE[1]),
         is_torchscript=is_torchscript,
     )
 
@@ -234,25 +238,48 @@ def _looks_like_safetensors(path: Path) -> bool:
 
 
 def _file_in_folder(folder: Path) -> Path:
+    return folder / main_file([file.name for file in folder.iterdir() if file.is_file()], folder)
+
+
+def main_file(names: Iterable[str], where: object) -> str:
+    """The file that holds the weights, or names their shards, among those of a folder.
+
+    Args:
+      names: of its files.
+      where: the folder, for messages.
+
+    Raises:
+      FileNotFoundError: none or several.
+    """
+    names = sorted(names)
     for name in _FOLDER_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix in ('.safetensors', '.pt', '.pth', '.pyth', '.bin') and file.is_file()
-    )
+        if name in names:
+            return name
+    found = [name for name in names if Path(name).suffix in SUFFIXES and '/' not in name]
     if len(found) == 1:
         return found[0]
-    names = ', '.join(file.name for file in found[:20]) or 'none'
+    listed = ', '.join(map(shown, found[:20])) or 'none'
     raise FileNotFoundError(
-        f'{folder}: expected one checkpoint (for instance {_FOLDER_FILES[1]} or '
-        f'{_FOLDER_FILES[0]}), found {names}; name the file itself'
+        f'{where}: expected one checkpoint (for instance {_FOLDER_FILES[1]} or '
+        f'{_FOLDER_FILES[0]}), found {listed}; name the file itself'
     )
 
 
 def _shards(index: Path) -> list[Path]:
     """Files named by a Hugging Face shard index, all present and beside it."""
+    names = shard_names(index)
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f'{index}: shards that are not there: {shown(missing)}')
+    return [index.parent / name for name in names]
+
+
+def shard_names(index: Path) -> list[str]:
+    """Files named by a Hugging Face shard index, each in its folder.
+
+    Raises:
+      ValueError: no index, or one that names files elsewhere or of other kinds.
+    """
     try:
         names = sorted(set(read_json(index)['weight_map'].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -260,10 +287,9 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f'{index}: names a shard outside of its folder: {shown(name)}')
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f'{index}: shards that are not there: {shown(missing)}')
-    return [index.parent / name for name in names]
+        if Path(name).suffix not in SUFFIXES:
+            raise ValueError(f'{index}: names a shard that is no file of weights: {shown(name)}')
+    return names
 
 
 def _json_beside(file: Path, name: str) -> dict[str, Any] | None:

@@ -44,6 +44,26 @@ def print_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -
     _print_steps(console, steps)
 
 
+def print_release(folder: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
+    """Prints what is in a release of a run, its card last.
+
+    Args:
+      folder: where it lies.
+      metadata: what it says of itself.
+    """
+    console = Console()
+    with open(os.path.join(folder, 'README.md'), encoding='utf-8', errors='replace') as file:
+        console.print(file.read(), soft_wrap=True)
+    names = ['config.json', 'README.md', *metadata['files']]
+    sizes = [(name, os.path.getsize(os.path.join(folder, name))) for name in names]
+    console.print(_pairs([(f'{folder}/{name}', f'{size:,} bytes') for name, size in sizes]))
+
+
+def print_steps(steps: Sequence[tuple[str, str]]) -> None:
+    """Prints (what to do or to look at, what that is)."""
+    _print_steps(Console(), steps)
+
+
 def print_comparison(
     workdir: str | os.PathLike[str],
     summary: Mapping[str, Any],
