@@ -196,6 +196,16 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 20  # between lines; the last step always has one, with 0 no other
     config.log.tensorboard = True  # event files beside metrics.jsonl
+    # Services that get the figures, too: wandb, mlflow, trackio; several with commas between them.
+    # Each is an extra of this package; docs/guides/watching.md.
+    config.log.report_to = ''
+    config.log.project = 'dist_jax'  # what the run belongs to there
+    config.log.profile = 0  # steps of each start that are traced, for XProf
+
+    config.pod = ConfigDict()
+    # Seconds without a step after which a process writes the stacks of its threads and ends with
+    # exit code 75; compiling, evaluating and saving may take any time. 0 for no limit.
+    config.pod.stall_timeout = 1800.0
 
     return config
 
@@ -282,6 +292,8 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
             'model.initial_scale',
             'checkpoint.every_steps',
             'log.every_steps',
+            'log.profile',
+            'pod.stall_timeout',
         ),
         (0, None),
     ),
@@ -318,7 +330,7 @@ MOST: dict[str, float] = {
     **dict.fromkeys(('data.image_size', 'eval.image_size', 'data.resize', 'eval.resize'), 2**12),
     **dict.fromkeys(('data.num_frames', 'eval.num_clips', 'data.repeats'), 2**12),
     **dict.fromkeys(('data.num_workers', 'data.num_threads', 'data.buffer_size'), 2**10),
-    'data.record_timeout': 10**6,
+    **dict.fromkeys(('data.record_timeout', 'pod.stall_timeout', 'log.profile'), 10**6),
     **dict.fromkeys(
         ('model.integration_dim', 'model.temporal_dim', 'model.qkv_dim', 'model.side_dim'), 2**16
     ),

@@ -71,6 +71,7 @@ FREE_FIELDS = (
     'eval.',
     'checkpoint.',
     'log.',
+    'pod.',
 )
 
 

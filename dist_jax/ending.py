@@ -267,6 +267,10 @@ class _Listener:
                 self._wake.send(b'\0')  # there is a deadline from now on
 
     @property
+    def exits(self) -> bool:
+        return self._exits
+
+    @property
     def holds(self) -> bool:
         return self._hold is not None
 
@@ -348,6 +352,11 @@ def stop_listening() -> None:
     if _listener is not None:
         _listener.stop()
         _listener = None
+
+
+def ends_processes() -> bool:
+    """Whether this process is a command, which may end itself."""
+    return _listener is not None and _listener.exits
 
 
 def leave_with(leave: Callable[[int, str], None]) -> None:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class MetricWriter:
         start_step: int,
         tensorboard: bool = True,
         evaluated: bool = True,
+        also: Callable[[int, Mapping[str, float]], None] = lambda step, scalars: None,
     ):
         """Opens the files and drops what was logged after `start_step`, to be measured again.
 
@@ -55,8 +56,10 @@ class MetricWriter:
           start_step: updates done.
           tensorboard: write event files too.
           evaluated: the evaluation of `start_step` counts; otherwise its figures are dropped too.
+          also: called with what `write_scalars` is called with, once it is written.
         """
         self._file = None
+        self._also = also
         self._events: EventsWriter | None = None
         self._mirror: _Mirror | None = None
         if jax.process_index() != 0:
@@ -102,6 +105,7 @@ class MetricWriter:
             self._write_event(step, [summary.scalar(*pair) for pair in scalars.items()])
         if self._mirror is not None and self._mirror.due():
             self.flush()
+        self._also(step, scalars)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes texts to TensorBoard."""

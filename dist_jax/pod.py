@@ -15,6 +15,7 @@ health of all:
     a process is silent for DIST_JAX_LOST_SECONDS (60)   the others name it and exit with 75
     a process ends with an error                         the others repeat it, same exit code
     a process is asked to stop (SIGTERM, Ctrl-C)         all stop at the same place; see `ending`
+    a process makes no progress for pod.stall_timeout    all write their stacks and exit with 75
     process 0 does not answer for as long, or is gone    the others say so and exit with 75
 
 Exit code 75 (EX_TEMPFAIL) everywhere means: not at the end, start the same command again.
@@ -209,6 +210,27 @@ def suspect(error: BaseException) -> None:
     """Tells that an error may come from the loss of a process, before cleaning up after it."""
     if _member is not None:
         _member.suspect(error)
+
+
+_write_stacks: Callable[[], None] | None = None
+
+
+def on_stall(write_stacks: Callable[[], None] | None) -> None:
+    """Says how this process writes the stacks of its threads, when another one has stalled."""
+    global _write_stacks
+    _write_stacks = write_stacks
+
+
+def leave_stalled(message: str, seconds: int) -> None:
+    """Ends this process, which has stalled, and the others with it. Does not return.
+
+    Args:
+      message: a line for the log.
+      seconds: without progress.
+    """
+    if _member is not None:
+        _member.leave_stalled(message, seconds)
+    ending.leave_now(AGAIN, message)
 
 
 def stops_at(point: int) -> bool:
@@ -507,9 +529,16 @@ class Member:
 
     def _leave_all(self, code: int, message: str) -> None:
         """Ends this process on behalf of a signal, and the others with it."""
-        self._ending.set()
         # They continue where a second Ctrl-C here ends it at once.
-        verdict = {'process': self.process_id, 'code': AGAIN, 'stopped': ending.asked()}
+        self._end_all(code, message, {'code': AGAIN, 'stopped': ending.asked()})
+
+    def leave_stalled(self, message: str, seconds: int) -> None:
+        """See the function `leave_stalled`."""
+        self._end_all(AGAIN, message, {'code': AGAIN, 'stalled': seconds, **self._state})
+
+    def _end_all(self, code: int, message: str, verdict: dict[str, Any]) -> None:
+        self._ending.set()
+        verdict = {**verdict, 'process': self.process_id}
         # A coordinator that hangs would hold this up.
         teller = threading.Thread(target=self._tell, args=(verdict,), daemon=True)
         teller.start()
@@ -610,6 +639,8 @@ class Member:
                     if not self._ending.is_set():
                         self._ending.wait(2 * POLL_SECONDS)
                     if not self._ending.is_set():
+                        if 'stalled' in verdict and _write_stacks is not None:
+                            _write_stacks()
                         self._end(
                             verdict['code'],
                             f'dist_jax: {_sentence(verdict, self.num_processes)}',
@@ -699,6 +730,12 @@ def _sentence(verdict: Mapping[str, Any], num_processes: int) -> str:
         return (
             f'{who} was stopped ({verdict["stopped"]}), so this one ends too (exit code {AGAIN}). '
             f'{CONTINUE}'
+        )
+    if 'stalled' in verdict:
+        return (
+            f'{who} made no progress for {verdict["stalled"]} s ({verdict["doing"]}, after step '
+            f'{verdict["step"]}), so this one ends too (exit code {AGAIN}); the stacks of both are '
+            f'in their logs. {CONTINUE}'
         )
     if 'error' in verdict:
         return f'{who} ended with an error, so this one ends too: {verdict["error"]}'

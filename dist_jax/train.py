@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, recipe, step
+from dist_jax import (
+    checkpoint,
+    ending,
+    experiment,
+    init_from,
+    optim,
+    pod,
+    profiling,
+    recipe,
+    sinks,
+    stall,
+    step,
+)
 from dist_jax.configs import base
 from dist_jax.evaluate import BadVideosError, Evaluation, evaluate
 from dist_jax.json_file import write_json
@@ -221,8 +233,8 @@ def train(
     mesh = make_mesh(**config.mesh)
     experiment.check(config, mesh)  # before anything is written
     experiment.check_trains(config)
-    with locked(workdir):
-        return _train(config, workdir, mesh, started, also, show)
+    with locked(workdir), sinks.watched(config, workdir) as watchers:
+        return _train(config, workdir, mesh, started, watchers, also, show)
 
 
 def _train(
@@ -230,6 +242,7 @@ def _train(
     workdir: str,
     mesh: Mesh,
     started: float,
+    watchers: sinks.Sinks,
     also: Mapping[str, Any] | None,
     show: Callable[[Trained], Sequence[Table | Picture]],
 ) -> dict[str, Any]:
@@ -297,8 +310,13 @@ def _train(
         return round(before + time.monotonic() - started, 2)
 
     test_frozen = parts.load_test_frozen(mesh, verify=verify, trained=frozen)
+    watchers.open(base.plain(config))
     writer = MetricWriter(
-        workdir, start, config.log.tensorboard, evaluated=checkpoints.has_score(start)
+        workdir,
+        start,
+        config.log.tensorboard,
+        evaluated=checkpoints.has_score(start),
+        also=watchers.scalars,
     )
     _write_overview(workdir, writer, config, state, frozen)
     tested = (parts.test_model, task, mesh, abstract.eval_variables, test_frozen)
@@ -323,6 +341,8 @@ def _train(
         metadata=metadata,
         writer=writer,
         seconds=seconds,
+        watch=stall.Watch(workdir, config.pod.stall_timeout),
+        profile=profiling.Profile(workdir, config.log.profile, start, plan.total_steps),
     )
     try:
         state, result, interrupted = run(state)
@@ -358,6 +378,9 @@ def _train(
         variables = state.eval_variables
         shown = show(Trained(task, parts.test_model, test_frozen, variables, int(state.step)))
         page.write_report(workdir, summary, figures, shown)
+        watchers.report(summary)
+    if interrupted:
+        watchers.stopped()
     return summary
 
 
@@ -479,6 +502,8 @@ class _Loop:
     metadata: dict[str, Any]
     writer: MetricWriter
     seconds: Callable[[], float]  # of the run so far, over all starts
+    watch: stall.Watch
+    profile: profiling.Profile
     num_bad_videos: int = 0
     val_error: str = ''  # why the last evaluation gave no accuracy
     evaluated: bool = False  # whether the evaluation step is compiled
@@ -497,14 +522,18 @@ class _Loop:
         stop = _StopSignal(self.checkpoints.wait)
         stopped = False
         try:
-            with Bar('train', plan.total_steps, start, SILENCE) as bar:
+            with self.watch, Bar('train', plan.total_steps, start, SILENCE) as bar:
                 if start and self._evaluates_after(start):
                     # A signal has nothing to save here, and ends the command at once.
                     if not self.checkpoints.has_score(start):  # ended between save and score
                         result = self._validate(state, meter, bar)
                     elif start == plan.total_steps:
-                        result = self._evaluate(state)
+                        with self.watch.spared():
+                            result = self._evaluate(state)
                 for number in range(start, plan.total_steps):
+                    if self.profile.starts_before(number):
+                        self._settle(pending, 0)
+                        self.profile.start()
                     pod.note(doing='reading')
                     with meter.waiting():
                         batch = next(batches)
@@ -514,13 +543,17 @@ class _Loop:
                     if number == start:
                         bar.line('compiling the step')
                     # The call returns once the step is compiled, and does not wait for its result.
-                    with meter.pause() if number == start else contextlib.nullcontext():
+                    with self._compiling(meter) if number == start else self.profile.step(number):
                         state, metrics = self.train_step(state, self.frozen, device_batch)
                     names = {k: batch[k] for k in ('index', 'path')}
                     pending.append((number, names, metrics))
                     self._settle(pending, STEPS_IN_FLIGHT)
+                    if self.profile.ends_after(number):
+                        self._settle(pending, 0)
+                        self.profile.stop()
                     meter.steps += 1
                     done = number + 1
+                    self.watch.progress()
                     bar.update(done)
                     pod.note(step=done)
 
@@ -537,15 +570,19 @@ class _Loop:
                         share_bad_videos(bad_videos)
                     if config.batch_norm.precise_batches and plan.ends_epoch(done):
                         self._settle(pending, 0)
-                        state = self._with_precise_statistics(state, meter, bar, bad_videos)
+                        with self.watch.spared():
+                            state = self._with_precise_statistics(state, meter, bar, bad_videos)
                     evaluating = self._evaluates_after(done)
                     stopped = stop.reached() and not last
                     due = _due(done, config.checkpoint.every_steps)
                     if evaluating or due or stopped or last:
                         self._settle(pending, 0)  # nothing that is not a number is saved
                         pod.note(doing='saving')
-                        self.writer.flush()
-                        self.checkpoints.save(state, self.metadata | {'seconds': self.seconds()})
+                        with self.watch.spared():
+                            self.writer.flush()
+                            self.checkpoints.save(
+                                state, self.metadata | {'seconds': self.seconds()}
+                            )
                     if evaluating and not stopped:  # after the save: nothing is lost if it fails
                         try:
                             result = self._validate(state, meter, bar, stop)
@@ -557,10 +594,16 @@ class _Loop:
             pod.note(doing='saving')
             self.checkpoints.wait()
         finally:
+            self.profile.stop()
             stop.restore()
             batches.close()
             self.num_bad_videos = len(bad_videos)
         return state, result, stopped
+
+    @contextlib.contextmanager
+    def _compiling(self, meter: _Meter) -> Iterator[None]:
+        with meter.pause(), self.watch.spared():
+            yield
 
     @property
     def _keys(self) -> tuple[str, ...]:
@@ -620,14 +663,14 @@ class _Loop:
         """Evaluates a saved step, and records and logs its score if it has one."""
         pod.note(doing='evaluating')
         done = int(state.step)
-        with meter.pause():
+        with meter.pause(), self.watch.spared():
             result = self._evaluate(state, stop)
-        # The score comes last: without it all of this is done again.
-        self.writer.write_scalars(done, _eval_figures(result))
-        self.writer.flush()
-        if result is not None:
-            select_by = self.task.select_by
-            self.checkpoints.add_score(done, select_by, result.figures.scalars[select_by])
+            # The score comes last: without it all of this is done again.
+            self.writer.write_scalars(done, _eval_figures(result))
+            self.writer.flush()
+            if result is not None:
+                select_by = self.task.select_by
+                self.checkpoints.add_score(done, select_by, result.figures.scalars[select_by])
         bar.line(_eval_line(result))
         return result
 

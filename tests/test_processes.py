@@ -295,7 +295,7 @@ def environment(tmp_path_factory):
 MEMBER = """
 import logging, sys, time
 import jax
-from dist_jax import ending, pod
+from dist_jax import ending, pod, stall
 logging.basicConfig(format='%(message)s')
 ending.listen(continues=True)
 pod.join()
@@ -310,6 +310,11 @@ if sys.argv[1] == 'loop':
             print('stops at', point, flush=True)
             sys.exit(pod.leave(pod.AGAIN))
         time.sleep(0.001 * (1 + jax.process_index()))
+if sys.argv[1] == 'stall':
+    time.sleep(1 - jax.process_index())
+    with stall.Watch(sys.argv[3], 3.0):
+        pod.note(step=7, doing='reading' if jax.process_index() else 'computing')
+        time.sleep(60)
 if sys.argv[1] == 'error' and jax.process_index() == 1:
     pod.leave(2, ValueError('data.root: no folder /nowhere'), 'my own words')
 for step in range(int(sys.argv[2]) * 20):
@@ -326,7 +331,7 @@ def members(environment, tmp_path):
 
     def start(how, seconds=TIMEOUT_SECONDS, **variables):
         present = variables.pop('present', None)
-        command = [sys.executable, '-c', MEMBER, how, str(seconds)]
+        command = [sys.executable, '-c', MEMBER, how, str(seconds), str(tmp_path)]
         return Group(command, 2, tmp_path, environment | variables, present)
 
     return start
@@ -391,6 +396,20 @@ def test_a_process_that_hangs_is_named_and_the_other_ends(members):
         assert 'process 1 of 2 on ' in text and 'is lost: no heartbeat' in text
         assert 'last seen at step' in text and 'Start the same command again' in text
         assert 'without a word' not in text
+
+
+def test_when_one_stalls_all_write_where_they_are_and_end(members, tmp_path):
+    with members('stall') as group:
+        assert group.codes() == [pod.AGAIN] * 2, group.output()
+    for number in (0, 1):
+        assert 'no progress for 3 s (pod.stall_timeout)' in group.text(number)
+        assert '<module>' in (tmp_path / f'stacks_{number}.txt').read_text()
+    told = [number for number in (0, 1) if 'so this one ends too' in group.text(number)]
+    assert told in ([0], [1], []), group.output()  # both may notice in the same second
+    for number in told:
+        doing = 'computing' if number else 'reading'
+        said = rf'made no progress for \d+ s \({doing}, after step 7\)'
+        assert re.search(said, group.text(number))
 
 
 def test_an_error_on_one_host_ends_all_with_its_message_and_code(members):

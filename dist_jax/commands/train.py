@@ -21,6 +21,9 @@ examples:
 
 A run that was stopped, even by SIGKILL, is continued by the same command. Every host of a pod runs
 the same command.
+
+  dist_jax train ... --profile=10                          # WORKDIR/profile, for XProf
+  dist_jax train ... --config.log.report_to=wandb          # mlflow, trackio; beside TensorBoard
 """
 
 
@@ -29,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument('--workdir', required=True, help='folder of the run')
     found.add_argument(
         '--skip_checks', action='store_true', help='on several hosts: no `doctor` before the start'
+    )
+    found.add_argument(
+        '--profile', type=int, metavar='STEPS', help='trace so many of its first steps, for XProf'
     )
     found.add_argument(
         '--config',
@@ -41,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     rest, config_arguments = split(argv)
     arguments = parser().parse_args(rest)
+    if arguments.profile is not None:
+        config_arguments.append(f'--config.log.profile={arguments.profile}')
     config = read_config(config_arguments)
     with wrong_usage():
         paths.check_training_inputs(base.flat(config))

@@ -488,3 +488,44 @@ def test_help_is_the_head_of_the_script(script):
     assert done.returncode == 0 and not done.stderr
     assert f'{script} train' in done.stdout and '--dry_run' in done.stdout
     assert 'set -euo' not in done.stdout and not done.stdout.startswith('#')
+
+
+SKY = yaml.safe_load((FOLDER / 'sky.yaml').read_text())
+
+
+def sky_run(folder, **variables):
+    """Runs the job of sky.yaml with a stand-in for dist_jax that says how it was called."""
+    command = folder / 'dist_jax_venv' / 'bin' / 'dist_jax'
+    command.parent.mkdir(parents=True, exist_ok=True)
+    command.write_text('#!/bin/sh\nprintf "%s\\n" "$@"; env | grep ^JAX_ | sort; exit 75\n')
+    command.chmod(0o755)
+    environment = {'PATH': os.environ['PATH'], 'HOME': str(folder), **SKY['envs'], **variables}
+    return subprocess.run(
+        ['bash', '-c', SKY['run']], env=environment, capture_output=True, text=True
+    )
+
+
+def test_sky_starts_again_what_asks_for_it(tmp_path):
+    recovery = SKY['resources']['job_recovery']
+    assert 75 in recovery['recover_on_exit_codes'] and 2 not in recovery['recover_on_exit_codes']
+    done = sky_run(tmp_path, ARGUMENTS="--config=dist:demo '--workdir=gs://b/a run'")
+    assert done.returncode == 75
+    assert done.stdout.splitlines() == ['train', '--config=dist:demo', '--workdir=gs://b/a run']
+    assert sky_run(tmp_path).returncode == 2
+
+
+def test_sky_tells_machines_with_gpus_of_each_other(tmp_path):
+    nodes = {
+        'SKYPILOT_NUM_NODES': '2',
+        'SKYPILOT_NODE_IPS': '10.0.0.1\n10.0.0.2',
+        'SKYPILOT_NODE_RANK': '1',
+        'ARGUMENTS': '--config=dist:demo',
+    }
+    assert 'JAX_' not in sky_run(tmp_path, **nodes).stdout  # a TPU slice knows
+    said = sky_run(tmp_path, **nodes, EXTRA='cuda').stdout.splitlines()
+    assert said[2:] == [
+        'JAX_COORDINATOR_ADDRESS=10.0.0.1:8476',
+        'JAX_NUM_PROCESSES=2',
+        'JAX_PROCESS_ID=1',
+    ]
+    assert subprocess.run(['bash', '-n', '-c', SKY['setup']]).returncode == 0
