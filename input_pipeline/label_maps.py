@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,9 +86,9 @@ def read_label_map(path: str | os.PathLike) -> ClassMap:
     """Reads class names and ids.
 
     Args:
-      path: a text file with one name per line or "id name" lines, a CSV file with columns id and
-        name (or key), a JSON file (object name -> id or id -> name, or a list of names), or a
-        folder whose subfolders are the classes.
+      path: a text file with one name per line or "id name" lines (Charades: "c000 name"), a CSV
+        file with columns id and name (or key), a JSON file (object name -> id or id -> name, or
+        a list of names), or a folder whose subfolders are the classes.
 
     Returns:
       The classes, ordered by id.
@@ -104,7 +105,7 @@ def read_label_map(path: str | os.PathLike) -> ClassMap:
         pairs = _label_pairs_csv(path)
     else:
         lines = [text for _, text in read_lines(path)]
-        heads = [integer(line.split(maxsplit=1)[0]) for line in lines]
+        heads = [_line_id(line.split(maxsplit=1)[0]) for line in lines]
         numbered = None not in heads and sorted(heads) in (
             list(range(len(lines))),
             list(range(1, len(lines) + 1)),
@@ -118,6 +119,10 @@ def read_label_map(path: str | os.PathLike) -> ClassMap:
     pairs.sort(key=lambda pair: pair[0])
     ids, names = zip(*pairs)
     return ClassMap(names, ids, str(path))
+
+
+def _line_id(text: str) -> int | None:
+    return int(text[1:]) if re.fullmatch('c[0-9]{3}', text) else integer(text)
 
 
 def _label_pairs_json(path: Path) -> list[tuple[int, str]]:

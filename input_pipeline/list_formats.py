@@ -126,6 +126,7 @@ class Row:
       start: seconds, see `Record`.
       end: seconds.
       captions: texts; () in lists of classes.
+      several: the labels are the classes of one head, any number of them.
     """
 
     where: str
@@ -135,6 +136,7 @@ class Row:
     start: float | None = None
     end: float | None = None
     captions: tuple[str, ...] = ()
+    several: bool = False
 
 
 def _rows_kinetics(path: Path, exists: Exists, **unused) -> Iterator[Row]:
@@ -154,13 +156,65 @@ def _rows_kinetics(path: Path, exists: Exists, **unused) -> Iterator[Row]:
         yield Row(where, layout(name), (label,))
 
 
+def _rows_multi_label(path: Path, **unused) -> Iterator[Row]:
+    """Lines of "path 3,7,12" or "path 3 7 12", or of "path" alone where a video has no class."""
+    for where, line in read_lines(path):
+        fields = line.split()
+        name, *labels = line.rsplit(maxsplit=len(fields) - _path_fields(fields))
+        if any(integer(label) is None for label in labels):  # names, or commas
+            labels = _split_labels(' '.join(labels), ',', where)
+        yield Row(where, name, tuple(labels), several=True)
+
+
+def _path_fields(fields: Sequence[str]) -> int:
+    """How many fields of a line of classes are its path, which may have spaces.
+
+    It ends with the last field that has the suffix of a video or picture. A path without one ends
+    before all numbers, or before all between which there are commas, or before the last field.
+    """
+    suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+    named = [k for k, field in enumerate(fields, 1) if field.lower().endswith(suffixes)]
+    if named or len(fields) == 1:
+        return named[-1] if named else 1
+    end = len(fields) - 1
+    while end > 1 and _go_together(fields[end - 1], fields[end]):
+        end -= 1
+    return end
+
+
+def _go_together(first: str, second: str) -> bool:
+    if first.endswith(',') or second.startswith(','):
+        return True
+    return integer(first) is not None and integer(second) is not None
+
+
+def _split_labels(text: str, signs: str, where: str) -> tuple[str, ...]:
+    """The classes of a text with any of these signs between them; none of a blank one."""
+    labels = tuple(label.strip() for label in re.split(f'[{signs}]', text))
+    if labels == ('',):
+        return ()
+    if not all(labels):
+        raise ValueError(f'{where}: classes {quoted(text)}: one of them is empty')
+    return labels
+
+
+def _split_cell(text: str, where: str) -> tuple[str, ...]:
+    """The classes of a field of a CSV: 'a;b', 'a|b', or '3,7' of whole numbers."""
+    parts = text.split(',')
+    numbers = len(parts) > 1 and all(integer(part) is not None for part in parts)
+    return _split_labels(text, ',' if numbers else ';|', where)
+
+
 _PATH_COLUMNS = ('path', 'video_path', 'file', 'filename', 'video')
 _CAPTION_COLUMNS = ('captions', 'caption', 'sentence')
 _LABEL_COLUMNS = ('label', 'class', 'label_id', 'class_id')
+_SETS_COLUMN = 'labels'  # any number of classes
+_CHARADES_COLUMNS = {'id', 'actions'}
 _KNOWN_COLUMNS = {
     *_PATH_COLUMNS,
     *_LABEL_COLUMNS,
     *_CAPTION_COLUMNS,
+    _SETS_COLUMN,
     'youtube_id',
     'verb_class',
     'video_id',
@@ -168,19 +222,26 @@ _KNOWN_COLUMNS = {
 
 
 def _rows_csv(
-    path: Path, exists: Exists, subset: str, purpose: str = '', num_heads: int = 0, **unused
+    path: Path,
+    exists: Exists,
+    subset: str,
+    purpose: str = '',
+    num_heads: int = 0,
+    several: bool = False,
+    **unused,
 ) -> Iterator[Row]:
     lines = split_lines(read_text(path))
-    # Text has commas of its own: the delimiter is in every line.
-    delimiter = max(';\t,', key=lambda sign: sum(sign in line for line in lines))
+    # Text has commas of its own: the delimiter is in every line. So may be what is between classes.
+    signs = ',\t;' if several else ';\t,'
+    delimiter = max(signs, key=lambda sign: sum(sign in line for line in lines))
     rows = read_csv(path, delimiter)
     header = _header(rows)
-    if not _KNOWN_COLUMNS & set(header):
+    if not _KNOWN_COLUMNS & set(header) and not set(header) >= _CHARADES_COLUMNS:
         if subset:
             raise _no_subset(path, subset, purpose, 'the list has no header and no column split')
-        yield from _rows_bare_csv(rows, exists, num_heads)
+        yield from _rows_bare_csv(rows, exists, num_heads, several)
         return
-    for column in _KNOWN_COLUMNS | {'split'}:
+    for column in _KNOWN_COLUMNS | _CHARADES_COLUMNS | {'split'}:
         if header.count(column) > 1:
             raise ValueError(f'{rows[0][0]}: column {column} appears twice, found {quoted(header)}')
     table = list(_table(rows))
@@ -191,10 +252,12 @@ def _rows_csv(
         raise _no_subset(path, subset, purpose, f'it has no column split, found {header}')
     if 'youtube_id' in header and not set(_PATH_COLUMNS) & set(header):
         yield from _rows_kinetics_csv(path, table, header, exists)
+    elif set(header) >= _CHARADES_COLUMNS and not set(_PATH_COLUMNS) & set(header):
+        yield from _rows_charades_csv(table, exists)
     elif 'verb_class' in header:
         yield from _rows_epic_csv(path, table, header)
     else:
-        yield from _rows_plain_csv(path, table, header, exists)
+        yield from _rows_plain_csv(path, table, header, exists, several)
 
 
 def _header(rows: Sequence[tuple[str, list[str]]]) -> list[str]:
@@ -213,14 +276,25 @@ def _table(rows: Sequence[tuple[str, list[str]]]) -> Iterator[tuple[str, dict[st
 
 
 def _rows_bare_csv(
-    rows: Sequence[tuple[str, list[str]]], exists: Exists, num_heads: int
+    rows: Sequence[tuple[str, list[str]]], exists: Exists, num_heads: int, several: bool
 ) -> Iterator[Row]:
-    """Rows without a header: path,label; path,frames,label; or a path and a label per head."""
+    """Rows without a header: path,label; path,frames,label; or a path and a label per head.
+
+    Where there may be several classes: path,labels.
+    """
     complete = _completion([row[0].strip() for _, row in rows], exists)
     for where, row in rows:
         name, *fields = (cell.strip() for cell in row)
         if not fields:
             raise ValueError(f'{where}: expected "path,label", found {quoted(row[0])}')
+        if several:
+            if len(fields) > 1:
+                raise ValueError(
+                    f'{where}: {len(row)} fields and no header; begin the list with the line '
+                    '"path,labels" and put ; or | between the classes of a video'
+                )
+            yield Row(where, complete(name), _split_cell(fields[0], where), several=True)
+            continue
         if len(fields) == 2 and num_heads == 1 and integer(fields[0]) is not None:
             fields = fields[1:]
         if len(fields) != max(num_heads, 1):
@@ -249,16 +323,26 @@ def _one_of(names: Sequence[str], header: Sequence[str], path: Path, what: str) 
     )
 
 
-def _rows_plain_csv(path: Path, table: list, header: list[str], exists: Exists) -> Iterator[Row]:
+def _rows_plain_csv(
+    path: Path, table: list, header: list[str], exists: Exists, several: bool
+) -> Iterator[Row]:
     path_column = _one_of(_PATH_COLUMNS, header, path, 'path')
-    if not set(_LABEL_COLUMNS) & set(header) and set(_CAPTION_COLUMNS) & set(header):
+    sets = _SETS_COLUMN in header and _reads_sets(header, several)
+    if not sets and not set(_LABEL_COLUMNS) & set(header) and set(_CAPTION_COLUMNS) & set(header):
         yield from _merged(_rows_caption_csv(table, path_column, header))
         return
-    label_column = _one_of(_LABEL_COLUMNS, header, path, 'label')
+    label_column = _SETS_COLUMN if sets else _one_of(_LABEL_COLUMNS, header, path, 'label')
     second = f'{label_column}_2'
     complete = _completion([row[path_column] for _, row in table], exists)
     for where, row in table:
         labels = (row[label_column], row[second]) if second in row else (row[label_column],)
+        if sets:
+            labels = _split_cell(row[label_column], where)
+        elif several and len(_split_cell(row[label_column], where)) > 1:
+            raise ValueError(
+                f'{where}: {quoted(row[label_column])} in the column {label_column}, which has one '
+                f'class a video; name the column {_SETS_COLUMN} if these are several'
+            )
         yield Row(
             where,
             row[path_column] and complete(row[path_column]),
@@ -266,7 +350,42 @@ def _rows_plain_csv(path: Path, table: list, header: list[str], exists: Exists) 
             row.get('video_id') or row.get('youtube_id', ''),
             _seconds(row.get('start', ''), where),
             _seconds(row.get('end', ''), where),
+            several=sets,
         )
+
+
+def _reads_sets(fields: Iterable[str], several: bool) -> bool:
+    """Whether the field of several classes counts: others win unless several are wanted."""
+    return several or not {*_LABEL_COLUMNS, *_CAPTION_COLUMNS} & set(fields)
+
+
+def _rows_charades_csv(table: list, exists: Exists) -> Iterator[Row]:
+    """Charades: id and actions, 'c092 11.90 21.20;c147 0.00 12.60', class, start and end of each.
+
+    A video has the classes of all its actions; the times are checked and not used.
+    """
+    names = [row['id'] for _, row in table]
+    complete = _best(
+        [f'{{}}{ending}'.format for ending in ('.mp4', '', '.webm', '.mkv', '.avi')], names, exists
+    )
+    for (where, row), name in zip(table, names):
+        if not name:
+            raise ValueError(f'{where}: no id')
+        actions = _split_labels(row['actions'], ';', where)
+        labels = tuple(_charades_class(action, where) for action in actions)
+        yield Row(where, complete(name), labels, name, several=True)
+
+
+def _charades_class(action: str, where: str) -> str:
+    label, *times = action.split()
+    seconds = [number(time) for time in times]
+    known = re.fullmatch('c[0-9]{3}', label) and len(times) == 2
+    if not known or any(time is None or time < 0 for time in seconds):
+        raise ValueError(
+            f"{where}: action {quoted(action)}, expected 'c092 11.90 21.20': its class, and its "
+            'start and end in seconds'
+        )
+    return str(int(label[1:]))
 
 
 def _rows_caption_csv(table: list, path_column: str, header: list[str]) -> Iterator[Row]:
@@ -423,7 +542,9 @@ def _rows_ssv2_json(path: Path, exists: Exists, **unused) -> Iterator[Row]:
         yield Row(entry[0], layout(entry), (entry[2],), entry[1])
 
 
-def _rows_json(path: Path, subset: str, purpose: str = '', **unused) -> Iterator[Row]:
+def _rows_json(
+    path: Path, subset: str, purpose: str = '', several: bool = False, **unused
+) -> Iterator[Row]:
     if path.suffix.lower() == '.jsonl':
         entries = list(read_json_lines(path))
     else:
@@ -440,13 +561,15 @@ def _rows_json(path: Path, subset: str, purpose: str = '', **unused) -> Iterator
         entries = [pair for pair, split in zip(entries, splits) if not wanted or split == wanted]
     elif subset:
         raise _no_subset(path, subset, purpose, 'its objects have no field split')
-    rows = [_json_row(where, entry) for where, entry in entries]
-    yield from rows if any(row.labels for row in rows) else _merged(rows)
+    rows = [_json_row(where, entry, several) for where, entry in entries]
+    yield from rows if any(row.labels or row.several for row in rows) else _merged(rows)
 
 
-def _json_row(where: str, entry: dict[str, Any]) -> Row:
+def _json_row(where: str, entry: dict[str, Any], several: bool) -> Row:
     path_field = next((name for name in _PATH_COLUMNS if name in entry), None)
-    label_field = next((name for name in _LABEL_COLUMNS if name in entry), None)
+    sets = _SETS_COLUMN in entry and _reads_sets(entry, several)
+    label_columns = (_SETS_COLUMN,) if sets else _LABEL_COLUMNS
+    label_field = next((name for name in label_columns if name in entry), None)
     caption_field = next((name for name in _CAPTION_COLUMNS if name in entry), None)
     if path_field is None or (label_field is None and caption_field is None):
         raise ValueError(f'{where}: needs path and label, found {quoted(sorted(entry))}')
@@ -458,6 +581,7 @@ def _json_row(where: str, entry: dict[str, Any]) -> Row:
         _seconds(entry.get('start'), where),
         _seconds(entry.get('end'), where),
         _texts(entry, caption_field, where) if label_field is None else (),
+        sets,
     )
 
 
@@ -721,12 +845,13 @@ FORMATS: dict[str, Callable[..., Iterable[Row]]] = {
     'msrvtt': _rows_msrvtt,
     'msvd': _rows_msvd,
     'vatex': _rows_vatex,
+    'multi_label': _rows_multi_label,
 }
 LIST_FORMATS = ('auto', *FORMATS)
 
 
 # Of lists that are text files; their lines look alike, so the data set decides.
-_TEXT_FORMATS = ('kinetics', 'ucf101', 'msvd')
+_TEXT_FORMATS = ('kinetics', 'multi_label', 'ucf101', 'msvd')
 _JSON_FORMATS = ('ssv2_json', 'json', 'msrvtt', 'vatex')
 
 

@@ -43,7 +43,8 @@ class Source(Protocol):
 class Annotate(Protocol):
     """What a clip brings into a batch beside its pixels and label: tokens of a text, a box.
 
-    It goes to reader processes by pickle. A key `label` takes the place of the class.
+    It goes to reader processes by pickle. A key `label` takes the place of the class; a set of
+    classes has no row without.
 
     Attributes:
       spec: key of the batch -> shape and dtype of a row.
@@ -73,7 +74,7 @@ def _rows(
     Raises:
       ValueError: that is not what its spec says.
     """
-    rows = {'label': np.asarray(label, np.int32)}
+    rows = _label_row(label)
     if annotate is None:
         return rows
     made = {key: np.asarray(row) for key, row in annotate(record, label, rng).items()}
@@ -89,9 +90,11 @@ def _rows(
 def _blank_rows(annotate: Annotate | None, label: Label | np.ndarray) -> Rows:
     """The rows where there is no clip."""
     spec = {} if annotate is None else annotate.spec
-    return {'label': np.asarray(label, np.int32)} | {
-        key: np.zeros(shape, dtype) for key, (shape, dtype) in spec.items()
-    }
+    return _label_row(label) | {key: np.zeros(shape, dtype) for key, (shape, dtype) in spec.items()}
+
+
+def _label_row(label: Label | np.ndarray) -> Rows:
+    return {} if isinstance(label, frozenset) else {'label': np.asarray(label, np.int32)}
 
 
 def _check_reader(reader: 'TrainReader | EvalReader') -> None:
@@ -433,7 +436,7 @@ class _EvalStream:
             return _element(self, self._read, self.source[index], index, 0, failure)
         return {
             'video': list(np.zeros(self.shape, np.uint8)),
-            'rows': [_blank_rows(self.reader.annotate, np.zeros_like(self.source[0].label))],
+            'rows': [_blank_rows(self.reader.annotate, self._no_label())],
             'mask': 0.0,
             'index': -1,
             'epoch': 0,
@@ -444,6 +447,10 @@ class _EvalStream:
     def _read(self, record: Record) -> tuple[list[np.ndarray], list[Rows]]:
         video, rows = self.reader.read(record)
         return [video], [rows]
+
+    def _no_label(self) -> Label | np.ndarray:
+        label = self.source[0].label
+        return label if isinstance(label, frozenset) else np.zeros_like(label)
 
 
 def _element(
@@ -524,11 +531,11 @@ def train_batches(
       shuffle: False keeps the order of the list in every epoch.
 
     Returns:
-      An iterator of dicts: video (b, T, H, W, 3) uint8 RGB; label (b,) int32, or (b, heads); keys
-      of the reader's `annotate`, (b, ...); mask (b,) float32, 0 for a video that cannot be read
-      (it has its label, all else is zeros); index (b,) int64, number of the record; epoch (b,)
-      int64; path (b,) str; error (b,) str, '' or 'kind: reason'. The S copies of a record are
-      neighbours, in order.
+      An iterator of dicts: video (b, T, H, W, 3) uint8 RGB; label (b,) int32, or (b, heads), but
+      none of sets of classes; keys of the reader's `annotate`, (b, ...); mask (b,) float32, 0 for a
+      video that cannot be read (it has its label, all else is zeros); index (b,) int64, number of
+      the record; epoch (b,) int64; path (b,) str; error (b,) str, '' or 'kind: reason'. The S
+      copies of a record are neighbours, in order.
 
     Raises:
       ValueError: if an argument is out of range.

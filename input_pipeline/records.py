@@ -20,14 +20,16 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from input_pipeline.escape import json_text
+from input_pipeline.label_sets import LabelSets
 from input_pipeline.list_formats import choose_split
 from input_pipeline.packed import Texts, TextTuples
 from input_pipeline.regular_files import open_regular
 from input_pipeline.text_files import quoted, read_json
-from input_pipeline.video_list import Names, Record
+from input_pipeline.video_list import Label, Names, Record
 
 INDEX = 'index.json'
 FORMAT = 1  # of the index
+SETS_FORMAT = 2  # of one whose videos have any number of classes
 # One number a video, in the index and in its Example.
 FACTS = {
     'num_frames': np.int32,
@@ -36,6 +38,7 @@ FACTS = {
     'height': np.int32,
     'width': np.int32,
 }
+SETS_FEATURE = 'labels'  # of an Example that has any number of classes
 _MAX_OPEN_SHARDS = 128  # of a process: each takes a file descriptor
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'  # random access
 
@@ -50,7 +53,8 @@ class SplitIndex:
 
     Attributes:
       video_ids: N names.
-      labels: (N, heads) int32; no heads in sets of captions.
+      labels: (N, heads) int32; no heads in sets of captions. `LabelSets` where a video may have any
+        number of classes.
       facts: arrays (N,) by the names of `FACTS`.
       num_bytes: (N,) int64, of the encoded video.
       crc32: (N,) uint32, of the encoded video.
@@ -60,7 +64,7 @@ class SplitIndex:
     """
 
     video_ids: Texts
-    labels: np.ndarray
+    labels: np.ndarray | LabelSets
     facts: Mapping[str, np.ndarray]
     num_bytes: np.ndarray
     crc32: np.ndarray
@@ -71,11 +75,14 @@ class SplitIndex:
     def to_bytes(self) -> bytes:
         """The content of its file: a numpy archive."""
         file = io.BytesIO()
+        labels = {'labels': self.labels}
+        if isinstance(self.labels, LabelSets):
+            labels = {'labels': self.labels.classes, _LABEL_ENDS: self.labels.ends}
         np.savez(
             file,
             video_ids=self.video_ids.content,
             video_id_ends=self.video_ids.ends,
-            labels=self.labels,
+            **labels,
             num_bytes=self.num_bytes,
             crc32=self.crc32,
             captions=self.captions.texts.content,
@@ -95,7 +102,7 @@ class SplitIndex:
                 _refuse_compressed(arrays.zip)
                 index = cls(
                     video_ids=Texts(arrays['video_ids'], arrays['video_id_ends']),
-                    labels=arrays['labels'],
+                    labels=_read_labels(arrays),
                     facts={name: arrays[name] for name in FACTS},
                     num_bytes=arrays['num_bytes'],
                     crc32=arrays['crc32'],
@@ -122,8 +129,13 @@ class SplitIndex:
         for name, column in columns.items():
             if column.shape != (count,) or column.dtype.kind not in 'iuf':
                 raise ValueError(f'{name} has shape {column.shape}, not {(count,)}')
-        if self.labels.ndim != 2 or self.labels.dtype.kind != 'i':
-            raise ValueError(f'labels have shape {self.labels.shape}')
+        labels, ndim = self.labels, 2
+        if isinstance(labels, LabelSets):
+            _check_ends('labels', labels.ends, count, len(labels.classes))
+            labels.check()
+            labels, ndim = labels.classes, 1
+        if labels.ndim != ndim or labels.dtype.kind != 'i':
+            raise ValueError(f'labels have shape {labels.shape}')
         captions = self.captions.texts
         for name, texts, length in (
             ('video_ids', self.video_ids, count),
@@ -142,6 +154,14 @@ class SplitIndex:
         for shard in self.shards:
             if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard:
                 raise ValueError(f'{quoted(shard)} is not the name of a shard')
+
+
+_LABEL_ENDS = 'label_ends'
+
+
+def _read_labels(arrays: Mapping[str, np.ndarray]) -> np.ndarray | LabelSets:
+    labels = arrays['labels']
+    return LabelSets(labels, arrays[_LABEL_ENDS]) if _LABEL_ENDS in arrays else labels
 
 
 def _refuse_compressed(archive: zipfile.ZipFile) -> None:
@@ -166,17 +186,20 @@ class BuiltSplit:
       class_names: names by class index; one tuple per head where labels are tuples; () in sets of
         captions.
       num_classes: number of classes, or one number per head; 0 in sets of captions.
-      labels: (N, heads) int32.
+      labels: (N, heads) int32; `LabelSets` where a video may have any number of classes.
       index: all that is known of the records.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str = '', purpose: str = ''):
+    def __init__(
+        self, folder: str | os.PathLike, name: str = '', purpose: str = '', several: bool = False
+    ):
         """Reads the index of a split.
 
         Args:
           folder: of the data set.
           name: of the split; '' for the only one, or the one that the purpose means.
           purpose: see `sources.open_source`.
+          several: likewise: records have sets of classes, of one each where the set has labels.
 
         Raises:
           ValueError: if it has no such split or the index is damaged.
@@ -199,11 +222,21 @@ class BuiltSplit:
         self.num_classes = sizes if len(heads) > 1 else sum(sizes)
         self.index = SplitIndex.from_file(self.folder / index_file(name))
         self.labels = labels = self.index.labels
-        if labels.shape[1] != len(heads) or ((labels < 0) | (labels >= sizes)).any():
+        sets = isinstance(labels, LabelSets)
+        known = labels.classes[:, None] if sets else labels
+        fits = known.shape[1] == len(heads) and sets == (content['format'] == SETS_FORMAT)
+        if not fits or ((known < 0) | (known >= sizes)).any():
             raise ValueError(
                 f'{self.folder / index_file(name)}: has labels that are no classes of {INDEX}; '
                 'build the set again'
             )
+        if several and len(heads) > 1:
+            raise ValueError(
+                f'{self.folder}: has a label for each of {len(heads)} heads, where any number of '
+                'classes of one head is expected'
+            )
+        if several and heads and not sets:
+            self.labels = LabelSets(labels[:, 0], np.arange(1, len(labels) + 1))
         self._starts = np.concatenate([[0], np.cumsum(self.index.shard_lengths)])
 
     def __len__(self) -> int:
@@ -213,12 +246,11 @@ class BuiltSplit:
         if not 0 <= index < len(self):
             raise IndexError(f'record {index} of {len(self)} in {self.folder}, {self.name}')
         shard, position = self.place(index)
-        labels = self.labels[index].tolist()  # plain: a record may go into JSON
         path = os.fspath(self.folder / self.index.shards[shard])
         first, stop = self._starts[shard : shard + 2].tolist()
         return Record(
             f'{path}[{position}]',
-            labels[0] if len(labels) == 1 else tuple(labels),
+            _plain(self.labels[index]),
             self.index.video_ids[index],
             load=_Load(path, position, f'{self.name} {first} to {stop - 1}', self.expected(index)),
             captions=self.index.captions[index],
@@ -226,9 +258,10 @@ class BuiltSplit:
 
     def expected(self, index: int) -> 'Identity':
         """What the record must be, by the index."""
+        own = self.index.labels[index]
         return Identity(
             self.index.video_ids[index],
-            tuple(self.index.labels[index].tolist()),
+            tuple(sorted(own) if isinstance(own, frozenset) else own.tolist()),
             int(self.index.crc32[index]),
         )
 
@@ -238,13 +271,21 @@ class BuiltSplit:
         return shard, index - int(self._starts[shard])
 
 
+def _plain(labels: np.ndarray | frozenset[int]) -> Label:
+    """The label of a record: numbers that may go into JSON."""
+    if isinstance(labels, frozenset):
+        return labels
+    heads = labels.tolist()
+    return heads[0] if len(heads) == 1 else tuple(heads)
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """By what a record is recognised.
 
     Attributes:
       video_id: name in the data set.
-      labels: class index per head.
+      labels: class index per head, or all classes, ascending.
       crc32: of the encoded video.
     """
 
@@ -256,9 +297,12 @@ class Identity:
     def of_example(cls, example: Mapping) -> 'Identity':
         """Of a record, as `read_example` gives it."""
         heads = [name for name in ('label', 'label_2') if name in example]
+        labels = [example[name].int64_list.value[0] for name in heads]
+        if SETS_FEATURE in example:
+            labels = example[SETS_FEATURE].int64_list.value
         return cls(
             os.fsdecode(example['video_id'].bytes_list.value[0]),
-            tuple(example[name].int64_list.value[0] for name in heads),
+            tuple(labels),
             zlib.crc32(example['video'].bytes_list.value[0]),
         )
 
@@ -351,8 +395,12 @@ def read_index(folder: Path) -> dict:
     """
     path = folder / INDEX
     content = read_json(path)
-    if not isinstance(content, dict) or content.get('format') != FORMAT:
-        raise ValueError(f'{path}: not the index of a data set in format {FORMAT}; build it again')
+    known = (FORMAT, SETS_FORMAT)
+    if not isinstance(content, dict) or content.get('format') not in known:
+        raise ValueError(
+            f'{path}: not the index of a data set in format {FORMAT} or {SETS_FORMAT}; build it '
+            'again'
+        )
     splits, heads = content.get('splits'), content.get('class_names')
     if not _are_texts(splits) or not all(split.isidentifier() for split in splits):
         raise ValueError(f'{path}: splits must be names, found {quoted(splits)}; build it again')
@@ -365,10 +413,12 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def index_text(name: str, splits: Sequence[str], class_names: Sequence[Names]) -> str:
+def index_text(
+    name: str, splits: Sequence[str], class_names: Sequence[Names], several: bool = False
+) -> str:
     """What belongs into index.json; it completes a data set and is written last."""
     content = {
-        'format': FORMAT,
+        'format': SETS_FORMAT if several else FORMAT,
         'name': name,
         'splits': list(splits),
         'class_names': list(map(list, class_names)),
@@ -381,6 +431,7 @@ def open_built(
     subset: str = '',
     num_classes: int | tuple[int, ...] = 0,
     purpose: str = '',
+    several: bool = False,
 ) -> BuiltSplit:
     """Opens a split of a built data set.
 
@@ -389,12 +440,13 @@ def open_built(
       subset: name of the split; '' for the only one.
       num_classes: expected number of classes, one per head; 0 for whatever comes. Nothing is
         expected of captions.
+      several: see `BuiltSplit`.
       purpose: see `sources.open_source`.
 
     Raises:
       ValueError: if there is no such split, or it has other classes.
     """
-    source = BuiltSplit(folder, subset, purpose)
+    source = BuiltSplit(folder, subset, purpose, several)
     if source.class_names and num_classes and source.num_classes != num_classes:
         raise ValueError(
             f'{folder}: {source.num_classes} classes, expected num_classes={num_classes}; name the '

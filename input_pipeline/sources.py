@@ -4,6 +4,7 @@ Everything that training needs of a source is `len(source)` and `source[i] -> Re
 is the identity of a record.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ def open_source(
     subset: str = '',
     purpose: str = '',
     usual_format: str = '',
+    several: bool = False,
 ) -> VideoList | BuiltSplit:
     """Reads a list of videos, or opens a data set that `dist_jax dataset build` wrote.
 
@@ -55,6 +57,8 @@ def open_source(
       purpose: 'train' or 'val' for such a list of a run: where the list holds several splits and
         `subset` names none, it is the one that is meant; an error if that is not certain.
       usual_format: of the data set's own lists, for 'auto' where the file leaves it open.
+      several: a video may have any number of classes, whatever list it is. Without, that is so of
+        the lists that say it: a column or field `labels`, Charades, the format 'multi_label'.
 
     Returns:
       The records in the order of the list, with class names. Those of a list of captions have no
@@ -75,8 +79,10 @@ def open_source(
     if is_built(path):
         if any(map(os.fspath, _listed(label_map))):
             raise ValueError(f'{path}: a built data set has its class names; leave label_map empty')
-        return open_built(path, subset, num_classes, purpose)
+        return open_built(path, subset, num_classes, purpose, several)
     if list_format == 'auto':
+        if several and usual_format in ('', 'auto', 'kinetics'):
+            usual_format = 'multi_label'
         list_format = guess_format(path, usual_format)
     if list_format not in FORMATS:
         raise ValueError(f'list_format={list_format!r} must be one of {", ".join(LIST_FORMATS)}')
@@ -88,17 +94,19 @@ def open_source(
         subset,
         purpose,
         count_heads(label_map, num_classes),
+        several,
     )
     heads = (
         [] if rows[0].captions else find_classes(path, list_format, rows, label_map, num_classes)
     )
     records = []
     for row in rows:
-        label = tuple(classes.find(text, row.where) for classes, text in zip(heads, row.labels))
+        label = find_labels(heads, row)
+        own = frozenset(label) if row.several else label[0] if len(heads) == 1 else label
         records.append(
             Record(
                 os.fspath(root / row.path),  # an absolute path stays as it is
-                label[0] if len(heads) == 1 else label,
+                own,
                 row.video_id or Path(row.path).stem,
                 row.start,
                 row.end,
@@ -120,6 +128,17 @@ def count_heads(
     return len(maps) or int(num_classes > 0)
 
 
+def find_labels(heads: Sequence[ClassMap], row: Row) -> tuple[int, ...]:
+    """Class index of each head; of a row with several classes each of these once, ascending.
+
+    Raises:
+      ValueError: naming file and line, if one is no class.
+    """
+    if row.several:
+        return tuple(sorted({heads[0].find(text, row.where) for text in row.labels}))
+    return tuple(classes.find(text, row.where) for classes, text in zip(heads, row.labels))
+
+
 def read_rows(
     path: Path,
     list_format: str,
@@ -127,6 +146,7 @@ def read_rows(
     subset: str = '',
     purpose: str = '',
     num_heads: int = 0,
+    several: bool = False,
 ) -> list[Row]:
     """Reads a list whose format is known.
 
@@ -137,25 +157,51 @@ def read_rows(
       subset: see `open_source`.
       purpose: likewise.
       num_heads: labels of a video, where that is known; 0 where it is not.
+      several: see `open_source`.
 
     Returns:
-      At least one row. All have labels, equally many, or all have captions.
+      At least one row. All have labels, equally many, or any number of classes, or captions.
 
     Raises:
       ValueError: naming file and line, if the list is wrong or empty.
     """
     check_subset(path, list_format, subset, purpose)
     parse = FORMATS[list_format]
-    rows = list(parse(path, exists=exists, subset=subset, purpose=purpose, num_heads=num_heads))
+    rows = list(
+        parse(
+            path,
+            exists=exists,
+            subset=subset,
+            purpose=purpose,
+            num_heads=num_heads,
+            several=several,
+        )
+    )
     if not rows:
         raise ValueError(f'{path}: the list has no videos')
+    if rows[0].several:
+        _check_sets(rows)
+        return rows
     num_heads = len(rows[0].labels)
     for row in rows:
-        if len(row.labels) != num_heads or not row.path:
+        if len(row.labels) != num_heads or not row.path or row.several:
             raise ValueError(f'{row.where}: expected a path and {num_heads} label(s) as above it')
         if not num_heads:
             check_captions(row)
-    return rows
+    if several and num_heads > 1:
+        raise ValueError(
+            f'{path}: a label for each of {num_heads} heads, where any number of classes of one '
+            "head is expected; name one column or field 'labels'"
+        )
+    if not several or not num_heads:
+        return rows
+    return [dataclasses.replace(row, several=True) for row in rows]
+
+
+def _check_sets(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if not row.several or not row.path:
+            raise ValueError(f"{row.where}: expected a path and 'labels' as above it")
 
 
 def find_classes(
@@ -174,7 +220,7 @@ def find_classes(
         label_map = path / 'classInd.txt'
     if list_format == 'ucf101' and not label_map:
         raise ValueError(f'{path}: UCF101 lists need label_map, the path of classInd.txt')
-    num_heads = len(rows[0].labels)
+    num_heads = 1 if rows[0].several else len(rows[0].labels)
     maps = _listed(label_map)
     if maps == [''] or not maps:
         # The subfolders are the classes, those without a video too.
@@ -203,18 +249,25 @@ def _listed(label_map: str | os.PathLike | Sequence[str | os.PathLike]) -> list[
 
 def _collect_classes(path: Path, rows: Sequence[Row], head: int, count: int) -> ClassMap:
     """Classes of a list that comes without a label map."""
-    numbers = [integer(row.labels[head]) for row in rows]
-    if all(number is None for number in numbers):
-        for row in rows:
-            _check_name(row, row.labels[head])
-        names = sorted({row.labels[head] for row in rows})
+    labelled = [
+        (row, label)
+        for row in rows
+        for label in (row.labels if row.several else (row.labels[head],))
+    ]
+    numbers = [integer(label) for _, label in labelled]
+    if not labelled and not count:
+        raise ValueError(f'{path}: no video has a class; set label_map, which names the classes')
+    if all(number is None for number in numbers) and labelled:
+        for row, label in labelled:
+            _check_name(row, label)
+        names = sorted({label for _, label in labelled})
         return ClassMap(names, range(len(names)), str(path))
     # The names are made from the largest number: a wrong column must not become a million classes.
     limit = count or max(MOST_UNNAMED_CLASSES, len(rows))
-    for row, number in zip(rows, numbers):
+    for (row, label), number in zip(labelled, numbers):
         if number is None:
             raise ValueError(
-                f'{row.where}: label {quoted(row.labels[head])} is no whole number, as other '
+                f'{row.where}: label {quoted(label)} is no whole number, as other '
                 'labels of the list are; set label_map if the numbers are names'
             )
         if number < 0 or number >= limit:

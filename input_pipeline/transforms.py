@@ -1,8 +1,9 @@
 """Augmentation and test views on uint8 clips; one random draw per clip, the same for every frame.
 
 A transform is a frozen dataclass with `__call__(video, label, rng) -> (video, label)`, where video
-is (T, H, W, 3) uint8 RGB and label the class of the clip (or one per head). Pipelines are plain
-tuples, see `apply`. Test views draw nothing and return (crops, T, H, W, 3); see `ViewCrops`.
+is (T, H, W, 3) uint8 RGB and label the class of the clip (one per head, or a set of classes).
+Pipelines are plain tuples, see `apply`. Test views draw nothing and return (crops, T, H, W, 3); see
+`ViewCrops`.
 
 Pixels are OpenCV's, and Pillow's where a recipe smooths what it shrinks: `INTERPOLATION`.
 """
@@ -18,7 +19,7 @@ from PIL import Image
 
 from input_pipeline import resample
 
-Label = int | tuple[int, ...]
+Label = int | tuple[int, ...] | frozenset[int]
 
 # OpenCV would start threads of its own inside every reader thread.
 cv2.setNumThreads(1)
@@ -40,7 +41,7 @@ def apply(
     Args:
       transforms: in order.
       video: (T, H, W, 3) uint8 RGB.
-      label: class index, or one per head.
+      label: class index, one per head, or a set of them.
       rng: source of all draws.
 
     Returns:
@@ -71,10 +72,15 @@ class Flip:
         mirrored = np.empty(video.shape, np.uint8)
         for frame, target in zip(video, mirrored):
             cv2.flip(frame, 1, dst=target)
+        if isinstance(label, frozenset):
+            return mirrored, frozenset(map(self._swapped, label))
+        return mirrored, self._swapped(label)
+
+    def _swapped(self, label: int | tuple[int, ...]) -> int | tuple[int, ...]:
         for a, b in self.label_pairs:
             if label in (a, b):
-                return mirrored, a + b - label
-        return mirrored, label
+                return a + b - label
+        return label
 
 
 class Rounding(NamedTuple):

@@ -7,9 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
+from input_pipeline.label_sets import LabelSets
 from input_pipeline.packed import Objects, Texts, TextTuples
 
-Label = int | tuple[int, ...]
+Label = int | tuple[int, ...] | frozenset[int]
 Names = tuple[str, ...]
 
 
@@ -19,7 +20,8 @@ class Record:
 
     Attributes:
       path: the video file, or a name that says where the video lies, for messages.
-      label: class index from 0, or one per head; () in sets of captions.
+      label: class index from 0, or one per head; the set of its classes, which may be empty, where
+        a video may have any number of them; () in sets of captions.
       video_id: name of the video in the data set.
       start: seconds after the first frame where the part begins; None means the beginning.
       end: seconds where it ends; None means the end.
@@ -43,12 +45,13 @@ class LabelledSource(Protocol):
       class_names: names by class index; one tuple per head where labels are tuples; () in sets of
         captions.
       num_classes: number of classes, or one number per head; 0 in sets of captions.
-      labels: (N,) or (N, heads) int, those of the records; (N, 0) in sets of captions.
+      labels: (N,) or (N, heads) int, those of the records; (N, 0) in sets of captions; `LabelSets`
+        where a video may have any number of classes.
     """
 
     class_names: Names | tuple[Names, ...]
     num_classes: int | tuple[int, ...]
-    labels: np.ndarray
+    labels: np.ndarray | LabelSets
 
     def __len__(self) -> int: ...
 
@@ -62,7 +65,8 @@ class VideoList:
       class_names: names by class index; one tuple per head where labels are tuples; () in sets of
         captions.
       num_classes: number of classes, or one number per head; 0 in sets of captions.
-      labels: (N,) or (N, heads) int64; (N, 0) in sets of captions.
+      labels: (N,) or (N, heads) int64; (N, 0) in sets of captions; `LabelSets` of records with
+        sets.
     """
 
     def __init__(self, records: Sequence[Record], class_names: Names | tuple[Names, ...]):
@@ -70,7 +74,12 @@ class VideoList:
         self.class_names = class_names
         heads = bool(class_names) and isinstance(class_names[0], tuple)
         self.num_classes = tuple(map(len, class_names)) if heads else len(class_names)
-        self.labels = np.array([record.label for record in records], np.int64)
+        labels = [record.label for record in records]
+        self.labels: np.ndarray | LabelSets
+        if records and isinstance(labels[0], frozenset):
+            self.labels = LabelSets.pack(labels)
+        else:
+            self.labels = np.array(labels, np.int64)
         self._paths = Texts.pack([record.path for record in records])
         self._video_ids = Texts.pack([record.video_id for record in records])
         # (N, 2) seconds, NaN for None; most lists have none of these three.
@@ -86,7 +95,9 @@ class VideoList:
 
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]
-        label = self.labels[index].tolist()
+        label = self.labels[index]
+        if isinstance(label, (np.ndarray, np.generic)):
+            label = label.tolist()
         start = end = None
         if self._times is not None:
             times = self._times[index].tolist()

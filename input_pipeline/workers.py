@@ -46,7 +46,7 @@ MOST_WORKERS = 128  # of `usual_number`; so many feed four v4 chips, see docs/pe
 START_SECONDS = 120  # for a process to be ready
 FAILED_STARTS = 3  # in a row, after which it is not the fault of a record
 
-# What becomes of a clip beside its pixels: key -> array, one row of the batch; `label` at least.
+# What becomes of a clip beside its pixels: key -> array, one row of the batch.
 Rows = dict[str, np.ndarray]
 
 # What becomes of one record, S rows of a batch: lists of S entries, 'video' of arrays and 'rows' of
