@@ -34,6 +34,7 @@ from input_pipeline.bad_videos import check_frames
 from input_pipeline.decode import DecodeError
 from input_pipeline.escape import Console, json_text
 from input_pipeline.jpeg import open_file
+from input_pipeline.label_sets import LabelSets
 from input_pipeline.machine import num_cpus
 from input_pipeline.pipeline import open_video
 from input_pipeline.records import BuiltSplit, Identity, is_built, read_example, read_index
@@ -81,8 +82,14 @@ def statistics(source: BuiltSplit) -> dict[str, Any]:
     for name, values in _distributions(source).items():
         low, median, high = np.percentile(values, [0, 50, 100]).tolist() if len(values) else [0] * 3
         found[name] = {'min': low, 'median': median, 'max': high}
+    if isinstance(index.labels, LabelSets):
+        found['classes of a video'] = {
+            'none': int((index.labels.sizes == 0).sum()),
+            'mean': float(index.labels.sizes.mean()) if len(source) else 0.0,
+            'most': int(index.labels.sizes.max(initial=0)),
+        }
     for head, names in enumerate(_heads(source)):
-        videos = np.bincount(index.labels[:, head], minlength=len(names))
+        videos = _counts(source, head, len(names))
         found[f'classes of head {head + 1}'] = {
             'number': len(names),
             'without a video': int((videos == 0).sum()),
@@ -158,10 +165,8 @@ def _sheets(source: BuiltSplit, num_videos: int) -> Iterator[tuple[str, str, lis
             records = list(range(first, min(first + num_videos, len(source))))
             yield f'{first:06d}', f'{source.name}, records from {first}', records
     for head, classes in enumerate(names):
-        order = np.argsort(source.index.labels[:, head], kind='stable')
-        starts = np.searchsorted(source.index.labels[order, head], np.arange(len(classes) + 1))
         for label, name in enumerate(classes):
-            members = order[starts[label] : starts[label + 1]]
+            members = _members(source, head, label)
             spread = np.linspace(0, len(members) - 1, min(num_videos, len(members)))
             plain = re.sub(r'[^\w-]+', '_', name)[:60]
             prefix = f'head{head + 1}_' if len(names) > 1 else ''
@@ -171,6 +176,22 @@ def _sheets(source: BuiltSplit, num_videos: int) -> Iterator[tuple[str, str, lis
                 title,
                 members[spread.round().astype(int)].tolist(),
             )
+
+
+def _counts(source: BuiltSplit, head: int, num_classes: int) -> np.ndarray:
+    """(num_classes,) records of each class."""
+    labels = source.index.labels
+    if isinstance(labels, LabelSets):
+        return labels.counts(num_classes)
+    return np.bincount(labels[:, head], minlength=num_classes)
+
+
+def _members(source: BuiltSplit, head: int, label: int) -> np.ndarray:
+    """Numbers of the records of a class, ascending."""
+    labels = source.index.labels
+    if isinstance(labels, LabelSets):
+        return labels.members(label)
+    return np.flatnonzero(labels[:, head] == label)
 
 
 def draw_sheet(source: BuiltSplit, title: str, records: Sequence[int], path: Path) -> None:

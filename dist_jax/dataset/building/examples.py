@@ -15,7 +15,7 @@ from input_pipeline.decode import VideoReader
 from input_pipeline.encode import transcode
 from input_pipeline.escape import terminal
 from input_pipeline.jpeg import open_file
-from input_pipeline.records import FACTS
+from input_pipeline.records import FACTS, SETS_FEATURE
 from input_pipeline.video_list import Names
 
 
@@ -90,11 +90,14 @@ def label_names(num_heads: int) -> tuple[str, ...]:
     return tuple(f'label_{head}' if head > 1 else 'label' for head in range(1, num_heads + 1))
 
 
-def make_features(class_names: Sequence[Names]) -> tfds.features.FeaturesDict:
+def make_features(
+    class_names: Sequence[Names], several: bool = False
+) -> tfds.features.FeaturesDict:
     """The features of a record.
 
     Args:
       class_names: of each head; () for a set of captions.
+      several: a video has any number of classes of the one head.
     """
     fields = {
         'video': tfds.features.Text(doc='an encoded video, the bytes of a file'),
@@ -107,8 +110,13 @@ def make_features(class_names: Sequence[Names]) -> tfds.features.FeaturesDict:
         'height': tfds.features.Scalar(np.int64, doc='pixels, turned upright'),
         'width': tfds.features.Scalar(np.int64, doc='pixels, turned upright'),
     }
-    for name, names in zip(label_names(len(class_names)), class_names):
-        fields[name] = tfds.features.ClassLabel(names=[terminal(name) for name in names])
+    labels = [
+        tfds.features.ClassLabel(names=[terminal(name) for name in names]) for names in class_names
+    ]
+    if several:
+        fields[SETS_FEATURE] = tfds.features.Sequence(labels[0])
+    else:
+        fields |= zip(label_names(len(labels)), labels)
     if not class_names:
         fields['captions'] = tfds.features.Sequence(tfds.features.Text())
     return tfds.features.FeaturesDict(fields)
@@ -124,9 +132,12 @@ def serialize(
         'source': os.fsencode(entry.name),
         'split': split,
         **video.facts,
-        **dict(zip(label_names(len(entry.label)), entry.label)),
     }
-    if not entry.label:
+    if SETS_FEATURE in features:
+        fields[SETS_FEATURE] = list(entry.label)
+    elif entry.label:
+        fields |= zip(label_names(len(entry.label)), entry.label)
+    else:
         fields['captions'] = list(entry.captions)
     # A message writes its map in an order that differs from process to process.
     example = tf_example_pb2.Example.FromString(features.serialize_example(fields))

@@ -17,8 +17,16 @@ from dist_jax.dataset.building.examples import label_names, make_features
 from dist_jax.dataset.building.shards import MANIFEST, BuildFolder, Task
 from dist_jax.drawing import cut, theme
 from input_pipeline.escape import json_text, terminal
+from input_pipeline.label_sets import LabelSets
 from input_pipeline.packed import Texts, TextTuples
-from input_pipeline.records import FACTS, INDEX, SplitIndex, index_file, index_text
+from input_pipeline.records import (
+    FACTS,
+    INDEX,
+    SETS_FEATURE,
+    SplitIndex,
+    index_file,
+    index_text,
+)
 
 _MOST_BARS = 48  # classes that get a bar and their name; of more, so many are named
 
@@ -95,7 +103,7 @@ def finish(folder: BuildFolder) -> dict[str, Summary]:
     _draw_histograms(histograms, folder)
     tfds.folder_dataset.write_metadata(
         data_dir=folder.path,
-        features=make_features(folder.class_names),
+        features=make_features(folder.class_names, folder.several),
         split_infos=infos,
         filename_template=_template(folder),
         check_data=False,
@@ -103,7 +111,10 @@ def finish(folder: BuildFolder) -> dict[str, Summary]:
     )
     manifest['complete'] = True
     folder.write(MANIFEST, _json(manifest))
-    folder.write(INDEX, index_text(folder.name, list(folder.splits), folder.class_names))
+    folder.write(
+        INDEX,
+        index_text(folder.name, list(folder.splits), folder.class_names, folder.several),
+    )
     (folder.path / 'build').rmtree()
     return summaries
 
@@ -118,10 +129,15 @@ def _make_index(
     folder: BuildFolder, tasks: Sequence[Task], results: Sequence[Mapping[str, Any]]
 ) -> SplitIndex:
     rows = [row for result in results for row in result['rows']]
-    heads = len(folder.class_names)
+    own = [row['label'] for row in rows]
+    labels = (
+        LabelSets.pack(own)
+        if folder.several
+        else np.array(own, np.int32).reshape(len(rows), len(folder.class_names))
+    )
     return SplitIndex(
         video_ids=Texts.pack([row['video_id'] for row in rows]),
-        labels=np.array([row['label'] for row in rows], np.int32).reshape(len(rows), heads),
+        labels=labels,
         facts={name: np.array([row[name] for row in rows], kind) for name, kind in FACTS.items()},
         num_bytes=np.array([row['num_bytes'] for row in rows], np.int64),
         crc32=np.array([row['crc32'] for row in rows], np.uint32),
@@ -178,6 +194,9 @@ def _histogram(folder: BuildFolder, index: SplitIndex) -> dict[str, dict[str, in
     if not folder.class_names:
         counts = Counter(np.diff(index.captions.ends, prepend=0).tolist())
         return {'captions per video': {str(k): counts[k] for k in sorted(counts)}}
+    if folder.several:
+        (names,) = folder.class_names
+        return {SETS_FEATURE: dict(zip(names, index.labels.counts(len(names)).tolist()))}
     found = {}
     for head, (label, names) in enumerate(
         zip(label_names(len(folder.class_names)), folder.class_names)
@@ -203,13 +222,14 @@ def _draw_histograms(
         axes = figure.subplots(len(histograms), heads, squeeze=False, height_ratios=heights)
         for row, (split, found) in zip(axes, histograms.items()):
             for axis, (what, counts) in zip(row, found.items()):
-                _draw_counts(axis, f'{cut(folder.name, 40)}, {split}, {what}', counts)
+                title = f'{cut(folder.name, 40)}, {split}, {what}'
+                _draw_counts(axis, title, counts, 'labels' if folder.several else 'videos')
         file = io.BytesIO()
         figure.savefig(file, format='png', dpi=110)
     folder.write('labels.png', file.getvalue())
 
 
-def _draw_counts(axis: Axes, title: str, counts: Mapping[str, int]) -> None:
+def _draw_counts(axis: Axes, title: str, counts: Mapping[str, int], of: str) -> None:
     pairs = sorted(counts.items(), key=lambda pair: -pair[1])
     names, values = [cut(name, 40) for name, _ in pairs], [count for _, count in pairs]
     empty = sum(value == 0 for value in values)
@@ -218,7 +238,7 @@ def _draw_counts(axis: Axes, title: str, counts: Mapping[str, int]) -> None:
     if len(set(values)) > 1:
         each = f'{min(values):,} to {max(values):,} each, mean {mean:.1f}'
     axis.set_title(
-        f'{title}: {sum(values):,} videos, {len(values)} values with {each}'
+        f'{title}: {sum(values):,} {of}, {len(values)} values with {each}'
         + (f', {empty} without a video' if empty else '')
     )
     if len(pairs) <= _MOST_BARS:

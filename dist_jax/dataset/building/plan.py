@@ -16,7 +16,7 @@ from input_pipeline.datasets import DATASETS, SplitFile
 from input_pipeline.encode import check_options
 from input_pipeline.escape import json_text
 from input_pipeline.list_formats import FORMATS, guess_format
-from input_pipeline.sources import count_heads, find_classes, read_rows
+from input_pipeline.sources import count_heads, find_classes, find_labels, read_rows
 from input_pipeline.video_list import Names
 
 
@@ -57,7 +57,7 @@ class Entry:
       where: line of the list.
       name: path in the list.
       video_id: name in the data set.
-      label: class index per head; () in sets of captions.
+      label: class index per head, or all its classes; () in sets of captions.
       captions: texts; () in sets of classes.
       start: seconds, see `Record`; None: the beginning.
       end: seconds; None: the end.
@@ -99,11 +99,13 @@ class Plan:
       name: of the data set.
       class_names: of each head; () in sets of captions.
       splits: entries by split, in the order of the lists.
+      several: a video has any number of classes of the one head.
     """
 
     name: str
     class_names: tuple[Names, ...]
     splits: Mapping[str, tuple[Entry, ...]]
+    several: bool = False
 
 
 def find_lists(
@@ -213,11 +215,15 @@ def make_plan(
         )
         formats[split] = form
     everything = [row for split_rows in rows.values() for row in split_rows]
-    if len({(len(row.labels), bool(row.captions)) for row in everything}) > 1:
-        raise ValueError('the lists differ: all need one label, two labels, or captions')
+    several = everything[0].several
+    kinds = {'any' if row.several else (len(row.labels), bool(row.captions)) for row in everything}
+    if len(kinds) > 1:
+        raise ValueError(
+            'the lists differ: all need one label, two labels, any number of labels, or captions'
+        )
     first = next(iter(lists))
     heads = []
-    if everything[0].labels:
+    if everything[0].labels or several:
         heads = find_classes(
             lists[first][0], formats[first], everything, label_maps or '', info.num_classes
         )
@@ -225,7 +231,7 @@ def make_plan(
     for split, split_rows in rows.items():
         entries = []
         for row in split_rows:
-            label = tuple(classes.find(text, row.where) for classes, text in zip(heads, row.labels))
+            label = find_labels(heads, row)
             file, problem = _find(videos, row.path)
             video_id = row.video_id or Path(row.path).stem
             entries.append(
@@ -243,7 +249,7 @@ def make_plan(
             )
         splits[split] = tuple(entries)
     _check_plan(splits, options)
-    return Plan(name, tuple(classes.names for classes in heads), splits)
+    return Plan(name, tuple(classes.names for classes in heads), splits, several)
 
 
 def _find(videos: VideoFiles, name: str) -> tuple[VideoFile | None, tuple[str, str] | None]:

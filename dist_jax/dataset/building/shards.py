@@ -89,6 +89,11 @@ class BuildFolder:
         return tuple(map(tuple, self.manifest['class_names']))
 
     @property
+    def several(self) -> bool:
+        """Whether a video has any number of classes."""
+        return self.manifest.get('several', False)
+
+    @property
     def splits(self) -> dict[str, int]:
         """Number of shards by split."""
         return {name: split['num_shards'] for name, split in self.manifest['splits'].items()}
@@ -199,6 +204,7 @@ def start_folder(path: epath.Path, arguments: Mapping[str, Any], plan: Plan) -> 
         'complete': False,
         'arguments': dict(arguments),
         'class_names': plan.class_names,
+        **({'several': True} if plan.several else {}),
         'splits': splits,
     }
     write_whole(path / MANIFEST, json_text(manifest, indent=1) + '\n')
@@ -237,7 +243,7 @@ class ShardBuilder:
     def __init__(self, path: str | os.PathLike):
         """Opens the folder; everything else is read from it, on any machine that sees it."""
         self._folder = BuildFolder(path)
-        self._features = make_features(self._folder.class_names)
+        self._features = make_features(self._folder.class_names, self._folder.several)
 
     def build(
         self,
