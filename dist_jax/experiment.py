@@ -25,7 +25,7 @@ from dist_jax.models.frozen import ClassTexts
 from dist_jax.models.params import flatten
 from dist_jax.paths import SHIPPED
 from dist_jax.sharding import check_batch_size, check_repeats
-from dist_jax.tasks.api import Labels, Task
+from dist_jax.tasks.api import Labels, Task, neutral_text
 
 DTYPES = {'bfloat16': jnp.bfloat16, 'float32': jnp.float32}
 
@@ -256,7 +256,7 @@ def assemble(config: ConfigDict, labels: Labels, backbone: Backbone | None) -> E
         model,
         test_model,
         backbone,
-        ClassTexts(task.labels, data.split_names, data.truncate_texts),
+        ClassTexts(task.labels, data.split_names, data.truncate_texts, neutral_text(task)),
         (data.num_frames, data.image_size, data.image_size, 3),
         (data.num_frames, size, size, 3),
     )

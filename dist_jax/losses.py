@@ -15,6 +15,14 @@ def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax
     return jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + off
 
 
+def smooth_multi_hot(labels: jax.Array, smoothing: float) -> jax.Array:
+    """(B, num_classes) of 0 and 1 -> 1 - smoothing on the labels, plus smoothing / num_classes.
+
+    Of a row with one label it is `smooth_one_hot`.
+    """
+    return labels.astype(jnp.float32) * (1.0 - smoothing) + smoothing / labels.shape[-1]
+
+
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross entropy of (B, num_classes) logits with target distributions -> (B,)."""
     return -(targets * jax.nn.log_softmax(widened(logits))).sum(-1)

@@ -16,7 +16,7 @@ CAUSE = (
 
 
 class NonFiniteScoresError(FloatingPointError):
-    """Scores are NaN or infinite, so there is no accuracy; the message names the rows."""
+    """Scores are NaN or infinite, or of nothing, so there is no figure; the message names them."""
 
 
 def check_finite(
@@ -89,6 +89,51 @@ def joint_top1(scores: list[np.ndarray], labels: np.ndarray) -> float:
     check_finite(scores)
     right = [head.argmax(1) == labels[:, i] for i, head in enumerate(scores)]
     return _mean(np.all(right, axis=0))
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the steps of precision over recall, of (N,) scores and (N,) labels, 0 or 1.
+
+    The sum over thresholds of the precision there times the recall gained there, without
+    interpolation, as scikit-learn has it: rows of equal scores are found together, and constant
+    scores earn the share of rows that have the label. NaN without a label.
+    """
+    labels = np.asarray(labels, bool)
+    if not labels.any():
+        return float('nan')
+    order = np.argsort(-scores, kind='stable')
+    found = np.cumsum(labels[order])
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # of each threshold
+    gained = np.diff(found[last], prepend=0) / found[-1]
+    return float((gained * found[last] / (last + 1)).sum())
+
+
+def multi_label(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Average precisions of (N, num_classes) scores against (N, num_classes) labels, 0 or 1.
+
+    Returns:
+      `map`, the mean over the classes that any video has; `micro_map`, of all pairs of a video and
+      a class as one ranking; `chance`, what `map` is of constant scores;
+      `per_class_average_precision` (num_classes,), NaN without videos; `per_class_count`.
+
+    Raises:
+      NonFiniteScoresError: some scores are NaN or infinite, or no video has a class.
+    """
+    check_finite([scores])
+    count = labels.sum(0, dtype=np.int64)
+    if not count.any():
+        raise NonFiniteScoresError(
+            f'none of the {len(labels)} videos has a class, so there is no average precision'
+        )
+    pairs = zip(scores.T, labels.T)
+    per_class = np.array([average_precision(*of_class) for of_class in pairs])
+    return {
+        'map': float(np.nanmean(per_class)),
+        'micro_map': average_precision(scores.ravel(), labels.ravel()),
+        'chance': float(count[count > 0].mean() / len(labels)),
+        'per_class_average_precision': per_class,
+        'per_class_count': count,
+    }
 
 
 def worst_confusions(confusion: np.ndarray, most: int = 20) -> list[tuple[int, int, int]]:

@@ -20,11 +20,12 @@ from ml_collections import ConfigDict
 from dist_jax.models.layers import Pixels
 from dist_jax.paths import MADE, under
 from dist_jax.tasks import TASKS
-from dist_jax.tasks.api import Labels, Task
+from dist_jax.tasks.api import Labels, Task, label_sets
 from dist_jax.views import EvalProtocol
 from input_pipeline import pipeline, randaugment, transforms
 from input_pipeline.class_names import mirror_pairs
 from input_pipeline.datasets import DATASETS, DatasetInfo
+from input_pipeline.label_sets import LabelSets
 from input_pipeline.sources import open_source
 from input_pipeline.video_list import LabelledSource
 
@@ -137,7 +138,7 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
             f'data.{split}_list is empty; pass --config.data.{split}_list=FILE (a list of videos, '
             'or a folder of class folders)'
         )
-    root = config.data.root
+    root, kind = config.data.root, task_kind(config)
     path = under(root, path)
     label_map = [under(root, name) for name in config.data.label_map.split(',')]
     source = open_source(
@@ -149,13 +150,19 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
         subset=config.data[f'{split}_subset'],
         purpose=split,
         usual_format=info.list_format,
+        several=label_sets(kind),
     )
-    if task_kind(config).needs_classes and not source.class_names:
+    if isinstance(source.labels, LabelSets) and not label_sets(kind):
+        raise ValueError(
+            f'{path}: its videos have any number of classes, and task.name={config.task.name!r} '
+            'wants one of each; pass --config.task.name=multi_label'
+        )
+    if kind.needs_classes and not source.class_names:
         raise ValueError(
             f'{path}: has captions and no classes: it is for text-video retrieval and cannot be '
             'used for classification'
         )
-    if task_kind(config).needs_captions and source.class_names:
+    if kind.needs_captions and source.class_names:
         raise ValueError(
             f'{path}: has classes and no captions, and task.name={config.task.name!r} matches '
             'videos and sentences; name a list with captions (a CSV "path,caption", say)'
@@ -168,7 +175,8 @@ def list_sha256(source: LabelledSource) -> str:
     digest = hashlib.sha256()
     for i in range(len(source)):
         record = source[i]
-        identity = [record.video_id, record.label, record.start, record.end, *record.captions]
+        label = sorted(record.label) if isinstance(record.label, frozenset) else record.label
+        identity = [record.video_id, label, record.start, record.end, *record.captions]
         digest.update(json.dumps(identity).encode())
     return digest.hexdigest()
 

@@ -53,6 +53,9 @@ SCALARS = {
     'mean_class_accuracy': Scalar('mean class accuracy', SHARE),
     f'{VALIDATION}mean_class_accuracy': Scalar('validation mean class', SHARE),
     'chance': Scalar('chance', SHARE),
+    # Of classification with any number of classes.
+    'map': Scalar('mAP', SHARE, curve='average precision'),
+    'micro_map': Scalar('micro mAP', SHARE, curve='average precision'),
     # Of retrieval.
     't2v_r1': Scalar('text to video R@1', SHARE, curve='text-to-video recall'),
     't2v_r5': Scalar('text to video R@5', SHARE, curve='text-to-video recall'),

@@ -31,8 +31,8 @@ from dist_jax.models.api import Tree
 from dist_jax.models.frozen import ClassTexts
 from dist_jax.models.layers import exact_float32
 from dist_jax.sharding import batch_parts, batched, make_mesh
-from dist_jax.tasks.api import Labels
-from dist_jax.tasks.classify import Classify
+from dist_jax.tasks.api import Labels, neutral_text
+from dist_jax.tasks.classifier import Classifier
 from dist_jax.times import clock
 from dist_jax.trained import (
     Trained,
@@ -335,7 +335,7 @@ class VideoModel:
         *,
         fps: float = REFERENCE_FPS,
     ) -> np.ndarray | tuple[np.ndarray, ...]:
-        """Probabilities of all classes.
+        """Probabilities of all classes; those of a multi-label model need not add up to 1.
 
         Args:
           video: see the module; or clips (B, N, H, W, 3), B videos of frames.
@@ -398,10 +398,10 @@ class VideoModel:
                 f'only model.head=text can take other classes; this is {self!r}. A backbone takes '
                 'them from the start: dist_jax.load(FOLDER, labels=[...])'
             )
-        texts = ClassTexts(names, data.split_names, data.truncate_texts)
+        task = experiment.make_task(self.config, names)
+        texts = ClassTexts(names, data.split_names, data.truncate_texts, neutral_text(task))
         verify = self.config.checkpoint.verify
         tree = frozen.with_texts(self.trained.frozen, self._mesh, texts, verify=verify)
-        task = experiment.make_task(self.config, names)
         return VideoModel(dataclasses.replace(self.trained, task=task, frozen=tree), self.config)
 
     @property
@@ -482,10 +482,10 @@ class VideoModel:
                 'a backbone alone has no classes: dist_jax.load(FOLDER, labels=[...]) gives it '
                 'some; `embed` needs none'
             )
-        if not isinstance(task, Classify):
+        if not isinstance(task, Classifier):
             raise ValueError(
                 f'classes are what classifiers tell, and task.name={self.config.task.name!r} is '
-                'not classify; `dist_jax evaluate` judges such runs'
+                'none of them; `dist_jax evaluate` judges such runs'
             )
         if attention and self.trained.model.attention is None:
             raise ValueError(

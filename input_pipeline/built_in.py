@@ -48,7 +48,7 @@ def write_set(
     """Writes a data set, unless the folder already holds it.
 
     The folder appears whole or not at all: files are written into a hidden folder beside it, which
-    is then renamed.
+    is then renamed. A text that a folder lacks, as of an earlier version, is added.
 
     Args:
       out_dir: folder to create; gets a folder for each split, the texts and meta.json.
@@ -75,6 +75,7 @@ def write_set(
         raise ValueError(f'seed={meta["seed"]} must be at least 0')
     out_dir = Path(out_dir)
     if _is_complete(out_dir, meta, suffixes):
+        _add_texts(out_dir, texts)
         return False
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     prefix = f'.{out_dir.name}.partial-'
@@ -94,6 +95,15 @@ def write_set(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
+
+
+def _add_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Writes lists that an older version did not, of the same files."""
+    for name, text in texts.items():
+        if not (folder / name).exists():
+            partial = folder / f'.{name}.{os.getpid()}'
+            partial.write_text(text, encoding='utf-8')
+            partial.replace(folder / name)
 
 
 def _is_complete(out_dir: Path, meta: Mapping[str, Any], suffixes: Mapping[str, str]) -> bool:

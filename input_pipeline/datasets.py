@@ -173,6 +173,16 @@ DATASETS: dict[str, DatasetInfo] = {
             'EPIC_100_noun_classes_v2.csv|EPIC_100_noun_classes.csv',
         ),
     ),
+    # Any number of classes a video: for task.name=multi_label.
+    'charades': DatasetInfo(
+        157,
+        'csv',
+        splits={
+            'train': SplitFile(('Charades_v1_train.csv',)),
+            'test': SplitFile(('Charades_v1_test.csv',)),
+        },
+        label_files=('Charades_v1_classes.txt',),
+    ),
     'msrvtt': DatasetInfo(
         0,
         'msrvtt',
@@ -225,9 +235,21 @@ DATASETS: dict[str, DatasetInfo] = {
         len(motion_images.CLASS_NAMES), generate=motion_images.generate, **BUILT_IN
     ),
     'motion_captions': DatasetInfo(0, generate=motion_captions.generate, **BUILT_IN_CAPTIONS),
-    # One folder of clips serves the first three.
+    # One folder of clips serves the first four.
     'motion_world': DatasetInfo(len(motion_world.MOTIONS), flip=None, **_world('motion')),
     'motion_world_looks': DatasetInfo(len(motion_world.LOOKS), **_world('looks')),
+    # Shape, colour, ground and every motion of a clip. The motions are single: mirrored ones are
+    # classes, too.
+    'motion_world_attributes': DatasetInfo(
+        len(motion_world.ATTRIBUTES),
+        'csv',
+        splits={
+            split: SplitFile((f'attributes_{file}.csv',))
+            for split, file in (('train', 'train'), ('validation', 'val'), ('test', 'test'))
+        },
+        label_files=('attributes_labels.txt',),
+        generate=motion_world.generate,
+    ),
     'motion_world_captions': DatasetInfo(
         0,
         'json',

@@ -3,8 +3,8 @@
 A clip of two seconds shows a thing (one of 6 shapes x 6 colours) and a ball, the same
 in all clips, over a ground with a pattern that drifts, through a camera that shakes, often behind a
 bar; files have several frame rates and quantisers. The same clips have three lists: motion classes
-(`MOTIONS`, 'moves right, then up'), appearance classes (`LOOKS`, 'red star'), and sentences that
-say both. Opposite sides of a frame join.
+(`MOTIONS`, 'moves right, then up'), appearance classes (`LOOKS`, 'red star'), sentences that say
+both, and all that is true of a clip as classes (`ATTRIBUTES`). Opposite sides of a frame join.
 
 Held out for zero-shot tests: the six pairs of shape and colour `NEW_LOOKS`, each shape and each
 colour of which is seen in other pairs, and the four sequences `NEW_MOTIONS`, made of the words of
@@ -60,6 +60,9 @@ NEW_MOTIONS = (
     *('moves up, then right', 'moves left, then up'),
     *('moves down, then left', 'moves right, then down'),
 )
+# What single motions are called, 'moves up' of 'moves right, then up' too.
+SINGLE_MOTIONS = tuple(motion for motion in MOTIONS if ', then ' not in motion)
+ATTRIBUTES = (*COLOURS, *SHAPES, *(f'{ground} ground' for ground in GROUNDS), *SINGLE_MOTIONS)
 # Turns of the circle per clip.
 FAST, SLOW, TURN, GROW = 1.8, 0.5, 0.75, 0.9
 DRIFT = 0.03  # of thing, ball, angle and size, either way
@@ -326,6 +329,13 @@ def describe_picture(clip: Clip) -> tuple[str, ...]:
     )
 
 
+def attributes(clip: Clip) -> tuple[str, ...]:
+    """All of `ATTRIBUTES` that a clip has, four or five."""
+    first, *then = clip.motion.split(', then ')
+    motions = (first, *(f'moves {way}' for way in then))
+    return (clip.look.colour, clip.look.shape, f'{clip.ground} ground', *motions)
+
+
 def class_names(split: str) -> tuple[Sequence[str], Sequence[str]]:
     """Names of the appearance classes and of the motion classes of a split."""
     pairs, motions = SPLITS[split]
@@ -357,9 +367,9 @@ def generate(
 
     Args:
       out_dir: folder to create, see `built_in.write_set`. Beside the clips of each split it gets
-        motion_SPLIT.txt, looks_SPLIT.txt (lines of "path label") and captions_SPLIT.jsonl for
-        train, val and test; looks_new.txt of the clips in new_looks and motion_new.txt of those in
-        new_motions; and the names of all these classes.
+        motion_SPLIT.txt, looks_SPLIT.txt (lines of "path label"), attributes_SPLIT.csv (any number
+        of labels) and captions_SPLIT.jsonl for train, val and test; looks_new.txt of the clips in
+        new_looks and motion_new.txt of those in new_motions; and the names of all these classes.
       num_train, num_val, num_test: clips of these; motion classes are balanced to within one clip.
       num_new_looks, num_new_motions: clips of what is held out.
       size: height and width in pixels, a multiple of 8.
@@ -396,6 +406,7 @@ def generate(
         'looks_new_labels.txt': _lines(NEW_LOOKS),
         'motion_labels.txt': _lines(MOTIONS),
         'motion_new_labels.txt': _lines(NEW_MOTIONS),
+        'attributes_labels.txt': _lines(ATTRIBUTES),
         'looks_new.txt': _list(meta, 'new_looks', looks),
         'motion_new.txt': _list(meta, 'new_motions', motion),
     }
@@ -403,6 +414,7 @@ def generate(
         texts |= {
             f'looks_{split}.txt': _list(meta, split, looks),
             f'motion_{split}.txt': _list(meta, split, motion),
+            f'attributes_{split}.csv': f'path,labels\n{_list(meta, split, _with_attributes)}',
             f'captions_{split}.jsonl': _list(meta, split, functools.partial(_described, describe)),
         }
     suffixes = dict.fromkeys(CLIPS, '.mp4')
@@ -463,6 +475,10 @@ def _list(
 
 def _of_class(kind: int, seed: int, split: str, index: int, name: str) -> str:
     return f'{name} {labels(seed, split, index)[kind]}'
+
+
+def _with_attributes(seed: int, split: str, index: int, name: str) -> str:
+    return f'{name},{";".join(attributes(plan_clip(seed, split, index)))}'
 
 
 def _described(

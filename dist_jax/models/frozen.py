@@ -1,7 +1,8 @@
 """The frozen part of a model: from a converted backbone to the tree that the steps read.
 
 visual          the image tower, matrices in the compute dtype, norms in float32
-text            with a text head: for each head float32 (num_classes, E), of unit length
+text            with a text head: for each head float32 (num_classes, E), of unit length, or the
+                difference of such a feature and a neutral one (`ClassTexts.neutral`)
 logit_scale     likewise, a logarithm
 """
 
@@ -50,11 +51,15 @@ class ClassTexts:
       names: of the classes of each head.
       split_names: put spaces between the words of names that have none.
       truncate: cut those that are too long for the text tower.
+      neutral: a text that says nothing of any class, whose feature is taken off those of all. A
+        logit then says how much nearer a clip is to the class than to that text: 0 for as near,
+        whatever other classes there are. '' for none.
     """
 
     names: tuple[tuple[str, ...], ...] = ()
     split_names: bool = True
     truncate: bool = False
+    neutral: str = ''
 
     def tokens(self, context_length: int) -> tuple[np.ndarray, ...]:
         """(num_classes, context_length) int32 of each head.
@@ -68,6 +73,10 @@ class ClassTexts:
             np.asarray(tokenize(self._texts(names), context_length, self.truncate))
             for names in self.names
         )
+
+    def neutral_tokens(self, context_length: int) -> np.ndarray | None:
+        """(1, context_length) int32 of the neutral text; None without one."""
+        return np.asarray(tokenize([self.neutral], context_length)) if self.neutral else None
 
     def _texts(self, names: tuple[str, ...]) -> list[str]:
         if all(name.isdigit() for name in names):
@@ -146,9 +155,18 @@ class Frozen:
         tree = in_precision({TOWER: params[TOWER]}, self.dtype) if self.reads_images else {}
         return tree | self._texts(params, class_tokens) if self.reads_classes else tree
 
-    def _texts(self, params: Tree, class_tokens: tuple[jax.Array, ...]) -> Tree:
+    def _texts(
+        self,
+        params: Tree,
+        class_tokens: tuple[jax.Array, ...],
+        neutral_tokens: jax.Array | None = None,
+    ) -> Tree:
+        text = text_features(params['text'], class_tokens, self.backbone)
+        if neutral_tokens is not None:
+            (neutral,) = text_features(params['text'], (neutral_tokens,), self.backbone)
+            text = tuple(features - neutral for features in text)
         return {
-            'text': text_features(params['text'], class_tokens, self.backbone),
+            'text': text,
             'logit_scale': params['logit_scale'].astype(jnp.float32),
         }
 
@@ -174,9 +192,9 @@ class Frozen:
         tree = {}
         if self.reads_images:
             tree = unflatten(load_parts(self.backbone, flatten({TOWER: placed[TOWER]}), verify))
-        return (
-            tree | self._text_features(placed, tokens, mesh, verify) if self.reads_classes else tree
-        )
+        if not self.reads_classes:
+            return tree
+        return tree | self._text_features(placed, tokens, texts, mesh, verify)
 
     def resized(self, tree: Tree, mesh: Mesh, *, verify: bool = True) -> Tree:
         """A tree of the same weights at another image size, as this one; its tables are read anew.
@@ -207,17 +225,23 @@ class Frozen:
         """
         tokens = texts.tokens(self.backbone.spec.context_length)
         placed = self.place(self.abstract([len(rows) for rows in tokens]), mesh)
-        return tree | self._text_features(placed, tokens, mesh, verify)
+        return tree | self._text_features(placed, tokens, texts, mesh, verify)
 
     def _text_features(
-        self, placed: Tree, tokens: tuple[np.ndarray, ...], mesh: Mesh, verify: bool
+        self,
+        placed: Tree,
+        tokens: tuple[np.ndarray, ...],
+        texts: ClassTexts,
+        mesh: Mesh,
+        verify: bool,
     ) -> Tree:
         """Features of class texts and their scale. The text tower is gone when they are there."""
         stored = converted.stored_shapes(self.backbone.path)
         abstract = place({name: stored[name] for name in TEXT}, self.rules, mesh)
         params = converted.load_params(self.backbone.path, TEXT, abstract=abstract, verify=verify)
         where = shardings({name: placed[name] for name in TEXT})
-        return jax.jit(on_mesh(mesh, self._texts), out_shardings=where)(params, tokens)
+        neutral = texts.neutral_tokens(self.backbone.spec.context_length)
+        return jax.jit(on_mesh(mesh, self._texts), out_shardings=where)(params, tokens, neutral)
 
 
 def load_parts(

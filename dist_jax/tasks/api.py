@@ -136,6 +136,8 @@ class Task(Protocol):
       mixes: whether targets are distributions, which mixup and cutmix may average.
       select_by: the scalar of an evaluation by which the best checkpoint is chosen; the higher, the
         better.
+
+    Two more may be left out, see `label_sets` and `neutral_text`.
     """
 
     needs_classes: bool
@@ -185,3 +187,16 @@ class Task(Protocol):
 
     def evaluator(self, source: LabelledSource) -> Evaluator:
         """A fresh judge of the answers to a list."""
+
+
+def label_sets(task: Task | type[Task]) -> bool:
+    """Attribute `label_sets` of a task, or False: whether videos have any number of classes.
+
+    Its lists are read so, whatever they are, and lists that say so are for such tasks alone.
+    """
+    return getattr(task, 'label_sets', False)
+
+
+def neutral_text(task: Task) -> str:
+    """Attribute `neutral_text` of a task, or '': what text heads compare class names with."""
+    return getattr(task, 'neutral_text', '')

@@ -17,12 +17,11 @@ import numpy as np
 from dist_jax import losses, metrics
 from dist_jax.sharding import gather_rows
 from dist_jax.tasks.api import Figures, Labels, Tree, labels_of
+from dist_jax.tasks.classifier import Classifier, warn_of_empty_classes
 from dist_jax.tasks.classify_figures import classification_figures
 from input_pipeline.video_list import LabelledSource
 
 log = logging.getLogger('dist_jax')
-
-MOST_NAMED = 10  # classes in a warning
 
 # config.task.criterion -> (logits, targets), both (B, num_classes), -> float32 (B,). The binary one
 # asks of every class by itself whether a clip is of it, as "ResNet strikes back" (Wightman et al.,
@@ -34,29 +33,17 @@ CRITERIA: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Classify:
+class Classify(Classifier):
     """Tells classes apart.
 
     Attributes:
-      labels: class names of each head.
-      label_smoothing: mass spread over all classes.
-      fusion: weight in evaluation of the frozen backbone's own logits (0.5 in the paper's zero-shot
-        tests, 1 for the backbone alone, 0 for the trained model alone).
       criterion: a key of CRITERIA. Scores are a softmax with any: of one view it has the order of
         the logits, whose top-1 the release of STS takes.
     """
 
-    labels: Labels
-    label_smoothing: float = 0.0
-    fusion: float = 0.0
     criterion: str = 'cross_entropy'
 
-    needs_classes = True
-    needs_captions = False
     annotate = eval_annotate = None
-    input_keys = eval_input_keys = ()
-    couples_rows = False
-    mixes = True
     select_by = 'top1'
 
     def __post_init__(self) -> None:
@@ -79,30 +66,7 @@ class Classify:
         for names, own in zip(labels_of(source), columns):
             if len(names) == 1:
                 log.warning('%s has one class, %r: there is nothing to tell apart', where, names[0])
-            empty = np.flatnonzero(np.bincount(own, minlength=len(names)) == 0)
-            if len(empty):
-                named = ', '.join(repr(names[k]) for k in empty[:MOST_NAMED])
-                log.warning(
-                    '%s has no video of %d of the %d classes: %s',
-                    *(where, len(empty), len(names)),
-                    named + (f' and {len(empty) - MOST_NAMED} more' * (len(empty) > MOST_NAMED)),
-                )
-
-    def samples(self, source: LabelledSource) -> LabelledSource:
-        """The videos of the list."""
-        return source
-
-    def check(self, outputs: Tree) -> None:
-        """Raises ValueError if there are no logits of these classes, or none to fuse with."""
-        sizes = tuple(logits.shape[-1] for logits in outputs.get('logits', ()))
-        if sizes != tuple(map(len, self.labels)):
-            raise ValueError(
-                f'logits of {sizes} classes for {tuple(map(len, self.labels))} class names'
-            )
-        if self.fusion and 'frozen_logits' not in outputs:
-            raise ValueError(
-                f'eval.fusion={self.fusion} needs class texts: it works with model.head=text only'
-            )
+            warn_of_empty_classes(where, names, np.bincount(own, minlength=len(names)))
 
     def targets(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         """Distributions (B, num_classes) of each head."""
@@ -120,15 +84,7 @@ class Classify:
 
     def predict(self, outputs: Tree, num_views: int) -> dict[str, Tree]:
         """`scores`: for each head float32 (B, num_classes), softmax averaged over views."""
-        logits = outputs['logits']
-        if self.fusion:
-            pairs = zip(logits, outputs['frozen_logits'])
-            logits = tuple((1 - self.fusion) * a + self.fusion * b for a, b in pairs)
-        scores = (jax.nn.softmax(head.astype(jnp.float32)) for head in logits)
-        return {'scores': tuple(s.reshape(-1, num_views, s.shape[-1]).mean(1) for s in scores)}
-
-    def queries(self, source: LabelledSource) -> None:
-        """There are none."""
+        return self._scores(outputs, num_views, jax.nn.softmax)
 
     def evaluator(self, source: LabelledSource) -> ClassifyEvaluator:
         """A fresh judge."""

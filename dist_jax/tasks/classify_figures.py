@@ -73,9 +73,12 @@ def _per_class(head: Head) -> list[dict[str, Any]]:
 
 def _order(head: Head) -> list[int]:
     """The weakest class first, classes without videos last."""
-    names, found = head
-    accuracy = found['per_class_accuracy']
-    return sorted(range(len(names)), key=lambda i: (math.isnan(accuracy[i]), accuracy[i], i))
+    return weakest_first(head[1]['per_class_accuracy'])
+
+
+def weakest_first(shares: np.ndarray) -> list[int]:
+    """Classes in the order of their shares (num_classes,), NaN last."""
+    return sorted(range(len(shares)), key=lambda i: (math.isnan(shares[i]), shares[i], i))
 
 
 def _weakest(head: Head, of: str) -> list[Table]:
@@ -106,13 +109,19 @@ def _sections(head: Head, of: str) -> list[Table | Picture]:
     if worst:
         columns = ('class', 'taken for', 'videos', 'of the class')
         sections.append(Table(f'Worst confusions{of}', columns, worst, folded=True))
-    rows = _class_rows(head)
     columns = ('class', 'videos', 'top-1', 'most often taken for')
-    sections.append(Table(f'Classes{of}, weakest first', columns, rows[:WORST], bars=2))
+    return sections + class_tables(f'Classes{of}, weakest first', columns, _class_rows(head))
+
+
+def class_tables(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> list[Table | Picture]:
+    """A table with a row for each class, whose third column is a share; the most of many folded."""
+    tables: list[Table | Picture] = [Table(title, columns, rows[:WORST], bars=2)]
     if len(rows) > WORST:
-        title = f'the other {len(rows) - WORST} classes'
-        sections.append(Table(title, columns, rows[WORST:], bars=2, folded=True))
-    return sections
+        others = f'the other {len(rows) - WORST} classes'
+        tables.append(Table(others, columns, rows[WORST:], bars=2, folded=True))
+    return tables
 
 
 def _most_taken_for(found: Mapping[str, Any], label: int) -> tuple[int, int]:
