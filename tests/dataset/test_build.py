@@ -201,6 +201,22 @@ def imagenet1k(folder, video):
     return {'train': [17, 999], 'validation': [1]}
 
 
+def charades(folder, video):
+    lists = folder / 'lists'
+    put(lists / 'Charades_v1_classes.txt', ''.join(f'c{k:03d} Class {k}\n' for k in range(157)))
+    header = 'id,subject,scene,script,objects,descriptions,actions,length\n'
+    rows = {
+        'train': 'AAAAA,S1,Kitchen,"A, then\nB",cup;door,"He sits; then leaves.",'
+        'c092 11.90 21.20;c147 0.00 12.60;c092 1 2,30\nBBBBB,S2,Hall,C,,D,,20.5\n',
+        'test': 'CCCCC,S3,Hall,E,,F,c156 0.00 9.00,12.1\n',
+    }
+    for split, text in rows.items():
+        put(lists / f'Charades_v1_{split}.csv', header + text)
+    for name in ('AAAAA', 'BBBBB', 'CCCCC'):
+        put(folder / f'videos/Charades_v1_480/{name}.mp4', video)
+    return {'train': [frozenset({92, 147}), frozenset()], 'test': [frozenset({156})]}
+
+
 SETS = {
     'kinetics400': kinetics(400),
     'kinetics600': kinetics(600),
@@ -212,6 +228,7 @@ SETS = {
     'ucf101': ucf101,
     'hmdb51': hmdb51,
     'epic_kitchens': epic_kitchens,
+    'charades': charades,
     'msrvtt': msrvtt,
     'msvd': msvd,
     'vatex': vatex,
@@ -253,6 +270,8 @@ def test_builds_from_the_original_files(tmp_path, name, video):
             assert example['split'].decode() == split
             if captions:
                 assert tuple(text.decode() for text in example['captions']) == wanted[k]
+            elif isinstance(wanted[k], frozenset):
+                assert sorted(wanted[k]) == list(example['labels'])
             else:
                 labels = [example[n] for n in ('label', 'label_2') if n in example]
                 assert labels == np.atleast_1d(wanted[k]).tolist()
