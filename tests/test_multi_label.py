@@ -11,16 +11,6 @@ import numpy as np
 import pytest
 
 import dist_jax
-from configs import (
-    attentive_probe,
-    dist,
-    evl,
-    fine_tune,
-    frame_mean,
-    side4video,
-    sts,
-    zero_shot,
-)
 from dist_jax import (
     evaluate,
     experiment,
@@ -32,6 +22,16 @@ from dist_jax import (
     step,
     train,
     trained,
+)
+from dist_jax.configs import (
+    attentive_probe,
+    dist,
+    evl,
+    fine_tune,
+    frame_mean,
+    side4video,
+    sts,
+    zero_shot,
 )
 from dist_jax.reports import console, page
 from dist_jax.sharding import make_mesh

@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from video_files import pictures, write_video
 
 from dist_jax import recipe
+from dist_jax.dataset import build, inspect
 from input_pipeline import check
 from input_pipeline.class_names import mirror_pairs
 from input_pipeline.label_maps import read_label_map
@@ -18,7 +19,6 @@ from input_pipeline.pipeline import EvalReader, TrainReader, eval_batches, train
 from input_pipeline.records import BuiltSplit, index_file
 from input_pipeline.sources import open_source
 from input_pipeline.transforms import Flip
-from tools import build_dataset, inspect_dataset
 
 NAMES = 'turns left\nturns right\nopens\ncloses\n'
 CHARADES = 'id,actions,length'
@@ -215,7 +215,7 @@ def listed(tmp_path_factory):
 def built(listed):
     words = ['custom', '--list', f'train={listed}/l.csv', '--videos', listed, '--out', listed / 'o']
     words += ['--label_map', listed / 'names.txt', '--workers', 0]
-    assert build_dataset.main(list(map(str, words))) == 0
+    assert build.main(list(map(str, words))) == 0
     return listed / 'o'
 
 
@@ -248,7 +248,7 @@ def test_built_sets_keep_the_classes(built):
     reader = EvalReader(2, 32, annotate=MultiHot(4))
     (batch,) = eval_batches(open_source(built, several=True), reader, batch_size=2)
     assert batch['label'].tolist() == [[1, 0, 1, 0], [0] * 4] and batch['mask'].all()
-    assert inspect_dataset.main([str(built), '--videos', '1']) == 0
+    assert inspect.main([str(built), '--videos', '1']) == 0
     found = json.loads((built / 'inspection/statistics.json').read_text())['train']
     assert found['classes of a video'] == {'none': 1, 'mean': 1.0, 'most': 2}
     assert found['classes of head 1']['without a video'] == 2
