@@ -49,7 +49,9 @@ def get_config() -> ConfigDict:
     config.backbone.checkpoint = ''
 
     config.task = ConfigDict()
-    config.task.name = 'classify'  # what is learned, a key of dist_jax.tasks.TASKS
+    # What is learned, a key of dist_jax.tasks.TASKS: classify, multi_label (any number of classes a
+    # video) or retrieve.
+    config.task.name = 'classify'
     # Loss of classify: cross_entropy, or bce, a sigmoid for each class with the mean over classes;
     # '' for the task's own, cross_entropy.
     config.task.criterion = ''

@@ -50,6 +50,34 @@ LISTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         },
         {'num_classes': (97, 300)},
     ),
+    'multi-label lines': (
+        'multi_label',
+        'l.txt',
+        {'l.txt': 'a b/1.mp4 0,2\na/2.mp4\na/3.mp4 1 2\nfolder 3'},
+        {},
+    ),
+    'csv, labels': (
+        'auto',
+        'l.csv',
+        {'l.csv': 'path,labels\na.mp4,walk;run\nb.mp4,\nc.mp4,run|sit', 'n.txt': 'run\nsit\nwalk'},
+        {'label_map': 'n.txt', 'several': True},
+    ),
+    'csv, Charades': (
+        'auto',
+        'l.csv',
+        {
+            'l.csv': 'id,subject,script,actions,length\nAAAAA,S1,"a, b",c092 11.90 21.20;'
+            'c147 0.00 12.60,30\nBBBBB,S2,c,,12.5',
+            'n.txt': ''.join(f'c{k:03d} name {k}\n' for k in range(157)),
+        },
+        {'label_map': 'n.txt', 'num_classes': 157},
+    ),
+    'jsonl, labels': (
+        'auto',
+        'l.jsonl',
+        {'l.jsonl': '{"path": "a.mp4", "labels": [1, 0]}\n{"path": "b.mp4", "labels": []}'},
+        {'several': True},
+    ),
     'Something-Something': (
         'auto',
         'l.json',
