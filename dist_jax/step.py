@@ -498,6 +498,14 @@ def make_eval_step(
       frozen: likewise.
     """
 
+    return jit_on_rows(eval_function(model, task), mesh, variables, frozen)
+
+
+def eval_function(
+    model: Model, task: Task
+) -> Callable[[Tree, Tree, Batch], dict[str, Tree]]:
+    """What `make_eval_step` jits, for whoever compiles it otherwise; see `exact_float32`."""
+
     def step(variables: Tree, frozen: Tree, batch: Batch) -> dict[str, Tree]:
         views = batch['video'].shape[1]
         clips = {name: jnp.repeat(batch[name], views, axis=0) for name in task.eval_input_keys} | {
@@ -507,7 +515,7 @@ def make_eval_step(
         outputs = model.net.apply({**variables, 'params': gathered}, model.inputs(frozen, clips))
         return task.predict(outputs, views)
 
-    return jit_on_rows(step, mesh, variables, frozen)
+    return step
 
 
 def make_query_step(

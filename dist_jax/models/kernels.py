@@ -28,7 +28,14 @@ from jax.sharding import PartitionSpec
 
 from dist_jax.models import kernel_costs
 from dist_jax.models.kernel_costs import LANES, SUBLANES, whole
-from dist_jax.models.layers import LAYER_NORM_EPS, attend, einsum, fitted_gelu, layer_norm
+from dist_jax.models.layers import (
+    LAYER_NORM_EPS,
+    attend,
+    einsum,
+    fitted_gelu,
+    is_portable,
+    layer_norm,
+)
 from dist_jax.sharding import BATCH, TENSOR
 
 Tree = Any
@@ -48,6 +55,8 @@ def groups_of_heads(num_heads: int, head_dim: int) -> int:
 
 def fits(num_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:
     """Whether kernels take heads of this kind: bfloat16, no head wider than a register."""
+    if is_portable():
+        return False
     return num_heads > 0 and head_dim <= LANES and dtype == jnp.bfloat16
 
 
@@ -975,7 +984,8 @@ def mlp_fits(x: jax.Array, mlp: Tree, post_norm: bool = False) -> bool:
     """Whether `residual_mlp` takes these: bfloat16, nothing split, room in VMEM."""
     width, hidden = mlp['c_fc']['kernel'].shape
     return (
-        x.dtype == jnp.bfloat16
+        not is_portable()
+        and x.dtype == jnp.bfloat16
         and width % LANES == hidden % LANES == 0
         and _mesh_sizes().get(TENSOR, 1) == 1
         and mlp_tile(_on_device(x).shape, hidden, post_norm) is not None

@@ -6,9 +6,11 @@ Both compute normalisation and softmax in float32 whatever the activation dtype 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -229,12 +231,36 @@ def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
     return patches.reshape(*lead, (height // p) * (width // p), p * p * channels)
 
 
+_PORTABLE = contextvars.ContextVar('portable', default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """What is traced inside has no kernel of ours, and says of no array how it is stored.
+
+    So the program is made of operations that StableHLO keeps readable for years, and takes axes
+    whose sizes are not known.
+    """
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
+
+def is_portable() -> bool:
+    """Whether this is traced inside `portable`."""
+    return _PORTABLE.get()
+
+
 def row_major(x: jax.Array) -> jax.Array:
     """`x`, stored in the order of its axes, its gradient too.
 
     Left alone, the TPU compiler may store another axis last but one, where that fills registers
     better, and then has to transpose before and behind every kernel of ours.
     """
+    if is_portable():
+        return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
