@@ -29,6 +29,7 @@ from dist_jax.commands import (
     demo,
     doctor,
     evaluate,
+    export,
     features,
     index,
     plan,
@@ -36,6 +37,7 @@ from dist_jax.commands import (
     push,
     search,
     train,
+    verify,
 )
 from dist_jax.config_arguments import UsageError
 from input_pipeline import escape
@@ -66,6 +68,8 @@ examples:
       find moments of the videos in a folder
   dist_jax push runs/b16 owner/name
       the trained model to the Hugging Face Hub, with a card
+  dist_jax export --workdir=runs/b16 --out b16_bundle
+      a program in StableHLO with its weights, for machines without this package
   dist_jax plan --config=configs/dist.py:b16_8+16f_k400 --topology=v4:2x2x2
       memory and time of a step on a TPU that is not here
 
@@ -83,6 +87,8 @@ COMMANDS: dict[str, ModuleType] = {
     'search': search,
     'convert': convert,
     'push': push,
+    'export': export,
+    'verify': verify,
     'plan': plan,
     'doctor': doctor,
     'check': check,

@@ -308,26 +308,31 @@ def split_params(tree: Tree, rules: Sequence[ShardingRule]) -> Tree:
     return _constrained(tree, rules, gathered=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather_params(tree: Tree, rules: tuple[ShardingRule, ...]) -> Tree:
     """Parameters as they are used: gathered over `fsdp`, still split over `tensor`.
 
     Gradients of the result are scattered: each device gets the sum of the part that it stores.
+    Without a mesh they are left alone.
     """
+    return _gather(tree, rules) if jax.sharding.get_abstract_mesh().shape else tree
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(tree: Tree, rules: tuple[ShardingRule, ...]) -> Tree:
     # Both constraints: without the first, the gathered form could spread to where a leaf was cut
     # from, and a whole stack would be gathered instead of one layer.
     return _constrained(split_params(tree, rules), rules, gathered=True)
 
 
 def _gather_forward(tree: Tree, rules: tuple[ShardingRule, ...]) -> tuple[Tree, None]:
-    return gather_params(tree, rules), None
+    return _gather(tree, rules), None
 
 
 def _gather_backward(rules: tuple[ShardingRule, ...], _: None, grads: Tree) -> tuple[Tree]:
     return (split_params(grads, rules),)
 
 
-gather_params.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _constrained(tree: Tree, rules: Sequence[ShardingRule], gathered: bool) -> Tree:

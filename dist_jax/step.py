@@ -501,9 +501,7 @@ def make_eval_step(
     return jit_on_rows(eval_function(model, task), mesh, variables, frozen)
 
 
-def eval_function(
-    model: Model, task: Task
-) -> Callable[[Tree, Tree, Batch], dict[str, Tree]]:
+def eval_function(model: Model, task: Task) -> Callable[[Tree, Tree, Batch], dict[str, Tree]]:
     """What `make_eval_step` jits, for whoever compiles it otherwise; see `exact_float32`."""
 
     def step(variables: Tree, frozen: Tree, batch: Batch) -> dict[str, Tree]:

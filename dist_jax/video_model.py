@@ -129,19 +129,20 @@ class VideoModel:
     Attributes:
       config: of its run; `eval` holds the views and the fusion with the frozen backbone.
       trained: the parts that it is made of.
+      reader: makes the views of a video.
     """
 
     def __init__(self, trained: Trained, config: ConfigDict):
         """Makes it of a model that `load_trained` read, and of the config of its run."""
         self.config, self.trained = config, trained
-        self._reader = recipe.eval_reader(config)
+        self.reader = recipe.eval_reader(config)
         self._mesh = make_mesh(**config.mesh)
         self._other: tuple[tuple[str, ...], VideoModel] | None = None
         self._of_windows: Embedder | None = None
 
     def __repr__(self) -> str:
         classes = ', '.join(f'{len(names)} classes' for names in self.labels) or 'no classes'
-        views = f'{self._reader.num_views} views' if self._reader.num_views > 1 else 'one view'
+        views = f'{self.reader.num_views} views' if self.reader.num_views > 1 else 'one view'
         return (
             f'VideoModel({self.config.model.family}, {classes}, {views} of {self.num_frames} '
             f'frames of {self.image_size} x {self.image_size})'
@@ -155,12 +156,12 @@ class VideoModel:
     @property
     def num_frames(self) -> int:
         """Frames of a clip, T."""
-        return self._reader.num_frames
+        return self.reader.num_frames
 
     @property
     def image_size(self) -> int:
         """Height and width of a clip in pixels."""
-        return self._reader.image_size
+        return self.reader.image_size
 
     @property
     def variables(self) -> Tree:
@@ -199,8 +200,8 @@ class VideoModel:
           ValueError: frames of another shape or dtype.
         """
         if isinstance(video, (str, os.PathLike)):
-            return self._reader.read(Record(os.fspath(video), 0, os.fspath(video)))[0]
-        return self._reader.views_of(video, fps)
+            return self.reader.read(Record(os.fspath(video), 0, os.fspath(video)))[0]
+        return self.reader.views_of(video, fps)
 
     def predict(
         self, video: Video, most: int = 5, *, attention: bool = False, fps: float = REFERENCE_FPS
