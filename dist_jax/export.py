@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from dist_jax import step, verify
+from dist_jax import onnx_program, step, verify
 from dist_jax.json_file import write_json
 from dist_jax.models.api import Tree
 from dist_jax.models.layers import exact_float32, portable
@@ -93,8 +93,13 @@ class _Outputs:
         return found
 
 
-def program_of(model: VideoModel) -> Program:
-    """The program of a model: the embedding, and with a classifier the probabilities."""
+def program_of(model: VideoModel, platform: str = '') -> Program:
+    """The program of a model: the embedding, and with a classifier the probabilities.
+
+    Args:
+      model: what to export.
+      platform: that it is for alone, see `portable`; '' for all.
+    """
     task = model.trained.task if isinstance(model.trained.task, Classify) else None
     labels: Labels = () if task is None else task.labels
     names = [PROBABILITIES]
@@ -108,7 +113,7 @@ def program_of(model: VideoModel) -> Program:
 
     def run(weights: Mapping[str, jax.Array], video: jax.Array) -> dict[str, jax.Array]:
         tree = jax.tree.unflatten(structure, [weights[path] for path in paths])
-        with portable():
+        with portable(platform):
             return function(tree['network'], tree['frozen'], {'video': video})
 
     weights = {path: leaf for path, (_, leaf) in zip(paths, leaves)}
@@ -208,16 +213,19 @@ def run(
 
 
 def _write(model: VideoModel, folder: Path, batch_size: int, form: str) -> None:
-    program = program_of(model)
-    log.info('lowering the program for %s', ', '.join(PLATFORMS if form == 'stablehlo' else [form]))
-    if form == 'stablehlo':
-        (folder / verify.PROGRAMS[form]).write_bytes(stablehlo(program, batch_size))
-        _write_arrays(folder / verify.WEIGHTS, program.weights)
+    if form == 'onnx':
+        onnx_program.check(model.trained.model.dtype)
+        if not batch_size:
+            log.info('an ONNX program is for batches of one size: of one video, see --batch_size')
+        batch_size = batch_size or 1
+    log.info('tracing the program')
+    program = program_of(model, onnx_program.PLATFORM if form == 'onnx' else '')
+    places = _write_arrays(folder / verify.WEIGHTS, program.weights)
+    path = folder / verify.PROGRAMS[form]
+    if form == 'onnx':
+        onnx_program.write(program, path, batch_size, places)
     else:
-        from dist_jax import onnx_program
-
-        places = _write_arrays(folder / verify.WEIGHTS, program.weights)
-        onnx_program.write(program, folder / verify.PROGRAMS[form], batch_size, places)
+        path.write_bytes(stablehlo(program, batch_size))
     log.info('the model on the golden clip')
     golden = golden_clip(model, program, batch_size)
     _write_arrays(folder / verify.GOLDEN, golden)
@@ -387,8 +395,8 @@ _README = """\
 # A {family} video model, exported by dist_jax
 
 {run}
-In: `video`, uint8 RGB (batch, {views}, {frames}, {size}, {size}, 3), {batch} videos of {views} views
-({clips} along time, {crops} crops of each). Pixels are 0 to 255; the program normalises them.
+In: `video`, uint8 RGB (batch, {views}, {frames}, {size}, {size}, 3), {batch} videos of {views}
+views ({clips} along time, {crops} crops of each). Pixels are 0 to 255; the program normalises them.
 
 Out:
 

@@ -36,6 +36,7 @@ from dist_jax.commands import (
     predict,
     push,
     search,
+    serve,
     train,
     verify,
 )
@@ -89,6 +90,7 @@ COMMANDS: dict[str, ModuleType] = {
     'push': push,
     'export': export,
     'verify': verify,
+    'serve': serve,
     'plan': plan,
     'doctor': doctor,
     'check': check,

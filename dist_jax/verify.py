@@ -109,7 +109,11 @@ class Bundle:
                 found = {name: np.asarray(rows) for name, rows in run(video).items()}
             except Exception as error:
                 raise BundleError(f'the program fails: {_one_line(error)}') from error
-            _compare_specs('an output of the program', self.outputs, _specs_of(found))
+            wanted = [
+                dataclasses.replace(spec, shape=(len(video), *spec.shape[1:]))
+                for spec in self.outputs
+            ]
+            _compare_specs('an output of the program', wanted, _specs_of(found))
             for name, rows in found.items():
                 if not np.isfinite(rows).all():
                     raise BundleError(f'{name}: the program gives scores that are not finite')
@@ -344,11 +348,11 @@ def _compare_specs(what: str, wanted: Sequence[Spec], found: Sequence[Spec]) -> 
     wrong = [f'{_shown(s.name)} is missing' for s in wanted if s.name not in by_name]
     names = {spec.name for spec in wanted}
     wrong += [f'{_shown(name)} is not listed' for name in by_name if name not in names]
-    for spec in wanted:
-        own = by_name.get(spec.name, spec)
-        same = len(own.shape) == len(spec.shape) and own.dtype == spec.dtype
-        if not same or any(a not in (None, b) for a, b in zip(spec.shape, own.shape)):
-            wrong.append(f'{_shown(spec.name)} is {own}, not {spec}')
+    wrong += [
+        f'{_shown(spec.name)} is {by_name[spec.name]}, not {spec}'
+        for spec in wanted
+        if by_name.get(spec.name, spec) != spec
+    ]
     if wrong:
         more = f'\nand {len(wrong) - MOST_NAMED} more' if len(wrong) > MOST_NAMED else ''
         raise BundleError('\n'.join(f'{what}: {line}' for line in wrong[:MOST_NAMED]) + more)
@@ -413,31 +417,25 @@ def _check_signature(bundle: Bundle, exported: Any) -> None:
     names = [spec.name for spec in bundle.weights]
     if names != sorted(names):
         raise BundleError(f'{MANIFEST}: weights are not in the order of their names')
-    outputs = sorted(spec.name for spec in bundle.outputs)
-    structures = (
-        jax.tree.structure(((dict.fromkeys(names, 0), 0), {})),
-        jax.tree.structure(dict.fromkeys(outputs, 0)),
-    )
-    if (exported.in_tree, exported.out_tree) != structures:
-        raise BundleError(
-            f'the program takes or gives other arrays than {MANIFEST} lists: '
-            f'{len(exported.in_avals)} in, {len(exported.out_avals)} out'
-        )
 
-    def specs(names: Sequence[str], avals: Sequence[Any]) -> list[Spec]:
-        sizes = [
-            tuple(size if isinstance(size, int) else None for size in aval.shape) for aval in avals
+    def specs(avals: Mapping[str, Any]) -> list[Spec]:
+        return [
+            Spec(
+                name,
+                tuple(size if isinstance(size, int) else None for size in aval.shape),
+                aval.dtype.name,
+            )
+            for name, aval in avals.items()
         ]
-        return [Spec(*each, aval.dtype.name) for *each, aval in zip(names, sizes, avals)]
 
-    given = specs([*names, VIDEO], exported.in_avals) + specs(outputs, exported.out_avals)
-    wanted = {spec.name: spec for spec in (*bundle.weights, bundle.video, *bundle.outputs)}
-    wrong = [spec for spec in given if spec != wanted[spec.name]]
-    if wrong:
-        raise BundleError(
-            f'the program has {_shown(wrong[0].name)} as {wrong[0]}, and {MANIFEST} as '
-            f'{wanted[wrong[0].name]}'
-        )
+    try:
+        (weights, video), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        given = specs({**weights, VIDEO: video})
+        made = specs(jax.tree.unflatten(exported.out_tree, exported.out_avals))
+    except (TypeError, ValueError, AttributeError):
+        raise BundleError('the program does not take weights by name and a video') from None
+    _compare_specs('an argument of the program', (*bundle.weights, bundle.video), given)
+    _compare_specs('an output of the program', bundle.outputs, made)
 
 
 def _load_onnx(bundle: Bundle) -> Callable[[np.ndarray], Outputs]:
@@ -447,8 +445,10 @@ def _load_onnx(bundle: Bundle) -> Callable[[np.ndarray], Outputs]:
     _read_arrays(bundle.path(WEIGHTS), bundle.weights, 'a weight')
     name = PROGRAMS['onnx']
     try:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors
         session = onnxruntime.InferenceSession(
-            bundle.path(name), providers=['CPUExecutionProvider']
+            bundle.path(name), options, providers=['CPUExecutionProvider']
         )
     except Exception as error:
         raise BundleError(

@@ -15,12 +15,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models.layers import einsum, einsum_to_float32, precision_of, widened
+from dist_jax.models.layers import (
+    by_platform,
+    einsum,
+    einsum_to_float32,
+    is_settled,
+    precision_of,
+    widened,
+)
 
 # How the appearance half of an STS convolution reads its temporal taps: as the released code does,
 # over the flattened frame, or along rows and columns with zeros beyond the border.
@@ -37,7 +45,20 @@ _LONG = {3: 32, 2: 28}
 
 
 # Networks have few shapes and many layers of each: one trace, and one gradient, of each shape.
-@functools.partial(jax.jit, static_argnames=('stride', 'time_stride'))
+def _traced_once(
+    function: Callable[..., jax.Array], settings: Sequence[str]
+) -> Callable[..., jax.Array]:
+    """Jitted, but where `portable` settles the platform, which is nothing that a kept trace has."""
+    jitted = jax.jit(function, static_argnames=settings)
+
+    @functools.wraps(function)
+    def run(*inputs: Any, **options: Any) -> jax.Array:
+        return (function if is_settled() else jitted)(*inputs, **options)
+
+    return run
+
+
+@functools.partial(_traced_once, settings=('stride', 'time_stride'))
 def conv3d(x: jax.Array, kernel: jax.Array, stride: int = 1, time_stride: int = 1) -> jax.Array:
     """Convolution without bias, summed in float32 or wider.
 
@@ -59,12 +80,12 @@ def conv3d(x: jax.Array, kernel: jax.Array, stride: int = 1, time_stride: int = 
         x, strides = x[:, :, ::stride, ::stride], (time_stride, 1, 1)
     # Over three axes, the gradient of a strided kernel takes a TPU five times as long.
     pictures = kernel.shape[0] == 1 and strides[1] > 1
-    return _by_platform(
+    return _widened_on_cpu(
         x, kernel, _convolve_pictures, _convolve_pictures if pictures else _convolve_frames, strides
     )
 
 
-@functools.partial(jax.jit, static_argnames=('stride', 'mode'))
+@functools.partial(_traced_once, settings=('stride', 'mode'))
 def sts_conv3d(
     x: jax.Array, kernel: jax.Array, stride: int = 1, mode: str = 'official'
 ) -> jax.Array:
@@ -96,7 +117,7 @@ def sts_conv3d(
     half = (x.shape[-1] + 1) // 2
     lanes = x.shape[-1] if x.shape[-1] <= _LANES else half
     form = functools.partial(_sts_depthwise, stride, mode)
-    return jax.lax.platform_dependent(
+    return by_platform(
         x, kernel, cpu=functools.partial(form, half), default=functools.partial(form, lanes)
     )
 
@@ -125,7 +146,7 @@ def _centre(kernel: jax.Array) -> jax.Array:
     return kernel[middle : middle + 1]
 
 
-def _by_platform(
+def _widened_on_cpu(
     x: jax.Array,
     kernel: jax.Array,
     on_cpu: Callable[..., jax.Array],
@@ -136,7 +157,7 @@ def _by_platform(
         # Gradients of a shifted array are summed in its dtype, without a matrix unit.
         return on_cpu(widened(x), widened(kernel), *settings).astype(x.dtype)
 
-    return jax.lax.platform_dependent(
+    return by_platform(
         x, kernel, cpu=wide, default=lambda x, kernel: elsewhere(x, kernel, *settings)
     )
 
@@ -175,7 +196,7 @@ def _filter_channels(
     x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[int]
 ) -> jax.Array:
     """One filter (kt, kh, kw, 1, C) a channel, `padding` zeros at both ends of the three axes."""
-    return _by_platform(x, kernel, _filter_by_shifts, _filter_by_groups, strides, padding)
+    return _widened_on_cpu(x, kernel, _filter_by_shifts, _filter_by_groups, strides, padding)
 
 
 def _filter_by_groups(

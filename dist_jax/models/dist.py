@@ -38,6 +38,7 @@ from dist_jax.models.layers import (
     Linear,
     Mlp,
     QueryAttention,
+    by_platform,
     einsum,
     einsum_to_float32,
     patchify,
@@ -222,7 +223,7 @@ class SpaceConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param('kernel', self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        y = jax.lax.platform_dependent(
+        y = by_platform(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             cpu=_space_products,
@@ -308,7 +309,7 @@ class Integration2Temporal(nn.Module):
     def __call__(self, m: jax.Array) -> jax.Array:
         kernel = self.param('kernel', self.kernel_init, (m.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        y = jax.lax.platform_dependent(
+        y = by_platform(
             m.astype(self.dtype),
             kernel.astype(self.dtype),
             cpu=self._repeated,

@@ -231,17 +231,21 @@ def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
     return patches.reshape(*lead, (height // p) * (width // p), p * p * channels)
 
 
-_PORTABLE = contextvars.ContextVar('portable', default=False)
+# The platform that is traced for alone; '' for all, None where nothing has to be portable.
+_PORTABLE: contextvars.ContextVar[str | None] = contextvars.ContextVar('portable', default=None)
 
 
 @contextlib.contextmanager
-def portable() -> Iterator[None]:
+def portable(platform: str = '') -> Iterator[None]:
     """What is traced inside has no kernel of ours, and says of no array how it is stored.
 
     So the program is made of operations that StableHLO keeps readable for years, and takes axes
     whose sizes are not known.
+
+    Args:
+      platform: 'cpu', for instance: `by_platform` leaves no choice; '' leaves it to who compiles.
     """
-    token = _PORTABLE.set(True)
+    token = _PORTABLE.set(platform)
     try:
         yield
     finally:
@@ -250,7 +254,19 @@ def portable() -> Iterator[None]:
 
 def is_portable() -> bool:
     """Whether this is traced inside `portable`."""
-    return _PORTABLE.get()
+    return _PORTABLE.get() is not None
+
+
+def is_settled() -> bool:
+    """Whether `by_platform` has no choice here."""
+    return bool(_PORTABLE.get())
+
+
+def by_platform(*inputs: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
+    """`jax.lax.platform_dependent` that `portable` can settle."""
+    if platform := _PORTABLE.get():
+        return forms.get(platform, default)(*inputs)
+    return jax.lax.platform_dependent(*inputs, default=default, **forms)
 
 
 def row_major(x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ are of groups of clips, see `batch_norm`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,15 @@ import jax.numpy as jnp
 from dist_jax.models import conv3d, heads
 from dist_jax.models.api import Model, ParamGroup, Tree
 from dist_jax.models.batch_norm import BatchNorm
-from dist_jax.models.layers import Dtype, Initializer, Linear, Pixels, uniform, widened
+from dist_jax.models.layers import (
+    Dtype,
+    Initializer,
+    Linear,
+    Pixels,
+    is_settled,
+    uniform,
+    widened,
+)
 from dist_jax.models.stack import STATISTICS
 from dist_jax.sharding import ShardingRule
 
@@ -706,6 +715,18 @@ class SqueezeExcite(nn.Module):
 
 def max_pool(x: jax.Array) -> jax.Array:
     """3 x 3, stride 2, of every frame: (B, T, H, W, C) -> (B, T, ceil(H / 2), ceil(W / 2), C)."""
+    if is_settled():
+        return _largest_of_three(_largest_of_three(x, 2), 3)
     frames = x.reshape(-1, *x.shape[2:])
     pooled = nn.max_pool(frames, (3, 3), (2, 2), ((1, 1), (1, 1)))
     return pooled.reshape(*x.shape[:2], *pooled.shape[1:])
+
+
+def _largest_of_three(x: jax.Array, axis: int) -> jax.Array:
+    """`max_pool` along one axis, without a window that converters would have to know."""
+    size = x.shape[axis]
+    padded = jnp.pad(x, [(int(i == axis),) * 2 for i in range(x.ndim)], constant_values=-jnp.inf)
+    taps = [
+        jax.lax.slice_in_dim(padded, start, start + size, stride=2, axis=axis) for start in range(3)
+    ]
+    return functools.reduce(jnp.maximum, taps)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dist_jax.models.layers import (
     Dtype,
     Initializer,
+    by_platform,
     einsum_to_float32,
     precision_of,
     trunc_normal,
@@ -43,7 +44,7 @@ def _conv_time(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     The taps are summed in float32 whatever the dtype is, by the products too.
     """
-    return jax.lax.platform_dependent(x, kernel, cpu=_time_products, default=_time_convolution)
+    return by_platform(x, kernel, cpu=_time_products, default=_time_convolution)
 
 
 def _time_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
