@@ -204,7 +204,7 @@ class _Server:
     def _limited(self, request: Request) -> Callable[[], Awaitable[Any]]:
         """What a request receives, until it is too much."""
         most, left = self._limits.upload_bytes, self._limits.upload_bytes
-        message = f'the upload has more than {most / 1e6:,.0f} MB'
+        message = f'the upload has more than {most / 1e6:g} MB'
         declared = request.headers.get('content-length', '')
         if declared.isdecimal() and int(declared) > most:
             raise HTTPException(413, message)
