@@ -12,6 +12,7 @@ The program is the step of the evaluation: uint8 views in, softmax averaged over
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -21,7 +22,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def stablehlo(program: Program, batch_size: int) -> bytes:
     batch = batch_size or jax.export.symbolic_shape('batch')[0]
     jitted = jax.jit(program.run, keep_unused=True)
     try:
-        exported = jax.export.export(jitted, platforms=PLATFORMS)(*program.arguments(batch))
+        with _without_places():
+            exported = jax.export.export(jitted, platforms=PLATFORMS)(*program.arguments(batch))
     except Exception as error:
         if batch_size:
             raise
@@ -161,6 +163,17 @@ def stablehlo(program: Program, batch_size: int) -> bytes:
             f'pass --batch_size=N ({str(error).splitlines()[0]})'
         ) from error
     return bytes(exported.serialize())
+
+
+@contextlib.contextmanager
+def _without_places() -> Iterator[None]:
+    """Leaves out of a program where on this machine its source lay."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update('jax_traceback_in_locations_limit', 0)
+    try:
+        yield
+    finally:
+        jax.config.update('jax_traceback_in_locations_limit', before)
 
 
 def run(
@@ -297,7 +310,7 @@ def _manifest(
             'family': model.config.model.family,
             'task': model.config.task.name,
             'step': model.trained.step,
-            'backbone': None if frozen is None else frozen.backbone.identity(),
+            'backbone': None if frozen is None else _backbone(frozen.backbone.identity()),
         },
         'program': {
             'kind': form,
@@ -318,6 +331,11 @@ def _manifest(
         'golden': {'videos': len(golden[verify.VIDEO])},
         'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _backbone(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bundle says of a backbone: not where it lay."""
+    return {name: value for name, value in identity.items() if name != 'path'}
 
 
 def sampling(reader: EvalReader) -> dict[str, Any]:

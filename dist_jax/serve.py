@@ -422,7 +422,7 @@ PAGE = f"""<!doctype html>
 <p>What happens in a video?</p>
 <label id="drop">Drop a video here, or click to choose one
 <input id="file" type="file" accept="video/*,image/*"></label>
-<video id="player" muted loop autoplay playsinline controls hidden></video>
+<video id="player" muted loop autoplay playsinline hidden></video>
 <div id="said" role="status"></div>
 <div id="found"></div>
 </main>

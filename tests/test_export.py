@@ -84,6 +84,12 @@ def test_a_bundle_gives_the_scores_of_the_run(run, bundle, capsys):
     assert [tuple(head['classes']) for head in manifest_of(bundle)['heads']] == list(model.labels)
 
 
+def test_nothing_says_where_it_was_made(run, bundle):
+    for path in bundle.iterdir():
+        data = path.read_bytes()
+        assert bytes(Path(export.__file__).parent) not in data and run[1].encode() not in data
+
+
 def test_verify_py_is_the_module_and_needs_nothing_of_this_package(bundle, copy):
     assert (bundle / 'verify.py').read_bytes() == Path(verify.__file__).read_bytes()
     code = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Sequence
 
 from dist_jax import paths
@@ -85,7 +86,8 @@ def run(argv: Sequence[str]) -> int:
         config = read_config(
             config_arguments, trained.saved_config(workdir, step) if workdir else None
         )
-        model = VideoModel(load_trained(config, workdir, step, labels), config)
+        with tempfile.TemporaryDirectory() as made:  # where the backbone of this package is put
+            model = VideoModel(load_trained(config, workdir, step, labels, made), config)
     try:
         made = export.run(
             model, arguments.out, batch_size=arguments.batch_size, form=arguments.format
