@@ -33,6 +33,7 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from dist_jax import onnx_program, step, verify
+from dist_jax.embed import Embedding, clip_embedding
 from dist_jax.json_file import write_json
 from dist_jax.models.api import Tree
 from dist_jax.models.layers import exact_float32, portable
@@ -40,7 +41,7 @@ from dist_jax.models.params import safetensors_header
 from dist_jax.sharding import to_host
 from dist_jax.tasks.api import Labels
 from dist_jax.tasks.classify import Classify
-from dist_jax.video_model import Embeddings, VideoModel
+from dist_jax.video_model import VideoModel
 from input_pipeline import motion_world
 from input_pipeline.pipeline import EvalReader
 
@@ -88,7 +89,7 @@ class _Outputs:
     eval_input_keys: tuple[str, ...] = ()
 
     def predict(self, outputs: Tree, num_views: int) -> dict[str, jax.Array]:
-        found = Embeddings().predict(outputs, num_views)
+        found = {EMBEDDING: Embedding(clip_embedding).predict(outputs, num_views)['clip']}
         if self.task is not None:
             found |= zip(self.heads, self.task.predict(outputs, num_views)['scores'])
         return found
