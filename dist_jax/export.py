@@ -43,7 +43,7 @@ from dist_jax.tasks.api import Labels
 from dist_jax.tasks.classify import Classify
 from dist_jax.video_model import VideoModel
 from input_pipeline import motion_world
-from input_pipeline.pipeline import EvalReader
+from input_pipeline.pipeline import protocol_of
 
 log = logging.getLogger('dist_jax')
 
@@ -205,8 +205,8 @@ def run(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f'{out} exists; choose another --out, or remove it')
-    partial = out.absolute().with_name(f'.{out.name}.partial-{os.getpid()}')
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.absolute().with_name(f'.{out.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
     partial.mkdir(parents=True)
     try:
         start = time.perf_counter()
@@ -283,7 +283,7 @@ def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> dict[str, int]:
         file.write(text)
         for name, place in places.items():
             file.seek(place)
-            file.write(np.ascontiguousarray(to_host(arrays[name])).tobytes())
+            file.write(np.ascontiguousarray(to_host(arrays[name])).reshape(-1).view(np.uint8))
     return places
 
 
@@ -328,7 +328,7 @@ def _manifest(
             for name in outputs
         ],
         'heads': [{'output': name, 'classes': list(classes)} for name, classes in program.heads],
-        'sampling': sampling(model.reader),
+        'sampling': protocol_of(model.reader),
         'golden': {'videos': len(golden[verify.VIDEO])},
         'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
     }
@@ -337,13 +337,6 @@ def _manifest(
 def _backbone(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What a bundle says of a backbone: not where it lay."""
     return {name: value for name, value in identity.items() if name != 'path'}
-
-
-def sampling(reader: EvalReader) -> dict[str, Any]:
-    """JSON values from which `EvalReader(**sampling)` makes the reader again."""
-    fields = {field.name: getattr(reader, field.name) for field in dataclasses.fields(reader)}
-    del fields['annotate'], fields['max_pixels']
-    return fields | {'size': list(reader.size)}
 
 
 def _readme(manifest: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from starlette.routing import Route
 from input_pipeline import escape
 from input_pipeline.decode import DecodeError
 from input_pipeline.decoder_process import DecoderProcess
-from input_pipeline.pipeline import EvalReader
+from input_pipeline.pipeline import EvalReader, reader_of
 
 log = logging.getLogger('dist_jax')
 
@@ -270,17 +270,10 @@ def of_bundle(folder: str) -> Served:
     from dist_jax import verify
 
     bundle = verify.read(folder)
-    made = bundle.manifest.get('sampling')
     try:
-        reader = EvalReader(**{**made, 'size': tuple(made['size'])})
-        fits = reader.shape == bundle.video.shape[1:]
-    except (TypeError, ValueError, KeyError) as error:
+        reader = reader_of(_of_shape(bundle.manifest.get('sampling'), bundle.video.shape[1:]))
+    except ValueError as error:
         raise verify.BundleError(f'{verify.MANIFEST}: sampling: {error}') from error
-    if not fits:
-        raise verify.BundleError(
-            f'{verify.MANIFEST}: sampling makes views of {reader.shape} for a program that takes '
-            f'{bundle.video.shape[1:]}'
-        )
     program = bundle.load()
     rows = bundle.video.shape[0] or 1
 
@@ -288,6 +281,21 @@ def of_bundle(folder: str) -> Served:
         return program(np.repeat(video, rows, axis=0))
 
     return Served(_name(folder), bundle.heads, reader, run)
+
+
+def _of_shape(sampling: Any, shape: Sequence[int]) -> Any:
+    """What a manifest says of views, if they are those that its program takes.
+
+    Raises:
+      ValueError: they are not.
+    """
+    names = ('num_clips', 'num_crops', 'num_frames', 'image_size')
+    sizes = [sampling.get(name) if isinstance(sampling, dict) else None for name in names]
+    if all(isinstance(size, int) for size in sizes):
+        clips, crops, frames, size = sizes
+        if (clips * crops, frames, size, size, 3) == tuple(shape):
+            return sampling
+    raise ValueError(f'{ascii(sizes)[:80]} are no views of {tuple(shape)}')
 
 
 def of_model(model: Any, name: str) -> Served:

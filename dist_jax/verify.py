@@ -406,8 +406,8 @@ def _load_stablehlo(bundle: Bundle) -> Callable[[np.ndarray], Outputs]:
         raise BundleError(f'{name} is for {exported.nr_devices} devices')
     _check_signature(bundle, exported)
     weights = _read_arrays(bundle.path(WEIGHTS), bundle.weights, 'a weight')
-    weights = jax.device_put(weights)
-    return lambda video: exported.call(weights, video)
+    weights, call = jax.device_put(weights), jax.jit(exported.call)
+    return lambda video: call(weights, video)
 
 
 def _check_signature(bundle: Bundle, exported: Any) -> None:

@@ -14,8 +14,8 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -358,6 +358,34 @@ class EvalReader:
     def _views(self, crops: np.ndarray, where: np.ndarray) -> np.ndarray:
         """(crops, frames, H, W, 3) and which frames (clips, T) -> (V, T, H, W, 3)."""
         return crops[:, where].swapaxes(0, 1).reshape(self.shape)
+
+
+# Of a reader, what a file may say: the others are code, and a limit of this machine.
+_PROTOCOL = tuple(
+    field.name for field in fields(EvalReader) if field.name not in ('annotate', 'max_pixels')
+)
+
+
+def protocol_of(reader: EvalReader) -> dict[str, Any]:
+    """JSON values from which `reader_of` makes the reader again."""
+    return {name: getattr(reader, name) for name in _PROTOCOL} | {'size': list(reader.size)}
+
+
+def reader_of(protocol: Any) -> EvalReader:
+    """The reader of a file's `protocol_of`.
+
+    Raises:
+      ValueError: there is no such reader.
+    """
+    if not isinstance(protocol, dict) or not isinstance(protocol.get('size'), list):
+        raise ValueError('it is no object, or has no list `size`')
+    unknown = sorted(protocol.keys() - set(_PROTOCOL))
+    if unknown:
+        raise ValueError(f'no field of it is {unknown[0]!a}')
+    try:
+        return EvalReader(**{**protocol, 'size': tuple(protocol['size'])})
+    except (TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=2)  # this epoch and the one that batches are made ahead of

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from dist_jax import main, serve, verify
-from input_pipeline.pipeline import EvalReader
+from input_pipeline.pipeline import EvalReader, protocol_of
 
 CLASSES = ('<b>bold</b>', 'caf\udce9', 'dark', 'bright')
 READER = EvalReader(num_frames=4, image_size=32, num_clips=2)
@@ -189,14 +189,18 @@ def test_a_bundle_that_says_no_sampling_is_not_served(tmp_path, monkeypatch):
         def load(self):
             return scores
 
-    from dist_jax.export import sampling
-
-    made = sampling(READER)
+    made = protocol_of(READER)
     for found, text in (
-        (made | {'num_frames': 5}, 'makes views of'),
+        (made | {'num_frames': 5}, 'are no views of'),
         (made | {'num_frames': 'all'}, 'sampling'),
+        (made | {'num_frames': 10**12}, 'are no views of'),
         (made | {'more': 1}, 'more'),
-        (None, 'sampling'),
+        (made | {'annotate': 1}, 'annotate'),
+        (made | {'sampling': '../'}, 'sampling'),
+        (made | {'size': 'all'}, 'sampling'),
+        (made | {'interval': []}, 'sampling'),
+        ([], 'no views'),
+        (None, 'no views'),
     ):
         monkeypatch.setattr(verify, 'read', lambda folder, found=found: Bundle(found))
         with pytest.raises(verify.BundleError, match=text):
