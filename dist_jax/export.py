@@ -7,7 +7,7 @@
     verify.py             checks all of that, see `dist_jax.verify`
     README.md             how to run it
 
-The program is the step of the evaluation: uint8 views in, softmax averaged over views out.
+The program is the step of the evaluation: uint8 views in, probabilities averaged over views out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dist_jax.models.layers import exact_float32, portable
 from dist_jax.models.params import safetensors_header
 from dist_jax.sharding import to_host
 from dist_jax.tasks.api import Labels
-from dist_jax.tasks.classify import Classify
+from dist_jax.tasks.classifier import Classifier
 from dist_jax.video_model import VideoModel
 from input_pipeline import motion_world
 from input_pipeline.pipeline import protocol_of
@@ -84,7 +84,7 @@ class Program:
 class _Outputs:
     """Stands where `eval_function` takes a task: what a bundle gives for a video."""
 
-    task: Classify | None
+    task: Classifier | None
     heads: tuple[str, ...]
     eval_input_keys: tuple[str, ...] = ()
 
@@ -102,7 +102,7 @@ def program_of(model: VideoModel, platform: str = '') -> Program:
       model: what to export.
       platform: that it is for alone, see `portable`; '' for all.
     """
-    task = model.trained.task if isinstance(model.trained.task, Classify) else None
+    task = model.trained.task if isinstance(model.trained.task, Classifier) else None
     labels: Labels = () if task is None else task.labels
     names = [PROBABILITIES]
     if len(labels) > 1:

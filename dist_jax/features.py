@@ -33,7 +33,9 @@ from dist_jax.feature_files import HOSTS, MANIFEST, SPANS, VIDEOS, FeatureStore,
 from dist_jax.feature_model import CLIP, FRAMES, TOKENS, FeatureModel, Outputs
 from dist_jax.index_model import preprocessing
 from dist_jax.json_file import write_json
+from dist_jax.tasks.api import labels_of
 from input_pipeline.escape import Console, terminal
+from input_pipeline.label_sets import LabelSets
 from input_pipeline.pipeline import EvalReader
 from input_pipeline.video_list import LabelledSource
 from input_pipeline.windows import ClipReader, WholeReader, WindowReader
@@ -64,7 +66,7 @@ class Request:
 
     Attributes:
       items: the videos, of all hosts.
-      labels: classes of each, from 0, an index or one a head; () where nobody knows.
+      labels: classes of each, from 0, an index, one a head or any number; () where nobody knows.
       class_names: of those, by head.
       source: JSON values that say where the videos come from.
       out: folder of the features.
@@ -137,12 +139,14 @@ def _paths_and_folders(names: Sequence[str]) -> Iterable[tuple[str, str]]:
 
 
 def items_of_list(source: LabelledSource, root: str) -> list[Item]:
-    """Records of a list or a built data set, named as in it."""
+    """Records of a list, named from the root on, or of a built data set, named as in it."""
     found = []
     for number in range(len(source)):
         record = source[number]
-        inside = root and record.load is None and os.path.isabs(record.path)
-        name = os.path.relpath(record.path, root) if inside else record.video_id
+        name = record.video_id
+        if record.load is None:
+            inside = os.path.relpath(record.path, root or '.')
+            name = name if inside.startswith('..') else inside
         if record.load is None and not os.path.isdir(record.path):
             folder, file = os.path.split(record.path)
             video = find_file(folder, file).video
@@ -158,6 +162,8 @@ def labels_of_list(
     """Classes of the records, and their names by head; (), () of a list of captions."""
     if not source.class_names:
         return [], ()
+    if isinstance(source.labels, LabelSets):
+        return [sorted(own) for own in source.labels], labels_of(source)
     if isinstance(source.num_classes, tuple):
         return source.labels.tolist(), source.class_names
     return source.labels.reshape(-1).tolist(), (source.class_names,)

@@ -13,6 +13,8 @@ from input_pipeline import escape
 MARK = '<!-- made by `dist_jax push` -->'  # a card without it is somebody's own
 FOLDED = 50  # classes beyond which their names are folded
 MOST_NAMED = 1000  # classes of a head in a card; all are in config.json
+# Figure of an evaluation -> what the Hub calls it.
+_METRICS = {'top1': 'accuracy', 'top5': 'accuracy', 'map': 'mean_average_precision'}
 
 
 def text(metadata: Mapping[str, Any], name: str, license: str = '') -> str:
@@ -54,7 +56,7 @@ def text(metadata: Mapping[str, Any], name: str, license: str = '') -> str:
 def _head(metadata: Mapping[str, Any], title: str, license: str) -> str:
     """What the Hub reads; JSON values are YAML."""
     config, backbone = metadata['config'], metadata['backbone'] or {}
-    classifies = config['task']['name'] == 'classify'
+    classifies = bool(metadata['class_names'])
     rows: dict[str, Any] = {'library_name': 'dist_jax'}
     if license:
         rows['license'] = license
@@ -64,7 +66,7 @@ def _head(metadata: Mapping[str, Any], title: str, license: str) -> str:
     if base_model := hub_repository(backbone):
         rows['base_model'] = base_model
     found = metadata['evaluation']
-    if classifies and found and 'top1' in found['figures']:
+    if classifies and found and _METRICS.keys() & set(found['figures']):
         rows['model-index'] = [{'name': title, 'results': [_result(metadata)]}]
     lines = [f'{key}: {json.dumps(value)}' for key, value in rows.items()]
     return '\n'.join(['---', *lines, '---'])
@@ -73,8 +75,8 @@ def _head(metadata: Mapping[str, Any], title: str, license: str) -> str:
 def _result(metadata: Mapping[str, Any]) -> dict[str, Any]:
     found, data = metadata['evaluation'], metadata['config']['data']['name']
     metrics = [
-        {'type': 'accuracy', 'name': label(name), 'value': round(100 * found['figures'][name], 2)}
-        for name in ('top1', 'top5')
+        {'type': kind, 'name': label(name), 'value': round(100 * found['figures'][name], 2)}
+        for name, kind in _METRICS.items()
         if name in found['figures']
     ]
     dataset = {'type': data, 'name': escape.terminal(found['list'] or data)}
@@ -120,7 +122,7 @@ def _use(metadata: Mapping[str, Any], name: str) -> str:
             )
     first = (
         "model.predict('a.mp4').top  # the most probable classes"
-        if metadata['config']['task']['name'] == 'classify'
+        if metadata['class_names']
         else "model.embed('a.mp4')  # one vector"
     )
     return '\n\n'.join(

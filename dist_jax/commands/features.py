@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from dist_jax import paths, times
@@ -121,7 +122,7 @@ def run(argv: Sequence[str]) -> int:
                 arguments.label_map,
                 subset=arguments.subset,
             )
-            items = features.items_of_list(listed, arguments.root)
+            items = features.items_of_list(listed, arguments.root or _folder(arguments.list))
             labels, class_names = features.labels_of_list(listed)
             source = {'list': arguments.list, 'root': arguments.root, 'subset': arguments.subset}
     request = features.Request(
@@ -138,6 +139,10 @@ def run(argv: Sequence[str]) -> int:
         arguments.dtype,
     )
     return features.run(request, model)
+
+
+def _folder(path: str) -> str:
+    return path if os.path.isdir(path) else os.path.dirname(path)
 
 
 def _windows(window: str, stride: str, fps: float | None) -> tuple[float, float]:
