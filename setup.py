@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 README = Path(__file__).parent / 'README.md'
 BEAM = 'apache-beam>=2.70'  # wants protobuf 6, which jax, grain, tfds and orbax take as well
 PARQUET = 'pyarrow>=15.0'
+HUB = 'huggingface_hub>=1.0'
+SERVE = ['python-multipart>=0.0.18', 'starlette>=0.46', 'uvicorn>=0.30']
 
 setup(
     name='dist_jax',
@@ -26,6 +28,7 @@ setup(
         'clu>=0.0.12',
         'einops>=0.8',
         'etils[epath]>=1.5',  # paths that may be bucket URLs
+        'flatbuffers>=24.3',  # jax writes and reads exported programs with it
         'flax>=0.12',
         'ftfy>=6.2',  # CLIP's text cleaning
         'grain>=0.2.18',
@@ -54,6 +57,8 @@ setup(
             'setuptools>=70.1',  # builds the wheel that is looked at
             BEAM,
             PARQUET,
+            HUB,
+            *SERVE,
             'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
         'docs': [
@@ -66,6 +71,13 @@ setup(
         ],
         'beam': [BEAM],  # data sets built by many machines; [gcp] beside it for Dataflow
         'parquet': [PARQUET],  # features as tables
+        'hub': [HUB],  # models from and to the Hugging Face Hub
+        'serve': SERVE,  # a page and an endpoint
+        # In an environment of its own: jax2onnx wants an older orbax-checkpoint.
+        'onnx': ['jax2onnx>=0.17', 'onnx>=1.18', 'onnxruntime>=1.22'],
+        'wandb': ['wandb>=0.19'],
+        'mlflow': ['mlflow>=3.0'],
+        'trackio': ['trackio>=0.40'],
         'benchmark': ['decord>=0.6', 'psutil>=5.9'],
         'tpu': [
             'jax[tpu]>=0.10',
