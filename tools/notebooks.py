@@ -24,7 +24,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).parents[1] / 'docs' / 'notebooks'
-STEPS = 40
+STEPS = 20
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -91,18 +91,22 @@ def main(argv: Sequence[str]) -> int:
     # Commands of cells are those of this Python.
     os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-    failed = not pages
-    for page in pages:
-        begin, cpu = time.monotonic(), _cpu()
-        if arguments.write:
-            page.with_suffix('.ipynb').write_text(text_of(page), encoding='utf-8')
-        wrong = problem(page)
-        if arguments.run and not wrong:
-            wrong = run(page, arguments.steps)
-        failed = failed or bool(wrong)
-        seconds = f'{time.monotonic() - begin:.0f} s, {_cpu() - cpu:.0f} s of CPU'
-        print(f'{page.stem:12} {seconds}  {wrong or "ok"}', flush=True)
-    return int(failed)
+    with tempfile.TemporaryDirectory() as programs:  # commands that follow each other share them
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = programs
+        return int(not pages or any([handle(page, arguments) for page in pages]))
+
+
+def handle(page: Path, arguments: argparse.Namespace) -> bool:
+    """Writes, checks and runs a page as the arguments say; prints and returns whether it failed."""
+    begin, cpu = time.monotonic(), _cpu()
+    if arguments.write:
+        page.with_suffix('.ipynb').write_text(text_of(page), encoding='utf-8')
+    wrong = problem(page)
+    if arguments.run and not wrong:
+        wrong = run(page, arguments.steps)
+    seconds = f'{time.monotonic() - begin:.0f} s, {_cpu() - cpu:.0f} s of CPU'
+    print(f'{page.stem:12} {seconds}  {wrong or "ok"}', flush=True)
+    return bool(wrong)
 
 
 if __name__ == '__main__':
