@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -316,17 +317,23 @@ def _name(path: str) -> str:
 
 
 def run(served: Served, host: str, port: int, limits: Limits) -> int:
-    """Serves until Ctrl-C; the program is compiled before."""
-    served.top(np.zeros(served.reader.shape, np.uint8))
-    log.info('serving %s at http://%s:%d', served.name, host, port)
-    uvicorn.run(
-        make_app(served, limits),
-        host=host,
-        port=port,
-        log_level='warning',
-        server_header=False,
-        timeout_keep_alive=5,
-    )
+    """Serves until Ctrl-C; the program is compiled before.
+
+    Raises:
+      OSError: it cannot listen there.
+    """
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listening:
+        served.top(np.zeros(served.reader.shape, np.uint8))
+        config = uvicorn.Config(
+            make_app(served, limits),
+            log_level='warning',
+            server_header=False,
+            timeout_keep_alive=5,
+        )
+        shown = f'[{host}]' if ':' in host else host
+        log.info('serving %s at http://%s:%d', served.name, shown, port)
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 

@@ -16,7 +16,7 @@ import text_run
 from safetensors.numpy import load_file, save_file
 
 import dist_jax
-from dist_jax import experiment, export, main, verify
+from dist_jax import experiment, export, main, onnx_program, verify
 from dist_jax.trained import Trained
 from dist_jax.video_model import VideoModel
 
@@ -326,3 +326,28 @@ def test_every_family_is_a_program_for_all_platforms(family, dtype):
     assert 'embedding' in jax.tree.unflatten(exported.out_tree, exported.out_avals)
     # A text tower that no video needs is not carried along.
     assert not any('params/text/' in name for name in program.weights)
+
+
+def test_a_program_for_one_platform_has_no_choice_and_means_the_same():
+    """As converters to ONNX take it: not even max-pooling has a window."""
+    model = abstract('sts', **{'model.dtype': 'float32', 'data.image_size': 32})
+    rng = np.random.default_rng(0)
+    for_all, for_one = export.program_of(model), export.program_of(model, 'cpu')
+    weights = {
+        name: np.abs(rng.normal(0, 0.2, leaf.shape)).astype(leaf.dtype)
+        for name, leaf in for_all.weights.items()
+    }
+    video = rng.integers(0, 256, (1, *for_all.video), np.uint8)
+    wanted, found = (jax.jit(program.run)(weights, video) for program in (for_all, for_one))
+    assert np.ptp(wanted['probabilities']) > 1e-4
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+    for program, some in ((for_all, True), (for_one, False)):
+        text = str(jax.make_jaxpr(program.run)(*program.arguments(1)))
+        for name in ('platform_index', 'reduce_window_max'):
+            assert (name in text) == some
+
+
+def test_onnx_is_refused_where_it_cannot_be():
+    with pytest.raises(ValueError, match=r'model\.dtype=float32'):
+        onnx_program.check(jax.numpy.bfloat16)
