@@ -302,28 +302,29 @@ def abstract(family, **fields):
 
 
 @pytest.mark.parametrize(
-    ('family', 'dtype'),
+    ('family', 'dtype', 'task'),
     [
-        ('dist', 'bfloat16'),
-        ('evl', 'float32'),
-        ('side4video', 'bfloat16'),
-        ('side4video_retrieval', 'float32'),
-        ('sts', 'bfloat16'),
-        ('fine_tune', 'bfloat16'),
-        ('attentive_probe', 'float32'),
-        ('zero_shot', 'bfloat16'),
-        ('frame_mean', 'float32'),
+        ('dist', 'bfloat16', 'classify'),
+        ('evl', 'float32', 'classify'),
+        ('side4video', 'bfloat16', 'classify'),
+        ('side4video_retrieval', 'float32', 'retrieve'),
+        ('sts', 'bfloat16', 'classify'),
+        ('fine_tune', 'bfloat16', 'classify'),
+        ('attentive_probe', 'float32', 'classify'),
+        ('zero_shot', 'bfloat16', 'classify'),
+        ('frame_mean', 'float32', 'multi_label'),
     ],
 )
-def test_every_family_is_a_program_for_all_platforms(family, dtype):
+def test_every_family_is_a_program_for_all_platforms(family, dtype, task):
     """Of plain StableHLO: no kernel of TPUs, no layout, no batch size."""
-    program = export.program_of(abstract(family, **{'model.dtype': dtype}))
+    program = export.program_of(abstract(family, **{'model.dtype': dtype, 'task.name': task}))
     exported = jax.export.deserialize(bytearray(export.stablehlo(program, 0)))
     assert exported.platforms == export.PLATFORMS
     calls = re.findall(r'custom_call @"?(\w+)', exported.mlir_module())
     assert set(calls) <= {'shape_assertion'}
     assert not isinstance(exported.in_avals[-1].shape[0], int)
-    assert 'embedding' in jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    assert set(outputs) == {'embedding'} | ({'probabilities'} if task != 'retrieve' else set())
     # A text tower that no video needs is not carried along.
     assert not any('params/text/' in name for name in program.weights)
 
