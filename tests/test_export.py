@@ -16,7 +16,7 @@ import text_run
 from safetensors.numpy import load_file, save_file
 
 import dist_jax
-from dist_jax import experiment, export, main, onnx_program, verify
+from dist_jax import experiment, export, main, onnx_program, serve, verify
 from dist_jax.trained import Trained
 from dist_jax.video_model import VideoModel
 
@@ -352,3 +352,18 @@ def test_a_program_for_one_platform_has_no_choice_and_means_the_same():
 def test_onnx_is_refused_where_it_cannot_be():
     with pytest.raises(ValueError, match=r'model\.dtype=float32'):
         onnx_program.check(jax.numpy.bfloat16)
+
+
+def test_a_run_and_its_bundle_are_served_alike(run, bundle):
+    data, workdir = run
+    model = dist_jax.load(workdir)
+    of_run, of_bundle = serve.of_model(model, workdir), serve.of_bundle(str(bundle))
+    assert (of_run.name, of_bundle.name) == ('run', 'mine')
+    assert of_run.reader == of_bundle.reader and of_run.heads == of_bundle.heads
+    path = str(next((data / 'val').glob('*.mp4')))
+    (wanted,) = model.predict(path, most=serve.TOP).top
+    for served in (of_run, of_bundle):
+        (top,) = served.top(model.views(path))
+        assert [entry['label'] for entry in top] == [name for name, _ in wanted]
+        shares = [entry['probability'] for entry in top]
+        np.testing.assert_allclose(shares, [share for _, share in wanted], atol=1e-5)
