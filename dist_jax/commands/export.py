@@ -30,7 +30,7 @@ examples:
 Then: dist_jax verify b16_bundle, or on a machine without this package: python b16_bundle/verify.py
 
 The program takes uint8 frames and gives probabilities and an embedding. It is for CPU, CUDA and TPU
-(StableHLO, extra `export`), or for onnxruntime (--format=onnx, extra `onnx`). docs/guides/export.md
+(StableHLO), or for onnxruntime (--format=onnx, extra `onnx`). docs/guides/export.md
 describes the folder.
 """
 
