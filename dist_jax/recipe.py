@@ -152,7 +152,7 @@ def open_split(config: ConfigDict, split: str) -> LabelledSource:
         usual_format=info.list_format,
         several=label_sets(kind),
     )
-    if isinstance(source.labels, LabelSets) and not label_sets(kind):
+    if kind.needs_classes and isinstance(source.labels, LabelSets) and not label_sets(kind):
         raise ValueError(
             f'{path}: its videos have any number of classes, and task.name={config.task.name!r} '
             'wants one of each; pass --config.task.name=multi_label'

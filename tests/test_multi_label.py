@@ -348,6 +348,7 @@ def test_unreadable_videos_weigh_nothing():
     ('task', 'text', 'message'),
     [
         ('classify', 'path,labels\na.mp4,0;1\n', r'any number of classes.*multi_label'),
+        ('retrieve', 'path,labels\na.mp4,0;1\n', 'has classes and no captions'),
         ('multi_label', 'path,caption\na.mp4,a cat\n', 'captions and no classes'),
         ('multi_label', 'path,label,label_2\na.mp4,0,1\n', 'a label for each of 2 heads'),
         ('multi_label', 'path,labels\na.mp4,\n', 'no video has a class'),
