@@ -1,10 +1,14 @@
-"""A trace of some steps of a run, which XProf opens: `xprof --logdir=WORKDIR/profile`."""
+"""A trace of some steps of a run, which XProf opens: `xprof --logdir=WORKDIR/profile`.
+
+What goes wrong with it is a warning: no reason to stop a run.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -44,11 +48,16 @@ class Profile:
         return bool(self._folder) and number + 1 == self._end
 
     def start(self) -> None:
-        """Begins."""
-        self._folder = tempfile.mkdtemp(prefix='dist_jax_profile_')
+        """Begins, if it can."""
+        folder = tempfile.mkdtemp(prefix='dist_jax_profile_')
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # a call of Python a row: too many to open
-        jax.profiler.start_trace(self._folder, profiler_options=options)
+        try:
+            jax.profiler.start_trace(folder, profiler_options=options)
+        except Exception as error:
+            log.warning('no step is traced: %s', error)
+        else:
+            self._folder = folder
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
         """Around a step; names it in the trace."""
@@ -68,7 +77,8 @@ class Profile:
                 place = target / file.relative_to(folder).as_posix()
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(file.read_bytes())
-        except Exception as error:  # a trace that cannot be written is no reason to stop a run
+            shutil.rmtree(folder, ignore_errors=True)
+        except Exception as error:
             log.warning('the profile could not be written to %s: %s', target, error)
         else:
             log.info(
