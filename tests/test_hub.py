@@ -1,6 +1,7 @@
 """Models that go to the Hugging Face Hub and come back, over HTTP; and what others put there."""
 
 import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -15,7 +16,8 @@ from huggingface_hub import constants
 
 import dist_jax
 from dist_jax import convert, hub, main, model_card, release
-from dist_jax.models import converted, digests
+from dist_jax.configs import base
+from dist_jax.models import FAMILIES, converted, digests
 
 GOLDEN = Path(__file__).parent / 'golden' / 'clip'
 CLIP = {file.name: file.read_bytes() for file in (GOLDEN / 'hf').glob('[cm]*')}
@@ -226,6 +228,16 @@ def test_no_network_no_rights_and_no_extra_say_what_to_do(
         dist_jax.load('hf://me/mine')
 
 
+@pytest.mark.parametrize('family', FAMILIES)
+def test_what_a_run_of_any_row_says_is_taken(family):
+    file = importlib.import_module(f'dist_jax.configs.{family}')
+    assert file.VARIANTS
+    for row in file.VARIANTS:
+        saved = release._anywhere(base.plain(file.get_config(row)))
+        release._check_config(saved)
+        release._check_views(base.restored(saved))
+
+
 def set_in(*path):
     def change(metadata):
         *groups, name, value = path
@@ -265,6 +277,8 @@ def set_in(*path):
         (set_in('config', 'eval', 'num_crops', 10**9), 'num_crops'),
         (set_in('config', 'eval', 'num_clips', -1), 'num_clips'),
         (set_in('config', 'eval', 'new', 1), 'newer version'),
+        (set_in('config', 'task', 'new', {'a': 1}), 'config.task.new'),
+        (set_in('config', 'task', 'new', 1), 'no model can be made of it.*new'),
         (set_in('config', 'mesh', {'data': 'x'}), 'mesh'),
         (set_in('class_names', 'abc'), 'class_names'),
         (set_in('class_names', [['a', 3]]), 'class_names'),
