@@ -99,6 +99,7 @@ APART = (
 )
 BUT = ('data.num_frames', 'data.image_size', 'optimizer.name', 'optimizer.ema_decay')
 FIRST = 8  # clips of a chip to begin with
+CLOSE = 0.15  # of the limit, or of the largest batch: near enough
 SHARE = 3  # a frozen tower of more than a third of a chip is split
 
 
@@ -169,7 +170,12 @@ def trials(
         return search.Trial(size, found['fits'], found['hbm_bytes_needed'])
 
     attempt(FIRST)  # says the limit
-    search.largest_fitting(attempt, FIRST, known[0]['hbm_bytes_limit'], tolerance=0.15, most=4)
+    limit = known[0]['hbm_bytes_limit']
+    for most in (3, 4):  # the third is where a line through two meets the limit
+        search.largest_fitting(attempt, FIRST, limit, tolerance=CLOSE, most=most)
+        needed = max((one['hbm_bytes_needed'] for one in known if one['fits']), default=0)
+        if needed > limit * (1 - CLOSE):
+            break
 
 
 def planner(name: str, folder: str) -> Callable[[ConfigDict], dict[str, Any]]:
@@ -212,7 +218,8 @@ def compute(names: Sequence[str], targets: Sequence[str], folder: str, path: Pat
             place['targets'][target] = compiled
             own = place['trials'].setdefault(compiled, [])
             trials(planners(compiled), found[first], chips, own, lambda: write_json(path, known))
-        write_json(path, known)
+            place['done'] = sorted({*place.get('done', ()), compiled})
+            write_json(path, known)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -240,9 +247,9 @@ def table(known: dict[str, Any]) -> str:
             continue
         cells = []
         for target, text in TARGETS.items():
-            found = place['trials'].get(place['targets'].get(target, ''), [])
-            chips = topology.parse_topology(text).num_chips
-            cells.append(cell(found, chips, clips_of(config)) if found else '')
+            compiled, chips = place['targets'].get(target), topology.parse_topology(text).num_chips
+            done = compiled in place.get('done', ())
+            cells.append(cell(place['trials'][compiled], chips, clips_of(config)) if done else '')
         out.append(f'| `{name}` | {config.batch_size:,} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(out)
 

@@ -55,7 +55,7 @@ def test_the_largest_batch_is_found_and_what_was_tried_is_not_tried_again(rows, 
 
     which_tpu.trials(plan_of(asked), config, 1, known, save)
     largest = max(one['clips'] for one in known if one['fits'])
-    assert 26 <= largest <= 30
+    assert 26 <= largest <= 30 and len(known) <= 4
     assert all(one.batch_norm.groups == one.accumulation == 1 for one in asked)
     assert json.loads(path.read_text()) == known
     again = []
