@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dist_jax import backbone_inside, backbones, hub
+from dist_jax import backbone_inside, backbones
 from dist_jax.checkpoint import (
     backbone_sha256,
     describe_backbone,
@@ -35,6 +35,7 @@ from dist_jax.checkpoint import (
     read_metadata,
 )
 from dist_jax.convert_arguments import PRECISIONS
+from dist_jax.hub import client as hub
 from dist_jax.models import NAMINGS, converted
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.naming import Naming, Options, Plan

@@ -25,19 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import (
-    checkpoint,
-    ending,
-    experiment,
-    init_from,
-    optim,
-    pod,
-    profiling,
-    recipe,
-    sinks,
-    stall,
-    step,
-)
+from dist_jax import checkpoint, ending, experiment, init_from, optim, pod, recipe, step
 from dist_jax.configs import base
 from dist_jax.evaluate import BadVideosError, Evaluation, evaluate
 from dist_jax.json_file import write_json
@@ -61,6 +49,7 @@ from dist_jax.sharding import (
 from dist_jax.tasks.api import Labels, Picture, Table, Task, labels_of
 from dist_jax.trained import Trained
 from dist_jax.views import Views
+from dist_jax.watching import profiling, sinks, stall
 from dist_jax.workdir_lock import locked
 from input_pipeline import pipeline
 from input_pipeline.bad_videos import BadVideoLog

@@ -10,8 +10,9 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dist_jax import backbones, checkpoint, experiment, init_from, release, shipped, step
+from dist_jax import backbones, checkpoint, experiment, init_from, shipped, step
 from dist_jax.configs import base, zero_shot
+from dist_jax.hub import release
 from dist_jax.models import plain
 from dist_jax.models.api import Model, Tree
 from dist_jax.models.backbone import Backbone

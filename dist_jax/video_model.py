@@ -23,9 +23,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dist_jax import attention_map, experiment, hub, metrics, over_time, paths, recipe, step
+from dist_jax import attention_map, experiment, metrics, paths, recipe, step
 from dist_jax.config_arguments import read_config
-from dist_jax.embed import Done, Embedder, Embedding, Row, clip_embedding
+from dist_jax.embedding.embedder import Done, Embedder, Embedding, Row, clip_embedding
+from dist_jax.hub import client as hub
+from dist_jax.long_videos import track as over_time
 from dist_jax.models import converted
 from dist_jax.models.api import Tree
 from dist_jax.models.frozen import ClassTexts

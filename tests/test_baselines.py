@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from dist_jax import backbones, checkpoint, convert, evaluate, main, optim, step, train, trained
+from dist_jax import (
+    backbones,
+    checkpoint,
+    convert,
+    evaluate,
+    main,
+    optim,
+    step,
+    train,
+    trained,
+)
 from dist_jax.configs import attentive_probe as attentive_probe_config
 from dist_jax.configs import base
 from dist_jax.configs import fine_tune as fine_tune_config

@@ -16,7 +16,8 @@ import text_run
 from safetensors.numpy import load_file, save_file
 
 import dist_jax
-from dist_jax import experiment, export, main, onnx_program, serve, verify
+from dist_jax import experiment, main
+from dist_jax.bundles import export, onnx_program, serve, verify
 from dist_jax.trained import Trained
 from dist_jax.video_model import VideoModel
 

@@ -19,9 +19,10 @@ from tensorflow_datasets.proto import tf_example_pb2
 from video_files import pictures, write_video
 
 import dist_jax
-from dist_jax import backbones, feature_files, main
+from dist_jax import backbones, main
 from dist_jax.dataset import build
-from dist_jax.features import items_of_files
+from dist_jax.features import files as feature_files
+from dist_jax.features.run import items_of_files
 from input_pipeline.pipeline import open_video
 from input_pipeline.video_list import Record
 

@@ -15,8 +15,11 @@ import text_run
 from huggingface_hub import constants
 
 import dist_jax
-from dist_jax import convert, hub, main, model_card, release
+from dist_jax import convert, main
 from dist_jax.configs import base
+from dist_jax.hub import card as model_card
+from dist_jax.hub import client as hub
+from dist_jax.hub import release
 from dist_jax.models import FAMILIES, converted, digests
 
 GOLDEN = Path(__file__).parent / 'golden' / 'clip'

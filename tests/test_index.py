@@ -17,11 +17,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from video_files import pictures, write_video
 
-from dist_jax import backbones, embed_journal, index_file, index_model, main, paths, search
-from dist_jax.embed import Embedder
+from dist_jax import backbones, main, paths
+from dist_jax.embedding import journal as embed_journal
+from dist_jax.embedding.embedder import Embedder
 from dist_jax.models import converted
 from dist_jax.models.backbone import Taps
 from dist_jax.models.frozen import text_features
+from dist_jax.search import index_file, index_model
+from dist_jax.search import query as search
 from input_pipeline.tokenizer import tokenize
 from input_pipeline.video_list import Record
 from input_pipeline.windows import WindowReader

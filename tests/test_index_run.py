@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dist_jax import checkpoint, index_file, index_model, main, recipe, step, train, trained
+from dist_jax import checkpoint, main, recipe, step, train, trained
 from dist_jax.configs import frame_mean, side4video_retrieval
 from dist_jax.models import clip
+from dist_jax.search import index_file, index_model
 from dist_jax.sharding import gather_rows, make_mesh
 from dist_jax.similarity import Texts, Videos, similarity
 from dist_jax.views import Views

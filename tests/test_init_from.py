@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from kinetics_tables import whole_tables, write_tables, youtube_id
 
-from dist_jax import backbones, checkpoint, evaluate, experiment, init_from, recipe, step, train
+from dist_jax import (
+    backbones,
+    checkpoint,
+    evaluate,
+    experiment,
+    init_from,
+    recipe,
+    step,
+    train,
+)
 from dist_jax.configs import dist
 from dist_jax.dataset import build, merge_kinetics
 from dist_jax.dataset.merging import kinetics

@@ -18,18 +18,11 @@ import text_run
 from video_files import pictures, write_audio, write_video
 
 import dist_jax
-from dist_jax import (
-    annotate,
-    drawing,
-    main,
-    over_time,
-    predict_windows,
-    recipe,
-    step,
-    timeline,
-    times,
-)
-from dist_jax.over_time import Columns, Track
+from dist_jax import drawing, main, recipe, step, times
+from dist_jax.long_videos import annotate, timeline
+from dist_jax.long_videos import predict as predict_windows
+from dist_jax.long_videos import track as over_time
+from dist_jax.long_videos.track import Columns, Track
 from dist_jax.tasks.classify import Classify
 from dist_jax.video_model import VideoModel
 from input_pipeline.decode import DecodeError, VideoReader

@@ -295,7 +295,8 @@ def environment(tmp_path_factory):
 MEMBER = """
 import logging, sys, time
 import jax
-from dist_jax import ending, pod, stall
+from dist_jax import ending, pod
+from dist_jax.watching import stall
 logging.basicConfig(format='%(message)s')
 ending.listen(continues=True)
 pod.join()

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import uvicorn
 
-from dist_jax import main, serve, verify
+from dist_jax import main
+from dist_jax.bundles import serve, verify
 from input_pipeline.pipeline import EvalReader, protocol_of
 
 CLASSES = ('<b>bold</b>', 'caf\udce9', 'dark', 'bright')

@@ -9,8 +9,9 @@ import jax
 import pytest
 from fake_services import calls
 
-from dist_jax import main, sinks, train
+from dist_jax import main, train
 from dist_jax.configs import frame_mean
+from dist_jax.watching import sinks
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,12 @@ import time
 
 import pytest
 
-from dist_jax import stall
+from dist_jax.watching import stall
 
 START = """
 import ctypes, faulthandler, os, sys, threading, time
-from dist_jax import ending, stall
+from dist_jax import ending
+from dist_jax.watching import stall
 stall.LEAVE_SECONDS, stall.KILL_SECONDS = 0.3, float(sys.argv[2])
 ending.listen(continues=True)
 

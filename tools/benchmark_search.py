@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from dist_jax import index_file, search
-from dist_jax.index_file import Video
-from dist_jax.index_model import score_by_vectors
+from dist_jax.search import index_file
+from dist_jax.search import query as search
+from dist_jax.search.index_file import Video
+from dist_jax.search.index_model import score_by_vectors
 from input_pipeline.escape import Console
 
 OF_VIDEO = 1000  # windows

@@ -68,7 +68,8 @@ def run(argv: Sequence[str]) -> int:
         _check(arguments, config_arguments)
     start_jax()
     import dist_jax
-    from dist_jax import export, trained
+    from dist_jax import trained
+    from dist_jax.bundles import export
     from dist_jax.trained import load_trained
     from dist_jax.video_model import VideoModel
     from input_pipeline.label_maps import read_label_map
@@ -103,7 +104,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _check(arguments: argparse.Namespace, config_arguments: Sequence[str]) -> None:
     """Raises ValueError for what can be told without reading a model."""
-    from dist_jax.verify import PROGRAMS
+    from dist_jax.bundles.verify import PROGRAMS
 
     named = any(argument.startswith('--config=') for argument in config_arguments)
     if arguments.format not in PROGRAMS:

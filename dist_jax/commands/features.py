@@ -97,7 +97,9 @@ def run(argv: Sequence[str]) -> int:
         paths.check_backbone(arguments.backbone)
         names = paths.find_videos(arguments.videos) and arguments.videos
         window, stride = _windows(arguments.window, arguments.stride, arguments.fps)
-    from dist_jax import feature_model, features, trained
+    from dist_jax import trained
+    from dist_jax.features import model as feature_model
+    from dist_jax.features import run as features
     from input_pipeline.sources import open_source
 
     start_jax()

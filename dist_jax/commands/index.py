@@ -84,7 +84,8 @@ def run(argv: Sequence[str]) -> int:
         paths.check_inputs(named_fields(config_arguments), ())
         paths.check_backbone(arguments.backbone)
         names, others = paths.videos_below(arguments.folder)
-    from dist_jax import index, index_model, trained
+    from dist_jax import trained
+    from dist_jax.search import index, index_model
     from input_pipeline.windows import WindowReader
 
     start_jax()

@@ -117,7 +117,8 @@ def run(argv: Sequence[str]) -> int:
         videos = paths.find_videos(arguments.videos)
     if arguments.labels and not os.path.exists(arguments.labels):
         raise UsageError(f'--labels: no file {arguments.labels}')
-    from dist_jax import predict, predict_windows, trained
+    from dist_jax import predict, trained
+    from dist_jax.long_videos import predict as predict_windows
 
     config = read_config(config_arguments, trained.saved_config(arguments.workdir, arguments.step))
     start_jax()

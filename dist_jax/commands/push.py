@@ -66,7 +66,8 @@ def run(argv: Sequence[str]) -> int:
                 f'{arguments.source} is a release as it is: --step, --license, --with_backbone and '
                 '--output are of the run that it is made of'
             )
-    from dist_jax import hub, release
+    from dist_jax.hub import client as hub
+    from dist_jax.hub import release
     from dist_jax.reports import console
 
     repository = hub.check_repository(arguments.repository)

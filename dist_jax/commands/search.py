@@ -63,11 +63,12 @@ def run(argv: Sequence[str]) -> int:
         if arguments.workdir:
             paths.check_run(arguments.workdir)
         paths.check_backbone(arguments.backbone)
-    from dist_jax import index_file
+    from dist_jax.search import index_file
 
     found = index_file.read(arguments.index)
     start_jax()
-    from dist_jax import index_model, search
+    from dist_jax.search import index_model
+    from dist_jax.search import query as search
 
     request = search.Request(
         arguments.sentence,

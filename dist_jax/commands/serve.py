@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
             paths.check_run(folder)
         paths.check_inputs(named_fields(config_arguments), ())
     try:
-        from dist_jax import serve
+        from dist_jax.bundles import serve
     except ImportError as error:
         raise UsageError(
             f"{error}; the server needs an extra: pip install 'dist_jax[serve]'"

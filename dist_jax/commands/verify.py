@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     folder = parser().parse_args(argv).bundle
     if not os.path.isdir(folder):
         raise UsageError(f'no folder {folder}')
-    from dist_jax import verify
+    from dist_jax.bundles import verify
 
     try:
         return verify.check(folder)

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from dist_jax import verify
+from dist_jax.bundles import verify
 
 if TYPE_CHECKING:
-    from dist_jax.export import Program
+    from dist_jax.bundles.export import Program
 
 PLATFORM = 'cpu'  # whose forms are taken
 

@@ -24,15 +24,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.table import Table
 
-from dist_jax import feature_files, paths
-from dist_jax.embed import Embedder
-from dist_jax.embed_journal import Journal
-from dist_jax.embed_videos import Item, check_same, embed_videos, find_file
-from dist_jax.embedded import Video
-from dist_jax.feature_files import HOSTS, MANIFEST, SPANS, VIDEOS, FeatureStore, NpyFiles, Parts
-from dist_jax.feature_model import CLIP, FRAMES, TOKENS, FeatureModel, Outputs
-from dist_jax.index_model import preprocessing
+from dist_jax import paths
+from dist_jax.embedding.embedder import Embedder
+from dist_jax.embedding.journal import Journal
+from dist_jax.embedding.runner import Item, check_same, embed_videos, find_file
+from dist_jax.embedding.video import Video
+from dist_jax.features import files as feature_files
+from dist_jax.features.files import HOSTS, MANIFEST, SPANS, VIDEOS, FeatureStore, NpyFiles, Parts
+from dist_jax.features.model import CLIP, FRAMES, TOKENS, FeatureModel, Outputs
 from dist_jax.json_file import write_json
+from dist_jax.search.index_model import preprocessing
 from dist_jax.tasks.api import labels_of
 from input_pipeline.escape import Console, terminal
 from input_pipeline.label_sets import LabelSets

@@ -19,13 +19,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dist_jax import backbones, checkpoint, experiment, recipe, shipped, step, trained
-from dist_jax.embed import Embedder, Embedding, clip_embedding
-from dist_jax.embed_videos import differences
-from dist_jax.index_file import Index
+from dist_jax.embedding.embedder import Embedder, Embedding, clip_embedding
+from dist_jax.embedding.runner import differences
 from dist_jax.models import converted, plain
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.frozen import TEXT, ClassTexts
 from dist_jax.models.layers import exact_float32
+from dist_jax.search.index_file import Index
 from dist_jax.sharding import batch_parts, local_rows, make_mesh, to_global
 from dist_jax.similarity import Texts, Videos, similarity, unit
 from input_pipeline.captions import token_rows

@@ -14,7 +14,7 @@ import numpy as np
 from rich.cells import cell_len
 
 from dist_jax.drawing import cut
-from dist_jax.over_time import Columns, Track
+from dist_jax.long_videos.track import Columns, Track
 from dist_jax.times import clock
 from input_pipeline.escape import terminal
 from input_pipeline.windows import Window

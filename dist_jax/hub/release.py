@@ -30,8 +30,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dist_jax import checkpoint, model_card
+from dist_jax import checkpoint
 from dist_jax.configs import base
+from dist_jax.hub import card as model_card
 from dist_jax.json_file import write_json
 from dist_jax.metric_writer import METRICS_FILE, read_metrics
 from dist_jax.models import BACKBONES, FAMILIES, converted, digests

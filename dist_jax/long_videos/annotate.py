@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from dist_jax import drawing
-from dist_jax.over_time import Track
+from dist_jax.long_videos.track import Track
 from dist_jax.whole_file import appearing
 from input_pipeline.decode import DecodeError
 from input_pipeline.encode import write_pictures

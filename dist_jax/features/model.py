@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dist_jax import checkpoint, recipe, trained
-from dist_jax.embed import Embedder, Embedding, clip_embedding
+from dist_jax.embedding.embedder import Embedder, Embedding, clip_embedding
 from dist_jax.models.api import Model, Tree
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.frozen import TOWER

@@ -4,7 +4,7 @@
     weights.safetensors   the arguments of the program, but for the video
     golden.safetensors    a small clip and what the model makes of it
     bundle.json           what the program takes and gives, class names, sampling, sha256 of all
-    verify.py             checks all of that, see `dist_jax.verify`
+    verify.py             checks all of that, see `dist_jax.bundles.verify`
     README.md             how to run it
 
 The program is the step of the evaluation: uint8 views in, probabilities averaged over views out.
@@ -32,8 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from dist_jax import onnx_program, step, verify
-from dist_jax.embed import Embedding, clip_embedding
+from dist_jax import step
+from dist_jax.bundles import onnx_program, verify
+from dist_jax.embedding.embedder import Embedding, clip_embedding
 from dist_jax.json_file import write_json
 from dist_jax.models.api import Tree
 from dist_jax.models.layers import exact_float32, portable

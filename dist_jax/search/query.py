@@ -18,11 +18,11 @@ import numpy as np
 from rich.table import Table
 
 from dist_jax import contact_sheet, drawing
-from dist_jax.embed import Row
-from dist_jax.index_file import Index, IndexFileError
-from dist_jax.index_model import IndexModel, Score
+from dist_jax.embedding.embedder import Row
 from dist_jax.json_file import write_json
 from dist_jax.models.layers import exact_float32
+from dist_jax.search.index_file import Index, IndexFileError
+from dist_jax.search.index_model import IndexModel, Score
 from dist_jax.times import clock
 from input_pipeline.decode import DecodeError
 from input_pipeline.escape import Console, styled

@@ -268,7 +268,7 @@ def of_bundle(folder: str) -> Served:
     Raises:
       BundleError: it is damaged, or says no sampling that there is.
     """
-    from dist_jax import verify
+    from dist_jax.bundles import verify
 
     bundle = verify.read(folder)
     try:
@@ -303,7 +303,7 @@ def of_model(model: Any, name: str) -> Served:
     """A `VideoModel`."""
     import jax
 
-    from dist_jax.export import program_of
+    from dist_jax.bundles.export import program_of
 
     program = program_of(model)
     run = jax.jit(program.run)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dist_jax.embedded import Video
+from dist_jax.embedding.video import Video
 from dist_jax.models.params import safetensors_header
 from dist_jax.models.source_files import read_safetensors
 from input_pipeline.escape import terminal

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dist_jax.embed import Done, Embedder, Row
-from dist_jax.embedded import Video
+from dist_jax.embedding.embedder import Done, Embedder, Row
+from dist_jax.embedding.video import Video
 from dist_jax.metrics import CAUSE
 from dist_jax.progress import Bar, duration
 from input_pipeline.escape import terminal

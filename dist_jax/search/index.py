@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 import jax
 from rich.table import Table
 
-from dist_jax import index_file
-from dist_jax.embed_journal import Journal
-from dist_jax.embed_videos import check_same, embed_videos, find_file
-from dist_jax.index_file import VECTORS, Index, Video
-from dist_jax.index_model import IndexModel, preprocessing
+from dist_jax.embedding.journal import Journal
+from dist_jax.embedding.runner import check_same, embed_videos, find_file
+from dist_jax.search import index_file
+from dist_jax.search.index_file import VECTORS, Index, Video
+from dist_jax.search.index_model import IndexModel, preprocessing
 from input_pipeline.escape import Console, terminal
 from input_pipeline.windows import WindowReader
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_jax import model_card, release
+from dist_jax.hub import card as model_card
+from dist_jax.hub import release
 from dist_jax.models.foreign import MAX_JSON_BYTES, shown
 from dist_jax.models.source_files import JSON_BESIDE, main_file, shard_names
 from dist_jax.paths import HUB

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dist_jax import ending
-from dist_jax.embedded import Video
+from dist_jax.embedding.video import Video
 
 FORMAT = 'dist_jax index journal 1'
 MOST_LINE = 2**20  # bytes of a line of JSON

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dist_jax.embed_journal import Journal
-from dist_jax.embedded import Video
+from dist_jax.embedding.journal import Journal
+from dist_jax.embedding.video import Video
 from dist_jax.json_file import write_json
 from dist_jax.whole_file import appearing
 

@@ -13,8 +13,9 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from dist_jax import annotate, drawing, metrics, timeline
-from dist_jax.over_time import Columns, Segment, Track
+from dist_jax import drawing, metrics
+from dist_jax.long_videos import annotate, timeline
+from dist_jax.long_videos.track import Columns, Segment, Track
 from dist_jax.predict import load_model, output_folder, picture_stems
 from dist_jax.progress import Bar, duration
 from dist_jax.times import clock, subtitle_clock

@@ -1,0 +1,1 @@
+"""`dist_jax export`, `verify` and `serve`: models without this package."""

@@ -1,0 +1,1 @@
+"""`dist_jax push`, and models and weights from the Hugging Face Hub."""

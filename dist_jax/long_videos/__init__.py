@@ -1,0 +1,1 @@
+"""`dist_jax predict --window`: what is said of a video over time."""
