@@ -61,7 +61,7 @@ def prepare_builtin_data(config: ConfigDict, workdir: str) -> None:
     )
     # The folder appears whole or not at all, so a list in it means that all of it is there.
     if jax.process_index() == 0 and not os.path.exists(train_list):
-        log.info('making the built-in data set %s in %s', config.data.name, root)
+        log.info('making the built-in data set %s in %s, once', config.data.name, root)
         info.generate(root)
     if jax.process_count() > 1:
         jax.experimental.multihost_utils.sync_global_devices('built-in data')

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -314,7 +315,9 @@ def gather_params(tree: Tree, rules: tuple[ShardingRule, ...]) -> Tree:
     Gradients of the result are scattered: each device gets the sum of the part that it stores.
     Without a mesh they are left alone.
     """
-    return _gather(tree, rules) if jax.sharding.get_abstract_mesh().shape else tree
+    if not jax.sharding.get_abstract_mesh().shape:
+        return jax.tree.map(jnp.asarray, tree)
+    return _gather(tree, rules)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

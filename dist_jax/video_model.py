@@ -323,7 +323,7 @@ class VideoModel:
         over_time.check_smooth(smooth)
         if not window > 0:
             raise ValueError(f'window={window} must be more than 0 seconds')
-        one_view = dataclasses.replace(self._reader, num_clips=1, num_crops=1)
+        one_view = dataclasses.replace(self.reader, num_clips=1, num_crops=1)
         stride = window / 2 if stride is None else stride
         reader = WindowReader(one_view, window, stride)
         if seen is not None:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from input_pipeline import motion_captions, motion_clips, motion_images, motion_world
-from input_pipeline.escape import Console
+from input_pipeline.escape import Console, terminal
 
 COLUMNS = 16  # pictures of a row on the contact sheet
 DESCRIBED = 16  # clips with captions on it
@@ -41,6 +41,7 @@ class BuiltIn:
       titles: arguments of `generate` -> a text for each row of the contact sheet.
       examples: (the same arguments, row) -> at most `COLUMNS` validation pictures.
       caption: the same arguments -> what those pictures are.
+      config: that trains on it.
     """
 
     noun: str
@@ -48,6 +49,7 @@ class BuiltIn:
     titles: Callable[[Mapping[str, Any]], Sequence[str]]
     examples: Callable[[Mapping[str, Any], int], Pictures]
     caption: Callable[[Mapping[str, Any]], str]
+    config: str
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ CLIPS = BuiltIn(
     functools.partial(_classes, motion_clips.CLASS_NAMES),
     _frames,
     _caption,
+    'dist:demo',
 )
 IMAGES = BuiltIn(
     'images',
@@ -124,14 +127,23 @@ IMAGES = BuiltIn(
     functools.partial(_classes, motion_images.CLASS_NAMES),
     _stills,
     lambda meta: 'first validation images of each class',
+    'sts:demo_images',
 )
-CAPTIONS = BuiltIn('clips', motion_captions.generate, _sentences, _object_frames, _caption)
+CAPTIONS = BuiltIn(
+    'clips',
+    motion_captions.generate,
+    _sentences,
+    _object_frames,
+    _caption,
+    'side4video_retrieval:demo',
+)
 WORLD = BuiltIn(
     'clips',
     motion_world.generate,
     _world_sentences,
     _world_frames,
     lambda meta: f'{COLUMNS} moments of the first validation clips',
+    'evl:world',
 )
 LARGE_WORLD = dataclasses.replace(
     WORLD, generate=functools.partial(motion_world.generate, **motion_world.LARGE)
@@ -236,4 +248,9 @@ def main(argv: Sequence[str]) -> int:
     sheet = draw_contact_sheet(out_dir, built_in, built_in.defaults | arguments)
     what = 'wrote' if written else 'found a complete set in'
     console.print(f'{what} {out_dir}; see {sheet}', soft_wrap=True)
+    console.print(
+        f'train on it: dist_jax train --config={built_in.config} '
+        f'--config.data.root={terminal(str(out_dir))} --workdir=RUN',
+        soft_wrap=True,
+    )
     return 0

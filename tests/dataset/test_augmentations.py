@@ -10,7 +10,7 @@ from dist_jax.configs.inputs import INPUTS
 from dist_jax.dataset import augmentations
 from tools import benchmark_transforms
 
-PAGE = (Path(__file__).parents[2] / 'docs' / 'augmentation.md').read_text()
+PAGE = (Path(__file__).parents[2] / 'docs' / 'guides' / 'augmentation.md').read_text()
 
 
 def test_the_documentation_shows_the_recipes_as_they_are():

@@ -372,7 +372,7 @@ def test_shard_index_cannot_point_elsewhere(tmp_path, index, message):
 def test_folder_with_several_checkpoints(tmp_path):
     for name in ('a.pt', 'b.pt'):
         save_state_dict(tmp_path / name, {'w': np.ones(1, np.float32)})
-    with pytest.raises(FileNotFoundError, match=r'a\.pt, b\.pt'):
+    with pytest.raises(FileNotFoundError, match=r"'a\.pt', 'b\.pt'"):
         open_source(tmp_path)
 
 
