@@ -19,6 +19,7 @@ the last one apart, because its integration-to-temporal map feeds nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,11 +28,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dist_jax.models import heads
+from dist_jax.models import heads, kernels, temporal_kernel
 from dist_jax.models.api import Model, ParamGroup, Tree
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.frozen import Frozen
 from dist_jax.models.layers import (
+    Affine,
     Dtype,
     Initializer,
     LayerNorm,
@@ -41,12 +43,13 @@ from dist_jax.models.layers import (
     by_platform,
     einsum,
     einsum_to_float32,
+    layer_norm,
     patchify,
     precision_of,
     quick_gelu,
 )
 from dist_jax.models.stack import scan_trainable
-from dist_jax.models.time_conv import Stem, TimeConv
+from dist_jax.models.time_conv import Stem, TimeConv, conv_time
 from dist_jax.sharding import ShardingRule, split_batch
 
 ADA_POOLING_HEAD_DIM = 64
@@ -212,24 +215,9 @@ SHARDING_RULES = (
 )
 
 
-class SpaceConv(nn.Module):
-    """3 x 3 'same' convolution of (B, T, g, g, in); parameters `kernel` (3, 3, in, out), `bias`."""
-
-    features: int
-    dtype: Dtype
-    kernel_init: Initializer
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param('kernel', self.kernel_init, (3, 3, x.shape[-1], self.features))
-        bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        y = by_platform(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            cpu=_space_products,
-            default=_space_convolution,
-        )
-        return y + bias
+def conv_space(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """3 x 3 'same' convolution of (B, T, g, g, in) with `kernel` (3, 3, in, out)."""
+    return by_platform(x, kernel, cpu=_space_products, default=_space_convolution)
 
 
 def _space_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -257,7 +245,7 @@ def _space_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class TemporalNet(nn.Module):
-    """One block of the temporal encoder on (B, T, g, g, S)."""
+    """One block of the temporal encoder on (B, T, g*g, S)."""
 
     hidden_dim: int
     kernel_size: int
@@ -266,15 +254,39 @@ class TemporalNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        options = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
-        y = LayerNorm(name='ln')(x)
-        y = TimeConv(self.hidden_dim, self.kernel_size, **options, name='c_fc1')(y)
-        y = SpaceConv(x.shape[-1], **options, name='c_fc2')(quick_gelu(y))
-        return quick_gelu(x + y)
+        channels = x.shape[-1]
+        time = Affine((self.hidden_dim,), self.kernel_init, name='c_fc1')
+        space = Affine((channels,), self.kernel_init, name='c_fc2')
+        params = {
+            'ln': LayerNorm(name='ln').parameters(channels),
+            'c_fc1': time((self.kernel_size, channels)),
+            'c_fc2': space((3, 3, self.hidden_dim)),
+        }
+        if x.dtype != self.dtype or not temporal_kernel.fits(x, params):
+            return _temporal_net(x, params, self.dtype)
+        return kernels.trained_on_tpu(
+            temporal_kernel.temporal_net,
+            temporal_kernel.temporal_net_gradient,
+            functools.partial(_temporal_net, dtype=self.dtype),
+            x,
+            params,
+        )
+
+
+def _temporal_net(x: jax.Array, params: Tree, dtype: Dtype) -> jax.Array:
+    """What `temporal_kernel` means."""
+    side = math.isqrt(x.shape[2])
+    (time, time_bias), (space, space_bias) = (
+        (params[name]['kernel'].astype(dtype), params[name]['bias'].astype(dtype))
+        for name in ('c_fc1', 'c_fc2')
+    )
+    y = quick_gelu(conv_time(layer_norm(x, **params['ln']).astype(dtype), time) + time_bias)
+    y = conv_space(y.reshape(*y.shape[:2], side, side, -1), space).reshape(x.shape) + space_bias
+    return quick_gelu(x + y)
 
 
 class Temporal2Integration(nn.Module):
-    """(B, T, g, g, S) -> (B, t, 1 + g*g, C): a stride-alpha convolution and a learned class row."""
+    """(B, T, g*g, S) -> (B, t, 1 + g*g, C): a stride-alpha convolution and a learned class row."""
 
     features: int
     alpha: int
@@ -283,7 +295,7 @@ class Temporal2Integration(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, frames, *_, channels = x.shape
+        b, frames, _, channels = x.shape
         t = frames // self.alpha
         kernel = self.param('kernel', self.kernel_init, (self.alpha, channels, self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
@@ -372,7 +384,7 @@ class IntegrationNet(nn.Module):
 class DistLayer(nn.Module):
     """One step of the temporal encoder and the integration branch, beside one frozen block.
 
-    The carry is X (B, T, g, g, S), None without the temporal branch, and R (B, t, 1 + g*g, C).
+    The carry is X (B, T, g*g, S), None without the temporal branch, and R (B, t, 1 + g*g, C).
     Reads its own frozen output out of the stack of all: a stack without the last one, for the loop,
     would be a copy of it.
 
@@ -432,7 +444,7 @@ class DistLayer(nn.Module):
             to_temporal = Integration2Temporal(
                 x.shape[-1], self.alpha, **options, name='integration2temporal'
             )(m[:, :, 1:])
-            x = x + to_temporal.reshape(x.shape)
+            x = x + to_temporal
         return (x, r), seen
 
 
@@ -567,7 +579,7 @@ class DistNet(nn.Module):
         init = nn.initializers.normal(self.init_std)
         x = stem = None
         if self.temporal:
-            x = stem = Stem(
+            stem = Stem(
                 self.temporal_dim,
                 self.patch_size,
                 self.temporal_patch,
@@ -575,6 +587,7 @@ class DistNet(nn.Module):
                 init,
                 name='temporal_stem',
             )(patches)
+            x = stem.reshape(*patches.shape[:3], -1)
         r = jnp.zeros((b, t, taps.shape[2], self.integration_dim), self.dtype)
         layer = {
             'alpha': self.alpha,
@@ -634,7 +647,7 @@ class DistNet(nn.Module):
         if intermediates:
             outputs |= {
                 'stem': stem,
-                'temporal': _join(seen, 'temporal'),
+                'temporal': _join(seen, 'temporal').reshape(-1, *stem.shape),
                 'integration': _join(seen, 'integration'),
                 'pooling': jnp.stack(pooled) if pooled else None,
             }

@@ -108,6 +108,21 @@ def _sum_of_products(tokens: int, rows: int, columns: int) -> Work:
     return {'products': _products(rows, (tokens, columns)), 'frame': 1}
 
 
+def _temporal_net(
+    places: int, channels: int, hidden: int, kernel_size: int, of_clip: int, backward: bool = False
+) -> Work:
+    """Rows of places; of weight gradients rows of hidden channels, and places what is summed."""
+    matrices = kernel_size + 9
+    products = (1 + backward) * _products(places, *[(channels, hidden)] * matrices)
+    if backward:
+        products += _products(hidden, *[(places, channels)] * matrices)
+    return {
+        'products': products,
+        'registers': _registers(places, channels) + _registers(places, hidden),
+        'clip': 1 / of_clip,
+    }
+
+
 # Kernel -> its shape -> the work of a frame that its time is proportional to, by kind.
 WORK: dict[str, Callable[..., Work]] = {
     'frame_attention': _attention,
@@ -116,4 +131,6 @@ WORK: dict[str, Callable[..., Work]] = {
     'residual_mlp': _residual_mlp,
     'post_norm_mlp': _residual_mlp,
     'sum_of_products': _sum_of_products,
+    'temporal_net': _temporal_net,
+    'temporal_net_gradient': functools.partial(_temporal_net, backward=True),
 }

@@ -272,10 +272,10 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, head_dim: int)
 
     Every step is taken for all heads before the next: one waits while others compute.
     """
-    logits = [_product(k, _only(own, q), (1, 1)) for own in _lanes_of_heads(heads, head_dim)]
+    logits = [product(k, _only(own, q), (1, 1)) for own in _lanes_of_heads(heads, head_dim)]
     weights = [_exponentials(part, head_dim) for part in logits]
     return _rows_to_lanes(
-        _product(rows, part.astype(v.dtype)) * (1 / part.sum(0, keepdims=True))
+        product(rows, part.astype(v.dtype)) * (1 / part.sum(0, keepdims=True))
         for rows, part in zip(_rows_of_heads(v, heads, head_dim), weights)
     )
 
@@ -297,8 +297,8 @@ def _attend_gradient(
     def products(some: slice) -> tuple[list[jax.Array], ...]:
         queries = [_only(own, q[some]) for own in owns]
         upstreams = [_only(own, upstream[some]) for own in owns]
-        logits = [_product(k, x, (1, 1)) for x in queries]
-        return queries, upstreams, logits, [_product(v, x, (1, 1)) for x in upstreams]
+        logits = [product(k, x, (1, 1)) for x in queries]
+        return queries, upstreams, logits, [product(v, x, (1, 1)) for x in upstreams]
 
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     ready = products(parts[0])
@@ -308,14 +308,14 @@ def _attend_gradient(
             ready = products(following)
         weights = [_exponentials(x, head_dim) for x in logits]
         weights = [x * (1 / x.sum(0, keepdims=True)) for x in weights]
-        dv += sum(_product(w.astype(v.dtype), x) for w, x in zip(weights, upstreams))
+        dv += sum(product(w.astype(v.dtype), x) for w, x in zip(weights, upstreams))
         means = [(w * dw).sum(0, keepdims=True) for w, dw in zip(weights, dweights)]
         dlogits = [
             (w * (dw - mean)).astype(q.dtype) for w, dw, mean in zip(weights, dweights, means)
         ]
-        dk += sum(_product(dl, x) for dl, x in zip(dlogits, queries))
+        dk += sum(product(dl, x) for dl, x in zip(dlogits, queries))
         keys = _rows_of_heads(k, heads, head_dim)
-        dq.append(_rows_to_lanes(_product(rows, dl) for rows, dl in zip(keys, dlogits)))
+        dq.append(_rows_to_lanes(product(rows, dl) for rows, dl in zip(keys, dlogits)))
     return jnp.concatenate(dq) * head_dim**-0.5, dk * head_dim**-0.5, dv
 
 
@@ -350,7 +350,7 @@ def _rows_to_lanes(heads: Iterable[jax.Array]) -> jax.Array:
     return jnp.pad(rows, ((0, LANES - rows.shape[0]), (0, 0))).T
 
 
-def _product(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
+def product(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
     """float32 product of two bfloat16 matrices over these axes of them."""
     return jax.lax.dot_general(
         a,
@@ -405,11 +405,11 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
     *_, num_heads, head_dim = attn['qkv']['kernel'].shape
     inner = num_heads * head_dim
     weights = (
-        *_rows_of(norm['scale'], norm['bias']),
+        *rows_of(norm['scale'], norm['bias']),
         attn['qkv']['kernel'].astype(x.dtype).reshape(width, 3 * inner),
-        *_rows_of(attn['qkv']['bias']),
+        *rows_of(attn['qkv']['bias']),
         attn['out']['kernel'].astype(x.dtype).reshape(inner, width),
-        *_rows_of(attn['out']['bias']),
+        *rows_of(attn['out']['bias']),
     )
     return _on_frames(
         functools.partial(_residual_attention_kernel, head_dim=head_dim),
@@ -448,7 +448,7 @@ def _residual_attention_kernel(
             return pl.ds(pl.multiple_of(part * inner + number * LANES, LANES), LANES)
 
         q, k, v = (
-            (_product(z_ref[...], qkv_ref[:, lanes(i)]) + qkv_bias_ref[:, lanes(i)]).astype(
+            (product(z_ref[...], qkv_ref[:, lanes(i)]) + qkv_bias_ref[:, lanes(i)]).astype(
                 z_ref.dtype
             )
             for i in range(3)
@@ -457,7 +457,7 @@ def _residual_attention_kernel(
         h_ref[:, lanes(0)] = out.astype(h_ref.dtype)
 
     jax.lax.fori_loop(0, inner // LANES, group, None)
-    y = x_ref[0].astype(jnp.float32) + _product(h_ref[...], out_ref[...]) + out_bias_ref[...]
+    y = x_ref[0].astype(jnp.float32) + product(h_ref[...], out_ref[...]) + out_bias_ref[...]
     y_ref[0] = y.astype(y_ref.dtype)
 
 
@@ -490,11 +490,11 @@ def residual_mlp(
     hidden = mlp['c_fc']['kernel'].shape[1]
     tile = mlp_tile(x.shape, hidden, post_norm)
     weights = (
-        *_rows_of(norm['scale'], norm['bias']),
+        *rows_of(norm['scale'], norm['bias']),
         mlp['c_fc']['kernel'].astype(x.dtype),
-        *_rows_of(mlp['c_fc']['bias']),
+        *rows_of(mlp['c_fc']['bias']),
         mlp['c_proj']['kernel'].astype(x.dtype),
-        *_rows_of(mlp['c_proj']['bias']),
+        *rows_of(mlp['c_proj']['bias']),
     )
     # A part of the hidden channels: columns of the first matrix, rows of the second.
     row, columns, rows = (1, width), (width, tile.hidden), (tile.hidden, width)
@@ -602,8 +602,8 @@ def _residual_mlp_kernel(
                 sum_ref[frame] = x_ref[frame].astype(jnp.float32) + proj_bias_ref[...]
 
     for frame in range(x_ref.shape[0]):
-        h = activation(_product(z_ref[frame], fc_ref[...]) + fc_bias_ref[...])
-        sum_ref[frame] += _product(h.astype(z_ref.dtype), proj_ref[...])
+        h = activation(product(z_ref[frame], fc_ref[...]) + fc_bias_ref[...])
+        sum_ref[frame] += product(h.astype(z_ref.dtype), proj_ref[...])
 
     @pl.when(number == count - 1)
     def _() -> None:
@@ -615,7 +615,7 @@ def _residual_mlp_kernel(
             y_ref[frame] = y.astype(y_ref.dtype)
 
 
-def _rows_of(*vectors: jax.Array) -> list[jax.Array]:
+def rows_of(*vectors: jax.Array) -> list[jax.Array]:
     """Vectors as float32 rows, (1, n), which is what VMEM holds."""
     return [vector.astype(jnp.float32).reshape(1, -1) for vector in vectors]
 
@@ -718,6 +718,47 @@ def on_tpu(fast: Callable[..., Tree], plain: Callable[..., Tree], *inputs: Tree)
         lambda inputs, upstream: jax.vjp(plain, *inputs)[1](upstream),
     )
     return jax.lax.platform_dependent(*inputs, tpu=run, default=plain)
+
+
+def trained_on_tpu(
+    fast: Callable[..., Tree],
+    gradient: Callable[..., tuple[jax.Array, Tree]],
+    plain: Callable[..., Tree],
+    x: jax.Array,
+    params: Tree,
+) -> Tree:
+    """`fast(x, params)` on TPU, `plain(x, params)` elsewhere, each with its own gradient.
+
+    Args:
+      fast: kernel on the part of `x` that a device holds.
+      gradient: (x, upstream, params) -> the gradient by `x`; and by `params`, (parts, ...) of each,
+        a device's or a core's part of the sum in front of at least two other axes.
+      plain: what `fast` means.
+      x: axis 0 is split over devices.
+      params: whole on every device.
+    """
+
+    @jax.custom_vjp
+    def run(x: jax.Array, params: Tree) -> Tree:
+        each = functools.partial(on_each_device, fast)
+        return jax.lax.platform_dependent(x, params, tpu=each, default=plain)
+
+    def fast_gradient(x: jax.Array, params: Tree, upstream: Tree) -> tuple[jax.Array, Tree]:
+        to_x, sums = on_each_device(gradient, x, params, beside=(upstream,))
+        return to_x, jax.tree.map(
+            lambda parts, leaf: parts.sum(0).reshape(leaf.shape).astype(leaf.dtype), sums, params
+        )
+
+    def back(inputs: tuple[jax.Array, Tree], upstream: Tree) -> tuple[jax.Array, Tree]:
+        def plain_gradient(x: jax.Array, params: Tree, upstream: Tree) -> tuple[jax.Array, Tree]:
+            return jax.vjp(plain, x, params)[1](upstream)
+
+        return jax.lax.platform_dependent(
+            *inputs, upstream, tpu=fast_gradient, default=plain_gradient
+        )
+
+    run.defvjp(lambda *inputs: (run(*inputs), inputs), back)
+    return run(x, params)
 
 
 def _plain_heads(
@@ -868,7 +909,7 @@ def _sum_kernel(a_ref, b_ref, sum_ref) -> None:
     def _() -> None:
         sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
 
-    sum_ref[0] += _product(a_ref[0], b_ref[0], (0, 0))
+    sum_ref[0] += product(a_ref[0], b_ref[0], (0, 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -990,6 +1031,11 @@ def mlp_fits(x: jax.Array, mlp: Tree, post_norm: bool = False) -> bool:
         and _mesh_sizes().get(TENSOR, 1) == 1
         and mlp_tile(_on_device(x).shape, hidden, post_norm) is not None
     )
+
+
+def is_tensor_split() -> bool:
+    """Whether the mesh splits channels."""
+    return _mesh_sizes().get(TENSOR, 1) > 1
 
 
 def _mesh_sizes() -> Mapping[str, int]:

@@ -336,10 +336,15 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        channels = x.shape[-1:]
-        scale = self.param('scale', nn.initializers.ones, channels)
-        bias = self.param('bias', nn.initializers.zeros, channels)
-        return layer_norm(x, scale, bias)
+        return layer_norm(x, **self.parameters(x.shape[-1]))
+
+    @nn.compact
+    def parameters(self, channels: int) -> dict[str, jax.Array]:
+        """The parameters alone, for callers that do not apply the norm as it stands."""
+        return {
+            'scale': self.param('scale', nn.initializers.ones, (channels,)),
+            'bias': self.param('bias', nn.initializers.zeros, (channels,)),
+        }
 
 
 class Linear(nn.Module):

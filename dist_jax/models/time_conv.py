@@ -32,14 +32,14 @@ class TimeConv(nn.Module):
         shape = (self.kernel_size, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape).astype(self.dtype)
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return _conv_time(x.astype(self.dtype), kernel) + bias
+        return conv_time(x.astype(self.dtype), kernel) + bias
 
 
 # Where an accelerator has fast convolutions, the CPU has fast matrix products: XLA's gradient of a
 # small convolution there takes up to a hundred times as long as that of the products written out.
 
 
-def _conv_time(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def conv_time(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Zero-padded cross-correlation of axis 1 of (B, T, ..., in) with `kernel` (k, in, out).
 
     The taps are summed in float32 whatever the dtype is, by the products too.
@@ -102,7 +102,7 @@ class Stem(nn.Module):
         kernel = self.param('kernel', self.kernel_init, shape).astype(self.dtype)
         bias = self.param('bias', self.bias_init, (self.features,)).astype(self.dtype)
         kernel = kernel.reshape(self.kernel_size, -1, self.features)
-        x = _conv_time(patches.astype(self.dtype), kernel) + bias
+        x = conv_time(patches.astype(self.dtype), kernel) + bias
         side = math.isqrt(patches.shape[2])
         return x.reshape(*x.shape[:2], side, side, self.features)
 

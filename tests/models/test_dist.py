@@ -163,17 +163,12 @@ def test_time_conv_equals_a_convolution(size):
 
 def test_space_conv_equals_a_convolution():
     x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4, 6))
-    conv = dist.SpaceConv(7, jnp.float32, INIT)
-    variables = conv.init(jax.random.key(1), x)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 6, 7))
     expected = jax.lax.conv_general_dilated(
-        x.reshape(6, 5, 4, 6),
-        variables['params']['kernel'],
-        (1, 1),
-        'SAME',
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        x.reshape(6, 5, 4, 6), kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
-    found = conv.apply(variables, x).reshape(6, 5, 4, 7)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    found = dist.conv_space(x, kernel).reshape(6, 5, 4, 7)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

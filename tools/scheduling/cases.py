@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dist_jax.models import kernel_costs, kernels
+from dist_jax.models import kernel_costs, kernels, temporal_kernel
 from dist_jax.models.params import Tree
 
 FRAMES = 256  # on a chip; a schedule's first and last frame count for little
@@ -111,6 +111,38 @@ def _sums(side: dict[str, int]) -> tuple[dict[str, int], ...]:
     )
 
 
+def _temporal_net(
+    frames: int, places: int, channels: int, hidden: int, kernel_size: int, of_clip: int
+):
+    x = _array(frames // of_clip, of_clip, places, channels)
+    params = {
+        'ln': _norm(channels),
+        'c_fc1': _wide((kernel_size, channels), hidden),
+        'c_fc2': _wide((3, 3, hidden), channels),
+    }
+    return temporal_kernel.temporal_net, (x, params)
+
+
+def _temporal_net_gradient(frames: int, **shape: int):
+    _, (x, params) = _temporal_net(frames, **shape)
+    return temporal_kernel.temporal_net_gradient, (x, x, params)
+
+
+def _wide(inputs: tuple[int, ...], outputs: int) -> Tree:
+    """As it is trained."""
+    return {
+        'kernel': _array(*inputs, outputs, dtype=jnp.float32),
+        'bias': _array(outputs, dtype=jnp.float32),
+    }
+
+
+# DiST of B/32, B/16, L/14 with 16 frames and with 64.
+TEMPORAL_NETS = tuple(
+    {'places': places, 'channels': 96, 'hidden': 96, 'kernel_size': 3, 'of_clip': of_clip}
+    for places, of_clip in ((49, 16), (196, 16), (196, 64), (256, 16), (256, 64))
+)
+
+
 KERNELS: dict[str, Kernel] = {
     'frame_attention': Kernel(
         _frame_attention,
@@ -144,6 +176,8 @@ KERNELS: dict[str, Kernel] = {
     'sum_of_products': Kernel(
         _sum_of_products, tuple(shape for side in SIDES for shape in _sums(side))
     ),
+    'temporal_net': Kernel(_temporal_net, TEMPORAL_NETS),
+    'temporal_net_gradient': Kernel(_temporal_net_gradient, TEMPORAL_NETS),
 }
 
 
