@@ -263,17 +263,17 @@ class TemporalNet(nn.Module):
             'c_fc2': space((3, 3, self.hidden_dim)),
         }
         if x.dtype != self.dtype or not temporal_kernel.fits(x, params):
-            return _temporal_net(x, params, self.dtype)
+            return temporal_net(x, params, self.dtype)
         return kernels.trained_on_tpu(
             temporal_kernel.temporal_net,
             temporal_kernel.temporal_net_gradient,
-            functools.partial(_temporal_net, dtype=self.dtype),
+            functools.partial(temporal_net, dtype=self.dtype),
             x,
             params,
         )
 
 
-def _temporal_net(x: jax.Array, params: Tree, dtype: Dtype) -> jax.Array:
+def temporal_net(x: jax.Array, params: Tree, dtype: Dtype) -> jax.Array:
     """What `temporal_kernel` means."""
     side = math.isqrt(x.shape[2])
     (time, time_bias), (space, space_bias) = (

@@ -250,6 +250,7 @@ def _options(axes: int = 2) -> pltpu.CompilerParams:
 
 
 def _cost(kernel: str, shape: tuple[int, ...], params: Tree, arrays: int) -> pl.CostEstimate:
+    """Of so many arrays like (B, T, N, S); of parts of clips their neighbours are read as well."""
     clips, frames, places, channels = shape
     size, _, hidden = params['c_fc1']['kernel'].shape
     sizes = {
@@ -259,12 +260,17 @@ def _cost(kernel: str, shape: tuple[int, ...], params: Tree, arrays: int) -> pl.
         'kernel_size': size,
         'of_clip': frames,
     }
+    some = frames_at_a_time(shape, size)
+    around = sum(range(1, arrays)) * 2 * (size // 2) * (some < frames)
+    matrices = (size + 9) * whole(hidden, SUBLANES) * LANES
+    each = 2 if arrays == 2 else 2 * 2 + 4  # weights in bfloat16, sums in float32
     return kernels.cost_estimate(
         kernel,
         clips * frames,
         sizes,
         transcendentals=places * (channels + hidden),
-        frame_bytes=arrays * whole(places, SUBLANES) * LANES * 2,
+        frame_bytes=round((arrays + around / some) * whole(places, SUBLANES) * LANES * 2),
+        weight_bytes=kernel_costs.CORES * each * matrices,
     )
 
 
