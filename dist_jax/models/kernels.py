@@ -261,7 +261,14 @@ def _frame_gradient_kernel(
     _each_group(body, num_heads, head_dim)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, head_dim: int) -> jax.Array:
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    heads: int,
+    head_dim: int,
+    meanwhile: Sequence[Callable[[], None]] = (),
+) -> jax.Array:
     """Attention of the heads that share a register: bfloat16 (Q, 128), (L, 128) twice -> float32.
 
     Heads narrower than a register are not cut out of it: a head's logits are the product of whole
@@ -273,11 +280,16 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, head_dim: int)
     Every step is taken for all heads before the next: one waits while others compute.
     """
     logits = [product(k, _only(own, q), (1, 1)) for own in _lanes_of_heads(heads, head_dim)]
+    values = list(_rows_of_heads(v, heads, head_dim))
     weights = [_exponentials(part, head_dim) for part in logits]
-    return _rows_to_lanes(
-        product(rows, part.astype(v.dtype)) * (1 / part.sum(0, keepdims=True))
-        for rows, part in zip(_rows_of_heads(v, heads, head_dim), weights)
-    )
+    waiting, found = list(meanwhile), []
+    for rows, part in zip(values, weights):
+        if waiting:
+            waiting.pop(0)()
+        found.append(product(rows, part.astype(v.dtype)) * (1 / part.sum(0, keepdims=True)))
+    for work in waiting:
+        work()
+    return _rows_to_lanes(found)
 
 
 def _attend_gradient(
@@ -416,7 +428,11 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
         x,
         weights,
         [_stays(w.shape) for w in weights],
-        [pltpu.VMEM((length, width), x.dtype), pltpu.VMEM((length, inner), x.dtype)],
+        [
+            pltpu.VMEM((length, width), x.dtype),
+            pltpu.VMEM((length, inner), x.dtype),
+            pltpu.VMEM((3, length, LANES), jnp.float32),
+        ],
         grid=(x.shape[0],),
         shape=dict(tokens=length, width=width, heads=num_heads, head_dim=head_dim),
         transcendentals=num_heads * length * length,
@@ -436,27 +452,38 @@ def _residual_attention_kernel(
     y_ref,
     z_ref,
     h_ref,
+    qkv_of_group_ref,
     *,
     head_dim: int,
 ) -> None:
-    """One frame, (1, L, W) -> (1, L, W); scratch for the norm of it and for the heads."""
+    """One frame, (1, L, W) -> (1, L, W).
+
+    Scratch for the norm of it, for the heads, and for a group's queries, keys and values.
+    """
     inner = h_ref.shape[1]
     z_ref[...] = layer_norm(x_ref[0], scale_ref[...], shift_ref[...])
 
-    def group(number: jax.Array, carry: None) -> None:
-        def lanes(part: int) -> pl.Slice:
-            return pl.ds(pl.multiple_of(part * inner + number * LANES, LANES), LANES)
+    def lanes(number: jax.Array | int, part: int = 0) -> pl.Slice:
+        return pl.ds(pl.multiple_of(part * inner + number * LANES, LANES), LANES)
 
-        q, k, v = (
-            (product(z_ref[...], qkv_ref[:, lanes(i)]) + qkv_bias_ref[:, lanes(i)]).astype(
-                z_ref.dtype
-            )
-            for i in range(3)
-        )
-        out = _attend(q, k, v, heads_per_group(head_dim), head_dim)
-        h_ref[:, lanes(0)] = out.astype(h_ref.dtype)
+    def project(number: jax.Array | int, part: int) -> None:
+        found = product(z_ref[...], qkv_ref[:, lanes(number, part)])
+        qkv_of_group_ref[part] = found + qkv_bias_ref[:, lanes(number, part)]
 
-    jax.lax.fori_loop(0, inner // LANES, group, None)
+    def attend_to(number: jax.Array | int, *meanwhile: Callable[[], None]) -> None:
+        q, k, v = (qkv_of_group_ref[i].astype(x_ref.dtype) for i in range(3))
+        out = _attend(q, k, v, heads_per_group(head_dim), head_dim, meanwhile)
+        h_ref[:, lanes(number)] = out.astype(h_ref.dtype)
+
+    def group(number: jax.Array, _: None) -> None:
+        """While the matrix units project the next group, the softmax of this one is computed."""
+        attend_to(number, *(functools.partial(project, number + 1, i) for i in range(3)))
+
+    last = inner // LANES - 1
+    for i in range(3):
+        project(0, i)
+    jax.lax.fori_loop(0, last, group, None)
+    attend_to(last)
     y = x_ref[0].astype(jnp.float32) + product(h_ref[...], out_ref[...]) + out_bias_ref[...]
     y_ref[0] = y.astype(y_ref.dtype)
 
