@@ -90,8 +90,11 @@ def frame_attention(
     """
     frames, length, _ = qkv.shape
     queries = queries or length
+    held = 2 * 4 * _rows(length) * LANES * 2  # of a group
+    room = VMEM_BYTES - groups_of_heads(num_heads, head_dim) * held
+    together = 2 if 2 * _logits_bytes(length, head_dim) < room else 1
     return _on_groups(
-        _frame_kernel,
+        functools.partial(_frame_kernel, together=together),
         (qkv,),
         (jax.ShapeDtypeStruct((frames, queries, qkv.shape[-1] // 3), qkv.dtype),),
         dict(tokens=length, queries=queries, heads=num_heads, head_dim=head_dim),
@@ -211,12 +214,19 @@ def _logits_bytes(length: int, head_dim: int) -> int:
 
 
 def _each_group(
-    body: Callable[[jax.Array | int, int], None], num_heads: int, head_dim: int
+    body: Callable[..., None], num_heads: int, head_dim: int, together: int = 1
 ) -> None:
-    """Calls `body(number, heads)` for every group: its number and how many heads it has."""
+    """Calls `body(number, heads)` for every group: its number and how many heads it has.
+
+    With `together`, `body(number, heads, together)` for so many groups from `number` on.
+    """
     group = heads_per_group(head_dim)
+    turns, rest = divmod(num_heads // group, together)
+    more = (together,) if together > 1 else ()
     # A loop, not a row of copies: memory of one group serves the next.
-    jax.lax.fori_loop(0, num_heads // group, lambda number, _: body(number, group), None)
+    jax.lax.fori_loop(0, turns, lambda turn, _: body(turn * together, group, *more), None)
+    for number in range(turns * together, turns * together + rest):
+        body(number, group)
     if num_heads % group:
         body(num_heads // group, num_heads % group)
 
@@ -226,17 +236,21 @@ def _group_lanes(number: jax.Array | int) -> pl.Slice:
     return pl.ds(pl.multiple_of(number * LANES, LANES), LANES)
 
 
-def _frame_kernel(qkv_ref, out_ref, *, num_heads: int, head_dim: int) -> None:
-    """Some heads of one frame: (1, L, 3 w) -> (1, queries, w)."""
+def _frame_kernel(qkv_ref, out_ref, *, num_heads: int, head_dim: int, together: int) -> None:
+    """Some heads of one frame: (1, L, 3 w) -> (1, queries, w); `together` groups at a time."""
     queries = out_ref.shape[1]
 
-    def body(number: jax.Array | int, heads: int) -> None:
-        q = qkv_ref[0, :queries, _group_lanes(3 * number)]
-        k, v = (qkv_ref[0, :, _group_lanes(3 * number + i)] for i in (1, 2))
-        out = _attend(q, k, v, heads, head_dim)
-        out_ref[0, :, _group_lanes(number)] = out.astype(out_ref.dtype)
+    def body(number: jax.Array | int, heads: int, count: int = 1) -> None:
+        begun = []
+        for group in range(count):
+            q = qkv_ref[0, :queries, _group_lanes(3 * (number + group))]
+            k, v = (qkv_ref[0, :, _group_lanes(3 * (number + group) + i)] for i in (1, 2))
+            begun.append(_begin_to_attend(q, k, v, heads, head_dim))
+        for group, (logits, values) in enumerate(begun):
+            out = _attend(logits, values, head_dim)
+            out_ref[0, :, _group_lanes(number + group)] = out.astype(out_ref.dtype)
 
-    _each_group(body, num_heads, head_dim)
+    _each_group(body, num_heads, head_dim, together)
 
 
 def _frame_gradient_kernel(
@@ -261,15 +275,10 @@ def _frame_gradient_kernel(
     _each_group(body, num_heads, head_dim)
 
 
-def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    heads: int,
-    head_dim: int,
-    meanwhile: Sequence[Callable[[], None]] = (),
-) -> jax.Array:
-    """Attention of the heads that share a register: bfloat16 (Q, 128), (L, 128) twice -> float32.
+def _begin_to_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, heads: int, head_dim: int
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The first half of `_attend`, of the heads that share a register.
 
     Heads narrower than a register are not cut out of it: a head's logits are the product of whole
     registers in which the query's other lanes are zero. The matrix unit is as deep as a register,
@@ -277,16 +286,33 @@ def _attend(
     what is missing to whole registers of 128 lanes is missing of queries, over which nothing is
     summed. The product with the values is of their transpose, which has a head's channels as rows.
 
-    Every step is taken for all heads before the next: one waits while others compute.
+    Args:
+      q, k, v: bfloat16 (Q, 128), (L, 128) twice.
+
+    Returns:
+      Of every head its logits, float32 (L, Q), and its values, bfloat16 (d, L).
     """
     logits = [product(k, _only(own, q), (1, 1)) for own in _lanes_of_heads(heads, head_dim)]
-    values = list(_rows_of_heads(v, heads, head_dim))
+    return logits, list(_rows_of_heads(v, heads, head_dim))
+
+
+def _attend(
+    logits: list[jax.Array],
+    values: list[jax.Array],
+    head_dim: int,
+    meanwhile: Sequence[Callable[[], None]] = (),
+) -> jax.Array:
+    """Attention of the heads that share a register, float32 (Q, 128).
+
+    Products are issued in the order of the program, so those that need not wait for a softmax have
+    to come before those that do: of other groups, of other heads, and of `meanwhile`.
+    """
     weights = [_exponentials(part, head_dim) for part in logits]
     waiting, found = list(meanwhile), []
-    for rows, part in zip(values, weights):
+    for rows, part in zip(values, weights, strict=True):
         if waiting:
             waiting.pop(0)()
-        found.append(product(rows, part.astype(v.dtype)) * (1 / part.sum(0, keepdims=True)))
+        found.append(product(rows, part.astype(rows.dtype)) * (1 / part.sum(0, keepdims=True)))
     for work in waiting:
         work()
     return _rows_to_lanes(found)
@@ -472,7 +498,8 @@ def _residual_attention_kernel(
 
     def attend_to(number: jax.Array | int, *meanwhile: Callable[[], None]) -> None:
         q, k, v = (qkv_of_group_ref[i].astype(x_ref.dtype) for i in range(3))
-        out = _attend(q, k, v, heads_per_group(head_dim), head_dim, meanwhile)
+        logits, values = _begin_to_attend(q, k, v, heads_per_group(head_dim), head_dim)
+        out = _attend(logits, values, head_dim, meanwhile)
         h_ref[:, lanes(number)] = out.astype(h_ref.dtype)
 
     def group(number: jax.Array, _: None) -> None:
