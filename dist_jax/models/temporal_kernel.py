@@ -15,9 +15,9 @@ products behind it.
 
 Frame t of a clip needs normed frames t - p to t + p (p: half of the temporal kernel), and in the
 backward pass the gradients of as many frames. Each round of the loop takes several frames one step
-further, the foremost last: no step waits for another of its round, so that matrix units work on one
-frame while another is normed or activated. Clips that VMEM has no room for are cut in time, and
-what a part needs of its neighbours is computed there once more.
+further. Products are issued in the order of the program, so those of one frame stand where those
+of another would wait for a norm or an activation. Clips that VMEM has no room for are cut in time,
+and what a part needs of its neighbours is computed there once more.
 """
 
 from __future__ import annotations
@@ -373,34 +373,44 @@ def _gradient_kernel(
         scale, shift = (jnp.where(inside, one[...], 0) for one in (scale_ref, shift_ref))
         z_ref[jnp.remainder(t, size + 1)] = _standardise(x)[0] * scale + shift
 
-    def activate(t: jax.Array | int) -> None:
-        """Both activations of frame t, and the gradient in front of the second."""
-        h = _time_conv(z_ref, time_ref, t, half) + time_bias_ref[...]
-        a_ref[...], slope_ref[...] = _quick_gelu_and_slope(h)
-        _write_rim(a_rim_ref, a_ref[...], side)
+    def activated(t: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """The first activation of frame t, and its slope."""
+        return _quick_gelu_and_slope(_time_conv(z_ref, time_ref, t, half) + time_bias_ref[...])
+
+    def keep_activated(found: tuple[jax.Array, jax.Array]) -> None:
+        a_ref[...], slope_ref[...] = found
+        _write_rim(a_rim_ref, found[0], side)
+
+    def gradient(t: jax.Array | int) -> jax.Array:
+        """In front of the second activation of frame t."""
         c = _space_conv(a_rim_ref, space_ref, side, places) + space_bias_ref[...]
-        slope = _quick_gelu_and_slope(x_of(t) + c)[1]
-        ds = _frame_of(upstream_ref, start, some, frames, t) * slope
-        if cut:
-            ds = jnp.where((start + t >= 0) & (start + t < frames), ds, 0)
+        ds = _frame_of(upstream_ref, start, some, frames, t)
+        ds *= _quick_gelu_and_slope(x_of(t) + c)[1]
+        return jnp.where((start + t >= 0) & (start + t < frames), ds, 0) if cut else ds
+
+    def keep_gradient(t: jax.Array | int, ds: jax.Array) -> None:
         ds_ref[jnp.remainder(t, half + 2)] = ds
         _write_rim(ds_rim_ref, ds, side)
 
-    def back(t: jax.Array) -> None:
-        """From there to the gradient in front of the first activation, and by the weights."""
-        a, ds = a_ref[...], ds_ref[jnp.remainder(t, half + 2)]
-        own = (t >= 0) & (t < some)
-        transposed = (jnp.where(own, a, 0) if cut else a).T.astype(time_ref.dtype)
-        da = jnp.zeros(a.shape, jnp.float32)
-        for tap, neighbours in enumerate(_neighbours(ds_rim_ref, side, places, ds.shape[1])):
+    def own(t: jax.Array, x: jax.Array) -> jax.Array:
+        """Weights get nothing from the frames of neighbours."""
+        return jnp.where((t >= 0) & (t < some), x, 0) if cut else x
+
+    def back_through_space(t: jax.Array) -> jax.Array:
+        """The gradient by the first activation; and by the weights behind it."""
+        transposed = own(t, a_ref[...]).T.astype(time_ref.dtype)
+        da = jnp.zeros(a_ref.shape, jnp.float32)
+        for tap, neighbours in enumerate(_neighbours(ds_rim_ref, side, places, dx_ref.shape[3])):
             # What lies one to the right of a place has it on its left.
             neighbours = neighbours.astype(time_ref.dtype)
             da += kernels.product(neighbours, space_back_ref[8 - tap])
             dspace_ref[0, 8 - tap] += kernels.product(transposed, neighbours)
-        dh = da * slope_ref[...]
+        return da
+
+    def back_through_time(t: jax.Array, dh: jax.Array) -> None:
+        """By the weights and biases in front of the first activation."""
         dh_ref[jnp.remainder(t, size)] = dh
-        if cut:
-            dh, ds = jnp.where(own, dh, 0), jnp.where(own, ds, 0)
+        dh, ds = own(t, dh), own(t, ds_ref[jnp.remainder(t, half + 2)])
         dspace_bias_ref[0] += ds.sum(0, keepdims=True)
         dtime_bias_ref[0] += dh.sum(0, keepdims=True)
         transposed = dh.T.astype(time_ref.dtype)
@@ -426,13 +436,19 @@ def _gradient_kernel(
     first = -half * cut
     for t in range(first - half, first + half + 1):
         norm(t)
-    activate(first)
+    keep_activated(activated(first))
+    keep_gradient(first, gradient(first))
     norm(first + half + 1)
 
     def frame(t: jax.Array, _: None) -> None:
-        back(t)
+        following = activated(t + 1)
+        slope = slope_ref[...]
+        da = back_through_space(t)
+        keep_activated(following)
+        ds = gradient(t + 1)
+        back_through_time(t, da * slope)
         finish(t - half)
-        activate(t + 1)
+        keep_gradient(t + 1, ds)
         norm(t + 2 + half)
 
     jax.lax.fori_loop(first, some + half * cut, frame, None)
