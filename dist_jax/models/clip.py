@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from dist_jax.models import layers, transformer
 from dist_jax.models.backbone import Kind, Taps
 from dist_jax.models.layers import Pixels
+from dist_jax.models.stack import Slot
 from dist_jax.sharding import ShardingRule
 
 Tree = dict[str, Any]
@@ -123,8 +124,10 @@ def encode_image(
       ValueError: the image size is not the spec's, or a tap names a block that is not there.
     """
 
-    def block(x: jax.Array, one: Tree, tapped: bool) -> tuple[jax.Array, Tree]:
-        return transformer.block(x, one, spec.activation, tapped=tapped)
+    def block(
+        x: jax.Array, one: Tree, tapped: bool, slot: Slot | None
+    ) -> tuple[jax.Array, jax.Array | None, Tree]:
+        return transformer.block(x, one, spec.activation, tapped=tapped, slot=slot)
 
     return transformer.encode_image(
         params,

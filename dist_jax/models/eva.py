@@ -36,6 +36,7 @@ import numpy as np
 from dist_jax.models import kernels, layers, transformer
 from dist_jax.models.backbone import Kind, Taps
 from dist_jax.models.clip import PIXELS
+from dist_jax.models.stack import Slot
 from dist_jax.sharding import ShardingRule
 
 Tree = dict[str, Any]
@@ -140,14 +141,17 @@ SPECS: dict[str, EvaSpec] = {
 _norm = functools.partial(layers.layer_norm, eps=NORM_EPS)
 
 
-def _block(x: jax.Array, params: Tree, tapped: bool, spec: EvaSpec) -> tuple[jax.Array, Tree]:
-    """One block: the stream (N, L, W) and, if tapped, its `queries` and `keys`."""
+def _block(
+    x: jax.Array, params: Tree, tapped: bool, slot: Slot | None, spec: EvaSpec
+) -> tuple[jax.Array, None, Tree]:
+    """One block: the stream (N, L, W), None, and, if tapped, its `queries` and `keys`."""
+    del slot  # the loop writes it
     with jax.named_scope('attention'):
         z, q, k = _attention(_before(x, params['norm1'], spec), params['attn'], spec)
         x = x + _behind(z, params['norm1'], spec)
     with jax.named_scope('mlp'):
         x = _second_half(x, params['norm2'], params['mlp'], spec)
-    return x, {'queries': q, 'keys': k} if tapped else {}
+    return x, None, {'queries': q, 'keys': k} if tapped else {}
 
 
 def _before(x: jax.Array, norm: Tree, spec: EvaSpec) -> jax.Array:

@@ -130,6 +130,7 @@ WORK: dict[str, Callable[..., Work]] = {
     'residual_attention': _residual_attention,
     'residual_mlp': _residual_mlp,
     'post_norm_mlp': _residual_mlp,
+    'kept_residual_mlp': _residual_mlp,
     'sum_of_products': _sum_of_products,
     'temporal_net': _temporal_net,
     'temporal_net_gradient': functools.partial(_temporal_net, backward=True),

@@ -36,6 +36,7 @@ from dist_jax.models.layers import (
     is_portable,
     layer_norm,
 )
+from dist_jax.models.stack import Slot
 from dist_jax.sharding import BATCH, TENSOR
 
 Tree = Any
@@ -475,7 +476,7 @@ def _residual_attention_kernel(
     qkv_bias_ref,
     out_ref,
     out_bias_ref,
-    y_ref,
+    y_refs,
     z_ref,
     h_ref,
     qkv_of_group_ref,
@@ -486,6 +487,7 @@ def _residual_attention_kernel(
 
     Scratch for the norm of it, for the heads, and for a group's queries, keys and values.
     """
+    (y_ref,) = y_refs
     inner = h_ref.shape[1]
     z_ref[...] = layer_norm(x_ref[0], scale_ref[...], shift_ref[...])
 
@@ -519,12 +521,13 @@ def residual_mlp(
     x: jax.Array,
     norm: Tree,
     mlp: Tree,
+    slot: Slot | None = None,
     interpret: bool = False,
     *,
     activation: str = 'quick_gelu',
     post_norm: bool = False,
     eps: float = LAYER_NORM_EPS,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`x + c_proj(activation(c_fc(LayerNorm(x))))` of a block, a few frames at a time.
 
     Args:
@@ -532,17 +535,19 @@ def residual_mlp(
       norm: `scale` and `bias` of the norm, (W,).
       mlp: `c_fc` with `kernel` (W, hidden) and `bias` (hidden,), `c_proj` with `kernel` (hidden, W)
         and `bias` (W,).
+      slot: where the result goes too, of a stack (K, N, L, W); that is written in place.
       interpret: run without a TPU, slowly, for tests.
       activation: a key of `MLP_ACTIVATIONS`.
       post_norm: `x + LayerNorm(c_proj(activation(c_fc(x))))` instead.
       eps: of the norm.
 
     Returns:
-      The stream after it, (N, L, W).
+      The stream after it, (N, L, W); with a slot also its stack.
     """
     _, length, width = x.shape
     hidden = mlp['c_fc']['kernel'].shape[1]
-    tile = mlp_tile(x.shape, hidden, post_norm)
+    tile = mlp_tile(x.shape, hidden, post_norm, kept=slot is not None)
+    name = 'post_norm_mlp' if post_norm else 'residual_mlp'
     weights = (
         *rows_of(norm['scale'], norm['bias']),
         mlp['c_fc']['kernel'].astype(x.dtype),
@@ -577,7 +582,8 @@ def residual_mlp(
         shape=dict(tokens=length, width=width, hidden=hidden, part=tile.hidden),
         transcendentals=length * hidden,
         interpret=interpret,
-        name='post_norm_mlp' if post_norm else 'residual_mlp',
+        name=name if slot is None else f'kept_{name}',
+        slot=slot,
     )
 
 
@@ -593,15 +599,21 @@ class MlpTile(NamedTuple):
 TOKENS_TO_STREAM = 256
 
 
-def mlp_tile(shape: tuple[int, int, int], hidden: int, post_norm: bool = False) -> MlpTile | None:
-    """The largest tile that fits into VMEM, of streams (N, L, W); None if nothing does."""
+def mlp_tile(
+    shape: tuple[int, int, int], hidden: int, post_norm: bool = False, kept: bool = False
+) -> MlpTile | None:
+    """The largest tile that fits into VMEM, of streams (N, L, W); None if nothing does.
+
+    With `kept` there is one result more, for a slot.
+    """
     frames, length, width = shape
     for tile in (MlpTile(1, hidden), MlpTile(2, 512), MlpTile(1, 512), MlpTile(1, 256)):
         whole = tile.hidden == hidden
         buffers = 1 if whole else 2
         weights = buffers * 2 * width * tile.hidden * 2
-        # In, out, sum and what products leave, and the norm where it is in front.
-        streams = tile.frames * length * width * (17 if post_norm else 19)
+        # Of all frames in, out, sum, and the norm in front; of one what products leave.
+        each = (12 if post_norm else 14) + 4 * kept
+        streams = length * width * (tile.frames * each + 5)
         if (
             frames % tile.frames == hidden % tile.hidden == 0
             and (whole or tile.frames * length >= TOKENS_TO_STREAM)
@@ -632,7 +644,7 @@ def _residual_mlp_kernel(
     fc_bias_ref,
     proj_ref,
     proj_bias_ref,
-    y_ref,
+    y_refs,
     *scratch_refs,
     activation: Callable[[jax.Array], jax.Array],
     post_norm: bool,
@@ -661,12 +673,12 @@ def _residual_mlp_kernel(
 
     @pl.when(number == count - 1)
     def _() -> None:
-        if not post_norm:
-            y_ref[...] = sum_ref[...].astype(y_ref.dtype)
-            return
         for frame in range(x_ref.shape[0]):
-            y = x_ref[frame].astype(jnp.float32) + norm(sum_ref[frame])
-            y_ref[frame] = y.astype(y_ref.dtype)
+            y = sum_ref[frame]
+            if post_norm:
+                y = x_ref[frame].astype(jnp.float32) + norm(y)
+            for y_ref in y_refs:
+                y_ref[frame] = y.astype(y_ref.dtype)
 
 
 def rows_of(*vectors: jax.Array) -> list[jax.Array]:
@@ -688,7 +700,7 @@ def _part(shape: tuple[int, int], full: int, axis: int) -> pl.BlockSpec:
     """A weight of which the second axis of the grid takes parts, or all of it at once."""
     if shape[axis] == full:
         return _stays(shape)
-    return pl.BlockSpec(shape, lambda _, c: (c, 0) if axis == 0 else (0, c))
+    return pl.BlockSpec(shape, lambda _, c, *__: (c, 0) if axis == 0 else (0, c))
 
 
 def _on_frames(
@@ -703,10 +715,33 @@ def _on_frames(
     transcendentals: int,
     interpret: bool,
     name: str,
-) -> jax.Array:
-    """Runs a kernel on (N, L, W), N cut over the first axis of the grid."""
+    slot: Slot | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Runs a kernel on (N, L, W), N cut over the first axis of the grid.
+
+    The kernel's refs are of `x`, of the weights, of the results (a tuple: the stream, and with a
+    slot the place for it there), of the scratch.
+    """
     frames, length, width = x.shape
-    some = pl.BlockSpec((frames // grid[0], length, width), lambda n, *_: (n, 0, 0))
+    block = frames // grid[0], length, width
+    some = pl.BlockSpec(block, lambda n, *_: (n, 0, 0))
+    inputs, outputs = [some, *specs], [some]
+    arrays, shapes = (x, *weights), [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    before, aliases = (), {}
+    if slot is not None:
+        # Which slot is known before the kernel starts. The stack is named, not read.
+        before = (slot.index.reshape(1),)
+        outputs.append(pl.BlockSpec((None, *block), lambda n, *i: (i[-1][0], n, 0, 0)))
+        shapes.append(jax.ShapeDtypeStruct(slot.stack.shape, slot.stack.dtype))
+        inputs.append(pl.BlockSpec(memory_space=pl.ANY))
+        aliases = {len(before) + len(arrays): 1}
+        arrays = (*arrays, slot.stack)
+
+    def run(*refs: Any) -> None:
+        refs = refs[len(before) :]
+        results = refs[len(arrays) : len(arrays) + len(outputs)]
+        kernel(*refs[: 1 + len(weights)], results, *refs[len(arrays) + len(outputs) :])
+
     # Weights that stay are read by each core, those of which there are parts for some frames.
     times = kernel_costs.CORES if math.prod(grid) == grid[0] else grid[0]
     cost = cost_estimate(
@@ -714,16 +749,20 @@ def _on_frames(
         frames,
         shape,
         transcendentals=transcendentals,
-        frame_bytes=2 * _rows(length) * width * x.dtype.itemsize,
+        frame_bytes=(1 + len(outputs)) * _rows(length) * width * x.dtype.itemsize,
         weight_bytes=times * sum(w.nbytes for w in weights),
     )
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[some, *specs],
-        out_specs=some,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch_shapes=scratch,
+    results = pl.pallas_call(
+        run,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(before),
+            grid=grid,
+            in_specs=inputs,
+            out_specs=outputs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=shapes,
+        input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary')[: len(grid)],
             vmem_limit_bytes=VMEM_BYTES,
@@ -731,7 +770,8 @@ def _on_frames(
         cost_estimate=cost,
         interpret=interpret,
         name=name,
-    )(x, *weights)
+    )(*before, *arrays)
+    return results[0] if slot is None else tuple(results)
 
 
 Rotation = Callable[[jax.Array], jax.Array]
@@ -813,6 +853,42 @@ def trained_on_tpu(
 
     run.defvjp(lambda *inputs: (run(*inputs), inputs), back)
     return run(x, params)
+
+
+def kept_on_tpu(
+    fast: Callable[..., tuple[jax.Array, jax.Array]],
+    plain: Callable[..., jax.Array],
+    slot: Slot,
+    x: jax.Array,
+    *whole: Tree,
+) -> tuple[jax.Array, jax.Array]:
+    """`on_tpu` of what gives a stream, which is put into a slot too.
+
+    Args:
+      fast: (x, *whole, slot=) -> the stream and the slot's stack with it, on one device.
+      plain: (x, *whole) -> the stream; its gradients are those of both.
+      slot: where to put it.
+      x: (N, L, W).
+      whole: what every device needs all of.
+    """
+
+    def run(slot: Slot, *inputs: Tree) -> tuple[jax.Array, jax.Array]:
+        return on_each_device(fast, *inputs, slot=slot)
+
+    def backward(kept: tuple, upstream: tuple[jax.Array, jax.Array]) -> tuple:
+        # Of the stack nothing is kept: in a loop that would be one for every turn.
+        index, inputs = kept
+        y, stack = upstream
+        y += jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+        return Slot(Slot(stack, index).written(0 * y), None), *jax.vjp(plain, *inputs)[1](y)
+
+    def on_cpu(slot: Slot, *inputs: Tree) -> tuple[jax.Array, jax.Array]:
+        y = plain(*inputs)
+        return y, slot.written(y)
+
+    here = jax.custom_vjp(run)
+    here.defvjp(lambda slot, *inputs: (run(slot, *inputs), (slot.index, inputs)), backward)
+    return jax.lax.platform_dependent(slot, x, *whole, tpu=here, default=on_cpu)
 
 
 def _plain_heads(
@@ -1075,15 +1151,18 @@ def attention_fits(x: jax.Array, attn: Tree) -> bool:
     )
 
 
-def mlp_fits(x: jax.Array, mlp: Tree, post_norm: bool = False) -> bool:
-    """Whether `residual_mlp` takes these: bfloat16, nothing split, room in VMEM."""
+def mlp_fits(x: jax.Array, mlp: Tree, post_norm: bool = False, kept: bool = False) -> bool:
+    """Whether `residual_mlp` takes these, with `kept` a slot too.
+
+    That is, bfloat16, nothing split, room in VMEM.
+    """
     width, hidden = mlp['c_fc']['kernel'].shape
     return (
         not is_portable()
         and x.dtype == jnp.bfloat16
         and width % LANES == hidden % LANES == 0
         and _mesh_sizes().get(TENSOR, 1) == 1
-        and mlp_tile(_on_device(x).shape, hidden, post_norm) is not None
+        and mlp_tile(_on_device(x).shape, hidden, post_norm, kept) is not None
     )
 
 
@@ -1102,6 +1181,7 @@ def on_each_device(
     *whole: Tree,
     beside: Sequence[jax.Array] = (),
     split: str | None = None,
+    slot: Slot | None = None,
 ) -> Tree:
     """A kernel on the part of (N, L, C) that a device holds: N over the batch axes.
 
@@ -1114,13 +1194,23 @@ def on_each_device(
       whole: what every device needs all of.
       beside: other arrays that are split like `x`.
       split: the axis of the mesh that C is split over, of `x` and of the result.
+      slot: of a stack (K, N, L, C), which is split likewise; goes to the function by name, which
+        then gives one more array, that stack.
     """
+    inputs = (x, *beside, *whole)
     if math.prod(_mesh_sizes().values()) == 1:
-        return function(x, *beside, *whole)
+        return function(*inputs) if slot is None else function(*inputs, slot=slot)
     spec = PartitionSpec(_batch_axes(x), None, split)
-    inputs = (spec, *(spec for _ in beside), *(PartitionSpec() for _ in whole))
-    run = jax.shard_map(function, in_specs=inputs, out_specs=spec, check_vma=False)
-    return run(x, *beside, *whole)
+    specs = (spec, *(spec for _ in beside), *(PartitionSpec() for _ in whole))
+    on_mesh = functools.partial(jax.shard_map, check_vma=False)
+    if slot is None:
+        return on_mesh(function, in_specs=specs, out_specs=spec)(*inputs)
+    stack = PartitionSpec(None, *spec)
+    return on_mesh(
+        lambda slot, *inputs: function(*inputs, slot=slot),
+        in_specs=(Slot(stack, PartitionSpec()), *specs),
+        out_specs=(spec, stack),
+    )(slot, *inputs)
 
 
 def _batch_axes(x: jax.Array) -> tuple[str, ...] | None:

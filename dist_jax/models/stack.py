@@ -7,13 +7,16 @@ out (twice as fast a step on CPU, longer compilation). Parameters and results ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dist_jax.models.layers import is_portable
 from dist_jax.sharding import ShardingRule, gather_params, split_batch
 
 Tree = Any
@@ -25,65 +28,117 @@ STATISTICS = 'statistics'
 LONGEST_PATTERN = 4  # layers of which one is tapped, that run in one pass of a loop
 
 
+class Slot(NamedTuple):
+    """Where a layer puts the stream behind it, beside handing it on.
+
+    Attributes:
+      stack: (K, N, ...) of the layers that are kept.
+      index: int32 (), which of them.
+    """
+
+    stack: jax.Array
+    index: jax.Array
+
+    def written(self, x: jax.Array) -> jax.Array:
+        """The stack with the stream `x` in this place."""
+        return jax.lax.dynamic_update_index_in_dim(self.stack, x, self.index, 0)
+
+
+Block = Callable[
+    [jax.Array, Tree, Any, Slot | None], tuple[jax.Array, jax.Array | None, dict[str, Tree]]
+]
+
+
 def scan_frozen(
-    block: Callable[[jax.Array, Tree, Any], tuple[jax.Array, dict[str, Tree]]],
+    block: Block,
     x: jax.Array,
     stacked: Tree,
     wanted: Sequence[Any],
     *,
+    kept: Sequence[bool] = (),
     unroll: bool,
     rules: tuple[ShardingRule, ...] = (),
-) -> tuple[jax.Array, dict[str, Tree]]:
+) -> tuple[jax.Array, jax.Array | None, dict[str, Tree]]:
     """Runs the first layers of a stacked plain tree over the stream `x`.
 
     The stack is indexed in place, so a partial range neither copies nor gathers the other layers.
     On a mesh, the weights of one layer are gathered over `fsdp` inside the loop. Layers of which
     the same is wanted run in one loop, and so do those of which every second or third is tapped.
 
+    Streams that are kept go round the loops as one stack, which layers write themselves: a kernel
+    does so for nothing, where a copy of what it gives would cost as much as a product.
+
     Args:
-      block: (x, parameters of one layer, what is wanted of it) -> (x, taps by name, maybe none).
+      block: (x, parameters of one layer, what is wanted of it, where x behind it goes or None)
+        -> (x, the stack of that slot with it, taps by name, maybe none). None in place of the
+        stack leaves the writing to the loop.
       x: the stream; axis 0 is split over devices.
       stacked: parameters with the layer on axis 0.
       wanted: what is wanted of each layer that runs; any values that can be compared.
+      kept: of which of these layers the stream behind it is kept; () for none.
       unroll: write the layers out instead of looping.
       rules: where the parameters of one layer lie.
 
     Returns:
-      The stream after the last of these layers; by name the taps of all layers that gave them,
-      stacked on axis 0.
+      The stream after the last of these layers; the streams that are kept, stacked on axis 0, None
+      without any; by name the taps of all layers that gave them, likewise.
     """
+    wishes = list(zip(wanted, kept or [False] * len(wanted), strict=True))
+    streams = _empty((sum(kept), *x.shape), x.dtype) if any(kept) else None
     found: dict[str, list[Tree]] = {}
-    start = 0
-    while start < len(wanted):
-        period, times = _pattern(wanted[start:])
-
-        def step(
-            x: jax.Array, layer: jax.Array, pattern: Sequence[Any] = wanted[start : start + period]
-        ) -> tuple[jax.Array, list[dict[str, Tree]]]:
-            taps = []
-            for i, wish in enumerate(pattern):
-                index = layer + i if i else layer
-                one = jax.tree.map(
-                    lambda p, k=index: jax.lax.dynamic_index_in_dim(p, k, keepdims=False), stacked
-                )
-                x, tapped = block(split_batch(x), gather_params(one, rules), wish)
-                x = split_batch(x)
-                taps.append(tapped)
-            return x, taps
-
-        stop = start + period * times
-        layers = jax.numpy.arange(start, stop)[::period]
-        x, taps = jax.lax.scan(step, x, layers, unroll=times if unroll else 1)
+    start = slot = 0
+    while start < len(wishes):
+        period, times = _pattern(wishes[start:])
+        pattern = wishes[start : start + period]
+        turn = functools.partial(_turn, block, stacked, rules, pattern, start, slot)
+        (x, streams), taps = jax.lax.scan(
+            turn, (x, streams), jnp.arange(times), unroll=times if unroll else 1
+        )
         for name in dict.fromkeys(name for tapped in taps for name in tapped):
             parts = [tapped[name] for tapped in taps if name in tapped]
             found.setdefault(name, []).append(_interleaved(parts))
-        start = stop
-    return x, {
+        start += period * times
+        slot += sum(keep for _, keep in pattern) * times
+    taps = {
         name: parts[0]
         if len(parts) == 1
-        else jax.tree.map(lambda *leaves: jax.numpy.concatenate(leaves), *parts)
+        else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
         for name, parts in found.items()
     }
+    return x, streams, taps
+
+
+def _turn(
+    block: Block,
+    stacked: Tree,
+    rules: tuple[ShardingRule, ...],
+    pattern: Sequence[tuple[Any, bool]],
+    start: int,
+    slot: int,
+    carry: tuple[jax.Array, jax.Array | None],
+    number: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array | None], list[dict[str, Tree]]]:
+    """The layers of one turn of a loop of `scan_frozen`, whose first are at `start` and `slot`."""
+    (x, streams), taps = carry, []
+    layer = start + number * len(pattern)
+    slot = slot + number * sum(keep for _, keep in pattern)
+    for i, (wish, keep) in enumerate(pattern):
+        one = jax.tree.map(
+            lambda p, k=layer + i: jax.lax.dynamic_index_in_dim(p, k, keepdims=False), stacked
+        )
+        place = Slot(streams, slot) if keep else None
+        x, written, tapped = block(split_batch(x), gather_params(one, rules), wish, place)
+        x = split_batch(x)
+        if keep:
+            written = place.written(x) if written is None else written
+            streams, slot = split_batch(written, axis=1), slot + 1
+        taps.append(tapped)
+    return (x, streams), taps
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An array all of which will be written: nothing is, where the compiler can be told so."""
+    return (jnp.zeros if is_portable() else jax.lax.empty)(shape, dtype)
 
 
 def _pattern(wanted: Sequence[Any]) -> tuple[int, int]:
@@ -104,7 +159,7 @@ def _interleaved(parts: Sequence[Tree]) -> Tree:
         return parts[0]
 
     def one(*leaves: jax.Array) -> jax.Array:
-        return jax.numpy.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+        return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
 
     return jax.tree.map(one, *parts)
 

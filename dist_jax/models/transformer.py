@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from dist_jax.models import kernels, layers
 from dist_jax.models.backbone import Spec, Taps
-from dist_jax.models.stack import scan_frozen
+from dist_jax.models.stack import Slot, scan_frozen
 from dist_jax.sharding import ShardingRule, gather_params
 
 Tree = dict[str, Any]
@@ -111,7 +111,7 @@ def encode_image(
     taps: Taps,
     *,
     embed: Callable[[Tree, jax.Array], jax.Array],
-    block: Callable[[jax.Array, Tree, bool], tuple[jax.Array, Tree]],
+    block: Callable[[jax.Array, Tree, bool, Slot | None], tuple[jax.Array, jax.Array | None, Tree]],
     project: Callable[[Tree, jax.Array], jax.Array],
     rules: tuple[ShardingRule, ...],
     unroll: bool,
@@ -125,8 +125,9 @@ def encode_image(
       spec: geometry.
       taps: what to return.
       embed: (params, patches (N, g*g, p*p*3)) -> the stream (N, L, W) before the first block.
-      block: (stream, parameters of one block, whether its attention is tapped) -> the stream after
-        it, and then its `queries` and `keys`, (N, L, h, d) each.
+      block: (stream, parameters of one block, whether its attention is tapped, slot of the stream
+        behind it or None) -> the stream after it, the stack of that slot with it or None, see
+        `stack.scan_frozen`, and, if tapped, its `queries` and `keys`, (N, L, h, d) each.
       project: (params, class tokens (N, W) of the last block) -> float32 (N, E).
       rules: where the parameters lie.
       unroll: see `stack`.
@@ -136,23 +137,31 @@ def encode_image(
     params = gather_unstacked(params, rules)
     x = embed(params, patches)
 
-    def one_block(x: jax.Array, one: Tree, wanted: tuple[bool, bool]) -> tuple[jax.Array, Tree]:
-        output, attention = wanted
-        x, tapped = block(x, one, attention)
+    def one_block(
+        x: jax.Array, one: Tree, wanted: tuple[bool, bool], slot: Slot | None
+    ) -> tuple[jax.Array, jax.Array | None, Tree]:
+        read, attention = wanted
+        x, streams, tapped = block(x, one, attention, slot)
         if attention and taps.summary:
             tapped = {'attention': taps.summary(tapped['queries'], tapped['keys'])}
-        if output:
-            tapped['outputs'] = taps.reading(x) if taps.reading else x
-        return x, tapped
+        if read:
+            tapped['outputs'] = taps.reading(x)
+        return x, streams, tapped
 
     found = {'stem': x} if taps.stem else {}
-    wanted = [
-        (i in taps.outputs, i in taps.attention) for i in range(taps.blocks_needed(spec.depth))
-    ]
+    blocks = range(taps.blocks_needed(spec.depth))
+    tapped = [i in taps.outputs for i in blocks]
+    none = [False] * len(blocks)
+    read, kept = (tapped, none) if taps.reading else (none, tapped)
+    wanted = [(read[i], i in taps.attention) for i in blocks]
     if remat:
         one_block = jax.checkpoint(one_block, prevent_cse=unroll, static_argnums=2)
-    x, tapped = scan_frozen(one_block, x, params['blocks'], wanted, unroll=unroll, rules=rules)
+    x, streams, tapped = scan_frozen(
+        one_block, x, params['blocks'], wanted, kept=kept, unroll=unroll, rules=rules
+    )
     found |= tapped
+    if streams is not None:
+        found['outputs'] = streams
     if taps.class_token:
         found['class_token'] = x[:, 0]
     if taps.embedding:
@@ -166,8 +175,14 @@ def block(
     activation: str,
     mask: jax.Array | None = None,
     tapped: bool = False,
-) -> tuple[jax.Array, Tree]:
-    """One pre-norm block: the stream (N, L, W) and, if tapped, its `queries` and `keys`."""
+    slot: Slot | None = None,
+) -> tuple[jax.Array, jax.Array | None, Tree]:
+    """One pre-norm block; arguments and results as `encode_image` takes them.
+
+    Returns:
+      The stream (N, L, W), the stack of the slot with it or None, and, if tapped, its `queries` and
+      `keys`.
+    """
     taps = {}
     with jax.named_scope('attention'):
         halves = x, params['ln_1'], params['attn']
@@ -181,9 +196,11 @@ def block(
         halves = x, params['ln_2'], params['mlp']
         plain = functools.partial(mlp, activation=activation)
         if activation != 'quick_gelu' or not kernels.mlp_fits(x, params['mlp']):
-            return plain(*halves), taps
-        fast = functools.partial(kernels.on_each_device, kernels.residual_mlp)
-        return kernels.on_tpu(fast, plain, *halves), taps
+            return plain(*halves), None, taps
+        if slot is None or not kernels.mlp_fits(x, params['mlp'], kept=True):
+            fast = functools.partial(kernels.on_each_device, kernels.residual_mlp)
+            return kernels.on_tpu(fast, plain, *halves), None, taps
+        return *kernels.kept_on_tpu(kernels.residual_mlp, plain, slot, *halves), taps
 
 
 def attention(
@@ -281,8 +298,8 @@ def _text_stream(
         return block(x, one, spec.activation, causal)[0]
 
     run = jax.checkpoint(run, prevent_cse=unroll) if remat else run
-    x, _ = scan_frozen(
-        lambda x, one, _: (run(x, one), {}),
+    x, *_ = scan_frozen(
+        lambda x, one, *_: (run(x, one), None, {}),
         x.astype(dtype),
         params['blocks'],
         [None] * spec.text_depth,

@@ -694,7 +694,7 @@ def _hbm_bytes(
     """Bytes that an instruction reads from and writes to the HBM.
 
     A fusion that takes a slice of an operand reads the slice, one that updates a slice in place
-    writes the slice.
+    writes the slice; a kernel moves no more than it declares.
     """
     if instruction.opcode == 'send':
         return sum(a.bytes for a in arrays(computation[instruction.operands[0]].shape))
@@ -716,7 +716,10 @@ def _hbm_bytes(
         sources = [results]
     if instruction.opcode == 'dynamic-update-slice':
         return 2 * sum(a.bytes for a in sources[1] if results[0].space == 0)
-    return sum(a.bytes for group in (*sources, results) for a in group if a.space == 0)
+    moved = sum(a.bytes for group in (*sources, results) for a in group if a.space == 0)
+    # A kernel may read and write parts of its arrays; it says how much in all.
+    declared = (instruction.declared_cost or {}).get('bytes_accessed', moved)
+    return min(moved, declared)
 
 
 def _fusion_bytes(

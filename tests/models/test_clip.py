@@ -81,19 +81,53 @@ def test_any_taps_equal_the_slices_of_all(params, pixels, everything, taps, unro
 )
 def test_layers_with_repeated_taps_run_in_one_loop(tapped, loops):
     def run(x, layers):
-        def block(x, one, wish):
+        def block(x, one, wish, slot):
+            assert slot is None
             x = x + one
-            return x, {'sum': x} if wish == 't' else {}
+            return x, None, {'sum': x} if wish == 't' else {}
 
         return stack.scan_frozen(block, x, layers, list(tapped), unroll=False)
 
     layers = jnp.arange(1.0, 9.0)
-    x, found = run(jnp.zeros(1), layers[: len(tapped)])
+    x, kept, found = run(jnp.zeros(1), layers[: len(tapped)])
     sums = np.cumsum(np.asarray(layers))[: len(tapped)]
     wanted = [value for value, wish in zip(sums, tapped) if wish == 't']
     np.testing.assert_array_equal(found['sum'][:, 0], wanted)
-    assert x[0] == sums[-1]
+    assert x[0] == sums[-1] and kept is None
     assert str(jax.make_jaxpr(run)(jnp.zeros(1), layers)).count(' scan[') == loops
+
+
+@pytest.mark.parametrize('writes', [True, False], ids=['block', 'loop'])
+@pytest.mark.parametrize(
+    'kept', ['kk.kk.', '.k.k.k.k', 'kk.kk.kk', '....kkkk', 'k...kkkk', '.....k']
+)
+def test_streams_that_are_kept_lie_in_the_order_of_their_layers(kept, writes):
+    """Whoever writes them, and however the layers are grouped; gradients reach every layer."""
+    wanted = [place == 'k' for place in kept]
+    layers = jnp.arange(1.0, 1.0 + len(kept))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(layers, unroll):
+        def block(x, one, _, slot):
+            x = x + one
+            return x, slot.written(x) if writes and slot else None, {}
+
+        nothing = [None] * len(kept)
+        x, streams, taps = stack.scan_frozen(
+            block, jnp.zeros((2, 3)), layers, nothing, kept=wanted, unroll=unroll
+        )
+        assert not taps
+        return x, streams
+
+    sums = np.cumsum(layers)
+    for unroll in (False, True):
+        x, streams = run(layers, unroll)
+        assert streams.shape == (sum(wanted), 2, 3)
+        np.testing.assert_array_equal(streams[:, 1, 2], sums[np.array(wanted)])
+        assert x[0, 0] == sums[-1]
+    gradient = jax.grad(lambda layers: run(layers, False)[1][:, 0, 0].sum())(layers)
+    after = np.cumsum(wanted[::-1])[::-1]  # streams that a layer is in
+    np.testing.assert_array_equal(gradient, after)
 
 
 def test_blocks_after_the_last_tap_do_not_run(params, pixels):

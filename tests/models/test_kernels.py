@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dist_jax.models import eva, kernels, layers, transformer
+from dist_jax.models.stack import Slot
 
 
 @pytest.mark.parametrize(
@@ -236,11 +237,60 @@ def test_an_mlp_whose_weights_do_not_fit_is_worked_on_in_parts():
     inputs = (x, params['norm'], params['mlp'])
     whole = kernels.residual_mlp(*inputs, interpret=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, 'mlp_tile', lambda *_: kernels.MlpTile(2, 512))
+        patch.setattr(kernels, 'mlp_tile', lambda *_, **__: kernels.MlpTile(2, 512))
         parts = kernels.residual_mlp(*inputs, interpret=True)
     error = np.abs(np.asarray(whole, np.float32) - np.asarray(parts, np.float32))
     assert error.max() <= 2**-7 * np.abs(np.asarray(whole, np.float32)).max()
     assert error.mean() < 1e-3
+
+
+@pytest.fixture
+def half():
+    """The second half of a block: six frames, what else it takes, and a stack for its result."""
+    rng = np.random.default_rng(8)
+    params = block_params(rng, 256, 4, 64, 1024)
+    x = jnp.asarray(rng.normal(size=(6, 21, 256)) * 3, jnp.bfloat16)
+    slots = jnp.asarray(rng.normal(size=(3, *x.shape)), jnp.bfloat16)
+    return (x, params['norm'], params['mlp']), Slot(slots, jnp.asarray(1))
+
+
+@pytest.mark.parametrize('tile', [(1, 1024), (2, 256)])
+def test_an_mlp_puts_its_result_into_a_slot_too(half, tile, monkeypatch):
+    """And leaves the other slots as they are."""
+    inputs, slot = half
+    monkeypatch.setattr(kernels, 'mlp_tile', lambda *_, **__: kernels.MlpTile(*tile))
+    alone = kernels.residual_mlp(*inputs, interpret=True)
+    y, stack = jax.jit(functools.partial(kernels.residual_mlp, interpret=True))(*inputs, slot=slot)
+    np.testing.assert_array_equal(y, alone)
+    np.testing.assert_array_equal(stack, slot.written(alone))
+
+
+def test_gradients_go_through_a_slot_as_through_the_plain_form(half, monkeypatch):
+    """By the stream, the weights and the stack, of which a written slot has none."""
+    inputs, slot = half
+    plain = functools.partial(transformer.mlp, activation='quick_gelu')
+    rng = np.random.default_rng(9)
+    upstream = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), (inputs[0], slot.stack)
+    )
+
+    def gradients():
+        @jax.jit
+        def run(stack, *inputs):
+            def both(stack, *inputs):
+                fast = functools.partial(kernels.residual_mlp, interpret=True)
+                return kernels.kept_on_tpu(fast, plain, Slot(stack, slot.index), *inputs)
+
+            return jax.vjp(both, stack, *inputs)[1](upstream)
+
+        return run(slot.stack, *inputs)
+
+    usual = gradients()  # not on TPU here
+    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, tpu, default: tpu(*args))
+    assert not np.asarray(usual[0][1], np.float32).any()
+    for mine, theirs in zip(*map(jax.tree.leaves, (gradients(), usual)), strict=True):
+        mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
+        assert np.abs(mine - theirs).max() <= 0.02 * np.abs(theirs).max()
 
 
 def test_an_mlp_with_the_norm_behind_it_equals_the_plain_one(monkeypatch):
@@ -263,7 +313,7 @@ def test_an_mlp_with_the_norm_behind_it_equals_the_plain_one(monkeypatch):
     monkeypatch.setattr(kernels, 'residual_mlp', here)
     monkeypatch.setattr(kernels, 'on_tpu', lambda fast, plain, *inputs: fast(*inputs))
     for tile in ((1, 384), (2, 128)):
-        monkeypatch.setattr(kernels, 'mlp_tile', lambda *_, tile=tile: kernels.MlpTile(*tile))
+        monkeypatch.setattr(kernels, 'mlp_tile', lambda *_, tile=tile, **__: kernels.MlpTile(*tile))
         error = np.abs(np.asarray(plain(*inputs), np.float32) - exact)
         assert error.mean() < 1.02 * usual.mean()
         assert error.max() < 1.5 * usual.max()
@@ -287,6 +337,13 @@ def test_which_blocks_the_halves_take():
     assert takes(50, 192) == (False, False)  # half a register would be left
     # EVA-02-bigE: one frame for every part of the weights.
     assert kernels.mlp_tile((64, 257, 1792), 15360, post_norm=True) == (1, 512)
+    # With a slot.
+    for length, width, tile in (
+        (197, 768, (1, 3072)),
+        (257, 1024, (2, 512)),
+        (577, 1024, (1, 256)),
+    ):
+        assert kernels.mlp_tile((8, length, width), 4 * width, kept=True) == tile
 
 
 def test_which_frames_attention_takes():

@@ -163,6 +163,9 @@ def test_kernels_are_known_by_the_cost_they_declare():
     }
     assert kernel.flops == 300
     assert kernel.cycles == 0 and named.declared is None and named.hbm_bytes == 0
+    assert kernel.hbm_bytes == 64
+    larger = text.replace('f32[8] custom-call(%x)', 'f32[8000] custom-call(%x)')
+    assert hlo.read_program(larger).operations[0].hbm_bytes == 64  # writes a part of it in place
 
 
 @pytest.mark.parametrize(

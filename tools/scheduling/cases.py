@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from dist_jax.models import kernel_costs, kernels, temporal_kernel
 from dist_jax.models.params import Tree
+from dist_jax.models.stack import Slot
 
 FRAMES = 256  # on a chip; a schedule's first and last frame count for little
 B32, B16, L14, L14_336 = (50, 768, 12), (197, 768, 12), (257, 1024, 16), (577, 1024, 16)
@@ -80,21 +81,36 @@ def _residual_attention(frames: int, tokens: int, width: int, heads: int, head_d
 
 
 def _residual_mlp(
-    frames: int, tokens: int, width: int, hidden: int, part: int, post_norm: bool = False
+    frames: int,
+    tokens: int,
+    width: int,
+    hidden: int,
+    part: int,
+    post_norm: bool = False,
+    kept: bool = False,
 ):
     x = _array(frames, tokens, width)
-    if kernels.mlp_tile(x.shape, hidden, post_norm).hidden != part:
+    if kernels.mlp_tile(x.shape, hidden, post_norm, kept).hidden != part:
         raise ValueError(f'residual_mlp does not take {part} of {hidden} channels at a time')
     mlp = {'c_fc': _dense((width,), (hidden,)), 'c_proj': _dense((hidden,), (width,))}
     activation = 'gelu' if post_norm else 'quick_gelu'
     function = functools.partial(
         kernels.residual_mlp, activation=activation, post_norm=post_norm, eps=1e-6
     )
-    return function, (x, _norm(width), mlp)
+    slot = Slot(_array(2, *x.shape), _array(dtype=jnp.int32))
+    return function, (x, _norm(width), mlp, *([slot] if kept else []))
 
 
-def _part(tokens: int, width: int) -> int:
-    return kernels.mlp_tile((FRAMES, tokens, width), 4 * width).hidden
+def _mlp_shapes(kept: bool = False) -> tuple[dict[str, int], ...]:
+    return tuple(
+        {
+            'tokens': tokens,
+            'width': width,
+            'hidden': 4 * width,
+            'part': kernels.mlp_tile((FRAMES, tokens, width), 4 * width, kept=kept).hidden,
+        }
+        for tokens, width, _ in (B32, B16, L14, L14_336, B16_336)
+    )
 
 
 def _sum_of_products(frames: int, tokens: int, rows: int, columns: int):
@@ -162,12 +178,9 @@ KERNELS: dict[str, Kernel] = {
             for tokens, width, heads in (B32, B16, L14, B16_336)
         ),
     ),
-    'residual_mlp': Kernel(
-        _residual_mlp,
-        tuple(
-            {'tokens': tokens, 'width': width, 'hidden': 4 * width, 'part': _part(tokens, width)}
-            for tokens, width, _ in (B32, B16, L14, L14_336, B16_336)
-        ),
+    'residual_mlp': Kernel(_residual_mlp, _mlp_shapes()),
+    'kept_residual_mlp': Kernel(
+        functools.partial(_residual_mlp, kept=True), _mlp_shapes(kept=True)
     ),
     'post_norm_mlp': Kernel(
         functools.partial(_residual_mlp, post_norm=True),
