@@ -3,7 +3,7 @@
 Source: Qing et al., "Disentangling Spatial and Temporal Learning for Efficient Image-to-Video
 Transfer Learning", ICCV 2023 (arXiv:2309.07911), section 3; released code of the authors.
 
-    X = stem(video)                                        (B, T, g, g, S)   temporal encoder
+    X = stem(video)                                        (B, T, g*g, S)    temporal encoder
     R = 0                                                  (B, t, 1 + g*g, C) integration branch
     for every selected block, F its frozen output (B, t, 1 + g*g, W):
         X = quick_gelu(X + conv_space(quick_gelu(conv_time(LN X))))
@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dist_jax.models import heads, kernels, temporal_kernel
+from dist_jax.models import heads, integration_kernel, kernels, temporal_kernel
 from dist_jax.models.api import Model, ParamGroup, Tree
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.frozen import Frozen
@@ -395,6 +395,7 @@ class DistLayer(nn.Module):
 
     alpha: int
     integration_dim: int
+    temporal_dim: int
     temporal_hidden: int
     ffn_hidden: int
     temporal_ffn_hidden: int
@@ -420,32 +421,91 @@ class DistLayer(nn.Module):
             )(x)
         if not (self.integration or self.last):
             return (x, r), {}
+        branches = self.spatial and self.temporal and self.integration
+        if branches and (self.last or not self.outputs) and not self.is_initializing():
+            params = self.variables['params']
+            if integration_kernel.fits(x, r, taps, params):
+                return self._in_one(x, r, index, taps, params)
+        call = self._parts()
         m = r
         if self.spatial:
             tap = jax.lax.dynamic_index_in_dim(taps, index, keepdims=False)
-            m = Linear(self.integration_dim, **options, name='input_linear')(tap)
-            m = m.reshape(r.shape) + r
-        u = m
-        if self.temporal:
-            u = m + Temporal2Integration(
-                self.integration_dim, self.alpha, **options, name='temporal2integration'
-            )(x)
+            m = _entered(call, tap, r)
+        u = m + call['temporal2integration'](x) if self.temporal else m
         if self.integration:
-            r = IntegrationNet(
-                self.ffn_hidden,
-                self.temporal_ffn_hidden,
-                self.temporal_kernel,
-                **options,
-                name='integration_net',
-            )(u)
+            r = call['integration_net'](u)
         seen = {'temporal': x, 'integration': r, 'integration_input': u} if self.outputs else {}
         if self.integration and self.temporal:
             # Nobody reads the sum of the last layer; the compiler then drops this product too.
-            to_temporal = Integration2Temporal(
-                x.shape[-1], self.alpha, **options, name='integration2temporal'
-            )(m[:, :, 1:])
-            x = x + to_temporal
+            x = x + call['integration2temporal'](m[:, :, 1:])
         return (x, r), seen
+
+    def _parts(self, **where: None) -> dict[str, nn.Module]:
+        """What is behind the temporal net, by name; with `parent=None` apart from this module."""
+        options = {'kernel_init': self.kernel_init, 'dtype': self.dtype, **where}
+        channels = self.integration_dim
+        widths = (self.ffn_hidden, self.temporal_ffn_hidden, self.temporal_kernel)
+        parts = (
+            Linear(channels, **options, name='input_linear'),
+            Temporal2Integration(channels, self.alpha, **options, name='temporal2integration'),
+            IntegrationNet(*widths, **options, name='integration_net'),
+            Integration2Temporal(
+                self.temporal_dim, self.alpha, **options, name='integration2temporal'
+            ),
+        )
+        return {part.name: part for part in parts}
+
+    def _in_one(
+        self, x: jax.Array, r: jax.Array, index: jax.Array | int, taps: jax.Array, params: Tree
+    ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
+        """What is behind the temporal net, where all branches are there, as one kernel."""
+        parts = self._parts(parent=None)
+        if self.last:
+            del parts['integration2temporal']
+        enter, join = plain_forms(parts, self.last)
+        out, r = integration_kernel.integration(
+            x,
+            r,
+            taps,
+            index,
+            {name: params[name] for name in parts},
+            enter=enter,
+            join=join,
+            last=self.last,
+        )
+        if self.last:
+            return (x, r), {'temporal': x, 'integration': r, 'integration_input': out}
+        return (out, r), {}
+
+
+def _entered(
+    call: Mapping[str, Callable[..., jax.Array]], tap: jax.Array, r: jax.Array
+) -> jax.Array:
+    """M = F W_in + b + R of a frozen output (B*t, L, W)."""
+    return call['input_linear'](tap).reshape(r.shape) + r
+
+
+def plain_forms(
+    parts: Mapping[str, nn.Module], last: bool
+) -> tuple[Callable[..., jax.Array], Callable[..., tuple[jax.Array, jax.Array]]]:
+    """`enter` and `join` of `integration_kernel.integration`, by modules that are bound nowhere."""
+
+    def calls(params: Tree) -> dict[str, Callable[..., jax.Array]]:
+        return {
+            name: functools.partial(part.apply, {'params': params[name]})
+            for name, part in parts.items()
+        }
+
+    def enter(tap: jax.Array, r: jax.Array, params: Tree) -> jax.Array:
+        return _entered(calls(params), tap, r)
+
+    def join(x: jax.Array, m: jax.Array, params: Tree) -> tuple[jax.Array, jax.Array]:
+        call = calls(params)
+        u = m + call['temporal2integration'](x)
+        new = call['integration_net'](u)
+        return (u if last else x + call['integration2temporal'](m[:, :, 1:])), new
+
+    return enter, join
 
 
 class AdaptivePooling(nn.Module):
@@ -587,11 +647,12 @@ class DistNet(nn.Module):
                 init,
                 name='temporal_stem',
             )(patches)
-            x = stem.reshape(*patches.shape[:3], -1)
+            x = stem.reshape(*patches.shape[:3], self.temporal_dim)
         r = jnp.zeros((b, t, taps.shape[2], self.integration_dim), self.dtype)
         layer = {
             'alpha': self.alpha,
             'integration_dim': self.integration_dim,
+            'temporal_dim': self.temporal_dim,
             'temporal_hidden': self.temporal_hidden,
             'ffn_hidden': self.ffn_hidden,
             'temporal_ffn_hidden': self.temporal_ffn_hidden,
@@ -610,6 +671,7 @@ class DistNet(nn.Module):
                 remat=self.remat,
                 unroll=self.unroll,
                 in_axes=(0, nn.broadcast),
+                keep=(integration_kernel.MIXED,),
             )
             (x, r), inner = scanned(**layer, last=False, outputs=intermediates, name='layers')(
                 (x, r), jnp.arange(self.num_layers - 1), taps

@@ -123,6 +123,35 @@ def _temporal_net(
     }
 
 
+def _integration(tokens: int, width: int, channels: int, hidden: int, alpha: int) -> Work:
+    """DiST's integration block; the narrow channels of its temporal parts are one tile each."""
+    own = _exchange(channels, hidden, alpha)
+    matrices = ((width, channels), *own, (hidden, channels), *_NARROW, (LANES, channels))
+    return {
+        'products': _products(tokens, *matrices, (channels, LANES)),
+        'registers': _registers(tokens, channels),
+    }
+
+
+def _integration_gradient(tokens: int, width: int, channels: int, hidden: int, alpha: int) -> Work:
+    """Some products again, and of every matrix but the first the gradient by what it was times."""
+    own = (*_exchange(channels, hidden, alpha), *_NARROW)
+    narrow, back = (channels, LANES), (*own, (hidden, channels), (LANES, channels))
+    sums = (width, hidden, hidden, *[LANES] * (alpha + 3))
+    products = _products(tokens, *own, *back, narrow)
+    products += sum(_products(size, (tokens, channels)) for size in sums)
+    products += _products(3 * LANES, (tokens, LANES))
+    return {'products': products, 'registers': _registers(tokens, channels)}
+
+
+_NARROW = ((LANES, LANES),) * 3  # taps of the convolution along time
+
+
+def _exchange(channels: int, hidden: int, alpha: int) -> tuple[tuple[int, int], ...]:
+    """From the temporal stream, and the first maps of both feed-forwards."""
+    return (*((LANES, channels),) * alpha, (channels, hidden), (channels, LANES))
+
+
 # Kernel -> its shape -> the work of a frame that its time is proportional to, by kind.
 WORK: dict[str, Callable[..., Work]] = {
     'frame_attention': _attention,
@@ -134,4 +163,6 @@ WORK: dict[str, Callable[..., Work]] = {
     'sum_of_products': _sum_of_products,
     'temporal_net': _temporal_net,
     'temporal_net_gradient': functools.partial(_temporal_net, backward=True),
+    'integration': _integration,
+    'integration_gradient': _integration_gradient,
 }

@@ -985,8 +985,12 @@ def sums_fit(a: jax.Array, b: jax.Array) -> bool:
     """Whether `sum_of_products` takes these: bfloat16, whole on a device, room in VMEM."""
     length, size = _rows(a.shape[1]), a.shape[2] * b.shape[2]
     held = 2 * 4 * size + 2 * 2 * length * (a.shape[2] + b.shape[2]) + 4 * size
-    whole = _mesh_sizes().get(TENSOR, 1) == 1 and _batch_axes(a) is not None
-    return a.dtype == b.dtype == jnp.bfloat16 and whole and held < VMEM_BYTES
+    return a.dtype == b.dtype == jnp.bfloat16 and on_whole_devices(a) and held < VMEM_BYTES
+
+
+def on_whole_devices(x: jax.Array) -> bool:
+    """Whether a device holds whole frames of `x`, or clips, and weights, and no other the same."""
+    return _mesh_sizes().get(TENSOR, 1) == 1 and _batch_axes(x) is not None
 
 
 def sum_of_products(a: jax.Array, b: jax.Array, interpret: bool = False) -> jax.Array:
@@ -1180,6 +1184,7 @@ def on_each_device(
     x: jax.Array,
     *whole: Tree,
     beside: Sequence[jax.Array] = (),
+    stacked: Sequence[jax.Array] = (),
     split: str | None = None,
     slot: Slot | None = None,
 ) -> Tree:
@@ -1189,19 +1194,27 @@ def on_each_device(
     device does the same work.
 
     Args:
-      function: (x, *beside, *whole) -> arrays of the rank of `x`.
+      function: (x, *beside, *stacked, *whole) -> arrays whose first axis is that of `x`, or has a
+        part of a sum for each device.
       x: (N, L, C).
       whole: what every device needs all of.
       beside: other arrays that are split like `x`.
+      stacked: others with an axis in front of the one that is split.
       split: the axis of the mesh that C is split over, of `x` and of the result.
       slot: of a stack (K, N, L, C), which is split likewise; goes to the function by name, which
         then gives one more array, that stack.
     """
-    inputs = (x, *beside, *whole)
+    inputs = (x, *beside, *stacked, *whole)
     if math.prod(_mesh_sizes().values()) == 1:
         return function(*inputs) if slot is None else function(*inputs, slot=slot)
     spec = PartitionSpec(_batch_axes(x), None, split)
-    specs = (spec, *(spec for _ in beside), *(PartitionSpec() for _ in whole))
+    behind = PartitionSpec(None, _batch_axes(x))
+    specs = (
+        spec,
+        *(spec for _ in beside),
+        *(behind for _ in stacked),
+        *(PartitionSpec() for _ in whole),
+    )
     on_mesh = functools.partial(jax.shard_map, check_vma=False)
     if slot is None:
         return on_mesh(function, in_specs=specs, out_specs=spec)(*inputs)

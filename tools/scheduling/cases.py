@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dist_jax.models import kernel_costs, kernels, temporal_kernel
+from dist_jax.models import integration_kernel, kernel_costs, kernels, temporal_kernel
 from dist_jax.models.params import Tree
 from dist_jax.models.stack import Slot
 
@@ -159,6 +159,67 @@ TEMPORAL_NETS = tuple(
 )
 
 
+CLIP, TEMPORAL, CHANNELS = 8, 96, 384  # of DiST: frames, channels of both branches
+
+
+def _integration(frames: int, tokens: int, width: int, channels: int, hidden: int, alpha: int):
+    x, r, taps, params = _block(frames, tokens, width, channels, hidden, alpha)
+    return functools.partial(integration_kernel.forward, last=False), (
+        x,
+        r,
+        taps,
+        _array(dtype=jnp.int32),
+        params,
+    )
+
+
+def _integration_gradient(
+    frames: int, tokens: int, width: int, channels: int, hidden: int, alpha: int
+):
+    x, r, taps, params = _block(frames, tokens, width, channels, hidden, alpha)
+    function = functools.partial(integration_kernel.backward, last=False)
+    return function, (x, r, taps, _array(dtype=jnp.int32), params, (x, r))
+
+
+def _block(
+    frames: int, tokens: int, width: int, channels: int, hidden: int, alpha: int
+) -> Arguments:
+    """Both streams, two layers' frozen outputs, and the parameters of DiST's integration block."""
+    clips, narrow = frames // CLIP, channels // 4
+
+    def linear(*shape: int) -> Tree:
+        kernel, bias = (_array(*size, dtype=jnp.float32) for size in (shape, shape[-1:]))
+        return {'kernel': kernel, 'bias': bias}
+
+    params = {
+        'input_linear': linear(width, channels),
+        'temporal2integration': linear(alpha, TEMPORAL, channels)
+        | {'cls_token': _array(CLIP, channels, dtype=jnp.float32)},
+        'integration_net': {
+            'ln': _norm(channels),
+            'ln_temporal': _norm(channels),
+            'ffn': {'c_fc': linear(channels, hidden), 'c_proj': linear(hidden, channels)},
+            'temporal_ffn': {
+                'c_fc1': linear(channels, narrow),
+                'c_fc2': linear(3, narrow, narrow),
+                'c_proj': linear(narrow, channels),
+            },
+        },
+        'integration2temporal': linear(channels, TEMPORAL),
+    }
+    return (
+        _array(clips, alpha * CLIP, tokens - 1, TEMPORAL),
+        _array(clips, CLIP, tokens, channels),
+        _array(2, frames, tokens, width),
+        params,
+    )
+
+
+INTEGRATION = tuple(
+    {'tokens': tokens, 'width': width, 'channels': CHANNELS, 'hidden': CHANNELS, 'alpha': 2}
+    for tokens, width, _ in (B16, L14)
+)
+
 KERNELS: dict[str, Kernel] = {
     'frame_attention': Kernel(
         _frame_attention,
@@ -186,6 +247,8 @@ KERNELS: dict[str, Kernel] = {
         functools.partial(_residual_mlp, post_norm=True),
         ({'tokens': 257, 'width': 1792, 'hidden': 15360, 'part': 512},),
     ),
+    'integration': Kernel(_integration, INTEGRATION),
+    'integration_gradient': Kernel(_integration_gradient, INTEGRATION),
     'sum_of_products': Kernel(
         _sum_of_products, tuple(shape for side in SIDES for shape in _sums(side))
     ),

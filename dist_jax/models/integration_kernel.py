@@ -1,0 +1,779 @@
+"""DiST's integration block as kernels for TPU: forward, and backward with all its gradients.
+
+    M = F W_in + b + R
+    U = M + [class row | conv_alpha(X)]
+    X' = X + repeat_alpha(M[patches] W_it + b)
+    R' = FFN(LN U) + TemporalFFN(LN U)
+
+A grid step works on one frame: everything between stays in VMEM, with the weights. What a
+convolution along time needs of neighbours is kept in rings of frames, and what needs them runs some
+steps behind; so all frames of a core follow each other, whatever clip they are of, and one
+schedule holds independent work of several frames. Nothing but X, M and the frozen outputs is kept
+for the gradient; the frozen outputs get none.
+
+Both norms have the same statistics. What is linear around them and around quick_gelu is folded into
+the weights, in plain JAX, so that the gradient of that folding gives those of the parameters:
+scales and biases of the norms, the mean of a row (weights without their mean over channels leave
+it out), 0.851 and 1 / 1.702 of quick_gelu, of which v + v tanh(v) is left.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dist_jax.models import kernel_costs, kernels
+from dist_jax.models.kernel_costs import LANES, SUBLANES, whole
+from dist_jax.models.kernels import product
+from dist_jax.models.layers import LAYER_NORM_EPS, is_portable
+from dist_jax.models.stack import mark
+
+Tree = Any
+Refs = Mapping[str, Any]
+
+MIXED = 'mixed'  # the name under which M is kept, see `stack.mark`
+STEEP = 0.851  # quick_gelu(x) = (v + v tanh v) / (2 STEEP) for v = STEEP x
+
+
+class Sizes(NamedTuple):
+    """Of a block; what has to fill lanes is there without and with what fills them up.
+
+    Attributes:
+      clip: t, frames of a clip.
+      alpha: frames of X for each.
+      tokens: L, 1 + N.
+      width: W.
+      channels: C.
+      hidden: of the feed-forward within a frame.
+      taps: of the convolution along time, odd.
+      temporal: S.
+      temporal_hidden: of the feed-forward along time.
+    """
+
+    clip: int
+    alpha: int
+    tokens: int
+    width: int
+    channels: int
+    hidden: int
+    taps: int
+    temporal: int
+    temporal_hidden: int
+
+    @property
+    def reach(self) -> int:
+        """How many frames a convolution along time looks back, and ahead."""
+        return self.taps // 2
+
+
+def sizes_of(x: jax.Array, r: jax.Array, taps: jax.Array, params: Tree) -> Sizes:
+    """Sizes of a call of `integration`."""
+    temporal = params['integration_net']['temporal_ffn']['c_fc2']['kernel']
+    return Sizes(
+        clip=r.shape[1],
+        alpha=x.shape[1] // r.shape[1],
+        tokens=r.shape[2],
+        width=taps.shape[3],
+        channels=r.shape[3],
+        hidden=params['integration_net']['ffn']['c_fc']['kernel'].shape[1],
+        taps=temporal.shape[0],
+        temporal=x.shape[3],
+        temporal_hidden=temporal.shape[2],
+    )
+
+
+def fits(x: jax.Array, r: jax.Array, taps: jax.Array, params: Tree) -> bool:
+    """Whether the kernels take these: bfloat16, whole on a device, room in VMEM."""
+    if is_portable() or not x.dtype == r.dtype == taps.dtype == jnp.bfloat16:
+        return False
+    sizes = sizes_of(x, r, taps, params)
+    filled = all(n % LANES == 0 for n in (sizes.width, sizes.channels, sizes.hidden))
+    narrow = max(sizes.temporal, sizes.temporal_hidden) <= LANES
+    even = sizes.temporal % 16 == sizes.temporal_hidden % 16 == 0
+    return (
+        filled
+        and narrow
+        and even
+        and kernels.on_whole_devices(r)
+        and max(_held(sizes)) < kernels.VMEM_BYTES
+    )
+
+
+def _held(sizes: Sizes) -> tuple[int, int]:
+    """Bytes of VMEM that the kernels hold, forward and backward."""
+    rows = whole(sizes.tokens, 2 * SUBLANES)
+    wide, narrow = rows * sizes.channels, rows * LANES
+    tap, x = rows * sizes.width, sizes.alpha * narrow
+    c, h, w = sizes.channels, sizes.hidden, sizes.width
+    small = (sizes.alpha + 2) * c * LANES + sizes.taps * LANES * LANES
+    lag = sizes.reach + 1
+    forward = 2 * (w * c + 2 * c * h + small)  # weights
+    forward += 4 * (tap + 3 * wide + 2 * x)  # read and written, twice
+    forward += 4 * ((lag + 5) * wide + (sizes.taps + 5) * narrow)
+    backward = 2 * (3 * c * h + 2 * small) + 4 * (w * c + 2 * c * h + small)
+    backward += 4 * sizes.clip * SUBLANES * c
+    backward += 4 * (tap + 5 * wide + 3 * x)
+    backward += 4 * ((4 * lag + 5) * wide + (2 * sizes.taps + 3 * lag + 5) * narrow)
+    backward += 8 * lag * x
+    return forward, backward
+
+
+def integration(
+    x: jax.Array,
+    r: jax.Array,
+    taps: jax.Array,
+    index: jax.Array | int,
+    params: Tree,
+    *,
+    enter: Callable[..., jax.Array],
+    join: Callable[..., tuple[jax.Array, jax.Array]],
+    last: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The block where `fits`: kernels on TPU, `join(x, enter(tap, r, params), params)` elsewhere.
+
+    Args:
+      x: X behind the temporal net, (B, alpha t, N, S).
+      r: R (B, t, 1 + N, C).
+      taps: frozen outputs of all layers (K, B*t, 1 + N, W); they get no gradient.
+      index: which is this layer's.
+      params: of `input_linear`, `temporal2integration`, `integration_net` and, unless `last`,
+        `integration2temporal`.
+      enter: (tap (B*t, 1 + N, W), r, params) -> M like `r`.
+      join: (x, m, params) -> what this returns.
+      last: no layer follows: U is wanted instead of X'.
+
+    Returns:
+      X' like `x`, or U like `r`, and R'.
+    """
+    index = jnp.asarray(index, jnp.int32)
+
+    def plain(x, r, taps, index, params):
+        tap = jax.lax.dynamic_index_in_dim(taps, index, keepdims=False)
+        m = enter(tap, r, params)
+        return *join(x, m, params), m
+
+    def plain_gradient(x, m, taps, index, params, upstream):
+        tap = jax.lax.dynamic_index_in_dim(taps, index, keepdims=False)
+        dx, dm, of_join = jax.vjp(join, x, m, params)[1](upstream)
+        of_enter = jax.vjp(lambda params: enter(tap, jnp.zeros_like(m), params), params)[1](dm)[0]
+        return dx, dm, jax.tree.map(jnp.add, of_join, of_enter)
+
+    fast = functools.partial(forward, last=last)
+    fast_gradient = functools.partial(backward, last=last)
+
+    def both(*inputs):
+        return jax.lax.platform_dependent(*inputs, tpu=fast, default=plain)
+
+    def run_forward(x, r, taps, index, params):
+        out, new, m = both(x, r, taps, index, params)
+        return (out, new), (x, mark(m, MIXED), taps, index, params)
+
+    def run_backward(kept, upstream):
+        dx, dr, gradients = jax.lax.platform_dependent(
+            *kept, upstream, tpu=fast_gradient, default=plain_gradient
+        )
+        return dx, dr, None, None, gradients
+
+    run = jax.custom_vjp(lambda *inputs: both(*inputs)[:2])
+    run.defvjp(run_forward, run_backward)
+    return run(x, r, taps, index, params)
+
+
+def fold(params: Tree, last: bool) -> dict[str, jax.Array]:
+    """Weights as the kernels take them, float32; narrow channels filled up to a register's."""
+    net, t2i = params['integration_net'], params['temporal2integration']
+    ffn, temporal = net['ffn'], net['temporal_ffn']
+
+    def behind_norm(norm: Tree, linear: Tree, factor: float) -> tuple[jax.Array, jax.Array]:
+        kernel = norm['scale'][:, None] * linear['kernel']
+        bias = norm['bias'] @ linear['kernel'] + linear['bias']
+        return factor * (kernel - kernel.mean(0)), factor * bias
+
+    w1, b1 = behind_norm(net['ln'], ffn['c_fc'], STEEP)
+    wt1, bt1 = behind_norm(net['ln_temporal'], temporal['c_fc1'], 1.0)
+    weights = {
+        'w_in': params['input_linear']['kernel'],
+        'b_in': params['input_linear']['bias'],
+        'k': _fill(t2i['kernel'], -2),
+        'bk': t2i['bias'],
+        'cls': t2i['cls_token'],
+        'w1': w1,
+        'b1': b1,
+        'w2': ffn['c_proj']['kernel'] / (2 * STEEP),
+        'b2': ffn['c_proj']['bias'] + temporal['c_proj']['bias'],
+        'wt1': _fill(wt1, -1),
+        'bt1': _fill(bt1, -1),
+        'wc': _fill(_fill(STEEP * temporal['c_fc2']['kernel'], -1), -2),
+        'bc': _fill(STEEP * temporal['c_fc2']['bias'], -1),
+        'wt2': _fill(temporal['c_proj']['kernel'] / (2 * STEEP), -2),
+    }
+    if not last:
+        weights['w_it'] = _fill(params['integration2temporal']['kernel'], -1)
+        weights['b_it'] = _fill(params['integration2temporal']['bias'], -1)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
+
+
+def _fill(x: jax.Array, axis: int) -> jax.Array:
+    """`x` with zeros behind it on this axis, up to whole registers."""
+    missing = [(0, 0)] * x.ndim
+    missing[axis] = (0, -x.shape[axis] % LANES)
+    return jnp.pad(x, missing)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """(..., K, N) -> uint32 (..., K / 2, N): two rows, in bfloat16, in a word.
+
+    So a matrix lies in memory as a product wants it; narrower numbers would be packed at every use.
+    """
+    pairs = x.astype(jnp.bfloat16).reshape(*x.shape[:-2], -1, 2, x.shape[-1])
+    halves = jax.lax.bitcast_convert_type(pairs, jnp.uint16).astype(jnp.uint32)
+    return halves[..., 0, :] | halves[..., 1, :] << 16
+
+
+def _matrix(words: jax.Array) -> jax.Array:
+    """What `_words` was of."""
+    return pltpu.bitcast(words, jnp.bfloat16)
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def forward(
+    x: jax.Array,
+    r: jax.Array,
+    taps: jax.Array,
+    index: jax.Array,
+    params: Tree,
+    *,
+    last: bool,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """X' (or U), R' and M, see `integration`; on the part of the clips that a device holds."""
+    sizes = sizes_of(x, r, taps, params)
+    folded = fold(params, last)
+    names = ('w_in', 'k', 'w1', 'w2', 'wt1', 'wc', 'wt2') + (() if last else ('w_it',))
+    weights = {name: _words(folded[name]) for name in names}
+    weights |= _rows_of(folded, 'b_in', 'bk', 'b1', 'b2', 'bt1', 'bc')
+    weights |= {} if last else _rows_of(folded, 'b_it')
+    weights['cls'] = folded['cls'][:, None]
+    run = functools.partial(_forward_on_device, sizes=sizes, last=last, interpret=interpret)
+    return kernels.on_each_device(run, x, index[None], weights, beside=(r,), stacked=(taps,))
+
+
+def backward(
+    x: jax.Array,
+    m: jax.Array,
+    taps: jax.Array,
+    index: jax.Array,
+    params: Tree,
+    upstream: tuple[jax.Array, jax.Array],
+    *,
+    last: bool,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, Tree]:
+    """The gradient by X, R and the parameters, from that by the results, see `integration`."""
+    sizes = sizes_of(x, m, taps, params)
+    folded, unfold = jax.vjp(functools.partial(fold, last=last), params)
+    weights = {name: _words(folded[name]) for name in ('k', 'w1', 'wt1', 'wc')}
+    names = ('k', 'w1', 'w2', 'wt1', 'wc', 'wt2') + (() if last else ('w_it',))
+    weights |= {name + '^T': _words(_transposed(folded[name])) for name in names}
+    weights |= _rows_of(folded, 'bk', 'b1', 'bt1', 'bc')
+    weights['cls'] = folded['cls'][:, None]
+    run = functools.partial(_backward_on_device, sizes=sizes, last=last, interpret=interpret)
+    dx, dr, sums = kernels.on_each_device(
+        run, x, index[None], weights, beside=(m, *upstream), stacked=(taps,)
+    )
+    sums = jax.tree.map(lambda leaf: leaf.sum(0), sums)
+    return dx, dr, unfold(_gradients(sums, folded))[0]
+
+
+def _rows_of(folded: Mapping[str, jax.Array], *names: str) -> dict[str, jax.Array]:
+    return {name: folded[name].reshape(1, -1) for name in names}
+
+
+def _gradients(
+    sums: Mapping[str, jax.Array], folded: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """What `_backward_on_device` sums, as a tree like `fold`'s."""
+    found = {}
+    for name, like in folded.items():
+        if name + '^T' in sums:
+            leaf = _transposed(sums[name + '^T'])
+        elif name == 'bk':  # of patches: of all tokens less class tokens
+            leaf = sums['bu'][0] - sums['cls'].sum((0, 1))
+        else:
+            leaf = sums[name]
+        missing = [(0, a - b) for a, b in zip(like.shape, leaf.shape)] if like.ndim > 1 else None
+        if name == 'cls':
+            leaf = leaf[:, 0]
+        elif missing is not None:
+            leaf = jnp.pad(leaf, missing)
+        found[name] = leaf.reshape(like.shape)
+    return found
+
+
+# Calls of the kernels.
+
+
+def _grid(sizes: Sizes, frames: int) -> tuple[int, int]:
+    """Parts, one for each core, and frames of each: whole clips."""
+    cores = kernel_costs.CORES
+    parts = cores if frames // sizes.clip % cores == 0 else 1
+    return parts, frames // parts
+
+
+class _Blocks(NamedTuple):
+    """Block specs of arrays with one row for every frame; `each` frames a core."""
+
+    each: int
+
+    def frame(self, x: jax.Array | jax.ShapeDtypeStruct, lag: int = 0) -> pl.BlockSpec:
+        """One frame of (frames, ...), `lag` steps late."""
+        rest = (0,) * (x.ndim - 1)
+        return pl.BlockSpec((1, *x.shape[1:]), lambda p, i, _: (self._number(p, i, lag), *rest))
+
+    def tap(self, x: jax.Array, lag: int = 0) -> pl.BlockSpec:
+        """One frame of the layer's own tap."""
+        return pl.BlockSpec(
+            (1, 1, *x.shape[2:]), lambda p, i, index: (index[0], self._number(p, i, lag), 0, 0)
+        )
+
+    def _number(self, part: jax.Array, step: jax.Array, lag: int) -> jax.Array:
+        return part * self.each + jnp.clip(step - lag, 0, self.each - 1)
+
+
+def _stays(x: jax.Array) -> pl.BlockSpec:
+    """A weight, read once."""
+    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim, pipeline_mode=pl.Buffered(1))
+
+
+def _by_frame(x: jax.Array, sizes: Sizes) -> jax.Array:
+    """(B, alpha t, N, S) -> (B*t, alpha, N, S)."""
+    return x.reshape(-1, sizes.alpha, *x.shape[2:])
+
+
+def _forward_on_device(
+    x: jax.Array,
+    r: jax.Array,
+    taps: jax.Array,
+    index: jax.Array,
+    weights: dict[str, jax.Array],
+    *,
+    sizes: Sizes,
+    last: bool,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    by_frame, flat = _by_frame(x, sizes), r.reshape(-1, *r.shape[2:])
+    frames = flat.shape[0]
+    parts, each = _grid(sizes, frames)
+    blocks = _Blocks(each)
+    lag = sizes.reach + 1
+    rows, wide = sizes.tokens, (sizes.tokens, sizes.channels)
+    out = flat if last else by_frame
+    outputs = {'out': (out, 0), 'new': (flat, lag), 'm': (flat, 0)}
+    scratch = {
+        'shift': (sizes.alpha, rows, LANES),
+        'shift_back': (rows, LANES),
+        'bias': wide,
+        'f': (lag, *wide),
+        'g': (sizes.taps + 1, rows, LANES),
+    }
+    inputs = {'x': by_frame, 'r': flat, 'tap': taps}
+    in_specs = [blocks.frame(by_frame), blocks.frame(flat), blocks.tap(taps)]
+    cost = kernels.cost_estimate(
+        'integration',
+        frames,
+        _shape(sizes),
+        transcendentals=rows * (sizes.hidden + sizes.temporal_hidden),
+        frame_bytes=_bytes(sizes, wide=2 if not last else 3, narrow=1 if last else 2),
+        weight_bytes=kernel_costs.CORES * sum(w.nbytes for w in weights.values()),
+    )
+    found = _call(
+        functools.partial(_forward_kernel, sizes=sizes, last=last),
+        'integration',
+        index,
+        inputs | weights,
+        in_specs + [_stays(w) for w in weights.values()],
+        {name: jax.ShapeDtypeStruct(y.shape, y.dtype) for name, (y, _) in outputs.items()},
+        [blocks.frame(y, lag) for y, lag in outputs.values()],
+        scratch,
+        (parts, each + lag),
+        cost,
+        interpret,
+    )
+    like = r if last else x
+    return found[0].reshape(like.shape), found[1].reshape(r.shape), found[2].reshape(r.shape)
+
+
+def _shape(sizes: Sizes) -> dict[str, int]:
+    """As `kernel_costs` takes it."""
+    names = ('tokens', 'width', 'channels', 'hidden', 'alpha')
+    return {name: getattr(sizes, name) for name in names}
+
+
+def _bytes(sizes: Sizes, wide: int, narrow: int) -> int:
+    """Read and written for a frame: a tap, and arrays like R and like X."""
+    rows = whole(sizes.tokens, SUBLANES)
+    x = sizes.alpha * whole(sizes.tokens - 1, SUBLANES) * LANES
+    return 2 * (rows * sizes.width + wide * rows * sizes.channels + narrow * x)
+
+
+def _call(
+    kernel: Callable[..., None],
+    name: str,
+    index: jax.Array,
+    inputs: dict[str, jax.Array],
+    in_specs: list[pl.BlockSpec],
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    out_specs: list[pl.BlockSpec],
+    scratch: dict[str, tuple[int, ...]],
+    grid: tuple[int, int],
+    cost: pl.CostEstimate,
+    interpret: bool,
+) -> list[jax.Array]:
+    names = (*inputs, *(f'{name}!' for name in outputs), *scratch)
+
+    def body(_, *refs) -> None:
+        kernel(dict(zip(names, refs, strict=True)))
+
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+        ),
+        out_shape=list(outputs.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=kernels.VMEM_BYTES
+        ),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=name,
+    )(index, *inputs.values())
+
+
+# Inside of the kernels.
+
+
+def _forward_kernel(refs: Refs, *, sizes: Sizes, last: bool) -> None:
+    """One step: what a frame needs of itself alone, and the temporal FFN of one before it."""
+    step = pl.program_id(1)
+    lag, rows = sizes.reach + 1, sizes.tokens
+
+    @pl.when(step == 0)
+    def _() -> None:
+        refs['shift'][...] = jnp.zeros(refs['shift'].shape, jnp.float32)
+        refs['g'][sizes.taps] = jnp.zeros((rows, LANES), jnp.float32)
+        refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], (rows, sizes.channels))
+
+    # Along time, of a frame that is `lag` steps back: reads rings before they are written.
+    convolved = _convolved(refs, step - lag, sizes)
+    active = convolved + convolved * jnp.tanh(convolved)
+    new = refs['f'][jax.lax.rem(step, lag)] + product(_narrow(active), _matrix(refs['wt2'][...]))
+    refs['new!'][0] = _narrow(new)
+
+    m = product(refs['tap'][0, 0], _matrix(refs['w_in'][...])) + refs['b_in'][...]
+    m = m + refs['r'][0].astype(jnp.float32)
+    refs['m!'][0] = _narrow(m)
+    shifted = [_shifted(refs['shift'].at[a], refs['x'][0, a], sizes) for a in range(sizes.alpha)]
+    u = m + _exchanged(refs, shifted, step, sizes)
+    if last:
+        refs['out!'][0] = _narrow(u)
+    else:
+        given = product(_narrow(m), _matrix(refs['w_it'][...])) + refs['b_it'][...]
+        refs['shift_back'][...] = given
+        change = refs['shift_back'][1:, : sizes.temporal]
+        for a in range(sizes.alpha):
+            refs['out!'][0, a] = _narrow(refs['x'][0, a].astype(jnp.float32) + change)
+    normed = _narrow(_standardised(u)[0])
+    hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
+    active = hidden + hidden * jnp.tanh(hidden)
+    out = product(_narrow(active), _matrix(refs['w2'][...])) + refs['b2'][...]
+    narrow = product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
+    refs['f'][jax.lax.rem(step, lag)] = out
+    refs['g'][jax.lax.rem(step, sizes.taps)] = narrow
+
+
+def _narrow(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16)
+
+
+def _shifted(ref, x: jax.Array, sizes: Sizes) -> jax.Array:
+    """Patches (N, S) as rows of tokens, float32 (L, 128); zeros elsewhere are there already."""
+    ref[1:, : sizes.temporal] = x.astype(jnp.float32)
+    return _narrow(ref[...])
+
+
+def _exchanged(refs: Refs, shifted: list[jax.Array], step: jax.Array, sizes: Sizes) -> jax.Array:
+    """What the temporal stream gives to the integration branch, (L, C)."""
+    refs['bias'][:1] = refs['cls'][jax.lax.rem(step, sizes.clip)]
+    given = refs['bias'][...]
+    for a, x in enumerate(shifted):
+        given = given + product(x, _matrix(refs['k'][a]))
+    return given
+
+
+def _standardised(u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of mean 0 and variance 1, and by what they were multiplied, (L, 1)."""
+    centred = u - u.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True) + LAYER_NORM_EPS
+    factor = jnp.exp2(jnp.log(variance) * (-0.5 / math.log(2)))  # `rsqrt` takes longer
+    return centred * factor, factor
+
+
+def _neighbours(ring, frame: jax.Array, offset: int, sizes: Sizes) -> jax.Array:
+    """What a ring holds of the frame `offset` from this one, zeros outside of its clip."""
+    turns = sizes.clip * sizes.taps  # so that nothing is negative
+    place = jax.lax.rem(frame + turns, sizes.clip) + offset
+    slot = jax.lax.rem(frame + turns + offset, sizes.taps)
+    return ring[jnp.where((place >= 0) & (place < sizes.clip), slot, sizes.taps)]
+
+
+def _convolved(refs: Refs, frame: jax.Array, sizes: Sizes) -> jax.Array:
+    """The convolution along time for a frame, (L, 128)."""
+    out = refs['bc'][...]
+    for tap in range(sizes.taps):
+        rows = _neighbours(refs['g'], frame, tap - sizes.reach, sizes)
+        out = out + product(_narrow(rows), _matrix(refs['wc'][tap]))
+    return out
+
+
+def _backward_on_device(
+    x: jax.Array,
+    m: jax.Array,
+    of_out: jax.Array,
+    of_new: jax.Array,
+    taps: jax.Array,
+    index: jax.Array,
+    weights: dict[str, jax.Array],
+    *,
+    sizes: Sizes,
+    last: bool,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    by_frame, flat = _by_frame(x, sizes), m.reshape(-1, *m.shape[2:])
+    of_out = of_out.reshape(flat.shape if last else by_frame.shape)
+    of_new = of_new.reshape(flat.shape)
+    frames = flat.shape[0]
+    parts, each = _grid(sizes, frames)
+    blocks = _Blocks(each)
+    lag = sizes.reach + 1
+    rows, wide, narrow = sizes.tokens, (sizes.tokens, sizes.channels), (sizes.tokens, LANES)
+    inputs = {
+        'x': (by_frame, 0),
+        'm': (flat, 0),
+        'new': (of_new, 0),
+        'later new': (of_new, lag),
+        'out': (of_out, 2 * lag),
+        **({} if last else {'later m': (flat, 2 * lag)}),
+    }
+    in_specs = [blocks.frame(y, lag) for y, lag in inputs.values()]
+    sums = _sums(sizes, last)
+    outputs = {'dr': flat, 'dx': by_frame}
+    shapes = {name: jax.ShapeDtypeStruct(y.shape, y.dtype) for name, y in outputs.items()}
+    shapes |= {
+        name: jax.ShapeDtypeStruct((parts, *shape), jnp.float32)
+        for name, (shape, _) in sums.items()
+    }
+    scratch = {
+        'shift': (2 * lag, sizes.alpha, *narrow),
+        'shift_out': narrow,
+        'shift_back': (sizes.alpha, *narrow),
+        'bias': wide,
+        'z': (2 * lag, *wide),
+        'factor': (2 * lag, rows, 1),
+        'dz': (2 * lag, *wide),
+        'g': (sizes.taps + 1, *narrow),
+        'da': (lag, *narrow),
+        'dg': (sizes.taps + 1, *narrow),
+    }
+    scratch |= {f'{name}+': shape for name, (shape, _) in sums.items()}
+    cost = kernels.cost_estimate(
+        'integration_gradient',
+        frames,
+        _shape(sizes),
+        transcendentals=rows * (sizes.hidden + sizes.temporal_hidden),
+        frame_bytes=_bytes(sizes, wide=5, narrow=2 if last else 3),
+        weight_bytes=kernel_costs.CORES * sum(w.nbytes for w in weights.values()),
+    )
+    found = _call(
+        functools.partial(_backward_kernel, sizes=sizes, last=last, sums=sums, each=each),
+        'integration_gradient',
+        index,
+        {name: y for name, (y, _) in inputs.items()} | {'tap': taps} | weights,
+        [*in_specs, blocks.tap(taps, 2 * lag), *(_stays(w) for w in weights.values())],
+        shapes,
+        [blocks.frame(y, 2 * lag) for y in outputs.values()]
+        + [pl.BlockSpec(memory_space=pl.ANY)] * len(sums),
+        scratch,
+        (parts, each + 2 * lag),
+        cost,
+        interpret,
+    )
+    dr, dx, *found = found
+    return dx.reshape(x.shape), dr.reshape(m.shape), dict(zip(sums, found, strict=True))
+
+
+def _sums(sizes: Sizes, last: bool) -> dict[str, tuple[tuple[int, ...], int]]:
+    """What the backward kernel sums over frames: its shape, and how late it begins to."""
+    c, h, s, k = sizes.channels, sizes.hidden, sizes.temporal, sizes.taps
+    narrow, lag = sizes.temporal_hidden, sizes.reach + 1
+    sums = {
+        'w1': ((c, h), 0),
+        'b1': ((1, h), 0),
+        'w2': ((h, c), 0),
+        'b2': ((1, c), 0),
+        'wc': ((k, narrow, LANES), lag),
+        'bc': ((1, LANES), lag),
+        'wt2': ((narrow, c), lag),
+        'wt1^T': ((narrow, c), 2 * lag),
+        'bt1': ((1, LANES), 2 * lag),
+        'k': ((sizes.alpha, s, c), 2 * lag),
+        'bu': ((1, c), 2 * lag),
+        'cls': ((sizes.clip, 1, c), 2 * lag),
+        'w_in^T': ((c, sizes.width), 2 * lag),
+        'b_in': ((1, c), 2 * lag),
+    }
+    if not last:
+        sums |= {'w_it^T': ((s, c), 2 * lag), 'b_it': ((1, LANES), 2 * lag)}
+    return sums
+
+
+def _backward_kernel(
+    refs: Refs,
+    *,
+    sizes: Sizes,
+    last: bool,
+    sums: Mapping[str, tuple[tuple[int, ...], int]],
+    each: int,
+) -> None:
+    """One step: parts of three frames, each of which waits for neighbours of the part before."""
+    part, step = pl.program_id(0), pl.program_id(1)
+    lag, rows = sizes.reach + 1, sizes.tokens
+
+    @pl.when(step == 0)
+    def _() -> None:
+        for name in ('shift', 'shift_out'):
+            refs[name][...] = jnp.zeros(refs[name].shape, jnp.float32)
+        for name in ('g', 'dg'):
+            refs[name][sizes.taps] = jnp.zeros((rows, LANES), jnp.float32)
+        refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], (rows, sizes.channels))
+
+    # What came before the first frame is thrown away, and what comes after the last not read.
+    for start in sorted({start for _, start in sums.values()}):
+
+        @pl.when(step == start)
+        def _(start: int = start) -> None:
+            for name, (shape, begins) in sums.items():
+                if begins == start:
+                    refs[f'{name}+'][...] = jnp.zeros(shape, jnp.float32)
+
+    # In this order, rings are read before they are written.
+    _backward_through_mixing(refs, step, sizes, last)
+    _backward_through_time(refs, step - lag, sizes)
+    _backward_within_frame(refs, step, sizes)
+
+    for start in sorted({start for _, start in sums.values()}):
+
+        @pl.when(step == each - 1 + start)
+        def _(start: int = start) -> None:
+            for name, (_, begins) in sums.items():
+                if begins == start:
+                    pltpu.sync_copy(refs[f'{name}+'], refs[f'{name}!'].at[part])
+
+
+def _backward_within_frame(refs: Refs, step: jax.Array, sizes: Sizes) -> None:
+    """U again, and the gradient of the feed-forward within a frame."""
+    slot = jax.lax.rem(step, 2 * (sizes.reach + 1))
+    shifted = [
+        _shifted(refs['shift'].at[slot, a], refs['x'][0, a], sizes) for a in range(sizes.alpha)
+    ]
+    u = refs['m'][0].astype(jnp.float32) + _exchanged(refs, shifted, step, sizes)
+    z, factor = _standardised(u)
+    normed, upstream = _narrow(z), refs['new'][0]
+    hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
+    active, slope = _activated(hidden)
+    dhidden = product(upstream, _matrix(refs['w2^T'][...])) * slope
+    narrow = _narrow(dhidden)
+    refs['w2+'][...] += product(_narrow(active), upstream, (0, 0))
+    refs['w1+'][...] += product(normed, narrow, (0, 0))
+    refs['b1+'][...] += dhidden.sum(0, keepdims=True)
+    refs['b2+'][...] += upstream.astype(jnp.float32).sum(0, keepdims=True)
+    refs['z'][slot] = z
+    refs['factor'][slot] = factor
+    refs['dz'][slot] = product(narrow, _matrix(refs['w1^T'][...]))
+    refs['g'][jax.lax.rem(step, sizes.taps)] = (
+        product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
+    )
+    refs['da'][jax.lax.rem(step, sizes.reach + 1)] = product(upstream, _matrix(refs['wt2^T'][...]))
+
+
+def _activated(v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """v + v tanh(v), and its derivative."""
+    bend = jnp.tanh(v)
+    part = v * bend
+    return v + part, (1 + bend) * (1 + v - part)
+
+
+def _backward_through_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+    """The gradient of the convolution along time by its result, and by its weights."""
+    lag, own = sizes.reach + 1, slice(sizes.temporal_hidden)
+    active, slope = _activated(_convolved(refs, frame, sizes))
+    gradient = refs['da'][jax.lax.rem(frame + lag, lag)] * slope
+    narrow = _narrow(gradient)
+    refs['wt2+'][...] += product(_narrow(active)[:, own], refs['later new'][0], (0, 0))
+    refs['bc+'][...] += gradient.sum(0, keepdims=True)
+    for tap in range(sizes.taps):
+        rows = _narrow(_neighbours(refs['g'], frame, tap - sizes.reach, sizes))
+        refs['wc+'][tap] += product(rows[:, own], narrow, (0, 0))
+    refs['dg'][jax.lax.rem(frame + lag * sizes.taps, sizes.taps)] = gradient
+
+
+def _backward_through_mixing(refs: Refs, step: jax.Array, sizes: Sizes, last: bool) -> None:
+    """What is left for a frame once its neighbours are known."""
+    lag = 2 * (sizes.reach + 1)
+    frame, slot = step - lag, jax.lax.rem(step, lag)
+    s, own = sizes.temporal, slice(sizes.temporal_hidden)
+    dg = jnp.zeros((1, LANES), jnp.float32)
+    for tap in range(sizes.taps):
+        rows = _neighbours(refs['dg'], frame, sizes.reach - tap, sizes)
+        dg = dg + product(_narrow(rows), _matrix(refs['wc^T'][tap]))
+    narrow, z = _narrow(dg), refs['z'][slot]
+    refs['wt1^T+'][...] += product(narrow[:, own], _narrow(z), (0, 0))
+    refs['bt1+'][...] += dg.sum(0, keepdims=True)
+    dz = refs['dz'][slot] + product(narrow, _matrix(refs['wt1^T'][...]))
+    du = refs['factor'][slot] * (dz - z * (dz * z).mean(-1, keepdims=True))
+    if last:
+        du = du + refs['out'][0].astype(jnp.float32)
+    narrow = _narrow(du)
+    refs['bu+'][...] += du.sum(0, keepdims=True)
+    refs['cls+'][jax.lax.rem(frame + lag * sizes.clip, sizes.clip)] += du[:1]
+    for a in range(sizes.alpha):
+        refs['k+'][a] += product(_narrow(refs['shift'][slot, a])[:, :s], narrow, (0, 0))
+        refs['shift_back'][a] = product(narrow, _matrix(refs['k^T'][a]))
+        dx = refs['shift_back'][a, 1:, :s]
+        if not last:
+            dx = dx + refs['out'][0, a].astype(jnp.float32)
+        refs['dx!'][0, a] = _narrow(dx)
+    dm = du
+    if not last:
+        upstream = sum(refs['out'][0, a].astype(jnp.float32) for a in range(sizes.alpha))
+        shifted = _shifted(refs['shift_out'], upstream, sizes)
+        refs['w_it^T+'][...] += product(shifted[:, :s], refs['later m'][0], (0, 0))
+        refs['b_it+'][...] += refs['shift_out'][...].sum(0, keepdims=True)
+        dm = du + product(shifted, _matrix(refs['w_it^T'][...]))
+    narrow = _narrow(dm)
+    refs['dr!'][0] = narrow
+    refs['b_in+'][...] += dm.sum(0, keepdims=True)
+    refs['w_in^T+'][...] += product(narrow, refs['tap'][0, 0], (0, 0))
