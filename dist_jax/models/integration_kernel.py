@@ -72,6 +72,11 @@ class Sizes(NamedTuple):
         """How many frames a convolution along time looks back, and ahead."""
         return self.taps // 2
 
+    @property
+    def ring(self) -> int:
+        """Frames kept for such a convolution: a power of two, by which no division is needed."""
+        return 1 << (self.taps - 1).bit_length()
+
 
 def sizes_of(x: jax.Array, r: jax.Array, taps: jax.Array, params: Tree) -> Sizes:
     """Sizes of a call of `integration`."""
@@ -350,11 +355,6 @@ class _Blocks(NamedTuple):
         return part * self.each + jnp.clip(step - lag, 0, self.each - 1)
 
 
-def _stays(x: jax.Array) -> pl.BlockSpec:
-    """A weight, read once."""
-    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim, pipeline_mode=pl.Buffered(1))
-
-
 def _by_frame(x: jax.Array, sizes: Sizes) -> jax.Array:
     """(B, alpha t, N, S) -> (B*t, alpha, N, S)."""
     return x.reshape(-1, sizes.alpha, *x.shape[2:])
@@ -378,13 +378,14 @@ def _forward_on_device(
     lag = sizes.reach + 1
     rows, wide = sizes.tokens, (sizes.tokens, sizes.channels)
     out = flat if last else by_frame
-    outputs = {'out': (out, 0), 'new': (flat, lag), 'm': (flat, 0)}
+    outputs = {'out': (out, 0), 'new': (flat, 1 + lag), 'm': (flat, 0)}
     scratch = {
         'shift': (sizes.alpha, rows, LANES),
         'shift_back': (rows, LANES),
         'bias': wide,
+        'u': wide,
         'f': (lag, *wide),
-        'g': (sizes.taps + 1, rows, LANES),
+        'g': (sizes.ring + 1, rows, LANES),
     }
     inputs = {'x': by_frame, 'r': flat, 'tap': taps}
     in_specs = [blocks.frame(by_frame), blocks.frame(flat), blocks.tap(taps)]
@@ -400,12 +401,13 @@ def _forward_on_device(
         functools.partial(_forward_kernel, sizes=sizes, last=last),
         'integration',
         index,
-        inputs | weights,
-        in_specs + [_stays(w) for w in weights.values()],
+        inputs,
+        weights,
+        in_specs,
         {name: jax.ShapeDtypeStruct(y.shape, y.dtype) for name, (y, _) in outputs.items()},
         [blocks.frame(y, lag) for y, lag in outputs.values()],
         scratch,
-        (parts, each + lag),
+        (parts, each + 1 + lag),
         cost,
         interpret,
     )
@@ -427,10 +429,11 @@ def _bytes(sizes: Sizes, wide: int, narrow: int) -> int:
 
 
 def _call(
-    kernel: Callable[..., None],
+    kernel: Callable[[Refs], None],
     name: str,
     index: jax.Array,
     inputs: dict[str, jax.Array],
+    weights: dict[str, jax.Array],
     in_specs: list[pl.BlockSpec],
     outputs: dict[str, jax.ShapeDtypeStruct],
     out_specs: list[pl.BlockSpec],
@@ -439,19 +442,42 @@ def _call(
     cost: pl.CostEstimate,
     interpret: bool,
 ) -> list[jax.Array]:
-    names = (*inputs, *(f'{name}!' for name in outputs), *scratch)
+    """Calls a kernel with references by name, `NAME!` to what it writes.
+
+    Weights are copied by hand before the first step: blocks that stay where they are cost every
+    step the question whether they do.
+    """
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    names = (*inputs, *(f'{name}?' for name in weights), *(f'{name}!' for name in outputs))
 
     def body(_, *refs) -> None:
-        kernel(dict(zip(names, refs, strict=True)))
+        *refs, arrived = refs
+        found = dict(zip((*names, *weights, *scratch), refs, strict=True))
+
+        @pl.when(pl.program_id(1) == 0)
+        def _() -> None:
+            copies = [
+                pltpu.make_async_copy(found[f'{name}?'], found[name], arrived) for name in weights
+            ]
+            for copy in copies:
+                copy.start()
+            for copy in copies:
+                copy.wait()
+
+        kernel(found)
 
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
-            in_specs=in_specs,
+            in_specs=[*in_specs, *[whole] * len(weights)],
             out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+            scratch_shapes=[
+                *(pltpu.VMEM(w.shape, w.dtype) for w in weights.values()),
+                *(pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()),
+                pltpu.SemaphoreType.DMA,
+            ],
         ),
         out_shape=list(outputs.values()),
         compiler_params=pltpu.CompilerParams(
@@ -460,7 +486,7 @@ def _call(
         cost_estimate=cost,
         interpret=interpret,
         name=name,
-    )(index, *inputs.values())
+    )(index, *inputs.values(), *weights.values())
 
 
 # Inside of the kernels.
@@ -474,35 +500,52 @@ def _forward_kernel(refs: Refs, *, sizes: Sizes, last: bool) -> None:
     @pl.when(step == 0)
     def _() -> None:
         refs['shift'][...] = jnp.zeros(refs['shift'].shape, jnp.float32)
-        refs['g'][sizes.taps] = jnp.zeros((rows, LANES), jnp.float32)
+        refs['g'][sizes.ring] = jnp.zeros((rows, LANES), jnp.float32)
         refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], (rows, sizes.channels))
 
-    # Along time, of a frame that is `lag` steps back: reads rings before they are written.
-    convolved = _convolved(refs, step - lag, sizes)
-    active = convolved + convolved * jnp.tanh(convolved)
-    new = refs['f'][jax.lax.rem(step, lag)] + product(_narrow(active), _matrix(refs['wt2'][...]))
-    refs['new!'][0] = _narrow(new)
+    # In this order, what an earlier step left is read before it is written anew.
+    normed = _narrow(_standardised(refs['u'][...])[0])
+    _forward_mixing(refs, step, sizes, last)
+    _forward_along_time(refs, step - 1 - lag, sizes)
+    _forward_within_frame(refs, step - 1, normed, sizes)
 
+
+def _forward_mixing(refs: Refs, step: jax.Array, sizes: Sizes, last: bool) -> None:
+    """M, U and X'."""
     m = product(refs['tap'][0, 0], _matrix(refs['w_in'][...])) + refs['b_in'][...]
     m = m + refs['r'][0].astype(jnp.float32)
     refs['m!'][0] = _narrow(m)
     shifted = [_shifted(refs['shift'].at[a], refs['x'][0, a], sizes) for a in range(sizes.alpha)]
     u = m + _exchanged(refs, shifted, step, sizes)
+    refs['u'][...] = u
     if last:
         refs['out!'][0] = _narrow(u)
-    else:
-        given = product(_narrow(m), _matrix(refs['w_it'][...])) + refs['b_it'][...]
-        refs['shift_back'][...] = given
-        change = refs['shift_back'][1:, : sizes.temporal]
-        for a in range(sizes.alpha):
-            refs['out!'][0, a] = _narrow(refs['x'][0, a].astype(jnp.float32) + change)
-    normed = _narrow(_standardised(u)[0])
+        return
+    given = product(_narrow(m), _matrix(refs['w_it'][...])) + refs['b_it'][...]
+    refs['shift_back'][...] = given
+    change = refs['shift_back'][1:, : sizes.temporal]
+    for a in range(sizes.alpha):
+        refs['out!'][0, a] = _narrow(refs['x'][0, a].astype(jnp.float32) + change)
+
+
+def _forward_within_frame(refs: Refs, frame: jax.Array, normed: jax.Array, sizes: Sizes) -> None:
+    """The feed-forward within a frame, and the first map of the one along time."""
+    lag = sizes.reach + 1
     hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
     active = hidden + hidden * jnp.tanh(hidden)
-    out = product(_narrow(active), _matrix(refs['w2'][...])) + refs['b2'][...]
     narrow = product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
-    refs['f'][jax.lax.rem(step, lag)] = out
-    refs['g'][jax.lax.rem(step, sizes.taps)] = narrow
+    refs['g'][_modulo(frame, sizes.ring)] = narrow
+    out = product(_narrow(active), _matrix(refs['w2'][...])) + refs['b2'][...]
+    refs['f'][_modulo(frame, lag)] = out
+
+
+def _forward_along_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+    """The rest of the feed-forward along time, and R'."""
+    lag = sizes.reach + 1
+    convolved = _convolved(refs, frame, sizes)
+    active = convolved + convolved * jnp.tanh(convolved)
+    change = product(_narrow(active), _matrix(refs['wt2'][...]))
+    refs['new!'][0] = _narrow(refs['f'][_modulo(frame, lag)] + change)
 
 
 def _narrow(x: jax.Array) -> jax.Array:
@@ -517,7 +560,7 @@ def _shifted(ref, x: jax.Array, sizes: Sizes) -> jax.Array:
 
 def _exchanged(refs: Refs, shifted: list[jax.Array], step: jax.Array, sizes: Sizes) -> jax.Array:
     """What the temporal stream gives to the integration branch, (L, C)."""
-    refs['bias'][:1] = refs['cls'][jax.lax.rem(step, sizes.clip)]
+    refs['bias'][:1] = refs['cls'][_modulo(step, sizes.clip)]
     given = refs['bias'][...]
     for a, x in enumerate(shifted):
         given = given + product(x, _matrix(refs['k'][a]))
@@ -534,10 +577,14 @@ def _standardised(u: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _neighbours(ring, frame: jax.Array, offset: int, sizes: Sizes) -> jax.Array:
     """What a ring holds of the frame `offset` from this one, zeros outside of its clip."""
-    turns = sizes.clip * sizes.taps  # so that nothing is negative
-    place = jax.lax.rem(frame + turns, sizes.clip) + offset
-    slot = jax.lax.rem(frame + turns + offset, sizes.taps)
-    return ring[jnp.where((place >= 0) & (place < sizes.clip), slot, sizes.taps)]
+    place = _modulo(frame, sizes.clip) + offset
+    slot = _modulo(frame + offset, sizes.ring)
+    return ring[jnp.where((place >= 0) & (place < sizes.clip), slot, sizes.ring)]
+
+
+def _modulo(x: jax.Array, of: int) -> jax.Array:
+    """`x` modulo `of`, also of an `x` a little below nothing; divisions are slow."""
+    return x & (of - 1) if of & (of - 1) == 0 else jax.lax.rem(x + SUBLANES * of, of)
 
 
 def _convolved(refs: Refs, frame: jax.Array, sizes: Sizes) -> jax.Array:
@@ -594,9 +641,9 @@ def _backward_on_device(
         'z': (2 * lag, *wide),
         'factor': (2 * lag, rows, 1),
         'dz': (2 * lag, *wide),
-        'g': (sizes.taps + 1, *narrow),
+        'g': (sizes.ring + 1, *narrow),
         'da': (lag, *narrow),
-        'dg': (sizes.taps + 1, *narrow),
+        'dg': (sizes.ring + 1, *narrow),
     }
     scratch |= {f'{name}+': shape for name, (shape, _) in sums.items()}
     cost = kernels.cost_estimate(
@@ -611,8 +658,9 @@ def _backward_on_device(
         functools.partial(_backward_kernel, sizes=sizes, last=last, sums=sums, each=each),
         'integration_gradient',
         index,
-        {name: y for name, (y, _) in inputs.items()} | {'tap': taps} | weights,
-        [*in_specs, blocks.tap(taps, 2 * lag), *(_stays(w) for w in weights.values())],
+        {name: y for name, (y, _) in inputs.items()} | {'tap': taps},
+        weights,
+        [*in_specs, blocks.tap(taps, 2 * lag)],
         shapes,
         [blocks.frame(y, 2 * lag) for y in outputs.values()]
         + [pl.BlockSpec(memory_space=pl.ANY)] * len(sums),
@@ -667,7 +715,7 @@ def _backward_kernel(
         for name in ('shift', 'shift_out'):
             refs[name][...] = jnp.zeros(refs[name].shape, jnp.float32)
         for name in ('g', 'dg'):
-            refs[name][sizes.taps] = jnp.zeros((rows, LANES), jnp.float32)
+            refs[name][sizes.ring] = jnp.zeros((rows, LANES), jnp.float32)
         refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], (rows, sizes.channels))
 
     # What came before the first frame is thrown away, and what comes after the last not read.
@@ -695,7 +743,7 @@ def _backward_kernel(
 
 def _backward_within_frame(refs: Refs, step: jax.Array, sizes: Sizes) -> None:
     """U again, and the gradient of the feed-forward within a frame."""
-    slot = jax.lax.rem(step, 2 * (sizes.reach + 1))
+    slot = _modulo(step, 2 * (sizes.reach + 1))
     shifted = [
         _shifted(refs['shift'].at[slot, a], refs['x'][0, a], sizes) for a in range(sizes.alpha)
     ]
@@ -713,10 +761,10 @@ def _backward_within_frame(refs: Refs, step: jax.Array, sizes: Sizes) -> None:
     refs['z'][slot] = z
     refs['factor'][slot] = factor
     refs['dz'][slot] = product(narrow, _matrix(refs['w1^T'][...]))
-    refs['g'][jax.lax.rem(step, sizes.taps)] = (
+    refs['g'][_modulo(step, sizes.ring)] = (
         product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
     )
-    refs['da'][jax.lax.rem(step, sizes.reach + 1)] = product(upstream, _matrix(refs['wt2^T'][...]))
+    refs['da'][_modulo(step, sizes.reach + 1)] = product(upstream, _matrix(refs['wt2^T'][...]))
 
 
 def _activated(v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -730,20 +778,20 @@ def _backward_through_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
     """The gradient of the convolution along time by its result, and by its weights."""
     lag, own = sizes.reach + 1, slice(sizes.temporal_hidden)
     active, slope = _activated(_convolved(refs, frame, sizes))
-    gradient = refs['da'][jax.lax.rem(frame + lag, lag)] * slope
+    gradient = refs['da'][_modulo(frame, lag)] * slope
     narrow = _narrow(gradient)
     refs['wt2+'][...] += product(_narrow(active)[:, own], refs['later new'][0], (0, 0))
     refs['bc+'][...] += gradient.sum(0, keepdims=True)
     for tap in range(sizes.taps):
         rows = _narrow(_neighbours(refs['g'], frame, tap - sizes.reach, sizes))
         refs['wc+'][tap] += product(rows[:, own], narrow, (0, 0))
-    refs['dg'][jax.lax.rem(frame + lag * sizes.taps, sizes.taps)] = gradient
+    refs['dg'][_modulo(frame, sizes.ring)] = gradient
 
 
 def _backward_through_mixing(refs: Refs, step: jax.Array, sizes: Sizes, last: bool) -> None:
     """What is left for a frame once its neighbours are known."""
     lag = 2 * (sizes.reach + 1)
-    frame, slot = step - lag, jax.lax.rem(step, lag)
+    frame, slot = step - lag, _modulo(step, lag)
     s, own = sizes.temporal, slice(sizes.temporal_hidden)
     dg = jnp.zeros((1, LANES), jnp.float32)
     for tap in range(sizes.taps):
@@ -758,7 +806,7 @@ def _backward_through_mixing(refs: Refs, step: jax.Array, sizes: Sizes, last: bo
         du = du + refs['out'][0].astype(jnp.float32)
     narrow = _narrow(du)
     refs['bu+'][...] += du.sum(0, keepdims=True)
-    refs['cls+'][jax.lax.rem(frame + lag * sizes.clip, sizes.clip)] += du[:1]
+    refs['cls+'][_modulo(frame, sizes.clip)] += du[:1]
     for a in range(sizes.alpha):
         refs['k+'][a] += product(_narrow(refs['shift'][slot, a])[:, :s], narrow, (0, 0))
         refs['shift_back'][a] = product(narrow, _matrix(refs['k^T'][a]))
