@@ -481,7 +481,7 @@ def _call(
         ),
         out_shape=list(outputs.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=kernels.VMEM_BYTES
+            dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=kernels.VMEM_BYTES, disable_bounds_checks=True
         ),
         cost_estimate=cost,
         interpret=interpret,
