@@ -481,7 +481,9 @@ def _call(
         ),
         out_shape=list(outputs.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=kernels.VMEM_BYTES, disable_bounds_checks=True
+            dimension_semantics=('parallel', 'arbitrary'),
+            vmem_limit_bytes=kernels.VMEM_BYTES,
+            disable_bounds_checks=True,
         ),
         cost_estimate=cost,
         interpret=interpret,
@@ -505,7 +507,8 @@ def _forward_kernel(refs: Refs, *, sizes: Sizes, last: bool) -> None:
 
     # In this order, what an earlier step left is read before it is written anew.
     normed = _narrow(_standardised(refs['u'][...])[0])
-    _forward_mixing(refs, step, sizes, last)
+    # Behind the last frame it is written again and again, for the others to be finished.
+    _forward_mixing(refs, jnp.minimum(step, pl.num_programs(1) - 2 - lag), sizes, last)
     _forward_along_time(refs, step - 1 - lag, sizes)
     _forward_within_frame(refs, step - 1, normed, sizes)
 
