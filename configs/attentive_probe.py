@@ -1,4 +1,4 @@
-"""The attentive probe: `--config=configs/attentive_probe.py:VARIANT`.
+"""The attentive probe: `--config=attentive_probe:VARIANT`.
 
 Source: Bardes et al., V-JEPA, arXiv:2404.08471: one query over frozen tokens, trained for 20 epochs
 of batches of 256 with AdamW, from 1e-3 on a cosine, without a warm-up, weight decay 0.01. Clips and

@@ -1,9 +1,9 @@
-"""DiST: `--config=configs/dist.py:VARIANT`, one variant a released result.
+"""DiST: `--config=dist:VARIANT`, one variant a released result.
 
 Source: Qing et al., ICCV 2023, tables 5 and 6, and the configurations of the authors' release.
 Figures beside the rows are the paper's top-1 / top-5 (3 views); ours need the real data.
 
-    dist_jax train --config=configs/dist.py:b16_8+16f_k400 --workdir=runs/b16 \\
+    dist_jax train --config=dist:b16_8+16f_k400 --workdir=runs/b16 \\
         --config.backbone.checkpoint=clip_b16 --config.data.root=/data/k400 \\
         --config.data.train_list=train.txt --config.data.val_list=val.txt \\
         --config.data.label_map=labels.txt

@@ -1,9 +1,9 @@
-"""EVL: `--config=configs/evl.py:VARIANT`, one variant a released result.
+"""EVL: `--config=evl:VARIANT`, one variant a released result.
 
 Source: Lin et al., ECCV 2022, and the training scripts of the authors' release. Figures beside the
 rows are the release's top-1 / top-5 on Kinetics-400; ours need the real data.
 
-    dist_jax train --config=configs/evl.py:b16_8f_k400 --workdir=runs/evl \\
+    dist_jax train --config=evl:b16_8f_k400 --workdir=runs/evl \\
         --config.backbone.checkpoint=clip_b16 --config.data.root=/data/k400 \\
         --config.data.train_list=train.txt --config.data.val_list=val.txt \\
         --config.data.label_map=labels.txt

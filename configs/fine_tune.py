@@ -1,11 +1,11 @@
-"""Full fine-tuning: `--config=configs/fine_tune.py:VARIANT`.
+"""Full fine-tuning: `--config=fine_tune:VARIANT`.
 
 `b16_8f_k400` is a classifier on the mean of frames; recipe and rates are our own choice, with no
 figures. `msrvtt_b32` is CLIP4Clip with mean pooling (Luo et al., arXiv:2104.08860: 43.1
 text-to-video R@1 on MSR-VTT with 9,000 videos), `pictures` the training of a small CLIP from random
 weights (Radford et al. 2021, arXiv:2103.00020): single pictures and their captions.
 
-    dist_jax train --config=configs/fine_tune.py:msrvtt_b32 --workdir=runs/clip4clip \\
+    dist_jax train --config=fine_tune:msrvtt_b32 --workdir=runs/clip4clip \\
         --config.backbone.checkpoint=clip_b32 --config.data.root=/data/msrvtt/videos \\
         --config.data.train_list=/data/msrvtt/MSRVTT_train.9k.csv \\
         --config.data.val_list=/data/msrvtt/MSRVTT_JSFUSION_test.csv

@@ -1,6 +1,6 @@
 """The frame-only baseline: mean of frozen frame embeddings and a classifier.
 
-`demo` shares data, backbone, schedule and number of steps with `configs/dist.py:demo`; `k400` is
+`demo` shares data, backbone, schedule and number of steps with `dist:demo`; `k400` is
 the recipe of DiST B/16 8+16 frames.
 """
 

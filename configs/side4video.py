@@ -1,9 +1,9 @@
-"""Side4Video: `--config=configs/side4video.py:VARIANT`, one variant a line of the recipes.
+"""Side4Video: `--config=side4video:VARIANT`, one variant a line of the recipes.
 
 Source: Yao et al., arXiv:2311.15769, and the training scripts of the authors' release. Figures
 beside the rows are the release's top-1 / top-5; ours need the real data.
 
-    dist_jax train --config=configs/side4video.py:b16_8f_k400 --workdir=runs/side4video \\
+    dist_jax train --config=side4video:b16_8f_k400 --workdir=runs/side4video \\
         --config.backbone.checkpoint=clip_b16 --config.data.root=/data/k400 \\
         --config.data.train_list=train.txt --config.data.val_list=val.txt
 

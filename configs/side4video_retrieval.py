@@ -1,9 +1,9 @@
-"""Side4Video for text-video retrieval: `--config=configs/side4video_retrieval.py:VARIANT`.
+"""Side4Video for text-video retrieval: `--config=side4video_retrieval:VARIANT`.
 
 Source: Yao et al., arXiv:2311.15769, and the retrieval scripts of the authors' release. Figures
 beside the rows are the paper's text-to-video R@1 with its best model; ours need the real data.
 
-    dist_jax train --config=configs/side4video_retrieval.py:msrvtt_b16 --workdir=runs/msrvtt \\
+    dist_jax train --config=side4video_retrieval:msrvtt_b16 --workdir=runs/msrvtt \\
         --config.backbone.checkpoint=clip_b16 --config.data.root=/data/msrvtt/videos \\
         --config.data.train_list=/data/msrvtt/MSRVTT_train.9k.csv \\
         --config.data.val_list=/data/msrvtt/MSRVTT_JSFUSION_test.csv

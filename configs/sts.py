@@ -1,11 +1,11 @@
-"""STS: `--config=configs/sts.py:VARIANT`, one variant a published result.
+"""STS: `--config=sts:VARIANT`, one variant a published result.
 
 Source: Li et al., ECCV 2022, arXiv:2205.01721, and the configs of the authors' release. Figures
 beside the rows are the paper's top-1; ours need the real data.
 
-    dist_jax train --config=configs/sts.py:csn50_imagenet --workdir=runs/csn50_imagenet \\
+    dist_jax train --config=sts:csn50_imagenet --workdir=runs/csn50_imagenet \\
         --config.data.root=/data/imagenet --config.data.train_list=train --config.data.val_list=val
-    dist_jax train --config=configs/sts.py:csn50_k400 --workdir=runs/csn50_k400 \\
+    dist_jax train --config=sts:csn50_k400 --workdir=runs/csn50_k400 \\
         --config.init_from=runs/csn50_imagenet --config.data.root=/data/k400 \\
         --config.data.train_list=train.txt --config.data.val_list=val.txt
 

@@ -1,6 +1,6 @@
 """The frozen backbone with class texts, for `dist_jax evaluate`; there is nothing to train.
 
-    dist_jax evaluate --config=configs/zero_shot.py:b16_8f_k400 --output=runs/zero_shot \\
+    dist_jax evaluate --config=zero_shot:b16_8f_k400 --output=runs/zero_shot \\
         --config.backbone.checkpoint=clip_b16 --config.data.root=/data/k400 \\
         --config.data.val_list=val.txt --config.data.label_map=labels.txt
 

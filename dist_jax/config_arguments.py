@@ -15,6 +15,7 @@ from ml_collections.config_flags import config_flags
 from dist_jax.configs import base
 
 NO_FAMILIES = ('__init__', 'base', 'inputs')  # of configs/: what families are made of
+FIELDS = f'(fields and their meaning: {base.__file__})'
 
 
 class UsageError(ValueError):
@@ -30,8 +31,7 @@ def read_config(arguments: list[str], default: ConfigDict | None = None) -> Conf
     named = [_find_file(a) for a in arguments if a.startswith('--config=')]
     if '--config' in arguments or (not named and default is None):
         raise UsageError(
-            'pass --config=FILE:VARIANT, for example --config=configs/dist.py:b16_8+16f_k400, or '
-            '--config=dist:b16_8+16f_k400'
+            'pass --config=FILE:VARIANT, for example --config=dist:b16_8+16f_k400'
         )
     try:
         config = _parsed(named, default)
@@ -64,7 +64,7 @@ def _config_message(error: Exception) -> str:
     text = str(error.args[0] if error.args else error).strip()
     if 'Traceback' in text:  # a config file that raised: the last line is its message
         text = text.splitlines()[-1].partition(': ')[2]
-    return f'{text} (fields and their meaning: configs/base.py)'
+    return f'{text} {FIELDS}'
 
 
 def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
@@ -90,8 +90,7 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
         close = closest(name, fields)
         hint = f'; did you mean {" or ".join(f"--config.{field}" for field in close)}?'
         raise UsageError(
-            f'the config has no field {name!r}{hint if close else ""} '
-            '(fields and their meaning: configs/base.py)'
+            f'the config has no field {name!r}{hint if close else ""} {FIELDS}'
         )
     if not equals:
         raise UsageError(f'--config.{name} needs a value: {_expected(fields[name])}')
@@ -103,8 +102,7 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
             raise ValueError('not finite')
     except _CONFIG_ERRORS as error:
         raise UsageError(
-            f'--config.{name}={text}: expected {_expected(fields[name])} '
-            '(fields and their meaning: configs/base.py)'
+            f'--config.{name}={text}: expected {_expected(fields[name])} {FIELDS}'
         ) from error
     return changed
 

@@ -68,7 +68,7 @@ examples:
   dist_jax convert csn50_k400.pth sts_csn50_k400
   dist_jax convert --export sts_csn50_imagenet sts_csn50_imagenet.safetensors
 
-  # a trained run under its authors' names; a CLIP of configs/fine_tune.py, in again as a backbone
+  # a trained run under its authors' names; a CLIP of --config=fine_tune:ROW, in again as a backbone
   dist_jax convert --export runs/b16 mine.safetensors --step best
   dist_jax convert --export runs/clip4clip clip.safetensors
   dist_jax convert clip.safetensors clip_own --kind openai

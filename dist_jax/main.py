@@ -51,7 +51,7 @@ examples:
       turn CLIP weights into the backbone
   dist_jax check --list train.txt --root /data/k400
       read every video of a list beforehand
-  dist_jax train --config=configs/dist.py:b16_8+16f_k400 --workdir=runs/b16 \\
+  dist_jax train --config=dist:b16_8+16f_k400 --workdir=runs/b16 \\
       --config.backbone.checkpoint=clip_b16 --config.data.root=/data/k400 \\
       --config.data.train_list=train.txt --config.data.val_list=val.txt \\
       --config.data.label_map=labels.txt
@@ -62,7 +62,7 @@ examples:
       top-5 of single videos, with a picture
   dist_jax features --workdir=runs/b16 videos/ --out features
       a vector for each video
-  dist_jax train --config=configs/side4video_retrieval.py:demo --workdir=runs/retrieval
+  dist_jax train --config=side4video_retrieval:demo --workdir=runs/retrieval
       learn to match videos with sentences, here on built-in clips
   dist_jax index videos/ --out videos.index --backbone=clip_b16
   dist_jax search videos.index 'a red square moves left'
@@ -71,7 +71,7 @@ examples:
       the trained model to the Hugging Face Hub, with a card
   dist_jax export --workdir=runs/b16 --out b16_bundle
       a program in StableHLO with its weights, for machines without this package
-  dist_jax plan --config=configs/dist.py:b16_8+16f_k400 --topology=v4:2x2x2
+  dist_jax plan --config=dist:b16_8+16f_k400 --topology=v4:2x2x2
       memory and time of a step on a TPU that is not here
 
 `dist_jax help COMMAND` explains a command.

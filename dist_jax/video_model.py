@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dist_jax import attention_map, experiment, metrics, paths, recipe, step
-from dist_jax.config_arguments import read_config
+from dist_jax.config_arguments import FIELDS, read_config
 from dist_jax.embedding.embedder import Done, Embedder, Embedding, Row, clip_embedding
 from dist_jax.hub import client as hub
 from dist_jax.long_videos import track as over_time
@@ -611,9 +611,7 @@ def _changed(
         try:
             found.update_from_flattened_dict({name: value})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f'{name}={value!r}: {error} (fields and their meaning: configs/base.py)'
-            ) from None
+            raise ValueError(f'{name}={value!r}: {error} {FIELDS}') from None
     return found.lock()
 
 

@@ -12,7 +12,7 @@ SUMMARY = 'check this machine, or all hosts of a pod, before a run'
 HELP = """\
 examples:
   dist_jax doctor
-  dist_jax doctor --config=configs/dist.py:b16_8+16f_k400 --workdir=gs://bucket/run --devices=16 ...
+  dist_jax doctor --config=dist:b16_8+16f_k400 --workdir=gs://bucket/run --devices=16 ...
       on every host, with the arguments of `train`
 
 Versions, devices, code and config of all hosts, a workdir that all can write to, the backbone, and

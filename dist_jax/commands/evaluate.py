@@ -20,10 +20,10 @@ examples:
       --config.data.val_list=testlist01.txt --config.data.label_map=classInd.txt \\
       --config.eval.fusion=0.5
       zero-shot on another label set, averaged with the frozen CLIP
-  dist_jax evaluate --config=configs/dist.py:b16_8+16f_k400 --config.init_from=dist_b16 \\
+  dist_jax evaluate --config=dist:b16_8+16f_k400 --config.init_from=dist_b16 \\
       --config.backbone.checkpoint=clip_b16 --config.data.val_list=val.txt ...
       the authors' weights, after `dist_jax convert`
-  dist_jax evaluate --config=configs/zero_shot.py:b16_8f_k400 --output=runs/zero_shot \\
+  dist_jax evaluate --config=zero_shot:b16_8f_k400 --output=runs/zero_shot \\
       --config.backbone.checkpoint=clip_b16 --config.data.val_list=val.txt ...
       CLIP with the class names, nothing trained
 

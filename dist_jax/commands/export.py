@@ -21,7 +21,7 @@ examples:
       of one view a video, not of as many as the run is tested with
   dist_jax export --workdir=runs/b16 --labels=my_classes.txt --out b16_bundle
       for other class names, one a line (text head only)
-  dist_jax export --config=configs/dist.py:b16_8+16f_k400 --config.init_from=dist_b16 \\
+  dist_jax export --config=dist:b16_8+16f_k400 --config.init_from=dist_b16 \\
       --config.backbone.checkpoint=clip_b16 --labels=k400_labels.txt --out bundle
       the authors' weights, after `dist_jax convert`
   dist_jax export --backbone=clip_b16 --labels=my_classes.txt --out clip_bundle

@@ -15,12 +15,12 @@ from dist_jax.config_arguments import UsageError, read_config
 SUMMARY = 'memory and time of a step on a TPU that is not here'
 HELP = """\
 examples:
-  dist_jax plan --topology=v4:2x2x2 --config=configs/dist.py:b16_8+16f_k400 --config.batch_size=256
-  dist_jax plan --topology=v5e:4x4 --search_batch --config=configs/dist.py:l14_32+64f_k400 \\
+  dist_jax plan --topology=v4:2x2x2 --config=dist:b16_8+16f_k400 --config.batch_size=256
+  dist_jax plan --topology=v5e:4x4 --search_batch --config=dist:l14_32+64f_k400 \\
       --config.batch_size=128 --json=plan.json --plot=plan.png
   dist_jax plan --topology=v4:2x2x1 --config.batch_size=64 --plot=remat.png --compare \\
-      configs/dist.py:b16_8+16f_k400 'configs/dist.py:b16_8+16f_k400 config.model.remat=False'
-  dist_jax plan --topology=v4:2x2x1 --config=configs/dist.py:b16_8+16f_k400 \\
+      dist:b16_8+16f_k400 'dist:b16_8+16f_k400 config.model.remat=False'
+  dist_jax plan --topology=v4:2x2x1 --config=dist:b16_8+16f_k400 \\
       --config.batch_size=16 --gradients frozen through_backbone full
       what keeping the backbone frozen saves
 

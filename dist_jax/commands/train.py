@@ -13,8 +13,8 @@ from dist_jax.configs import base
 SUMMARY = 'train a model, or continue a run'
 HELP = """\
 examples:
-  dist_jax train --config=configs/dist.py:demo --workdir=runs/demo
-  dist_jax train --config=configs/dist.py:b16_8+16f_ssv2 --workdir=runs/ssv2 \\
+  dist_jax train --config=dist:demo --workdir=runs/demo
+  dist_jax train --config=dist:b16_8+16f_ssv2 --workdir=runs/ssv2 \\
       --config.backbone.checkpoint=clip_b16 --config.data.root=/data/ssv2 \\
       --config.data.train_list=train.json --config.data.val_list=validation.json \\
       --config.data.label_map=labels.json --config.batch_size=64

@@ -109,7 +109,7 @@ class Retrieve:
         if missing:
             raise ValueError(
                 f"task.name='retrieve' reads {', '.join(missing)} of a network, and this one has "
-                'none; take a config for retrieval, as configs/side4video_retrieval.py'
+                'none; take a config for retrieval, as --config=side4video_retrieval:ROW'
             )
 
     def targets(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
