@@ -40,6 +40,7 @@ from input_pipeline.pipeline import open_video
 from input_pipeline.records import BuiltSplit, Identity, is_built, read_example, read_index
 
 MOST_SHEETS = 20  # of a set of captions, which has no classes
+LETTER = 0.09  # inches: width of one of a title
 FEW_VALUES = 8  # up to here a bar for each value, beyond a histogram
 _FIGURES = {  # title and unit of what statistics.png shows
     'duration': 'duration, s',
@@ -127,15 +128,18 @@ def draw_statistics(sources: Sequence[BuiltSplit], path: Path) -> None:
             for name, values in found.items()
             if name not in varied and len(values)
         )
-        said = f', all with {said}' if said else ''
-        rows.append((varied, f'{source.name}: {len(source):,} videos{said}'))
+        videos = '1 video' if len(source) == 1 else f'{len(source):,} videos'
+        said = f'{", all with" if len(source) > 1 else ":"} {said}' if said else ''
+        rows.append((varied, f'{source.name}: {videos}{said}'))
     across = max(2, *(len(varied) for varied, _ in rows))
+    width = max(3.6 * across, *(LETTER * (len(said) + 2) for _, said in rows))
     heights = [2.5 if varied else contact_sheet.HEAD for varied, _ in rows]
     with theme():
-        figure = Figure(figsize=(3.6 * across, sum(heights)), layout='constrained')
+        figure = Figure(figsize=(width, sum(heights)), layout='constrained')
         parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
         for part, (varied, said) in zip(parts, rows):
-            part.suptitle(said, x=0.01, ha='left', fontsize=10, weight='bold')
+            middle = {} if varied else {'y': 0.5, 'va': 'center'}
+            part.suptitle(said, x=0.01, ha='left', fontsize=10, weight='bold', **middle)
             axes = part.subplots(1, len(varied), squeeze=False)[0] if varied else ()
             for axis, (name, values) in zip(axes, varied.items()):
                 _draw_distribution(axis, values)

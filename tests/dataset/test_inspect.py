@@ -53,6 +53,18 @@ def test_sheets_are_as_high_as_their_frames_and_constants_have_no_axes(built, tm
     assert statistics.shape[1] == 864
 
 
+def test_the_title_of_a_set_of_one_video_is_whole(built, tmp_path):
+    source = BuiltSplit(built, 'train')
+    source.index.facts['duration'][:] = 10.027
+    source.index.facts['fps'][:] = 29.97
+    source.index.num_bytes[:] = 123_456
+    inspect.draw_statistics([source], tmp_path / 'statistics.png')
+    picture = cv2.imread(str(tmp_path / 'statistics.png'))
+    for axis in (0, 1):
+        ink = np.flatnonzero((picture.min(axis=2) < 200).any(axis=1 - axis))
+        assert 2 < ink[0] and ink[-1] < picture.shape[axis] - 2
+
+
 def test_every_kind_of_damage_is_found(built, tmp_path, capsys):
     folder = tmp_path / 'damaged'
     shutil.copytree(built, folder)
