@@ -186,7 +186,7 @@ def draw(clips: Sequence[Clip]) -> Figure:
     for i, (clip, own) in enumerate(zip(clips, rows)):
         x = MARGIN + i % COLUMNS * (width + GAP)
         _draw_clip(axis, x, MARGIN + i // COLUMNS * down, width, clip, own)
-    foot = 'One video of a class, the first of the list; and one that is told wrongly, if there is.'
+    foot = f'One video of a class, the first of the list; {_wrong(clips)}.'
     if clips[0].attention is not None:
         foot += (
             '\nLower strips: where the query of the model looked. Grey: an even share of its '
@@ -195,6 +195,18 @@ def draw(clips: Sequence[Clip]) -> Figure:
     axis.text(MARGIN, size[1] - MARGIN, foot, fontsize=9, alpha=0.75, va='bottom')
     axis.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect='auto')  # after pictures, which set them
     return figure
+
+
+def _wrong(clips: Sequence[Clip]) -> str:
+    """Which of the videos are told wrongly."""
+    wrong = [not clip.right for clip in clips]
+    if not any(wrong):
+        return 'none that was looked at is told wrongly'
+    if all(wrong):
+        return 'all are told wrongly'
+    if wrong.index(True) == len(clips) - 1:
+        return 'and one that is told wrongly'
+    return f'{sum(wrong)} of {len(clips)} are told wrongly'
 
 
 def _draw_clip(

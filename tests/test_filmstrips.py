@@ -83,6 +83,22 @@ def test_without_attention_there_are_plain_strips():
     assert not any('query' in text.get_text() for text in axis.texts)
 
 
+@pytest.mark.parametrize(
+    ('wrong', 'said'),
+    [
+        ((), 'none that was looked at is'),
+        ((3,), 'and one that is'),
+        ((0, 3), '2 of 4 are'),
+        ((0, 1, 2, 3), 'all are'),
+    ],
+)
+def test_the_foot_says_what_is_told_wrongly(wrong, said):
+    clips = [clip(i, 9 if i in wrong else i, attention=False) for i in range(4)]
+    with drawing.theme():
+        texts = [text.get_text() for text in filmstrips.draw(clips).axes[0].texts]
+    assert f'; {said} told wrongly.' in texts[-1]
+
+
 def test_attention_stays_until_the_next_frame_that_the_backbone_sees():
     plain, painted = filmstrips.frames(clip(0), 48)
     assert plain.shape == painted.shape == (FRAMES, 48, 48, 3)
