@@ -196,7 +196,8 @@ def get_config() -> ConfigDict:
     config.checkpoint.verify = True
 
     config.log = ConfigDict()
-    config.log.every_steps = 20  # between lines; the last step always has one, with 0 no other
+    # Between lines, of which a short run has ten; the last step always has one, with 0 no other.
+    config.log.every_steps = 20
     config.log.tensorboard = True  # event files beside metrics.jsonl
     # Services that get the figures, too: wandb, mlflow, trackio; several with commas between them.
     # Each is an extra of this package; docs/guides/watching.md.

@@ -59,6 +59,7 @@ def theme(colours: Mapping[str, Any] = LIGHT) -> Iterator[None]:
         'grid.color': lines,
         'grid.linewidth': 0.6,
         'axes.axisbelow': True,
+        'axes.formatter.useoffset': False,
         'axes.prop_cycle': cycler(color=colours['cycle']),
         'legend.frameon': False,
         'text.parse_math': False,  # a class name may hold dollar signs

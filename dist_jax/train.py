@@ -65,6 +65,7 @@ STEPS_IN_FLIGHT = 2
 BATCHES_ON_DEVICE = STEPS_IN_FLIGHT + 1
 # Steps after which hosts count their unreadable videos together, in a run that logs no figures.
 COUNTED_EVERY = 100
+FEWEST_LINES = 10  # of figures, of a run too short for as many at log.every_steps
 SILENCE = 60.0  # seconds without a line of figures after which one says how far the run is
 LONG_WARMUP = 0.5  # share of a run beyond which its warm-up is worth a warning
 
@@ -547,7 +548,7 @@ class _Loop:
                     pod.note(step=done)
 
                     last = done == plan.total_steps
-                    if last or _due(done, config.log.every_steps):
+                    if last or _due(done, log_every(config, plan.total_steps)):
                         # The figures of this step: the loop waits here for the device.
                         scalars = self._settle(pending, 0) | meter.read()
                         scalars['epoch'] = done / plan.steps_per_epoch
@@ -805,6 +806,11 @@ def share_bad_videos(log: BadVideoLog) -> None:
         own[: len(log.found)] = log.found
         log.learn(i for i in multihost_utils.process_allgather(own).ravel().tolist() if i >= 0)
     log.check()
+
+
+def log_every(config: ConfigDict, total_steps: int) -> int:
+    """Steps between lines of figures: a short run has FEWEST_LINES, or one a step; 0 for none."""
+    return min(config.log.every_steps, max(1, total_steps // FEWEST_LINES))
 
 
 def _due(done: int, every: int) -> bool:

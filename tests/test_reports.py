@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dist_jax import scalars
+from dist_jax import drawing, scalars
 from dist_jax.reports import console, curves, page
 from dist_jax.scalars import Scalar
 from dist_jax.tasks.api import Figures, Picture, Table
@@ -98,6 +98,17 @@ def test_few_points_are_no_line(tmp_path):
         assert len(axis.texts) == 2  # their values
         (axis,) = curves.single(panel, [*rows, {'step': 12, 'loss': 1.0, 'val_top1': 0.7}]).axes
         assert axis.lines[0].get_linestyle() == '-' and not axis.texts
+
+
+def test_axes_have_no_offset_and_curves_end_below_their_top():
+    rows = [{'step': s, 'learning_rate': 1e-5 + 1e-9 * s, 'loss': 2 + 1e-6 * s} for s in (1, 2, 3)]
+    for panel in curves.panels(rows):
+        with drawing.theme():
+            figure = curves.single(panel, rows)
+            figure.canvas.draw()
+        (axis,) = figure.axes
+        assert axis.yaxis.get_offset_text().get_text() == ''
+        assert axis.get_ylim()[1] > max(axis.lines[0].get_ydata())
 
 
 def test_classes_and_chance_are_written_as_a_person_would(tmp_path, capsys):

@@ -483,7 +483,7 @@ def test_a_loss_that_is_no_number_stops_the_run(make_config, tmp_path, monkeypat
         return train_step
 
     monkeypatch.setattr(train.step, 'make_train_step', spoiled)
-    config = make_config(**{'log.every_steps': 100})  # nobody looks at the loss in between
+    config = make_config(**{'log.every_steps': 0})  # nobody looks at the loss in between
     with pytest.raises(train.NonFiniteError) as error:
         train.train(config, str(tmp_path))
     message = str(error.value)
@@ -693,6 +693,14 @@ def test_a_run_starts_from_another(straight, make_config, tmp_path, monkeypatch)
     assert tree_sha256(state.params) == tree_sha256(state.ema) == averaged
     moments = jax.tree.leaves(state.opt_state)
     assert not any(np.any(leaf) for leaf in moments)  # of the optimizer, nothing is taken over
+
+
+@pytest.mark.parametrize(
+    ('every', 'steps', 'expected'),
+    [(20, 10_000, 20), (20, 200, 20), (20, 50, 5), (20, 3, 1), (1, 500, 1), (0, 5, 0)],
+)
+def test_a_short_run_has_lines_of_figures_too(make_config, every, steps, expected):
+    assert train.log_every(make_config(**{'log.every_steps': every}), steps) == expected
 
 
 def tiny_state(step):

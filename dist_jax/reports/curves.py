@@ -96,6 +96,12 @@ def _plot_smoothed(axis: Axes, rows: Rows, name: str) -> None:
     axis.plot(steps, smooth(values, window), color='C0')
 
 
+def _from_zero(axis: Axes) -> None:
+    """The axis begins at 0 and ends above the curve."""
+    highest = max((max(line.get_ydata()) for line in axis.lines), default=0)
+    axis.set_ylim(0, 1.08 * highest or 1)
+
+
 def _draw_loss(axis: Axes, rows: Rows) -> None:
     _plot_smoothed(axis, rows, 'loss')
     axis.set_title('training loss')
@@ -123,20 +129,20 @@ def _validation(curve: str) -> Panel:
 def _draw_learning_rate(axis: Axes, rows: Rows) -> None:
     _plot(axis, rows, 'learning_rate')
     axis.set_title('learning rate')
-    axis.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
-    axis.set_ylim(bottom=0)
+    axis.yaxis.set_major_formatter(lambda rate, _: f'{rate:.3g}')
+    _from_zero(axis)
 
 
 def _draw_grad_norm(axis: Axes, rows: Rows) -> None:
     _plot_smoothed(axis, rows, 'grad_norm')
     axis.set_title('gradient norm')
-    axis.set_ylim(bottom=0)
+    _from_zero(axis)
 
 
 def _draw_speed(axis: Axes, rows: Rows) -> None:
     _plot_smoothed(axis, rows, 'clips_per_second')
     axis.set_title('clips per second')
-    axis.set_ylim(bottom=0)
+    _from_zero(axis)
 
 
 def _draw_step_time(axis: Axes, rows: Rows) -> None:
