@@ -43,6 +43,7 @@ from dist_jax.sharding import to_host
 from dist_jax.tasks.api import Labels
 from dist_jax.tasks.classifier import Classifier
 from dist_jax.video_model import VideoModel
+from dist_jax.whole_file import folder_appearing
 from input_pipeline import motion_world
 from input_pipeline.pipeline import protocol_of
 
@@ -200,16 +201,14 @@ def run(
       ValueError: the model cannot be exported, or the program gives other scores than the model.
       FileExistsError: there is something at `out`.
       ImportError: what writes or runs the program is not installed.
+      ending.AgainError: another process makes the same.
     """
     if jax.process_count() > 1:
         raise ValueError('export runs in one process; start it on a single host')
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f'{out} exists; choose another --out, or remove it')
-    partial = out.absolute().with_name(f'.{out.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
-    partial.mkdir(parents=True)
-    try:
+    with folder_appearing(out) as partial:
         start = time.perf_counter()
         _write(model, partial, batch_size, form)
         seconds = time.perf_counter() - start
@@ -220,9 +219,6 @@ def run(
                 f'the program gives other scores than the model, errors of {errors}; at most '
                 f'{bundle.bound} are expected'
             )
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.iterdir())
     return {'seconds': seconds, 'bytes': size, 'errors': errors}
 

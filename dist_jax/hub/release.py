@@ -44,6 +44,7 @@ from dist_jax.models.source_files import file_sha256, read_safetensors
 from dist_jax.paths import MADE, RELEASE, cache_folder, is_release
 from dist_jax.scalars import VALIDATION
 from dist_jax.tasks.api import Labels
+from dist_jax.whole_file import folder_appearing
 
 FORMAT = 'dist_jax release'
 FORMAT_VERSION = 1
@@ -262,10 +263,7 @@ def write(
     if wrong:
         raise ValueError(f'{source}: {wrong[0]} is not finite; such a model gives no scores')
     identity, held = _backbone_of(source, saved, backbone, with_backbone)
-    partial = folder.with_name(f'.{folder.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with folder_appearing(folder) as partial:
         files = {NETWORK: _write_tree(partial / NETWORK, variables)}
         if held:
             tree = converted.stored_arrays(held, list(flatten(converted.stored_shapes(held))))
@@ -292,9 +290,6 @@ def write(
         )
         read(partial)  # what is written can be read
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return metadata
 
 
