@@ -20,7 +20,6 @@ from dist_jax.scalars import BASELINE, VALIDATION, ZERO_SHOT, percent
 from dist_jax.tasks.api import Picture, Table
 from dist_jax.train import train
 from dist_jax.trained import Trained
-from input_pipeline import motion_world
 
 FILMSTRIPS = 'filmstrips.png'
 # In the run's folder, for a person.
@@ -74,7 +73,7 @@ def run_demo(workdir: str, num_steps: int = 0) -> dict[str, Any]:
         return frame_only
     zero_shot_folder = os.path.join(workdir, 'zero_shot')
     looks = _config(zero_shot, LOOKS, os.path.join(zero_shot_folder, 'data'))
-    motion_world.generate(looks.data.root, **LOOKS_FILES)
+    recipe.make_builtin(looks.data.name, looks.data.root, **LOOKS_FILES)
     by_words, judged = evaluate.run(looks, '', None, zero_shot_folder)
     figures = {
         'frame_only_top1': frame_only['val_top1'],

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from dist_jax.models.layers import Pixels
 from dist_jax.paths import MADE, under
+from dist_jax.progress import Bar
 from dist_jax.tasks import TASKS
 from dist_jax.tasks.api import Labels, Task, label_sets
 from dist_jax.views import EvalProtocol
@@ -61,14 +62,29 @@ def prepare_builtin_data(config: ConfigDict, workdir: str) -> None:
     )
     # The folder appears whole or not at all, so a list in it means that all of it is there.
     if jax.process_index() == 0 and not os.path.exists(train_list):
-        log.info('making the built-in data set %s in %s, once', config.data.name, root)
-        info.generate(root)
+        make_builtin(config.data.name, root)
     if jax.process_count() > 1:
         jax.experimental.multihost_utils.sync_global_devices('built-in data')
     config.data.root = root
     config.data.train_list = train_list
     config.data.val_list = val_list
     config.data.label_map = ','.join(os.path.join(root, name) for name in info.label_files)
+
+
+def make_builtin(name: str, root: str, **options: int) -> None:
+    """Makes a built-in data set in a folder that lacks it, and says how far it is.
+
+    Args:
+      name: a key of `DATASETS`.
+      root: the folder.
+      options: of its `generate`.
+    """
+    if not os.path.exists(root):
+        log.info('making the built-in data set %s in %s, once', name, root)
+    with Bar('make', 0) as bar:
+        DATASETS[name].generate(
+            root, progress=lambda done, total: bar.update(done, total=total), **options
+        )
 
 
 def resolve_paths(config: ConfigDict) -> None:

@@ -1,7 +1,9 @@
 """Clips with sentences: what they say is what is seen, and it takes all of it to find a clip."""
 
+import functools
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -36,6 +38,18 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('data') / 'clips'
     assert generate(path, **SMALL)
     return path
+
+
+def test_while_a_built_in_set_is_made_there_are_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, 'Bar', functools.partial(recipe.Bar, silence=0.0))
+    monkeypatch.setattr(recipe, 'DATASETS', {'small': SimpleNamespace(generate=_small)})
+    recipe.make_builtin('small', str(tmp_path / 'set'))
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith('make 9/19 47 %') for line in lines)
+
+
+def _small(folder, progress):
+    generate(folder, **SMALL, progress=progress)
 
 
 def test_lists_open_as_a_run_opens_them_without_labels(folder):
