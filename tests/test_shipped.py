@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dist_jax
-from dist_jax import backbones, shipped
+from dist_jax import backbones, convert, shipped
 from dist_jax.models import converted
 from dist_jax.models.backbone import Taps
 from dist_jax.models.frozen import text_features
@@ -35,6 +35,16 @@ def test_its_card_has_its_digest():
     digest = hashlib.sha256(shipped.FILE.read_bytes()).hexdigest()
     assert digest in CARD.read_text()
     assert shipped.FILE.stat().st_size < 8e6
+
+
+def test_converted_by_hand_its_heads_are_a_guess_that_is_said(tmp_path, caplog):
+    found = convert.convert(shipped.FILE, tmp_path / 'guessed', kind='openai')['spec']
+    assert (found['num_heads'], found['text_num_heads']) == (1, 1)
+    assert 'how many heads' in caplog.text
+    assert '--num_heads=N' in caplog.text and '--text_num_heads=N' in caplog.text
+    caplog.clear()
+    shipped.write(tmp_path / 'known')
+    assert not caplog.text
 
 
 def test_it_knows_what_it_sees(backbone):

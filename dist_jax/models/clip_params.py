@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,10 @@ from dist_jax.models.naming import Export, Naming, Options, Plan
 from dist_jax.models.params import ALL, Row, hidden_ratio, numbered, tensor_shape
 from dist_jax.models.source_files import SourceFiles
 from dist_jax.models.transformer import TextSpec
+
+log = logging.getLogger('dist_jax')
+
+PUBLISHED_WIDTH = 256  # of the smallest tower whose heads are known to have 64 channels
 
 # Buffers that carry no weights; OpenAI files keep the first three, other exports the rest.
 OPENAI_IGNORE = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask')
@@ -559,9 +564,18 @@ def count_in(part: Mapping[str, Any], field: str, where: str) -> int | None:
 
 
 def heads_of(given: int | None, width: int, flag: str) -> int:
-    """Heads of a tower: as given, else of 64 channels."""
+    """Heads of a tower: as given, else of 64 channels, which is said of small ones."""
     if given is None:
-        return _whole(width, 64, f'the head width of OpenAI models; {flag}')
+        found = _whole(width, 64, f'the head width of OpenAI models; {flag}')
+        if width < PUBLISHED_WIDTH:
+            log.warning(
+                'the file does not say how many heads the attention of a tower of width %d has: '
+                '%d, as in the published models, if there is no %s=N',
+                width,
+                found,
+                flag,
+            )
+        return found
     if given < 1 or width % given:
         raise ValueError(f'{given} heads do not divide a width of {width} ({flag}, or the config)')
     return given
