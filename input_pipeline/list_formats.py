@@ -815,7 +815,24 @@ def _refuse_splits(path: Path, purpose: str, suffixes: Sequence[str]) -> None:
                 return  # classes of such names
     choices = ' or '.join(f'{path}/{name}' for name in names)
     field = f'set data.{purpose}_list to' if purpose in ('train', 'val') else 'name'
-    raise ValueError(f'{path}: holds the splits {", ".join(names)}, not classes; {field} {choices}')
+    beside = _lists_in(path)
+    lists = f' if it holds class folders, else the list of its videos: {beside}' if beside else ''
+    raise ValueError(
+        f'{path}: holds the splits {", ".join(names)}, not classes; {field} {choices}{lists}'
+    )
+
+
+def _lists_in(folder: Path) -> str:
+    """At most three files of a folder whose names are of lists of splits, as words_train.txt."""
+    with os.scandir(folder) as entries:
+        stems = {entry.name: os.path.splitext(entry.name) for entry in entries}
+    found = sorted(
+        name
+        for name, (stem, suffix) in stems.items()
+        if suffix.lower() in ('.txt', '.csv', '.json', '.jsonl')
+        and re.split('[_.-]', stem.lower())[-1] in _TRAIN + _VALIDATION + _TEST
+    )
+    return ' or '.join(os.path.join(folder, name) for name in found[:3])
 
 
 def _refuse_one_class(path: Path) -> None:
@@ -826,10 +843,11 @@ def _refuse_one_class(path: Path) -> None:
         raise ValueError(f'{path}: the folder is empty')
     videos = [name for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
     if videos:
+        beside = _lists_in(path.absolute().parent)
         raise ValueError(
             f'{path}: holds videos ({videos[0]}, ...) but no class folders; name '
             f'{path.absolute().parent} if {path.name} is one of the classes, else a list of the '
-            'videos with their labels'
+            f'videos with their labels{f", as {beside}" if beside else ""}'
         )
 
 

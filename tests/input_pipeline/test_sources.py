@@ -357,6 +357,10 @@ def test_a_folder_without_class_folders_is_explained(tmp_path):
     write(tmp_path / 'run' / 'a.MP4', '')
     with pytest.raises(ValueError, match=rf'holds videos \(a\.MP4, .*; name {tmp_path} if run'):
         open_source(tmp_path / 'run')
+    for name in ('val/b.mp4', 'train/c.mp4', 'run_train.txt', 'run-val.csv', 'train_notes.txt'):
+        write(tmp_path / 'set' / name, '')
+    with pytest.raises(ValueError, match=r'with their labels, as .*/run-val\.csv or .*train\.txt$'):
+        open_source(tmp_path / 'set/train')
 
 
 @pytest.mark.parametrize(
