@@ -13,6 +13,7 @@ from input_pipeline import escape
 MARK = '<!-- made by `dist_jax push` -->'  # a card without it is somebody's own
 FOLDED = 50  # classes beyond which their names are folded
 MOST_NAMED = 1000  # classes of a head in a card; all are in config.json
+OWN_LIST = 'custom'  # what `data.name` says of a list that is of no known data set
 # Figure of an evaluation -> what the Hub calls it.
 _METRICS = {'top1': 'accuracy', 'top5': 'accuracy', 'map': 'mean_average_precision'}
 
@@ -74,12 +75,13 @@ def _head(metadata: Mapping[str, Any], title: str, license: str) -> str:
 
 def _result(metadata: Mapping[str, Any]) -> dict[str, Any]:
     found, data = metadata['evaluation'], metadata['config']['data']['name']
+    named = 'own list' if data == OWN_LIST else data
     metrics = [
         {'type': kind, 'name': label(name), 'value': round(100 * found['figures'][name], 2)}
         for name, kind in _METRICS.items()
         if name in found['figures']
     ]
-    dataset = {'type': data, 'name': escape.terminal(found['list'] or data)}
+    dataset = {'type': data, 'name': escape.terminal(named)}
     return {'task': {'type': 'video-classification'}, 'dataset': dataset, 'metrics': metrics}
 
 
@@ -144,11 +146,11 @@ def _accuracy(metadata: Mapping[str, Any]) -> str:
     table = _table(
         ('figure', 'value'), [(label(name), show(name, value)) for name, value in figures.items()]
     )
+    data = metadata['config']['data']['name']
+    of = ', an own list' if data == OWN_LIST else f' of {_inline(data)}'
     fusion = f', fused with the frozen backbone ({found["fusion"]})' if found['fusion'] else ''
-    return (
-        f'{table}\n\nBy {found["by"]} on {_inline(found["list"])}, {found["num_views"]} views a '
-        f'video{fusion}.'
-    )
+    on = f'{_inline(found["list"])}{of}'
+    return f'{table}\n\nBy {found["by"]} on {on}, {found["num_views"]} views a video{fusion}.'
 
 
 def _protocol(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
