@@ -309,7 +309,10 @@ def find_checkpoint(workdir: str | os.PathLike[str], step: int | str | None = No
     folder = _folder(workdir)
     steps = [int(p.name) for p in _step_folders(folder) if (p / 'metadata').exists()]
     if not steps:
-        raise ValueError(f'{workdir} holds no checkpoints; pass the --workdir of a run')
+        raise ValueError(
+            f'{workdir} holds no checkpoint that was written to its end; pass the --workdir of a '
+            'run that has saved one'
+        )
     if step == BEST:
         step = _best(read_scores(folder))
         if step is None:

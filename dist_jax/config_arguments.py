@@ -30,9 +30,7 @@ def read_config(arguments: list[str], default: ConfigDict | None = None) -> Conf
     """
     named = [_find_file(a) for a in arguments if a.startswith('--config=')]
     if '--config' in arguments or (not named and default is None):
-        raise UsageError(
-            'pass --config=FILE:VARIANT, for example --config=dist:b16_8+16f_k400'
-        )
+        raise UsageError('pass --config=FILE:VARIANT, for example --config=dist:b16_8+16f_k400')
     try:
         config = _parsed(named, default)
     except _CONFIG_ERRORS as error:
@@ -89,9 +87,7 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
             )
         close = closest(name, fields)
         hint = f'; did you mean {" or ".join(f"--config.{field}" for field in close)}?'
-        raise UsageError(
-            f'the config has no field {name!r}{hint if close else ""} {FIELDS}'
-        )
+        raise UsageError(f'the config has no field {name!r}{hint if close else ""} {FIELDS}')
     if not equals:
         raise UsageError(f'--config.{name} needs a value: {_expected(fields[name])}')
     try:

@@ -7,6 +7,7 @@ read it.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections import Counter
@@ -23,6 +24,8 @@ MADE = (RANDOM, SHIPPED)
 # Of a release: what it says of itself, and the trained parameters.
 RELEASE = ('config.json', 'network.safetensors')
 HUB = 'hf://'  # before what lies on the Hugging Face Hub
+TAKE_RELEASES = ('evaluate', 'predict', 'export', 'serve')  # commands
+_RUN_FOLDER = 'pass the folder of a run, the --workdir of `dist_jax train`'
 _MAKERS = {'backbone.checkpoint': ' (`dist_jax convert` makes one from CLIP)'}
 
 
@@ -48,9 +51,25 @@ def under(root: str, name: str) -> str:
 
 def check_run(workdir: str) -> None:
     """Raises ValueError if a local folder is not that of a run."""
-    if '://' not in workdir and not _found(os.path.join(workdir, CHECKPOINTS)):
-        known = 'holds' if _found(workdir) else 'does not exist and holds'
-        raise ValueError(f'{workdir} {known} no checkpoints; pass the --workdir of a run')
+    if workdir.startswith(HUB) or is_release(workdir):
+        raise ValueError(
+            f'{workdir} is a release, which {", ".join(TAKE_RELEASES)} take; here it must be the '
+            'run that it was made of'
+        )
+    if '://' in workdir or _found(os.path.join(workdir, CHECKPOINTS)):
+        return
+    if not _found(workdir):
+        raise ValueError(f'no folder {workdir}; {_RUN_FOLDER}')
+    runs = glob.glob(os.path.join(glob.escape(os.path.expanduser(workdir)), '*', CHECKPOINTS))
+    near = [os.path.dirname(path) for path in sorted(runs)]
+    hint = f'did you mean {" or ".join(near[:3])}?' if near else _RUN_FOLDER
+    raise ValueError(f'{workdir} is no run, there are no checkpoints in it; {hint}')
+
+
+def check_model(workdir: str) -> None:
+    """Raises ValueError if a local folder is neither that of a run nor a release of one."""
+    if not (workdir.startswith(HUB) or is_release(workdir)):
+        check_run(workdir)
 
 
 def cache_folder(name: str) -> str:

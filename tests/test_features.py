@@ -317,7 +317,7 @@ def test_complete_features_are_not_made_again(made, videos, backbone, capsys):
         (['--backbone=B', 'V', '--out=V'], 'holds other files'),
         (['--backbone=B', 'none.mp4'], 'no file or folder none.mp4'),
         (['--backbone=V', 'V'], 'is not a converted checkpoint'),
-        (['--workdir=B', 'V'], 'holds no checkpoints'),
+        (['--workdir=B', 'V'], 'is no run'),
     ],
 )
 def test_wrong_usage_is_explained(arguments, expected, videos, backbone, tmp_path, capsys):

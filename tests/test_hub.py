@@ -68,8 +68,11 @@ def resealed(folder, target, change):
     return target
 
 
-def test_a_run_that_is_pushed_and_pulled_gives_the_same_scores(run, server, capsys):
+def test_a_run_that_is_pushed_and_pulled_gives_the_same_scores(
+    run, server, tmp_path, monkeypatch, capsys
+):
     workdir, video = run
+    monkeypatch.chdir(tmp_path)
     assert main.main(['push', workdir, 'me/mine', '--private', '--license=mit']) == 0
     assert f'{server.url}/me/mine/commit/' in capsys.readouterr().out
     files = server.files('me/mine')
@@ -85,6 +88,13 @@ def test_a_run_that_is_pushed_and_pulled_gives_the_same_scores(run, server, caps
     assert pulled.labels == model.labels
     other = ['running', 'walking']
     np.testing.assert_array_equal(pulled.score(video, other), model.score(video, other))
+    # The commands take it, too.
+    assert main.main(['predict', '--workdir=hf://me/mine', video]) == 0
+    said = ' '.join(capsys.readouterr().out.split())
+    assert any(name in said for name in model.labels[0])
+    assert [path.name for path in Path('predictions').iterdir()] == [f'{Path(video).stem}.png']
+    assert main.main(['features', '--workdir=hf://me/mine', video, '--out=x']) == 2
+    assert 'hf://me/mine is a release' in capsys.readouterr().err
     # Without a network, what was fetched is there.
     server.broken = True
     np.testing.assert_array_equal(dist_jax.load('hf://me/mine').score(video), model.score(video))
@@ -152,6 +162,15 @@ def test_a_checkpoint_is_converted_from_the_hub(server, tmp_path, capsys):
     for source in (f'hf://owner/clip@refs/pr/1/deep/{index}', 'hf://owner/clip@refs%2Fpr%2F1/deep'):
         metadata = convert.convert(source, tmp_path / 'again', overwrite=True)
         assert metadata['params_sha256'] == local['params_sha256']
+
+
+def test_the_card_names_the_data_set_and_not_a_file(released):
+    metadata = release.read(released).metadata
+    text = model_card.text(metadata, 'me/mine')
+    assert '"name": "motion_clips"' in text and 'on `val.txt` of `motion_clips`' in text
+    metadata['config']['data']['name'] = 'custom'
+    text = model_card.text(metadata, 'me/mine')
+    assert '"name": "own list"' in text and 'on `val.txt`, an own list' in text
 
 
 def test_the_card_says_where_a_backbone_came_from(released, tmp_path):

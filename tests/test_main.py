@@ -82,7 +82,7 @@ def test_no_command_is_wrong_usage(capsys):
         (['trian'], ["no command 'trian'", "Did you mean 'train'", 'evaluate, predict']),
         (['xyz'], ["no command 'xyz'", 'demo, train']),
         (['train'], ['--workdir']),
-        (['train', '--workdir=w'], ['--config=FILE:VARIANT', 'configs/dist.py:']),
+        (['train', '--workdir=w'], ['--config=FILE:VARIANT', '--config=dist:']),
         (
             ['train', '--workdir=w', '--config=configs/dist.py:b16_8+16f_k40'],
             ["no variant 'b16_8+16f_k40'", "did you mean 'b16_8+16f_k400'", 'demo'],
@@ -145,8 +145,8 @@ def test_no_command_is_wrong_usage(capsys):
         (['evaluate', '--config=configs/dist.py:demo', '--config.data.val_list=no'], ['val_list']),
         (['help', 'trian'], ["no command 'trian'", "Did you mean 'train'"]),
         (['evaluate'], ['--config=FILE:VARIANT']),
-        (['evaluate', '--workdir=nowhere'], ['nowhere', 'no checkpoints', '--workdir']),
-        (['predict', '--workdir=nowhere', 'a.mp4'], ['nowhere', 'no checkpoints']),
+        (['evaluate', '--workdir=nowhere'], ['no folder nowhere', '--workdir']),
+        (['predict', '--workdir=nowhere', 'a.mp4'], ['no folder nowhere']),
         (['predict', '--workdir=nowhere'], ['VIDEO']),
     ],
 )

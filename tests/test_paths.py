@@ -46,6 +46,28 @@ def test_every_missing_input_is_named(tmp_path):
     paths.check_inputs({'data.val_list': 'val.txt'}, ('val',), str(tmp_path))
 
 
+def test_what_is_no_run_is_said_with_the_way_out(tmp_path):
+    (tmp_path / 'runs/mine/checkpoints').mkdir(parents=True)
+    (tmp_path / 'empty').mkdir()
+    released = tmp_path / 'released'
+    released.mkdir()
+    for name in paths.RELEASE:
+        (released / name).touch()
+    for name in ('runs/mine', 'released', 'hf://me/mine', 'gs://bucket/run'):
+        paths.check_model(name if '://' in name else str(tmp_path / name))
+    for name, text in (
+        ('none', f'no folder {tmp_path}/none; pass the folder of a run'),
+        ('runs', f'runs is no run, .* did you mean {tmp_path}/runs/mine'),
+        ('empty', 'empty is no run, there are no checkpoints in it; pass the folder of a run'),
+    ):
+        for check in (paths.check_run, paths.check_model):
+            with pytest.raises(ValueError, match=text):
+                check(str(tmp_path / name))
+    for name in (str(released), 'hf://me/mine'):
+        with pytest.raises(ValueError, match='is a release, which evaluate, predict, export'):
+            paths.check_run(name)
+
+
 def test_built_in_clips_and_a_random_backbone_need_no_files():
     fields = {'data.name': 'motion_clips', 'data.train_list': '', 'data.val_list': ''}
     fields |= {'data.root': '/not/yet', 'backbone.checkpoint': 'random'}

@@ -224,7 +224,7 @@ def test_scores_that_are_no_numbers_and_models_without_classes_are_not_served():
 
 def test_wrong_usage(tmp_path, capsys):
     for command, text in (
-        ([str(tmp_path)], 'holds no checkpoints'),
+        ([str(tmp_path)], 'there are no checkpoints in it'),
         ([str(tmp_path), '--port=0'], '--port=0'),
         ([str(tmp_path), '--decoders=0'], '--decoders=0'),
     ):

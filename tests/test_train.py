@@ -809,7 +809,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
         checkpoint.read_metadata(checkpoint.find_checkpoint(tmp_path))
     with pytest.raises(ValueError, match=r'no checkpoint of step 3; it has \[1\]'):
         checkpoint.find_checkpoint(tmp_path, 3)
-    with pytest.raises(ValueError, match='holds no checkpoints'):
+    with pytest.raises(ValueError, match='holds no checkpoint that was written'):
         checkpoint.find_checkpoint(tmp_path / 'none')
 
 

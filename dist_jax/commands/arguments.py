@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from dist_jax import pod, times
-from dist_jax.config_arguments import UsageError, closest
+from dist_jax import paths, pod, times
+from dist_jax.config_arguments import UsageError, closest, named_fields
 from dist_jax.configs import base
 
 
@@ -80,6 +80,25 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, sorted(config, key=lambda argument: not argument.startswith('--config='))
 
 
+def model_folder(name: str, config_arguments: Sequence[str]) -> str:
+    """The folder of a run or of a release; what lies on the Hub is fetched.
+
+    Args:
+      name: see `paths.check_model`.
+      config_arguments: may say where the backbone is, which is then not fetched.
+
+    Raises:
+      ValueError: no such release.
+      ConnectionError: the Hub cannot be reached, and this was not fetched before.
+    """
+    if not name.startswith(paths.HUB):
+        return name
+    from dist_jax.hub import client
+
+    own = named_fields(config_arguments).get('backbone.checkpoint')
+    return os.fspath(client.fetch_release(name, with_backbone=not own).path)
+
+
 @contextlib.contextmanager
 def wrong_usage() -> Iterator[None]:
     """What a look at the arguments finds is for the user to mend; its traceback helps nobody."""
@@ -100,13 +119,11 @@ def start_jax() -> None:
 
         for name, value in topology.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-    logging.getLogger('dist_jax').info(
-        'process %d of %d, %d devices: %s',
-        jax.process_index(),
-        jax.process_count(),
-        jax.device_count(),
-        jax.devices()[0].device_kind,
-    )
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    where = f'{count} devices: {kind}' if count > 1 else f'device: {kind}'
+    if jax.process_count() > 1:
+        where = f'process {jax.process_index()} of {jax.process_count()}, {where}'
+    logging.getLogger('dist_jax').info('%s', where)
     if pod.has_tpu() and jax.default_backend() == 'cpu':
         logging.getLogger('dist_jax').warning(
             'this machine has TPU chips that jax does not use; see `dist_jax doctor`'

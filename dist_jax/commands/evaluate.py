@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from dist_jax import paths
-from dist_jax.commands.arguments import make_parser, split, start_jax, wrong_usage
+from dist_jax.commands.arguments import make_parser, model_folder, split, start_jax, wrong_usage
 from dist_jax.config_arguments import named_fields, read_config
 
 SUMMARY = 'accuracy on a list, per class; zero-shot on another label set'
@@ -33,11 +33,15 @@ Without --config, the config comes from the run.
 
 def parser() -> argparse.ArgumentParser:
     found = make_parser('evaluate', 'Measure the accuracy of a trained model.', HELP)
-    found.add_argument('--workdir', default='', help='folder of the run')
+    found.add_argument(
+        '--workdir', default='', help='folder of the run, or a release of one: hf://owner/name'
+    )
     found.add_argument(
         '--step', help="checkpoint to evaluate: a number or 'best'; the newest by default"
     )
-    found.add_argument('--output', default='', help='folder of the report; the run by default')
+    found.add_argument(
+        '--output', default='', help='folder of the report; the run by default, of hf:// this one'
+    )
     found.add_argument(
         '--config',
         metavar='FILE:VARIANT',
@@ -51,15 +55,16 @@ def run(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(rest)
     with wrong_usage():
         if arguments.workdir:
-            paths.check_run(arguments.workdir)
+            paths.check_model(arguments.workdir)
         root = paths.saved_root(arguments.workdir) if arguments.workdir else ''
         paths.check_inputs(named_fields(config_arguments), ('val',), root)
     from dist_jax import evaluate, trained
     from dist_jax.reports import console
 
-    workdir, step = arguments.workdir, arguments.step
+    workdir, step = model_folder(arguments.workdir, config_arguments), arguments.step
+    output = arguments.output or ('.' if workdir != arguments.workdir else '')
     default = trained.saved_config(workdir, step) if workdir else None
     config = read_config(config_arguments, default)
     start_jax()
-    console.print_evaluation(*evaluate.run(config, workdir, step, arguments.output))
+    console.print_evaluation(*evaluate.run(config, workdir, step, output))
     return 0

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 
 from dist_jax import paths
-from dist_jax.commands.arguments import make_parser, split, start_jax, wrong_usage
+from dist_jax.commands.arguments import make_parser, model_folder, split, start_jax, wrong_usage
 from dist_jax.config_arguments import UsageError, named_fields, read_config
 from dist_jax.configs import base
 from input_pipeline.escape import terminal
@@ -38,7 +38,9 @@ describes the folder.
 def parser() -> argparse.ArgumentParser:
     found = make_parser('export', 'Write a program, its weights, and a check of both.', HELP)
     found.add_argument('--out', required=True, metavar='BUNDLE', help='folder to make')
-    found.add_argument('--workdir', default='', help='folder of the run')
+    found.add_argument(
+        '--workdir', default='', help='folder of the run, or a release of one: hf://owner/name'
+    )
     found.add_argument('--step', help="its checkpoint: a number or 'best'; the newest by default")
     found.add_argument(
         '--backbone', default='', metavar='FOLDER', help='converted CLIP, in place of a run'
@@ -83,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
         names = None if labels is None else labels[0]
         model = dist_jax.load(arguments.backbone, labels=names, overrides=fields)
     else:
-        workdir, step = arguments.workdir, arguments.step
+        workdir, step = model_folder(arguments.workdir, config_arguments), arguments.step
         config = read_config(
             config_arguments, trained.saved_config(workdir, step) if workdir else None
         )
@@ -129,6 +131,6 @@ def _check(arguments: argparse.Namespace, config_arguments: Sequence[str]) -> No
         if not os.path.exists(name):
             raise ValueError(f'--labels: no file {name}')
     if arguments.workdir:
-        paths.check_run(arguments.workdir)
+        paths.check_model(arguments.workdir)
     paths.check_backbone(arguments.backbone)
     paths.check_inputs(named_fields(config_arguments), ())

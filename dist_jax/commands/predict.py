@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_jax import paths, times
-from dist_jax.commands.arguments import make_parser, split, start_jax, wrong_usage
+from dist_jax.commands.arguments import make_parser, model_folder, split, start_jax, wrong_usage
 from dist_jax.config_arguments import UsageError, named_fields, read_config
 
 SUMMARY = 'top-5 of single videos, with a picture; what is said of long ones over time'
@@ -21,6 +21,8 @@ examples:
       choose among other class names, one a line, averaged with the frozen CLIP (text head only)
   dist_jax predict --workdir=runs/b16 --attention video.mp4
       where the model's query looked, as a sheet of frames and as an animation
+  dist_jax predict --workdir=hf://owner/name video.mp4
+      a model that `dist_jax push` put on the Hub
   dist_jax predict --workdir=runs/b16 --window=2s --stride=1s long.mp4
       what is said of a long video over time: table, JSON, CSV, subtitles, a picture
   dist_jax predict --workdir=runs/b16 --window=2s --smooth=5 --threshold=0.5 --annotate long.mp4
@@ -38,12 +40,16 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         'videos', nargs='+', metavar='VIDEO', help='videos or pictures, and folders of them'
     )
-    found.add_argument('--workdir', required=True, help='folder of the run')
+    found.add_argument(
+        '--workdir', required=True, help='folder of the run, or a release of one: hf://owner/name'
+    )
     found.add_argument(
         '--step', help="checkpoint to use: a number or 'best'; the newest by default"
     )
     found.add_argument(
-        '--output', default='', help='folder of the pictures; WORKDIR/predictions by default'
+        '--output',
+        default='',
+        help='folder of the pictures; WORKDIR/predictions by default, of hf:// predictions',
     )
     found.add_argument(
         '--labels', default='', metavar='FILE', help='other class names; text head only'
@@ -111,7 +117,7 @@ def run(argv: Sequence[str]) -> int:
     rest, config_arguments = split(argv)
     arguments = parser().parse_args(rest)
     with wrong_usage():
-        paths.check_run(arguments.workdir)
+        paths.check_model(arguments.workdir)
         paths.check_inputs(named_fields(config_arguments), ())
         options = _window_options(arguments)
         videos = paths.find_videos(arguments.videos)
@@ -120,24 +126,26 @@ def run(argv: Sequence[str]) -> int:
     from dist_jax import predict, trained
     from dist_jax.long_videos import predict as predict_windows
 
-    config = read_config(config_arguments, trained.saved_config(arguments.workdir, arguments.step))
+    workdir = model_folder(arguments.workdir, config_arguments)
+    output = arguments.output or ('predictions' if workdir != arguments.workdir else '')
+    config = read_config(config_arguments, trained.saved_config(workdir, arguments.step))
     start_jax()
     if options:
         return predict_windows.run(
             config,
-            arguments.workdir,
+            workdir,
             arguments.step,
             videos,
             predict_windows.Options(**options),
-            arguments.output,
+            output,
             arguments.labels,
         )
     return predict.run(
         config,
-        arguments.workdir,
+        workdir,
         arguments.step,
         videos,
-        arguments.output,
+        output,
         arguments.labels,
         arguments.json,
         arguments.attention,

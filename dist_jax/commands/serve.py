@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from dist_jax import paths
-from dist_jax.commands.arguments import make_parser, split, start_jax, wrong_usage
+from dist_jax.commands.arguments import make_parser, model_folder, split, start_jax, wrong_usage
 from dist_jax.config_arguments import UsageError, named_fields, read_config
 
 SUMMARY = 'a page to drop videos on, and the same as JSON, for a run or a bundle'
@@ -25,7 +25,11 @@ accounts and no TLS, so put it behind a server that has. docs/guides/export.md d
 
 def parser() -> argparse.ArgumentParser:
     found = make_parser('serve', 'Serve a model over HTTP.', HELP)
-    found.add_argument('model', metavar='RUN|BUNDLE', help='folder of a run, or of a bundle')
+    found.add_argument(
+        'model',
+        metavar='RUN|BUNDLE',
+        help='folder of a run, of a release (or hf://owner/name), or of a bundle',
+    )
     found.add_argument('--step', help="of a run: a number or 'best'; the newest by default")
     found.add_argument('--host', default='127.0.0.1', help='address to listen at (%(default)s)')
     found.add_argument('--port', type=int, default=8000, help='(%(default)s)')
@@ -54,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
         if is_bundle and (arguments.step or config_arguments):
             raise ValueError(f'{folder} is a bundle: --step and --config go with a run')
         if not is_bundle:
-            paths.check_run(folder)
+            paths.check_model(folder)
         paths.check_inputs(named_fields(config_arguments), ())
     try:
         from dist_jax.bundles import serve
@@ -69,8 +73,9 @@ def run(argv: Sequence[str]) -> int:
         from dist_jax import trained
         from dist_jax.video_model import VideoModel
 
-        config = read_config(config_arguments, trained.saved_config(folder, arguments.step))
-        model = VideoModel(trained.load_trained(config, folder, arguments.step), config)
+        workdir = model_folder(folder, config_arguments)
+        config = read_config(config_arguments, trained.saved_config(workdir, arguments.step))
+        model = VideoModel(trained.load_trained(config, workdir, arguments.step), config)
         served = serve.of_model(model, folder)
     limits = serve.Limits(
         upload_bytes=int(arguments.most_mb * 1e6),

@@ -170,8 +170,8 @@ class Trained:
         if task != 'retrieve':
             raise ValueError(
                 f'{self.workdir} has task.name={task!r}, and only task.name=retrieve brings '
-                'sentences and videos together (--config=side4video_retrieval:ROW); pass such a run, '
-                'or --backbone=FOLDER for CLIP as it is'
+                'sentences and videos together (--config=side4video_retrieval:ROW); pass such a '
+                'run, or --backbone=FOLDER for CLIP as it is'
             )
 
     @functools.cached_property
