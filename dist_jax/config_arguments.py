@@ -85,9 +85,7 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
                 f'--config.{name} is now called --config.{base.RENAMED_FIELDS[name]}; runs that '
                 'were started under the old name go on under the new one'
             )
-        close = closest(name, fields)
-        hint = f'; did you mean {" or ".join(f"--config.{field}" for field in close)}?'
-        raise UsageError(f'the config has no field {name!r}{hint if close else ""} {FIELDS}')
+        raise UsageError(no_field(name, fields, '--config.'))
     if not equals:
         raise UsageError(f'--config.{name} needs a value: {_expected(fields[name])}')
     try:
@@ -101,6 +99,13 @@ def _with_field(config: ConfigDict, argument: str) -> ConfigDict:
             f'--config.{name}={text}: expected {_expected(fields[name])} {FIELDS}'
         ) from error
     return changed
+
+
+def no_field(name: str, fields: Collection[str], before: str = '') -> str:
+    """What is said of a field that does not exist; `before` stands before those that do."""
+    close = closest(name, fields)
+    hint = f'; did you mean {" or ".join(f"{before}{field}" for field in close)}?'
+    return f'the config has no field {name!r}{hint if close else ""} {FIELDS}'
 
 
 def closest(name: str, fields: Collection[str]) -> list[str]:

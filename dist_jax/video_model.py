@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import numbers
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dist_jax import attention_map, experiment, metrics, paths, recipe, step
-from dist_jax.config_arguments import FIELDS, read_config
+from dist_jax.config_arguments import FIELDS, no_field, read_config
+from dist_jax.configs import base
 from dist_jax.embedding.embedder import Done, Embedder, Embedding, Row, clip_embedding
 from dist_jax.hub import client as hub
 from dist_jax.long_videos import track as over_time
@@ -222,7 +224,7 @@ class VideoModel:
           ValueError: something else than a classifier, fusion without text features, or attention
             of a model in which no query looks at patches.
         """
-        self._check(attention)
+        self._check(attention, most)
         path = os.fspath(video) if isinstance(video, (str, os.PathLike)) else ''
         return self._predicted(path, self.views(video, fps), most, attention)
 
@@ -247,7 +249,7 @@ class VideoModel:
         Raises:
           ValueError: as `predict`, at once.
         """
-        self._check(attention)
+        self._check(attention, most)
         return self._predictions([os.fspath(path) for path in videos], most, attention)
 
     def predict_windows(
@@ -319,7 +321,7 @@ class VideoModel:
         Raises:
           ValueError: as `predict_windows`, at once.
         """
-        self._check()
+        self._check(most=most)
         over_time.check_smooth(smooth)
         if not window > 0:
             raise ValueError(f'window={window} must be more than 0 seconds')
@@ -477,8 +479,10 @@ class VideoModel:
             kind, _, reason = error.partition(': ')
             raise DecodeError(path, kind, reason)
 
-    def _check(self, attention: bool = False) -> None:
-        """Raises ValueError if it is no classifier, or has no attention that is asked for."""
+    def _check(self, attention: bool = False, most: int = 1) -> None:
+        """Raises ValueError if it is no classifier, or has not what is asked for."""
+        if not isinstance(most, numbers.Integral) or most < 1:
+            raise ValueError(f'most={most!r} must be a whole number of classes, at least 1')
         task = self.trained.task
         if task is None:
             raise ValueError(
@@ -607,7 +611,10 @@ def _changed(
     """
     fields = dict(fields or {}) | ({'backbone.checkpoint': os.fspath(backbone)} if backbone else {})
     found = config.copy_and_resolve_references()
+    known = base.flat(found)
     for name, value in fields.items():
+        if name not in known:
+            raise ValueError(no_field(str(name), known))
         try:
             found.update_from_flattened_dict({name: value})
         except (KeyError, TypeError, ValueError, AttributeError) as error:

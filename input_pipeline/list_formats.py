@@ -272,6 +272,11 @@ def _table(rows: Sequence[tuple[str, list[str]]]) -> Iterator[tuple[str, dict[st
             raise ValueError(
                 f'{where}: {len(row)} fields, the header has {len(header)}: {quoted(row)}'
             )
+        if any(cell.strip() for cell in row[len(header) :]):
+            raise ValueError(
+                f'{where}: {len(row)} fields, the header has {len(header)}: {quoted(row)}; put a '
+                'field that holds a comma in quotes'
+            )
         yield where, dict(zip(header, (cell.strip() for cell in row)))
 
 

@@ -11,6 +11,7 @@ raised in a reader thread, where grain could not carry on.
 """
 
 import functools
+import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -335,9 +336,11 @@ class EvalReader:
           (V, T, H, W, 3) uint8 RGB, as `read`.
 
         Raises:
-          ValueError: another shape or dtype, or no frame.
+          ValueError: another shape or dtype, no frame, or an `fps` that is none.
         """
         frames = np.asarray(frames)
+        if not isinstance(fps, numbers.Real) or not 0 < fps < np.inf:
+            raise ValueError(f'fps={fps!r} must be frames a second, a number above 0')
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
             raise ValueError(
                 f'frames are (N, H, W, 3) uint8 RGB, at least one; these are {frames.shape} '

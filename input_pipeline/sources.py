@@ -5,7 +5,9 @@ is the identity of a record.
 """
 
 import dataclasses
+import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -202,6 +204,17 @@ def _check_sets(rows: Sequence[Row]) -> None:
     for row in rows:
         if not row.several or not row.path:
             raise ValueError(f"{row.where}: expected a path and 'labels' as above it")
+    counts = Counter((row.path, row.start, row.end) for row in rows)
+    if len(counts) < len(rows):
+        twice = next(row for row in rows if counts[row.path, row.start, row.end] > 1)
+        logging.warning(
+            '%s: %d lines are of a video that another line has, too, as %s: each line says of a '
+            'video of its own which classes it has, and that it has no others; put all classes of '
+            'a video into one line',
+            twice.where,
+            len(rows) - len(counts),
+            quoted(twice.path),
+        )
 
 
 def find_classes(

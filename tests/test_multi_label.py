@@ -363,6 +363,15 @@ def test_lists_that_do_not_fit_the_task(tmp_path, task, text, message):
         recipe.open_split(config, 'train')
 
 
+def test_a_video_in_two_lines_is_said(tmp_path, caplog):
+    (tmp_path / 'l.csv').write_text('path,labels\na.mp4,0\nb.mp4,0;1\na.mp4,1\n')
+    assert len(open_source(tmp_path / 'l.csv')) == 3
+    assert "l.csv:2: 1 lines are of a video that another line has, too, as 'a.mp4'" in caplog.text
+    (tmp_path / 'l.csv').write_text('path,labels\na.mp4,0,1\n')
+    with pytest.raises(ValueError, match=r'l\.csv:2: 3 fields, the header has 2.* in quotes'):
+        open_source(tmp_path / 'l.csv')
+
+
 def test_a_list_without_any_class_is_refused(tmp_path, clips):
     (tmp_path / 'l.csv').write_text('path,labels\na.mp4,\n')
     source = open_source(tmp_path / 'l.csv', label_map=clips / 'attributes_labels.txt')

@@ -373,6 +373,7 @@ def test_scores_that_are_no_numbers_are_an_error_of_the_video(
         (['--stride=1'], '--stride goes with --window'),
         (['--annotate', '--smooth=3'], '--smooth, --annotate goes with --window'),
         (['--window=fast'], "--window: 'fast' is no length of time"),
+        (['--window='], "--window: '' is no length of time"),
         (['--window=0'], '--window=0 must be more than 0'),
         (['--window=2', '--stride=1ms'], 'must be at least'),
         (['--window=2', '--smooth=0'], 'smooth=0 must be an odd number'),

@@ -125,6 +125,15 @@ def test_wrong_calls_say_what_to_do(run, model, tmp_path):
     ):
         with pytest.raises(ValueError, match=text):
             model.embed(wrong)
+    frames = np.zeros((9, 48, 48, 3), np.uint8)
+    for fps in (0, -1.0, float('nan'), float('inf'), '30', None):
+        with pytest.raises(ValueError, match=r'fps=.* must be frames a second'):
+            model.score(frames, fps=fps)
+    for most in (0, -1, 1.5, None):
+        with pytest.raises(ValueError, match=f'most={most} must be a whole number'):
+            model.predict(frames, most)
+        with pytest.raises(ValueError, match=f'most={most}'):
+            model.predict_windows('nowhere.mp4', most=most)
     for labels, text in (
         ('running', 'pass a list'),
         ([], 'at least one'),
@@ -135,7 +144,10 @@ def test_wrong_calls_say_what_to_do(run, model, tmp_path):
             model.score(paths[0], labels=labels)
     for call, text in (
         ({'config': dist_config.get_config('demo')}, 'own config'),
-        ({'overrides': {'eval.num_clip': 2}}, 'num_clip.*configs/base.py'),
+        (
+            {'overrides': {'eval.num_clip': 2}},
+            'no field .*num_clip.; did you mean eval.num_clips.*configs/base.py',
+        ),
         ({'overrides': {'eval.num_clips': 'many'}}, 'many'),
         ({'step': 77}, '77'),
     ):

@@ -88,7 +88,7 @@ def _window_options(arguments: argparse.Namespace) -> dict[str, Any]:
       ValueError: they are no values, or do not go together.
     """
     values = {name: getattr(arguments, name) for name in WINDOW_OPTIONS}
-    given = {name: value for name, value in values.items() if value not in (None, '')}
+    given = {name: value for name, value in values.items() if value is not None}
     if 'window' not in given:
         if given:
             named = ', '.join(f'--{name}' for name in given)
