@@ -19,11 +19,12 @@ class FakeHub:
       private, gated: names of repositories.
       requests: (method, path) of all, in order.
       broken: answer everything with 503.
+      listing: what lists the files of every repository, in place of the truth.
     """
 
     def __init__(self):
         self.repos, self.private, self.gated, self.requests = {}, set(), set(), []
-        self.blobs, self.broken, self.messages = {}, False, []
+        self.blobs, self.broken, self.messages, self.listing = {}, False, [], None
         handler = type('Handler', (_Handler,), {'hub': self})
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
         self.url = f'http://127.0.0.1:{self._server.server_port}'
@@ -111,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, 'RevisionNotFound', 'no revision')
         files = repo['commits'][commit]
         if rest[:1] in ([], ['revision']):
+            if self.hub.listing is not None:
+                return self._answer(200, self.hub.listing)
             siblings = [{'rfilename': path, 'size': len(data)} for path, data in files.items()]
             return self._answer(
                 200, {'id': name, 'sha': commit, 'siblings': siblings, 'private': False, 'tags': []}

@@ -221,6 +221,30 @@ def test_what_cannot_be_fetched_says_why(server, tmp_path, capsys, source, text)
     assert '\x1b' not in said and not (tmp_path / 'dest').exists()
 
 
+@pytest.mark.parametrize(
+    'listing',
+    [
+        b'<html>log in to the hotel</html>',
+        [1, 2],
+        {'id': 'owner/clip', 'sha': 'a' * 40, 'tags': []},
+        {'id': 'owner/clip', 'sha': 'a' * 40, 'tags': [], 'siblings': [{'rfilename': 5}]},
+        {
+            'id': 'owner/clip',
+            'sha': 'a' * 40,
+            'tags': [],
+            'siblings': [{'rfilename': 'model.safetensors', 'size': 'small'}],
+        },
+    ],
+    ids=['page', 'list', 'no files', 'no names', 'no sizes'],
+)
+def test_an_answer_that_is_none_of_a_hub_is_said(server, tmp_path, capsys, listing):
+    server.add('owner/clip', CLIP)
+    server.listing = listing
+    assert main.main(['convert', 'hf://owner/clip', str(tmp_path / 'dest')]) in (1, 2)
+    said = capsys.readouterr().err
+    assert 'hf://owner/clip' in said and 'Traceback' not in said
+
+
 def test_no_network_no_rights_and_no_extra_say_what_to_do(
     released, server, tmp_path, monkeypatch, capsys
 ):

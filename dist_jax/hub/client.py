@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -239,7 +240,12 @@ class _Listing:
                 reference.repo, revision=reference.revision, files_metadata=True
             )
             self.commit, self._folder = str(info.sha), None
-            self.sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+            self.sizes = {str(file.rfilename): _size(file.size) for file in info.siblings}
+        except (TypeError, AttributeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f'{reference}: the answer is not that of a Hub ({_brief(error)}); a proxy or '
+                'HF_ENDPOINT may stand between'
+            ) from None
         except Exception as error:
             if not _is_unreachable(self._hub, error):
                 raise
@@ -295,6 +301,17 @@ class _Listing:
             if self.commit in path.parts:  # else somebody has pushed meanwhile
                 break
         return path
+
+
+def _size(said: Any) -> int:
+    """Bytes of a file; 0 where the Hub does not say.
+
+    Raises:
+      TypeError: it says something else.
+    """
+    if said is not None and not isinstance(said, int):
+        raise TypeError(f'a size is {shown(said)}')
+    return max(said or 0, 0)
 
 
 def _library(what: str) -> Any:
