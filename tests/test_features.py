@@ -278,6 +278,13 @@ def test_names_stay_inside_and_are_of_one_video(videos, backbone, tmp_path):
     shutil.copy(videos / 'a.mp4', copy)
     items = items_of_files([str(videos / 'a.mp4'), str(copy), str(copy.parent)])
     assert [item.video.path for item in items] == ['a.mp4', 'a.mp4~2', 'a.mp4~3']
+    odd = tmp_path / 'odd'  # a folder is called as the file of another video
+    for name in ('a.mp4', 'a.mp4.npy/b.mp4', 'a.mp4.npy_/b.mp4'):
+        (odd / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(videos / 'a.mp4', odd / name)
+    items = items_of_files([str(odd)])
+    names = [item.video.path for item in items]
+    assert names == ['a.mp4', 'a.mp4.npy_/b.mp4', 'a.mp4.npy_/b.mp4~2']
     rows = [f'{tmp_path}/{"x" * 300}/../../etc/a.mp4,0', '../../b.mp4,1']
     (tmp_path / 'list.csv').write_text('path,label\n' + '\n'.join(rows) + '\n')
     out = tmp_path / 'deep' / 'out'

@@ -47,6 +47,7 @@ VERSION = 1
 PACKAGES = ('dist_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'av', 'opencv-python-headless')
 MOST_LISTED = 50  # unreadable videos in the table
 MOST_NAME = 200  # bytes of a part of a path
+_ENDINGS = ('.npy', '.partial')
 
 # Output -> axes behind the windows, pooling, norm, as the manifest and the documentation say.
 MEANINGS = {
@@ -180,7 +181,9 @@ def _with_names(items: Sequence[Item]) -> list[Item]:
             for part in PurePosixPath(item.video.path).parts
             if part != '/'
         ]
-        name = '/'.join(parts) or '_'
+        # No folder is called as the file of another video is, or as one that is being written.
+        folders = [f'{part}_' if part.endswith(_ENDINGS) else part for part in parts[:-1]]
+        name = '/'.join([*folders, *parts[-1:]]) or '_'
         counts[name] = counts.get(name, 0) + 1
         while counts[name] > 1:
             again = f'{name}~{counts[name]}'
