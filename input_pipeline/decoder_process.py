@@ -63,8 +63,9 @@ class DecoderProcess:
         Raises:
           RuntimeError: it does not get there.
         """
-        if self._process is not None:
+        if self._process is not None and self._process.is_alive():
             return
+        self.close()  # of one that died meanwhile, over no video
         context = multiprocessing.get_context('spawn')  # a fork would have locks of its parent
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._reader), daemon=True)

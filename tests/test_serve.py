@@ -121,6 +121,10 @@ def test_what_is_no_video_is_refused(address, body, kind, status, text):
     assert headers['connection'] == 'close'
 
 
+def test_the_kind_of_a_form_may_be_in_capitals(address, clip):
+    assert ask(address, '/predict', form(clip), 'MULTIPART/Form-Data; boundary=x')[0] == 200
+
+
 def test_a_video_that_is_cut_off_is_refused(address, clip):
     status, _, content = ask(address, '/predict', form(clip[: len(clip) // 2]))
     assert status == 422 and 'truncated' in json.loads(content)['error']

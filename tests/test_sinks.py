@@ -101,6 +101,18 @@ def test_a_service_that_fails_is_one_warning(clips, tmp_path, caplog, monkeypatc
     assert calls('wandb', 'finish') and ({'step': 3},) in calls('wandb', 'log')
 
 
+def test_a_service_that_wants_to_exit_is_one_warning(clips, tmp_path, caplog, monkeypatch):
+    def leaves(run):
+        raise SystemExit(1)
+
+    monkeypatch.setitem(sinks.SINKS, 'trackio', leaves)
+    config = config_of(clips, report_to='trackio')
+    with caplog.at_level(logging.WARNING), sinks.watched(config, tmp_path) as watchers:
+        watchers.open({'seed': 0})
+        watchers.scalars(1, {'loss': 1.0})
+    assert 'trackio: 1. The run goes on without it' in caplog.text
+
+
 def test_services_that_are_not_there_are_told_before_anything_starts(clips, tmp_path, monkeypatch):
     for name, text in (('wadnb', 'not one of wandb, mlflow'), ('wandb', r'dist_jax\[wandb\]')):
         if name == 'wandb':

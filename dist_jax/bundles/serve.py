@@ -189,7 +189,8 @@ class _Server:
         Raises:
           HTTPException: there is none, or the request is too large.
         """
-        if not request.headers.get('content-type', '').startswith('multipart/form-data'):
+        kind = request.headers.get('content-type', '').lower()
+        if not kind.startswith('multipart/form-data'):
             raise HTTPException(415, f'send a form (multipart/form-data) with a file {FIELD!r}')
         limited = Request(request.scope, self._limited(request))
         async with limited.form(max_files=1, max_fields=4, max_part_size=1 << 10) as form:

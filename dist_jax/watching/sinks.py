@@ -337,13 +337,13 @@ class _Thread:
         try:
             sink = SINKS[self._name](self._run)
             self._remember(self._name, sink.id)
-        except Exception as error:
+        except BaseException as error:  # some libraries exit where they may not ask
             self._warn(error)
         while (call := self._queue.get()) is not None:
             if sink is not None:
                 try:
                     call(sink)
-                except Exception as error:
+                except BaseException as error:
                     self._warn(error)
 
     def _warn(self, reason: object) -> None:

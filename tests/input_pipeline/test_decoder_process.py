@@ -1,5 +1,6 @@
 """Views from a process that may die or hang."""
 
+import multiprocessing
 import os
 import signal
 
@@ -43,6 +44,16 @@ def test_views_are_those_of_the_reader(process, clips, tmp_path):
         process.read(broken)
     assert error.value.kind == 'not a video'
     np.testing.assert_array_equal(process.read(path), wanted)
+
+
+@pytest.mark.parametrize('process', [(READER, 30)], indirect=True)
+def test_a_video_is_not_blamed_for_a_process_that_died_before(process, clips):
+    path = str(clips / 'val' / '000000.mp4')
+    process.start()
+    (child,) = multiprocessing.active_children()
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert process.read(path).shape == READER.shape
 
 
 HANGING = Hanging(num_frames=4, image_size=32)
