@@ -122,13 +122,19 @@ def full_disk(error: BaseException, places: Sequence[str]) -> str:
         found = [a or b for a, b in _PATH.findall(text)]
         path = os.fsdecode(name) if isinstance(name, (str, bytes)) else ''
         path = (path or max(found, key=len, default='')).removeprefix('file://')
-        known = [place for place in (*places, tempfile.gettempdir()) if os.path.exists(place)]
+        known = [place for place in (*places, tempfile.gettempdir()) if _is_place(place)]
         path = path or min(known, key=_free)
         return (
             f'the disk is full: {path} ({_free(path) / 2**20:.1f} MiB free). Free some space and '
             'start the same command again; a run continues from its newest checkpoint.'
         )
     return ''
+
+
+def _is_place(path: str) -> bool:
+    """Whether something is there, or was to be made in a folder that is there."""
+    folder = os.path.dirname(path)
+    return os.path.exists(path) or (bool(folder) and os.path.isdir(folder))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -62,6 +62,8 @@ def check_run(workdir: str) -> None:
         raise ValueError(f'no folder {workdir}; {_RUN_FOLDER}')
     runs = glob.glob(os.path.join(glob.escape(os.path.expanduser(workdir)), '*', CHECKPOINTS))
     near = [os.path.dirname(path) for path in sorted(runs)]
+    above = os.path.dirname(os.path.normpath(workdir)) or '.'
+    near += [above] if os.path.isdir(os.path.join(above, CHECKPOINTS)) else []
     hint = f'did you mean {" or ".join(near[:3])}?' if near else _RUN_FOLDER
     raise ValueError(f'{workdir} is no run, there are no checkpoints in it; {hint}')
 

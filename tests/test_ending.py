@@ -201,6 +201,15 @@ def test_a_full_disk_is_one_line_with_a_code_of_its_own(make, tmp_path, monkeypa
     assert 'start the same command again' in line
 
 
+def test_of_the_disks_that_a_command_names_the_full_one_is_said(tmp_path, monkeypatch):
+    free = {str(tmp_path): 1e9, f'{tmp_path}/other/new': 0.0}
+    (tmp_path / 'other').mkdir()
+    monkeypatch.setattr(ending, '_free', lambda path: free.get(path, 2e9))
+    places = [str(tmp_path), f'{tmp_path}/other/new', 'clip', '0.2s', f'{tmp_path}/none/x']
+    text = ending.full_disk(OSError(errno.ENOSPC, 'No space left'), places)
+    assert f'the disk is full: {tmp_path}/other/new (0.0 MiB free)' in text
+
+
 def test_a_full_disk_deep_in_an_error_is_found(tmp_path):
     full = OSError(errno.ENOSPC, 'No space left on device', str(tmp_path))
     try:

@@ -312,6 +312,7 @@ def test_complete_features_are_not_made_again(made, videos, backbone, capsys):
         (['--backbone=B', 'V', '--fps=4'], 'go with --window'),
         (['--backbone=B', 'V', '--window=2', '--fps=0'], 'must be above 0'),
         (['--backbone=B', 'V', '--window=x'], 'is no length of time'),
+        (['--backbone=B', 'V', '--window='], 'is no length of time'),
         (['--backbone=B', 'V', '--window=-1s'], 'is no length of time'),
         (['--backbone=B', 'V', '--window=0s'], 'must be more than 0'),
         (['--backbone=B', 'V', '--window=2s', '--stride=0.001s'], 'must be at least'),

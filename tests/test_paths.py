@@ -58,6 +58,7 @@ def test_what_is_no_run_is_said_with_the_way_out(tmp_path):
     for name, text in (
         ('none', f'no folder {tmp_path}/none; pass the folder of a run'),
         ('runs', f'runs is no run, .* did you mean {tmp_path}/runs/mine'),
+        ('runs/mine/checkpoints', f'did you mean {tmp_path}/runs/mine'),
         ('empty', 'empty is no run, there are no checkpoints in it; pass the folder of a run'),
     ):
         for check in (paths.check_run, paths.check_model):

@@ -58,12 +58,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         '--window',
-        default='',
         help='seconds, as 2s; with --fps a number of frames; all of a video by default',
     )
     add(
         '--stride',
-        default='',
         help='likewise, from start to start; half a window by default',
     )
     add('--fps', type=float, help='frames a second that --window and --stride count')
@@ -147,7 +145,7 @@ def _folder(path: str) -> str:
     return path if os.path.isdir(path) else os.path.dirname(path)
 
 
-def _windows(window: str, stride: str, fps: float | None) -> tuple[float, float]:
+def _windows(window: str | None, stride: str | None, fps: float | None) -> tuple[float, float]:
     """(window, stride) in seconds; 0 for all of a video.
 
     Raises:
@@ -155,12 +153,12 @@ def _windows(window: str, stride: str, fps: float | None) -> tuple[float, float]
     """
     if fps is not None and not 0 < fps <= 1000:
         raise ValueError(f'--fps={fps} must be above 0 and at most 1000')
-    if not window:
-        if stride or fps is not None:
+    if window is None:
+        if stride is not None or fps is not None:
             raise ValueError('--stride and --fps go with --window')
         return 0.0, 0.0
     length = _seconds('window', window, fps)
-    return length, _seconds('stride', stride, fps) if stride else length / 2
+    return length, length / 2 if stride is None else _seconds('stride', stride, fps)
 
 
 def _seconds(name: str, text: str, fps: float | None) -> float:
