@@ -178,6 +178,11 @@ def trials(
             break
 
 
+def planners(folder: str) -> Callable[[str], Callable[[ConfigDict], dict[str, Any]]]:
+    """Topology -> config -> its plan; a topology is described to the compiler once."""
+    return functools.lru_cache(None)(lambda name: planner(name, folder))
+
+
 def planner(name: str, folder: str) -> Callable[[ConfigDict], dict[str, Any]]:
     from dist_jax.plan import command
 
@@ -209,7 +214,7 @@ def topologies(config: ConfigDict, targets: Sequence[str]) -> Iterator[tuple[str
 
 def compute(names: Sequence[str], targets: Sequence[str], folder: str, path: Path) -> None:
     known, found = read(path), rows()
-    planners = functools.lru_cache(None)(lambda name: planner(name, folder))
+    plan_for = planners(folder)
     firsts = first_rows()
     for first in dict.fromkeys(firsts[name] for name in names or found):
         place = known.setdefault(first, {'targets': {}, 'trials': {}})
@@ -217,7 +222,7 @@ def compute(names: Sequence[str], targets: Sequence[str], folder: str, path: Pat
             print(f'{first} for {target}, as {compiled}', flush=True)
             place['targets'][target] = compiled
             own = place['trials'].setdefault(compiled, [])
-            trials(planners(compiled), found[first], chips, own, lambda: write_json(path, known))
+            trials(plan_for(compiled), found[first], chips, own, lambda: write_json(path, known))
             place['done'] = sorted({*place.get('done', ()), compiled})
             write_json(path, known)
 
