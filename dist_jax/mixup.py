@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dist_jax.models.layers import as_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
@@ -45,8 +47,9 @@ def mix(
 
     Args:
       key: random key of this step.
-      video: (B, T, H, W, 3), uint8 or float. Mixing commutes with normalisation, and partners that
-        are exchanged between devices are a quarter the size as uint8.
+      video: (B, T, H, W, 3), or rows of pixels (B, T, H, 3 W), uint8 or float. Mixing commutes with
+        normalisation, and partners that are exchanged between devices are a quarter the size as
+        uint8.
       targets: tree of distributions (B, num_classes).
       mask: (B,) 1.0 where the clip is real. A clip whose partner is not real stays as it is.
       mixing: settings.
@@ -63,20 +66,20 @@ def mix(
     cut_share = _beta(keys[1], mixing.cutmix_alpha)
     blend_share = _beta(keys[2], mixing.mixup_alpha)
 
-    height, width = video.shape[2:4]
+    own = as_rows(video)
+    height, width = own.shape[2], own.shape[3] // 3
     box, kept_area = _box(keys[3], keys[4], cut_share, height, width)
-    mixed = jax.random.bernoulli(keys[5], mixing.probability)
-    active = (mixed & (mask[::-1] > 0)).astype(jnp.float32)  # (B,)
+    drawn = jax.random.bernoulli(keys[5], mixing.probability)
+    active = (drawn & (mask[::-1] > 0)).astype(jnp.float32)  # (B,)
 
-    # Share of the partner, for each pixel of each clip.
-    pixel_share = jnp.where(use_cutmix, box, 1.0 - blend_share)  # (H, W)
-    pixel_share = pixel_share * active[:, None, None]
-    pixel_share = pixel_share[:, None, :, :, None]
+    # Share of the partner, for each value of each clip.
+    pixel_share = jnp.where(use_cutmix, jnp.repeat(box, 3, axis=1), 1.0 - blend_share)  # (H, 3 W)
+    pixel_share = (pixel_share * active[:, None, None])[:, None]
     label_share = jnp.where(use_cutmix, 1.0 - kept_area, 1.0 - blend_share) * active
-    own, partner = (x.astype(jnp.float32) for x in (video, video[::-1]))
-    video = own * (1 - pixel_share) + partner * pixel_share
+    own, partner = (x.astype(jnp.float32) for x in (own, own[::-1]))
+    mixed = (own * (1 - pixel_share) + partner * pixel_share).reshape(video.shape)
     share = label_share[:, None]
-    return video, jax.tree.map(lambda t: t * (1 - share) + t[::-1] * share, targets)
+    return mixed, jax.tree.map(lambda t: t * (1 - share) + t[::-1] * share, targets)
 
 
 def _beta(key: jax.Array, alpha: float) -> jax.Array:

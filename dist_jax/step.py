@@ -106,10 +106,10 @@ class StepSettings:
 
 
 def example_batch(task: Task, video_shape: tuple[int, ...]) -> Batch:
-    """The shapes of a training batch with uint8 clips of this shape (B, T, H, W, 3)."""
-    size = video_shape[0]
+    """The shapes of a batch of uint8 clips (B, ..., H, W, 3), as `sharding.to_global` has them."""
+    size, *lead, width, channels = video_shape
     return {
-        'video': jax.ShapeDtypeStruct(video_shape, jnp.uint8),
+        'video': jax.ShapeDtypeStruct((size, *lead, width * channels), jnp.uint8),
         'mask': jax.ShapeDtypeStruct((size,), jnp.float32),
         **{
             name: jax.ShapeDtypeStruct((size, *row.shape), row.dtype)
@@ -119,7 +119,7 @@ def example_batch(task: Task, video_shape: tuple[int, ...]) -> Batch:
 
 
 def model_inputs(model: Model, task: Task, frozen: Tree, batch: Batch) -> Tree:
-    """What the network reads of a batch with clips (B, T, H, W, 3) as they are stored."""
+    """What the network reads of a batch as training has it, see `make_train_step`."""
     seen = {name: batch[name] for name in task.input_keys}
     return model.inputs(frozen, {'video': model.normalize(batch['video']), **seen})
 
@@ -220,9 +220,10 @@ def make_train_step(
     State and frozen tree have the shardings of the leaves of `state` and `frozen`, arrays or
     shapes; None: every device holds all. The state is donated. The frozen tree is an argument of
     its own: neither donated, nor differentiated, nor known to the optimizer. Batch: `video`
-    (B, T, H, W, 3) uint8, `mask` (B,) float32, and the task's `element_spec` with B before each
-    shape. Metrics are scalars: `loss`, `grad_norm`, `learning_rate`, `clips` (unmasked rows), and
-    `finite`, whether loss and gradients are.
+    (B, T, H, W, 3) uint8, or rows of pixels (B, T, H, 3 W), see `layers.as_rows`; `mask` (B,)
+    float32; and the task's `element_spec` with B before each shape. Metrics are scalars: `loss`,
+    `grad_norm`, `learning_rate`, `clips` (unmasked rows), and `finite`, whether loss and gradients
+    are.
 
     Raises:
       ValueError: the task cannot be trained with these settings.
@@ -487,8 +488,8 @@ def make_eval_step(
 ) -> Callable[[Tree, Tree, Batch], dict[str, Tree]]:
     """The jitted evaluation: (variables, frozen, batch) -> what the task predicts, (B, ...) leaves.
 
-    The batch has `video` (B, V, T, H, W, 3) uint8, V views of each, and the task's
-    `eval_input_keys`.
+    The batch has `video` (B, V, T, H, W, 3) uint8, or rows of pixels (B, V, T, H, 3 W), V views of
+    each, and the task's `eval_input_keys`.
 
     Args:
       model: the family's model.
@@ -537,7 +538,7 @@ def make_query_step(
 
 
 def clips_of_views(model: Model, video: jax.Array) -> jax.Array:
-    """(B, V, T, H, W, 3) uint8 -> (B * V, T, H, W, 3) as `Model.inputs` takes it."""
+    """(B, V, T, H, W, 3) uint8, or rows -> (B * V, T, ...) as `Model.inputs` takes it."""
     return split_batch(model.normalize(video.reshape(-1, *video.shape[2:])))
 
 

@@ -515,7 +515,8 @@ class VideoModel:
         parts = batch_parts(self._mesh)
         filled = np.zeros((-(-len(views) // parts) * parts, *views.shape[1:]), np.uint8)
         filled[: len(views)] = views
-        return {'video': jax.device_put(filled, batched(self._mesh))}
+        rows = filled.reshape(*filled.shape[:-2], -1)  # as `sharding.to_global` has them
+        return {'video': jax.device_put(rows, batched(self._mesh))}
 
     def _predictions(
         self, names: Sequence[str], most: int, attention: bool

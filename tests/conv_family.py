@@ -23,7 +23,7 @@ from dist_jax.configs import base
 from dist_jax.models import FAMILIES, Family, converted, heads, naming
 from dist_jax.models.api import Model, ParamGroup
 from dist_jax.models.batch_norm import BatchNorm
-from dist_jax.models.layers import Pixels
+from dist_jax.models.layers import Pixels, as_pixels
 from dist_jax.models.params import Row
 from dist_jax.models.source_files import SourceFiles
 from dist_jax.sharding import ShardingRule, gather_rows
@@ -65,7 +65,7 @@ class ConvNet(nn.Module):
             return {'hint': inputs['hint']}
         kernel = (self.kernel_frames, 3, 3)
         conv = nn.Conv(self.width, kernel, (1, 4, 4), use_bias=False, dtype=self.dtype, name='conv')
-        x = conv(inputs['video'])
+        x = conv(as_pixels(inputs['video']))
         x = BatchNorm(self.groups, keep=0.5, name='bn')(x, mask, train)
         x = nn.relu(x).astype(jnp.float32).mean((1, 2, 3))
         if 'hint' in inputs:

@@ -38,7 +38,7 @@ from dist_jax.models import BACKBONES, FAMILIES, Family, converted, heads
 from dist_jax.models.api import Model, ParamGroup
 from dist_jax.models.backbone import Kind, Taps
 from dist_jax.models.frozen import ClassTexts, Frozen
-from dist_jax.models.layers import Pixels, patchify
+from dist_jax.models.layers import Pixels, as_pixels, patchify
 from dist_jax.models.params import flatten
 from dist_jax.plan import compiling
 from dist_jax.sharding import ShardingRule, make_mesh
@@ -175,7 +175,8 @@ def build_borrowing(backbone, *, num_classes, num_frames, dtype):
     last = Taps(outputs=(backbone.spec.depth - 1,))
 
     def read(frozen, batch):
-        found = backbone.encode_image(frozen['visual'], batch['video'][:, 0], last)
+        frames = as_pixels(batch['video'])[:, 0]
+        found = backbone.encode_image(frozen['visual'], frames, last)
         return {'cls': found['outputs'][0, :, 0]}
 
     return Model(

@@ -53,6 +53,15 @@ def test_cutmix_pastes_one_box_and_corrects_the_share(batch, key):
     np.testing.assert_allclose(targets[0][0, 3], pasted[0].mean(), atol=1e-6)
 
 
+@pytest.mark.parametrize('mixing', [Mixing(mixup_alpha=0.8), Mixing(cutmix_alpha=1.0)])
+def test_rows_of_pixels_are_mixed_alike(batch, mixing):
+    rows = batch[0].reshape(*batch[0].shape[:3], -1)
+    video, targets = run(batch, mixing, 1)
+    of_rows, other = run((rows, batch[1]), mixing, 1)
+    np.testing.assert_array_equal(video, of_rows.reshape(video.shape))
+    np.testing.assert_array_equal(targets[0], other[0])
+
+
 def test_both_take_turns(batch):
     seen = set()
     for key in range(20):

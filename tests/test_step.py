@@ -12,7 +12,8 @@ from dist_jax import optim, step
 from dist_jax.mixup import Mixing
 from dist_jax.models import clip, dist
 from dist_jax.models.backbone import Backbone
-from dist_jax.sharding import make_mesh
+from dist_jax.models.layers import as_rows
+from dist_jax.sharding import make_mesh, to_global
 from dist_jax.tasks.classify import Classify
 
 SPEC = clip.ClipSpec(16, 8, 32, 2, 1, 24, 16, 1, 1, vocab_size=20, context_length=6)
@@ -117,6 +118,17 @@ def test_frozen_stays_and_every_trainable_leaf_moves(runner, frozen, batch):
 def test_the_state_holds_no_frozen_weights(runner):
     widths = {x.shape for x in jax.tree.leaves(runner.fresh)}
     assert (SPEC.num_tokens, SPEC.width) not in widths  # the position table of the backbone
+
+
+def test_rows_of_pixels_are_the_same_clips(model, frozen, features, batch, mixing_runner):
+    rows = batch | {'video': as_rows(batch['video'])}
+    assert rows['video'].shape == (4, 4, 16, 48)
+    placed = to_global(batch, make_mesh(jax.devices()[:1]))['video']
+    np.testing.assert_array_equal(placed, rows['video'])
+    of_rows = jax.jit(lambda f, b: step.model_inputs(model, TASK, f, b))(frozen, rows)
+    jax.tree.map(np.testing.assert_array_equal, features, of_rows)
+    (_, of_pixels), (_, metrics) = mixing_runner(batch), mixing_runner(rows)
+    jax.tree.map(np.testing.assert_array_equal, of_pixels, metrics)
 
 
 def test_loss_is_smoothed_cross_entropy(model, runner, features, batch):

@@ -352,7 +352,7 @@ def test_another_test_size_is_seen_by_evaluations_alone(stopped, straight, make_
     assert losses(stopped) == losses(straight[0])
     assert len(inside) == len(seen) == 3
     for (shape, scores), (_, expected) in zip(inside, seen):
-        assert shape == (4, 1, 4, 32, 32, 3)
+        assert shape == (4, 1, 4, 32, 96)
         np.testing.assert_array_equal(scores, expected)
 
 

@@ -179,7 +179,9 @@ def make_feature_step(found: Trained, outputs: Outputs, mesh: Mesh) -> ViewStep:
             if tower is None:
                 raise ValueError(_NO_TOWER)
             taps = Taps(outputs=outputs.blocks, embedding=embedded)
-            taken = tower.encode_image(frozen[TOWER], clips.reshape(-1, *clips.shape[2:]), taps)
+            patches = tower.patches(clips)
+            frames = patches.reshape(-1, *patches.shape[2:])
+            taken = tower.encode_image(frozen[TOWER], frames, taps)
             for block, stream in zip(outputs.blocks, taken.get('outputs', ())):
                 tokens = stream.reshape(num_videos, -1, *stream.shape[1:])
                 result[f'{TOKENS}_{block}'] = tokens.astype(jnp.float32)

@@ -109,6 +109,7 @@ class Model:
 
         Args:
           frozen: the frozen tree, {} where there is none.
-          batch: `video` (B, T, H, W, 3), normalised, and what else the task lets the network see.
+          batch: `video` (B, T, H, W, 3), or rows of them, (B, T, H, 3 W), see `layers.as_rows`;
+            normalised. And what else the task lets the network see.
         """
         return batch if self.frozen is None else self.frozen.apply(frozen, batch)

@@ -88,10 +88,10 @@ def build(
     last = Taps(outputs=(spec.depth - 1,))
 
     def features(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
-        video = batch['video']
-        frames = video.reshape(-1, *video.shape[2:]).astype(dtype)
+        patches = backbone.patches(batch['video'].astype(dtype))
+        frames = patches.reshape(-1, *patches.shape[2:])
         (tokens,) = backbone.encode_image(frozen['visual'], frames, last, unroll=unroll)['outputs']
-        tokens = tokens.reshape(*video.shape[:2], *tokens.shape[1:])
+        tokens = tokens.reshape(*patches.shape[:2], *tokens.shape[1:])
         texts = {name: frozen[name] for name in TEXT if name in frozen}
         return texts | {'outputs': tokens if class_tokens else tokens[:, :, 1:]}
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
-from dist_jax.models.layers import Pixels
+from dist_jax.models.layers import Pixels, as_rows, clip_patches
 from dist_jax.sharding import ShardingRule, Tree
 
 
@@ -35,6 +35,15 @@ class Spec(Protocol):
     @property
     def num_tokens(self) -> int:
         """Tokens of one frame, the class token included."""
+
+
+def check_image_size(height: int, width: int, spec: Spec) -> None:
+    """Raises ValueError unless frames of this size are what the spec is for."""
+    if (height, width) != (spec.image_size, spec.image_size):
+        raise ValueError(
+            f'frames of {height}x{width} pixels for a backbone of image_size={spec.image_size}; '
+            'set data.image_size or resize the position table'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +203,19 @@ class Backbone:
             )
         return found
 
+    def patches(self, clips: jax.Array) -> jax.Array:
+        """`layers.patchify` of clips: (B, T, g*g, p*p*3).
+
+        Args:
+          clips: (B, T, H, W, 3), or rows of them, see `layers.as_rows`.
+
+        Raises:
+          ValueError: the image size is not the spec's.
+        """
+        rows = as_rows(clips)
+        check_image_size(rows.shape[2], rows.shape[3] // 3, self.spec)
+        return clip_patches(rows, self.spec.patch_size)
+
     def embed_frames(
         self, params: Tree, video: jax.Array, *, unroll: bool = False, remat: bool = False
     ) -> jax.Array:
@@ -201,16 +223,17 @@ class Backbone:
 
         Args:
           params: the `visual` subtree.
-          video: (B, T, H, W, 3), normalised, in the compute dtype.
+          video: clips as `patches` takes them, normalised, in the compute dtype.
           unroll: see `stack`.
           remat: see `clip.encode_image`.
 
         Returns:
           float32 (B, T, E).
         """
-        pixels, taps = video.reshape(-1, *video.shape[2:]), Taps(embedding=True)
-        found = self.encode_image(params, pixels, taps, unroll=unroll, remat=remat)
-        return found['embedding'].reshape(*video.shape[:2], -1)
+        patches, taps = self.patches(video), Taps(embedding=True)
+        frames = patches.reshape(-1, *patches.shape[2:])
+        found = self.encode_image(params, frames, taps, unroll=unroll, remat=remat)
+        return found['embedding'].reshape(*patches.shape[:2], -1)
 
     def check_trained_text(self, family: str) -> None:
         """Raises ValueError if there is no text tower, which `family` would train."""

@@ -44,7 +44,6 @@ from dist_jax.models.layers import (
     einsum,
     einsum_to_float32,
     layer_norm,
-    patchify,
     precision_of,
     quick_gelu,
 )
@@ -162,9 +161,7 @@ def build(
     def features(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
         # Both networks begin with the same patches. The barrier has them kept for the backward pass
         # as they are: the compiler would keep rows of 48 values padded to 128, and patchify again.
-        patches = jax.lax.optimization_barrier(
-            patchify(batch['video'].astype(dtype), spec.patch_size)
-        )
+        patches = jax.lax.optimization_barrier(backbone.patches(batch['video'].astype(dtype)))
         found = backbone.encode_image(frozen['visual'], frozen_view(patches), taps, unroll=unroll)
         inputs = {'taps': found['outputs'], 'patches': patches}
         if head == 'text':

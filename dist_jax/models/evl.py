@@ -162,11 +162,11 @@ def build(
     )
 
     def features(frozen: Tree, batch: Mapping[str, jax.Array]) -> Tree:
-        video = batch['video']
-        frames = video.reshape(-1, *video.shape[2:]).astype(dtype)
+        patches = backbone.patches(batch['video'].astype(dtype))
+        frames = patches.reshape(-1, *patches.shape[2:])
         found = backbone.encode_image(frozen['visual'], frames, taps, unroll=unroll)
         stream = found['outputs']
-        found['outputs'] = stream.reshape(depth, video.shape[0], -1, *stream.shape[2:])
+        found['outputs'] = stream.reshape(depth, patches.shape[0], -1, *stream.shape[2:])
         return found
 
     def attention(variables: Tree, inputs: Tree) -> jax.Array:

@@ -46,10 +46,14 @@ class Pixels:
 
     @jax.named_scope('normalize')
     def normalize(self, video: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-        """RGB (..., H, W, 3), 0 to 255, uint8 or float -> standardised pixels in `dtype`."""
+        """RGB (..., H, W, 3), 0 to 255, uint8 or float -> standardised pixels in `dtype`.
+
+        Or rows of pixels (..., H, 3 W), see `as_rows`.
+        """
         std = np.asarray(self.std, np.float32)
         scale = 1.0 / (255.0 * std)
         shift = np.asarray(self.mean, np.float32) / std
+        scale, shift = (np.tile(level, video.shape[-1] // 3) for level in (scale, shift))
         return (video.astype(jnp.float32) * scale - shift).astype(dtype)
 
 
@@ -217,18 +221,41 @@ def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
     return einsum('nhql,nlhd->nqhd', weights.astype(value.dtype), value)
 
 
-@jax.named_scope('patch_embedding')
+def as_rows(clips: Any) -> Any:
+    """Clips (B, T, H, W, 3), jax or numpy -> the same bytes as (B, T, H, 3 W); rows stay so.
+
+    Clips are on devices like this: of three channels, TPUs fill three lanes of 128.
+    """
+    return clips.reshape(*clips.shape[:3], -1)
+
+
+def as_pixels(clips: jax.Array) -> jax.Array:
+    """Clips in either form, see `as_rows`, -> (B, T, H, W, 3)."""
+    return clips.reshape(*clips.shape[:3], -1, 3)
+
+
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
     """(..., H, W, 3) -> (..., H/p * W/p, p * p * 3): patches row-major, their pixels too.
 
     A stride-p convolution is a matrix product over these.
     """
-    *lead, height, width, channels = pixels.shape
-    p = patch_size
+    return _cut_rows(pixels.reshape(*pixels.shape[:-2], -1), patch_size)
+
+
+def clip_patches(clips: jax.Array, patch_size: int) -> jax.Array:
+    """`patchify` of clips in either form, see `as_rows`: (B, T, H/p * W/p, p * p * 3)."""
+    return _cut_rows(as_rows(clips), patch_size)
+
+
+@jax.named_scope('patch_embedding')
+def _cut_rows(rows: jax.Array, patch_size: int) -> jax.Array:
+    *lead, height, width = rows.shape
+    p, of_patch = patch_size, 3 * patch_size
+    grid = (height // p, width // of_patch)
     # A row of a patch is one axis: three channels apart would fill a register each on TPU.
-    rows = pixels.reshape(-1, height // p, p, width // p, p * channels)
-    patches = rows.transpose(0, 1, 3, 2, 4)
-    return patches.reshape(*lead, (height // p) * (width // p), p * p * channels)
+    bands = rows.reshape(-1, grid[0], p, grid[1], of_patch)
+    patches = bands.transpose(0, 1, 3, 2, 4)
+    return patches.reshape(*lead, grid[0] * grid[1], p * of_patch)
 
 
 # The platform that is traced for alone; '' for all, None where nothing has to be portable.

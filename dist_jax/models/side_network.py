@@ -47,7 +47,6 @@ from dist_jax.models.layers import (
     LayerNorm,
     Linear,
     einsum,
-    patchify,
     resize_positions,
     row_major,
     standardise,
@@ -169,9 +168,7 @@ class Beside:
 
         taps = Taps(outputs=self.blocks, reading=reading, class_token=class_token)
         # The barrier: as DiST's, the patches are kept as they are.
-        patches = jax.lax.optimization_barrier(
-            patchify(video.astype(self.dtype), self.backbone.spec.patch_size)
-        )
+        patches = jax.lax.optimization_barrier(self.backbone.patches(video.astype(self.dtype)))
         clips = patches.shape[:2]
         frames = patches.reshape(-1, *patches.shape[2:])
         found = self.backbone.encode_image(frozen['visual'], frames, taps, unroll=self.unroll)

@@ -31,6 +31,7 @@ from dist_jax.models.layers import (
     Initializer,
     Linear,
     Pixels,
+    as_pixels,
     is_settled,
     uniform,
     widened,
@@ -411,14 +412,15 @@ class StsNet(nn.Module):
     def __call__(
         self, inputs: Tree, *, mask: jax.Array | None = None, train: bool = False
     ) -> dict[str, Any]:
-        """`video` (B, T, H, W, 3) -> `logits`, tuple of (B, num_classes), and `embedding`.
+        """`video` (B, T, H, W, 3), or rows of pixels, -> `logits`, tuple of (B, num_classes), and
+        `embedding`.
 
         The embedding (B, E) is what the classifier reads, before dropout.
 
         Raises:
           ValueError: STS has no meaning for frames of this size.
         """
-        x = inputs['video'].astype(self.rules.dtype)
+        x = as_pixels(inputs['video'].astype(self.rules.dtype))
         spec = self.spec
         options = {
             'rules': self.rules,

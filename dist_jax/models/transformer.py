@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dist_jax.models import kernels, layers
-from dist_jax.models.backbone import Spec, Taps
+from dist_jax.models.backbone import Spec, Taps, check_image_size
 from dist_jax.models.stack import Slot, scan_frozen
 from dist_jax.sharding import ShardingRule, gather_params
 
@@ -68,11 +68,7 @@ def image_patches(pixels: jax.Array, spec: Spec) -> jax.Array:
     """
     if pixels.ndim == 3:
         return pixels
-    if pixels.shape[1:3] != (spec.image_size, spec.image_size):
-        raise ValueError(
-            f'frames of {pixels.shape[1]}x{pixels.shape[2]} pixels for a backbone of '
-            f'image_size={spec.image_size}; set data.image_size or resize the position table'
-        )
+    check_image_size(*pixels.shape[1:3], spec)
     return layers.patchify(pixels, spec.patch_size)
 
 

@@ -112,8 +112,8 @@ class _Whole(nn.Module):
     def __call__(self, inputs: Tree, *, mask: jax.Array | None = None, train: bool = False) -> Any:
         frozen, video = inputs['frozen'], inputs['batch']['video']
         if self.tower is None:
-            offset = self.param(OFFSET, nn.initializers.zeros, video.shape[-1:])
-            video = video + offset.astype(video.dtype)
+            offset = self.param(OFFSET, nn.initializers.zeros, (3,)).astype(video.dtype)
+            video = video + jnp.tile(offset, video.shape[-1] // 3)
         else:
             tower = self.param(BACKBONE, lambda _: self.tower.master())
             frozen = {**frozen, TOWER: self.tower.cast(tower)}
