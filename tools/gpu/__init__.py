@@ -1,0 +1,1 @@
+"""The other side of `tools.compare_gpu`."""
