@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import jax
 
-from dist_jax.models.layers import Pixels, as_rows, clip_patches
+from dist_jax.models.layers import Pixels, as_rows
+from dist_jax.models.patch_kernel import patches_of
 from dist_jax.sharding import ShardingRule, Tree
 
 
@@ -214,7 +215,7 @@ class Backbone:
         """
         rows = as_rows(clips)
         check_image_size(rows.shape[2], rows.shape[3] // 3, self.spec)
-        return clip_patches(rows, self.spec.patch_size)
+        return patches_of(rows, self.spec.patch_size)
 
     def embed_frames(
         self, params: Tree, video: jax.Array, *, unroll: bool = False, remat: bool = False

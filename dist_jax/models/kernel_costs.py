@@ -37,7 +37,7 @@ def bundles(kernel: str, **shape: int) -> float:
     """
     entry = table()['kernels'].get(kernel)
     if entry is None:
-        return WORK[kernel](**shape)['products']
+        return WORK[kernel](**shape).get('products', 0.0)
     for row in entry['rows']:
         if row['shape'] == shape:
             return row['bundles']
@@ -152,6 +152,15 @@ def _exchange(channels: int, hidden: int, alpha: int) -> tuple[tuple[int, int], 
     return (*((LANES, channels),) * alpha, (channels, hidden), (channels, LANES))
 
 
+def _cut_patches(size: int, patch: int) -> Work:
+    """What is read and written, and rows of patches that are put side by side, two to a word."""
+    side = size // patch
+    return {
+        'registers': _registers(size, 3 * size) + _registers(side * side, 3 * patch**2),
+        'pieces': whole(side, 2 * SUBLANES) / (2 * SUBLANES) * side * patch,
+    }
+
+
 # Kernel -> its shape -> the work of a frame that its time is proportional to, by kind.
 WORK: dict[str, Callable[..., Work]] = {
     'frame_attention': _attention,
@@ -161,6 +170,7 @@ WORK: dict[str, Callable[..., Work]] = {
     'post_norm_mlp': _residual_mlp,
     'kept_residual_mlp': _residual_mlp,
     'sum_of_products': _sum_of_products,
+    'cut_patches': _cut_patches,
     'temporal_net': _temporal_net,
     'temporal_net_gradient': functools.partial(_temporal_net, backward=True),
     'integration': _integration,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dist_jax.models import integration_kernel, kernel_costs, kernels, temporal_kernel
+from dist_jax.models import integration_kernel, kernel_costs, kernels, patch_kernel, temporal_kernel
 from dist_jax.models.params import Tree
 from dist_jax.models.stack import Slot
 
@@ -125,6 +125,11 @@ def _sums(side: dict[str, int]) -> tuple[dict[str, int], ...]:
         {'tokens': side['tokens'], 'rows': width, 'columns': 3 * lanes},
         {'tokens': side['queries'], 'rows': lanes, 'columns': width},
     )
+
+
+def _cut_patches(frames: int, size: int, patch: int):
+    function = functools.partial(patch_kernel.cut_patches, patch_size=patch)
+    return function, (_array(frames, size, 3 * size),)
 
 
 def _temporal_net(
@@ -251,6 +256,13 @@ KERNELS: dict[str, Kernel] = {
     'integration_gradient': Kernel(_integration_gradient, INTEGRATION),
     'sum_of_products': Kernel(
         _sum_of_products, tuple(shape for side in SIDES for shape in _sums(side))
+    ),
+    'cut_patches': Kernel(
+        _cut_patches,
+        tuple(
+            {'size': size, 'patch': patch}
+            for size, patch in ((224, 32), (224, 16), (224, 14), (336, 14))
+        ),
     ),
     'temporal_net': Kernel(_temporal_net, TEMPORAL_NETS),
     'temporal_net_gradient': Kernel(_temporal_net_gradient, TEMPORAL_NETS),
