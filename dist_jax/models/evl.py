@@ -38,13 +38,13 @@ from dist_jax.models.layers import (
     Dtype,
     LayerNorm,
     Linear,
-    attention_weights,
     einsum,
     einsum_to_float32,
     query_attention,
     quick_gelu,
     uniform,
 )
+from dist_jax.models.neighbour_kernel import neighbour_attention
 from dist_jax.models.stack import scan_trainable
 from dist_jax.models.time_conv import DepthwiseTimeConv
 from dist_jax.sharding import ShardingRule, split_batch
@@ -130,7 +130,7 @@ def build(
     blocks = tuple(range(spec.depth - depth, spec.depth))
 
     def neighbours(queries: jax.Array, keys: jax.Array) -> jax.Array:
-        return neighbour_attention(queries, keys, num_frames).astype(dtype)
+        return neighbour_attention(queries, keys, num_frames)
 
     taps = Taps(
         outputs=blocks,
@@ -195,42 +195,6 @@ def patch_shares(shares: jax.Array, num_frames: int, grid: int) -> jax.Array:
     """
     frames = shares.reshape(len(shares), num_frames, -1)[..., -(grid**2) :]
     return frames.reshape(*frames.shape[:2], grid, grid)
-
-
-def neighbour_attention(queries: jax.Array, keys: jax.Array, num_frames: int) -> jax.Array:
-    """Attention from patches of a frame to patches of the frames before and after it.
-
-    Source: paper section 3.3; queries and keys are those of the frozen block, which were made for
-    attention within a frame. Softmax over the patches of the neighbour, class token excluded; mean
-    over heads. One frame of all clips at a time, so that the logits of all heads (twice as many as
-    the block's own) are never in memory together.
-
-    Args:
-      queries: (B*T, L, h, d), class token first, not scaled.
-      keys: (B*T, L, h, d).
-      num_frames: T.
-
-    Returns:
-      float32 (B, T, 2, N, N), N = L - 1: [b, t, 0] looks at frame t - 1, [b, t, 1] at frame t + 1;
-      zero where there is no such frame.
-    """
-    q, k = (x.reshape(-1, num_frames, *x.shape[1:]) for x in (queries, keys))
-    is_patch = jnp.arange(q.shape[2]) > 0
-
-    def frame(t: jax.Array) -> jax.Array:
-        query = jax.lax.dynamic_index_in_dim(q, t, axis=1, keepdims=False)
-        maps = []
-        for neighbour in (t - 1, t + 1):
-            inside = (neighbour >= 0) & (neighbour < num_frames)
-            key = jax.lax.dynamic_index_in_dim(
-                k, jnp.clip(neighbour, 0, num_frames - 1), axis=1, keepdims=False
-            )
-            # Masking the class token moves less memory than cutting it off before.
-            weights = attention_weights(query, key, is_patch).mean(1)[:, 1:, 1:]
-            maps.append(weights * inside)
-        return jnp.stack(maps, axis=1)
-
-    return jax.lax.map(frame, jnp.arange(num_frames)).swapaxes(0, 1)
 
 
 def relative_sum(attention: jax.Array, tables: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -87,6 +87,14 @@ def _attention(
     }
 
 
+def _mean_attention(tokens: int, heads: int, head_dim: int) -> Work:
+    """Logits of two neighbours, no values; every head's weights are added to those before."""
+    return {
+        'products': 2 * heads * _products(tokens, (head_dim, tokens)),
+        'weights': 2 * heads * _registers(tokens, tokens),
+    }
+
+
 def _residual_attention(tokens: int, width: int, heads: int, head_dim: int) -> Work:
     inner = heads * head_dim
     work = _attention(tokens, tokens, heads, head_dim)
@@ -166,6 +174,8 @@ WORK: dict[str, Callable[..., Work]] = {
     'frame_attention': _attention,
     'frame_attention_gradient': functools.partial(_attention, passes=4),
     'residual_attention': _residual_attention,
+    'tapped_attention': _residual_attention,
+    'mean_attention': _mean_attention,
     'residual_mlp': _residual_mlp,
     'post_norm_mlp': _residual_mlp,
     'kept_residual_mlp': _residual_mlp,

@@ -214,9 +214,7 @@ def _logits_bytes(length: int, head_dim: int) -> int:
     return 3 * (1 + heads_per_group(head_dim)) * logits
 
 
-def _each_group(
-    body: Callable[..., None], num_heads: int, head_dim: int, together: int = 1
-) -> None:
+def each_group(body: Callable[..., None], num_heads: int, head_dim: int, together: int = 1) -> None:
     """Calls `body(number, heads)` for every group: its number and how many heads it has.
 
     With `together`, `body(number, heads, together)` for so many groups from `number` on.
@@ -232,7 +230,7 @@ def _each_group(
         body(num_heads // group, num_heads % group)
 
 
-def _group_lanes(number: jax.Array | int) -> pl.Slice:
+def group_lanes(number: jax.Array | int) -> pl.Slice:
     """The lanes of a group of heads."""
     return pl.ds(pl.multiple_of(number * LANES, LANES), LANES)
 
@@ -244,14 +242,14 @@ def _frame_kernel(qkv_ref, out_ref, *, num_heads: int, head_dim: int, together: 
     def body(number: jax.Array | int, heads: int, count: int = 1) -> None:
         begun = []
         for group in range(count):
-            q = qkv_ref[0, :queries, _group_lanes(3 * (number + group))]
-            k, v = (qkv_ref[0, :, _group_lanes(3 * (number + group) + i)] for i in (1, 2))
+            q = qkv_ref[0, :queries, group_lanes(3 * (number + group))]
+            k, v = (qkv_ref[0, :, group_lanes(3 * (number + group) + i)] for i in (1, 2))
             begun.append(_begin_to_attend(q, k, v, heads, head_dim))
         for group, (logits, values) in enumerate(begun):
             out = _attend(logits, values, head_dim)
-            out_ref[0, :, _group_lanes(number + group)] = out.astype(out_ref.dtype)
+            out_ref[0, :, group_lanes(number + group)] = out.astype(out_ref.dtype)
 
-    _each_group(body, num_heads, head_dim, together)
+    each_group(body, num_heads, head_dim, together)
 
 
 def _frame_gradient_kernel(
@@ -261,19 +259,19 @@ def _frame_gradient_kernel(
     length, queries = qkv_ref.shape[1], upstream_ref.shape[1]
 
     def body(number: jax.Array | int, heads: int) -> None:
-        q = qkv_ref[0, :queries, _group_lanes(3 * number)]
-        k, v = (qkv_ref[0, :, _group_lanes(3 * number + i)] for i in (1, 2))
-        upstream = upstream_ref[0, :, _group_lanes(number)]
+        q = qkv_ref[0, :queries, group_lanes(3 * number)]
+        k, v = (qkv_ref[0, :, group_lanes(3 * number + i)] for i in (1, 2))
+        upstream = upstream_ref[0, :, group_lanes(number)]
         found = _attend_gradient(q, k, v, upstream, heads, head_dim)
         for i, gradient in enumerate(found):
-            lanes, rows = _group_lanes(3 * number + i), gradient.shape[0]
+            lanes, rows = group_lanes(3 * number + i), gradient.shape[0]
             gradient_ref[0, :rows, lanes] = gradient.astype(gradient_ref.dtype)
             sum_ref[0, :, lanes] = gradient.sum(0, keepdims=True)
         if queries < length:
             rest = jnp.zeros((length - queries, LANES), gradient_ref.dtype)
-            gradient_ref[0, queries:, _group_lanes(3 * number)] = rest
+            gradient_ref[0, queries:, group_lanes(3 * number)] = rest
 
-    _each_group(body, num_heads, head_dim)
+    each_group(body, num_heads, head_dim)
 
 
 def _begin_to_attend(
@@ -293,7 +291,7 @@ def _begin_to_attend(
     Returns:
       Of every head its logits, float32 (L, Q), and its values, bfloat16 (d, L).
     """
-    logits = [product(k, _only(own, q), (1, 1)) for own in _lanes_of_heads(heads, head_dim)]
+    logits = [product(k, only(own, q), (1, 1)) for own in lanes_of_heads(heads, head_dim)]
     return logits, list(_rows_of_heads(v, heads, head_dim))
 
 
@@ -308,7 +306,7 @@ def _attend(
     Products are issued in the order of the program, so those that need not wait for a softmax have
     to come before those that do: of other groups, of other heads, and of `meanwhile`.
     """
-    weights = [_exponentials(part, head_dim) for part in logits]
+    weights = [exponentials(part, head_dim) for part in logits]
     waiting, found = list(meanwhile), []
     for rows, part in zip(values, weights, strict=True):
         if waiting:
@@ -327,15 +325,15 @@ def _attend_gradient(
     A register of queries after the other; the first products of the next come before what is done
     with those of the last.
     """
-    owns = list(_lanes_of_heads(heads, head_dim))
+    owns = list(lanes_of_heads(heads, head_dim))
 
     # A register more for a handful of queries is not worth it, and for one it is not compiled.
     starts = range(0, max(q.shape[0] - SUBLANES, 1), LANES)
     parts = [slice(start, start + LANES) for start in starts[:-1]] + [slice(starts[-1], None)]
 
     def products(some: slice) -> tuple[list[jax.Array], ...]:
-        queries = [_only(own, q[some]) for own in owns]
-        upstreams = [_only(own, upstream[some]) for own in owns]
+        queries = [only(own, q[some]) for own in owns]
+        upstreams = [only(own, upstream[some]) for own in owns]
         logits = [product(k, x, (1, 1)) for x in queries]
         return queries, upstreams, logits, [product(v, x, (1, 1)) for x in upstreams]
 
@@ -345,7 +343,7 @@ def _attend_gradient(
         queries, upstreams, logits, dweights = ready
         if following is not None:
             ready = products(following)
-        weights = [_exponentials(x, head_dim) for x in logits]
+        weights = [exponentials(x, head_dim) for x in logits]
         weights = [x * (1 / x.sum(0, keepdims=True)) for x in weights]
         dv += sum(product(w.astype(v.dtype), x) for w, x in zip(weights, upstreams))
         means = [(w * dw).sum(0, keepdims=True) for w, dw in zip(weights, dweights)]
@@ -358,20 +356,20 @@ def _attend_gradient(
     return jnp.concatenate(dq) * head_dim**-0.5, dk * head_dim**-0.5, dv
 
 
-def _exponentials(logits: jax.Array, head_dim: int) -> jax.Array:
+def exponentials(logits: jax.Array, head_dim: int) -> jax.Array:
     """Softmax of (L, Q) over L, not divided by its sum."""
     scale = head_dim**-0.5 * math.log2(math.e)
     return jnp.exp2((logits - logits.max(0, keepdims=True)) * scale)
 
 
-def _lanes_of_heads(heads: int, head_dim: int) -> Iterator[jax.Array]:
+def lanes_of_heads(heads: int, head_dim: int) -> Iterator[jax.Array]:
     """For every head of a group, which lanes are its own: bool (1, 128)."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     for start in range(0, heads * head_dim, head_dim):
         yield (lane >= start) & (lane < start + head_dim)
 
 
-def _only(own: jax.Array, x: jax.Array) -> jax.Array:
+def only(own: jax.Array, x: jax.Array) -> jax.Array:
     """`x` with zeros in the lanes of others."""
     return jnp.where(own, x, 0).astype(x.dtype)
 
@@ -427,7 +425,9 @@ def cost_estimate(
     )
 
 
-def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = False) -> jax.Array:
+def residual_attention(
+    x: jax.Array, norm: Tree, attn: Tree, interpret: bool = False, *, tapped: bool = False
+) -> jax.Array | Heads:
     """`x + out(attention(LayerNorm(x)))` of a block, frame by frame.
 
     Args:
@@ -436,11 +436,12 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
       attn: `qkv` with `kernel` (W, 3, h, d) and `bias` (3, h, d), `out` with `kernel` (h, d, W) and
         `bias` (W,); h and d as `attention_fits` wants them.
       interpret: run without a TPU, slowly, for tests.
+      tapped: also give queries and keys.
 
     Returns:
-      The stream after it, (N, L, W).
+      The stream after it, (N, L, W); if tapped, then queries and keys, (N, L, h, d).
     """
-    _, length, width = x.shape
+    frames, length, width = x.shape
     *_, num_heads, head_dim = attn['qkv']['kernel'].shape
     inner = num_heads * head_dim
     weights = (
@@ -450,7 +451,7 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
         attn['out']['kernel'].astype(x.dtype).reshape(inner, width),
         *rows_of(attn['out']['bias']),
     )
-    return _on_frames(
+    found = _on_frames(
         functools.partial(_residual_attention_kernel, head_dim=head_dim),
         x,
         weights,
@@ -460,12 +461,17 @@ def residual_attention(x: jax.Array, norm: Tree, attn: Tree, interpret: bool = F
             pltpu.VMEM((length, inner), x.dtype),
             pltpu.VMEM((3, length, LANES), jnp.float32),
         ],
-        grid=(x.shape[0],),
+        grid=(frames,),
         shape=dict(tokens=length, width=width, heads=num_heads, head_dim=head_dim),
         transcendentals=num_heads * length * length,
         interpret=interpret,
-        name='residual_attention',
+        name='tapped_attention' if tapped else 'residual_attention',
+        more=2 * [inner] if tapped else (),
     )
+    if not tapped:
+        return found
+    y, *heads = found
+    return y, *(x.reshape(frames, length, num_heads, head_dim) for x in heads)
 
 
 def _residual_attention_kernel(
@@ -485,9 +491,10 @@ def _residual_attention_kernel(
 ) -> None:
     """One frame, (1, L, W) -> (1, L, W).
 
-    Scratch for the norm of it, for the heads, and for a group's queries, keys and values.
+    Scratch for the norm of it, for the heads, and for a group's queries, keys and values. Where they
+    are wanted, queries and keys follow the result.
     """
-    (y_ref,) = y_refs
+    y_ref, *tap_refs = y_refs
     inner = h_ref.shape[1]
     z_ref[...] = layer_norm(x_ref[0], scale_ref[...], shift_ref[...])
 
@@ -500,6 +507,8 @@ def _residual_attention_kernel(
 
     def attend_to(number: jax.Array | int, *meanwhile: Callable[[], None]) -> None:
         q, k, v = (qkv_of_group_ref[i].astype(x_ref.dtype) for i in range(3))
+        for tap_ref, tap in zip(tap_refs, (q, k)):
+            tap_ref[0, :, lanes(number)] = tap
         logits, values = _begin_to_attend(q, k, v, heads_per_group(head_dim), head_dim)
         out = _attend(logits, values, head_dim, meanwhile)
         h_ref[:, lanes(number)] = out.astype(h_ref.dtype)
@@ -716,23 +725,27 @@ def _on_frames(
     interpret: bool,
     name: str,
     slot: Slot | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+    more: Sequence[int] = (),
+) -> jax.Array | tuple[jax.Array, ...]:
     """Runs a kernel on (N, L, W), N cut over the first axis of the grid.
 
-    The kernel's refs are of `x`, of the weights, of the results (a tuple: the stream, and with a
-    slot the place for it there), of the scratch.
+    The kernel's refs are of `x`, of the weights, of the results (a tuple: the stream, with a slot
+    the place for it there, and arrays (N, L, C) for each C of `more`), of the scratch.
     """
     frames, length, width = x.shape
     block = frames // grid[0], length, width
     some = pl.BlockSpec(block, lambda n, *_: (n, 0, 0))
     inputs, outputs = [some, *specs], [some]
     arrays, shapes = (x, *weights), [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    for channels in more:
+        outputs.append(pl.BlockSpec((*block[:2], channels), lambda n, *_: (n, 0, 0)))
+        shapes.append(jax.ShapeDtypeStruct((frames, length, channels), x.dtype))
     before, aliases = (), {}
     if slot is not None:
         # Which slot is known before the kernel starts. The stack is named, not read.
         before = (slot.index.reshape(1),)
-        outputs.append(pl.BlockSpec((None, *block), lambda n, *i: (i[-1][0], n, 0, 0)))
-        shapes.append(jax.ShapeDtypeStruct(slot.stack.shape, slot.stack.dtype))
+        outputs.insert(1, pl.BlockSpec((None, *block), lambda n, *i: (i[-1][0], n, 0, 0)))
+        shapes.insert(1, jax.ShapeDtypeStruct(slot.stack.shape, slot.stack.dtype))
         inputs.append(pl.BlockSpec(memory_space=pl.ANY))
         aliases = {len(before) + len(arrays): 1}
         arrays = (*arrays, slot.stack)
@@ -749,7 +762,9 @@ def _on_frames(
         frames,
         shape,
         transcendentals=transcendentals,
-        frame_bytes=(1 + len(outputs)) * _rows(length) * width * x.dtype.itemsize,
+        frame_bytes=_rows(length)
+        * ((2 + (slot is not None)) * width + sum(more))
+        * x.dtype.itemsize,
         weight_bytes=times * sum(w.nbytes for w in weights),
     )
     results = pl.pallas_call(
@@ -771,7 +786,7 @@ def _on_frames(
         interpret=interpret,
         name=name,
     )(*before, *arrays)
-    return results[0] if slot is None else tuple(results)
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 Rotation = Callable[[jax.Array], jax.Array]
@@ -940,8 +955,8 @@ def trained_attention(z: jax.Array, attn: Tree, queries: int | None = None) -> j
     num_heads, head_dim = kernel.shape[-2:]
     queries = queries or z.shape[1]
     if heads_fit(z, kernel, arrays=7):
-        product = frame_product(z, _group(kernel))
-        heads = _grouped_attention(product, _group(bias), queries, num_heads, head_dim)
+        projected = frame_product(z, _group(kernel))
+        heads = _grouped_attention(projected, _group(bias), queries, num_heads, head_dim)
         rows = jnp.moveaxis(_group(jnp.moveaxis(out['kernel'], -1, 0)[:, None]), 0, -1)
         return frame_product(heads, rows) + out['bias']
     q, k, v = einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
@@ -1142,11 +1157,12 @@ def _heads_axis(num_heads: int, head_dim: int) -> str | None:
     return TENSOR if size > 1 and groups_of_heads(num_heads, head_dim) % size == 0 else None
 
 
-def attention_fits(x: jax.Array, attn: Tree) -> bool:
+def attention_fits(x: jax.Array, attn: Tree, tapped: bool = False) -> bool:
     """Whether `residual_attention` takes these: whole registers of heads, room in VMEM."""
     *_, num_heads, head_dim = attn['qkv']['kernel'].shape
     _, length, width = x.shape
     weights = 4 * width * num_heads * head_dim * x.dtype.itemsize
+    weights += 8 * length * num_heads * head_dim * tapped
     return (
         fits(num_heads, head_dim, x.dtype)
         and whole_registers(num_heads, head_dim)
@@ -1230,6 +1246,12 @@ def _batch_axes(x: jax.Array) -> tuple[str, ...] | None:
     """Axes of the mesh that N of (N, L, C) is split over; None where they do not divide it."""
     sizes = _mesh_sizes()
     return BATCH if x.shape[0] % math.prod(sizes.get(axis, 1) for axis in BATCH) == 0 else None
+
+
+def holds_clips(x: jax.Array, num_frames: int) -> bool:
+    """Whether a device holds whole clips of (B*T, L, ...), T frames each, and all channels."""
+    frames = _on_device(x).shape[0]
+    return _mesh_sizes().get(TENSOR, 1) == 1 and frames % num_frames == 0
 
 
 def _on_device(x: jax.Array) -> jax.ShapeDtypeStruct:

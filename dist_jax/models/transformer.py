@@ -182,12 +182,17 @@ def block(
     taps = {}
     with jax.named_scope('attention'):
         halves = x, params['ln_1'], params['attn']
-        if tapped or mask is not None or not kernels.attention_fits(x, params['attn']):
-            x, q, k = attention(*halves, mask)
-            taps = {'queries': q, 'keys': k} if tapped else {}
+        if mask is not None or not kernels.attention_fits(x, params['attn'], tapped):
+            x, *heads = attention(*halves, mask)
+        elif tapped:
+            fast = functools.partial(kernels.residual_attention, tapped=True)
+            fast = functools.partial(kernels.on_each_device, fast)
+            x, *heads = kernels.on_tpu(fast, attention, *halves)
         else:
             fast = functools.partial(kernels.on_each_device, kernels.residual_attention)
             x = kernels.on_tpu(fast, lambda *inputs: attention(*inputs)[0], *halves)
+        if tapped:
+            taps = dict(zip(('queries', 'keys'), heads, strict=True))
     with jax.named_scope('mlp'):
         halves = x, params['ln_2'], params['mlp']
         plain = functools.partial(mlp, activation=activation)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dist_jax.models import clip, evl
+from dist_jax.models import clip, evl, neighbour_kernel
 from dist_jax.models.backbone import Backbone
 from dist_jax.models.params import flatten
 
@@ -69,6 +69,31 @@ def test_neighbour_attention_is_the_softmax_over_patches_of_the_next_frames():
             scores = np.einsum('bmhd,bnhd->bhmn', q[:, t], k[:, neighbour]) / np.sqrt(dim)
             shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
             np.testing.assert_allclose(ours[:, t, side], shares.mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize(('length', 'num_heads', 'head_dim'), [(21, 4, 64), (130, 2, 128)])
+def test_the_kernel_of_neighbour_attention_equals_the_plain_form(length, num_heads, head_dim):
+    """As far from float32 as bfloat16 in plain JAX; the class token would win, if it could."""
+    rng = np.random.default_rng(2)
+    shape = 2 * 3, length, num_heads, head_dim
+    q, k = (jnp.asarray(2 * rng.normal(size=shape), jnp.bfloat16) for _ in range(2))
+    k = k.at[:, 0].set(20 * q[:, 3])
+    lanes = num_heads * head_dim
+    found = neighbour_kernel.mean_attention(
+        *(x.reshape(*shape[:2], lanes) for x in (q, k)),
+        num_heads=num_heads,
+        head_dim=head_dim,
+        clip=3,
+        interpret=True,
+    )
+    exact, usual = (
+        np.asarray(evl.neighbour_attention(q.astype(dtype), k.astype(dtype), 3), np.float32)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    found = np.asarray(found, np.float32).reshape(exact.shape)
+    assert not found[:, 0, 0].any() and not found[:, -1, 1].any()
+    assert np.abs(found - exact).mean() < 1.1 * np.abs(usual - exact).mean()
+    assert np.abs(found - exact).max() < 1.5 * np.abs(usual - exact).max()
 
 
 @pytest.mark.parametrize('grid', [(3, 3), (2, 4), (1, 1)])

@@ -228,6 +228,18 @@ def test_the_halves_of_a_block_equal_the_plain_ones(
     assert error.max() < 1.5 * usual.max()
 
 
+def test_the_first_half_of_a_block_gives_its_queries_and_keys():
+    rng = np.random.default_rng(4)
+    params = block_params(rng, 256, 4, 64, 512)
+    x = jnp.asarray(rng.normal(size=(2, 21, 256)), jnp.bfloat16)
+    inputs = x, params['norm'], params['attn']
+    found = kernels.residual_attention(*inputs, tapped=True, interpret=True)
+    np.testing.assert_array_equal(found[0], kernels.residual_attention(*inputs, interpret=True))
+    for mine, theirs in zip(found, transformer.attention(*inputs), strict=True):
+        mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
+        assert np.abs(mine - theirs).max() < 0.02 * np.abs(theirs).max()
+
+
 def test_an_mlp_whose_weights_do_not_fit_is_worked_on_in_parts():
     """Six frames of 200 tokens, two at a time, and four parts of the hidden channels."""
     rng = np.random.default_rng(2)

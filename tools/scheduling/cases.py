@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dist_jax.models import integration_kernel, kernel_costs, kernels, patch_kernel, temporal_kernel
+from dist_jax.models import (
+    integration_kernel,
+    kernel_costs,
+    kernels,
+    neighbour_kernel,
+    patch_kernel,
+    temporal_kernel,
+)
 from dist_jax.models.params import Tree
 from dist_jax.models.stack import Slot
 
@@ -72,12 +79,21 @@ def _lanes(heads: int, head_dim: int) -> int:
     return kernels.groups_of_heads(heads, head_dim) * kernels.LANES
 
 
-def _residual_attention(frames: int, tokens: int, width: int, heads: int, head_dim: int):
+def _residual_attention(
+    frames: int, tokens: int, width: int, heads: int, head_dim: int, tapped: bool = False
+):
     attn = {
         'qkv': _dense((width,), (3, heads, head_dim)),
         'out': _dense((heads, head_dim), (width,)),
     }
-    return kernels.residual_attention, (_array(frames, tokens, width), _norm(width), attn)
+    function = functools.partial(kernels.residual_attention, tapped=tapped)
+    return function, (_array(frames, tokens, width), _norm(width), attn)
+
+
+def _mean_attention(frames: int, tokens: int, heads: int, head_dim: int):
+    sizes = {'num_heads': heads, 'head_dim': head_dim, 'clip': 8}
+    function = functools.partial(neighbour_kernel.mean_attention, **sizes)
+    return function, 2 * (_array(frames, tokens, heads * head_dim),)
 
 
 def _residual_mlp(
@@ -242,6 +258,20 @@ KERNELS: dict[str, Kernel] = {
         tuple(
             {'tokens': tokens, 'width': width, 'heads': heads, 'head_dim': width // heads}
             for tokens, width, heads in (B32, B16, L14, B16_336)
+        ),
+    ),
+    'tapped_attention': Kernel(
+        functools.partial(_residual_attention, tapped=True),
+        tuple(
+            {'tokens': tokens, 'width': width, 'heads': heads, 'head_dim': width // heads}
+            for tokens, width, heads in (B16, L14)
+        ),
+    ),
+    'mean_attention': Kernel(
+        _mean_attention,
+        tuple(
+            {'tokens': tokens, 'heads': heads, 'head_dim': width // heads}
+            for tokens, width, heads in (B16, L14)
         ),
     ),
     'residual_mlp': Kernel(_residual_mlp, _mlp_shapes()),
