@@ -491,8 +491,8 @@ def _residual_attention_kernel(
 ) -> None:
     """One frame, (1, L, W) -> (1, L, W).
 
-    Scratch for the norm of it, for the heads, and for a group's queries, keys and values. Where they
-    are wanted, queries and keys follow the result.
+    Scratch for the norm of it, for the heads, and for a group's queries, keys and values. Where
+    they are wanted, queries and keys follow the result.
     """
     y_ref, *tap_refs = y_refs
     inner = h_ref.shape[1]
