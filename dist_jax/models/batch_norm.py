@@ -8,7 +8,9 @@ which devices send each other nothing but the running values.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -17,6 +19,35 @@ import jax.numpy as jnp
 from dist_jax.models.layers import Initializer, widened
 from dist_jax.models.stack import STATISTICS, mark
 from dist_jax.sharding import split_batch
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=['scale', 'bias', 'mean', 'variance', 'share'],
+    meta_fields=['groups', 'eps'],
+)
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """What one batch (B, ..., C) is normalised with.
+
+    Attributes:
+      scale: (C,).
+      bias: (C,).
+      mean: (B, C), of the group of each row.
+      variance: likewise.
+      share: (B, 1), of a value of each row in the mean of its group; 0 where mean and variance do
+        not come from the batch.
+      groups: of rows.
+      eps: added to the variance.
+    """
+
+    scale: jax.Array
+    bias: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+    share: jax.Array
+    groups: int
+    eps: float
 
 
 class BatchNorm(nn.Module):
@@ -49,7 +80,12 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, train: bool = False
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        train: bool = False,
+        into: Callable[[jax.Array, Norm], jax.Array] | None = None,
+        moments: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Normalises over all axes but the last.
 
@@ -59,9 +95,11 @@ class BatchNorm(nn.Module):
             They are normalised like the rest of their group, or, where a group has no real clip,
             with running values.
           train: with statistics of the batch, which move the running ones, instead of these.
+          into: what normalises, and goes on from there: of `normalise`'s arguments.
+          moments: mean and biased variance of each clip of x, (B, C), where they are known.
 
         Returns:
-          As x in shape and dtype.
+          As x in shape and dtype, or what `into` makes of x.
 
         Raises:
           ValueError: the groups do not divide the batch.
@@ -72,16 +110,18 @@ class BatchNorm(nn.Module):
         keep = self.keep if self.has_variable('batch_stats', 'mean') else 0.0
         mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,))
         variance = self.variable('batch_stats', 'var', jnp.ones, (channels,))
+        into = into or normalise
         if not train or self.is_initializing():
-            inverse = jax.lax.rsqrt(variance.value + self.eps)
-            return _affine(x, mean.value, inverse * scale, bias)
+            rows = (jnp.broadcast_to(v.value, (size, channels)) for v in (mean, variance))
+            nothing = jnp.zeros((size, 1), mean.value.dtype)
+            return into(x, Norm(scale, bias, *rows, nothing, 1, self.eps))
         if self.groups < 1 or size % self.groups:
             raise ValueError(
                 f'batch_norm.groups={self.groups} must divide the {size} clips of a batch (of one '
                 'part of it, where accumulation is above 1)'
             )
         real = jnp.ones(size, bool) if mask is None else mask > 0
-        found = jax.lax.stop_gradient(_clip_statistics(x))
+        found = jax.lax.stop_gradient(moments or _clip_statistics(x))
         clips, *found = _group_statistics(*found, real, self.groups)
         found = [mark(each, STATISTICS) for each in found]
         count = clips * (x.size // (size * channels))
@@ -92,12 +132,7 @@ class BatchNorm(nn.Module):
         )
         used = (_rows(jnp.where(clips > 0, new, before), size) for before, new in zip(old, found))
         share = real[:, None] / _rows(jnp.maximum(count, 1), size)
-        return _normalise(self.groups, self.eps, x, scale, bias, *used, share)
-
-
-def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
-    """(x - mean) * factor + bias in the dtype of statistics, rounded to that of x."""
-    return ((widened(x) - mean) * factor + bias).astype(x.dtype)
+        return into(x, Norm(scale, bias, *used, share, self.groups, self.eps))
 
 
 def _clip_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -143,55 +178,61 @@ def _moved(before: jax.Array, new: jax.Array, clips: jax.Array, keep: float) -> 
     return jnp.where(count > 0, keep * before + (1 - keep) * mean, before)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalise(
-    groups: int,
-    eps: float,
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    mean: jax.Array,
-    variance: jax.Array,
-    share: jax.Array,
-) -> jax.Array:
-    """Normalises with given statistics; its gradient knows that they come from x.
+@jax.custom_vjp
+def normalise(x: jax.Array, norm: Norm) -> jax.Array:
+    """Normalises (B, ..., C) with given statistics; its gradient knows that they come from x.
 
-    Written by hand, it keeps x as it is for the backward pass and goes over it twice there.
+    Computed in the dtype of statistics, rounded to that of x. Its gradient, written by hand, keeps
+    x as it is for the backward pass and goes over it twice there.
+    """
+    factor = _beside(jax.lax.rsqrt(norm.variance + norm.eps) * norm.scale, x)
+    return ((widened(x) - _beside(norm.mean, x)) * factor + norm.bias).astype(x.dtype)
+
+
+def _normalise_forward(x: jax.Array, norm: Norm) -> tuple:
+    return normalise(x, norm), (x, norm)
+
+
+def _normalise_backward(kept: tuple[jax.Array, Norm], upstream: jax.Array) -> tuple:
+    x, norm = kept
+    inner = tuple(range(1, x.ndim - 1))
+    upstream = widened(upstream)
+    sums = upstream.sum(inner), (upstream * _standardised(x, norm)).sum(inner)
+    factor, by_mean, by_variance, to_norm = gradient_of_norm(norm, sums)
+    to_x = upstream - _beside(by_mean, x) - _standardised(x, norm) * _beside(by_variance, x)
+    return (to_x * _beside(factor, x)).astype(x.dtype), to_norm
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def gradient_of_norm(
+    norm: Norm, sums: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, Norm]:
+    """What the gradient of `normalise` is made of; x^ is x without mean, of variance 1.
 
     Args:
-      groups: of rows.
-      eps: added to the variance.
-      x: (B, ..., C).
-      scale: (C,).
-      bias: (C,).
-      mean: (B, C), of the group of each row.
-      variance: likewise.
-      share: (B, 1), of a value of each row in the mean of its group.
+      norm: what was applied.
+      sums: of the upstream gradient, and of it times x^, over each row of the batch, (B, C).
+
+    Returns:
+      `factor`, `by_mean` and `by_variance`, (B, C), of the gradient by x, which is
+      factor * (upstream - by_mean - x^ * by_variance), and the gradient by the norm: of scale and
+      bias, for the rest zeros.
     """
-    return _affine(x, _beside(mean, x), _beside(jax.lax.rsqrt(variance + eps) * scale, x), bias)
-
-
-def _normalise_forward(groups: int, eps: float, x: jax.Array, scale: jax.Array, *rest) -> tuple:
-    return _normalise(groups, eps, x, scale, *rest), (x, scale, *rest[1:])
-
-
-def _normalise_backward(groups: int, eps: float, kept: tuple, upstream: jax.Array) -> tuple:
-    x, scale, mean, variance, share = kept
-    inner = tuple(range(1, x.ndim - 1))
-    inverse = jax.lax.rsqrt(variance + eps)
-    upstream = widened(upstream)
-    normalised = (widened(x) - _beside(mean, x)) * _beside(inverse, x)
-    sums = upstream.sum(inner), (upstream * normalised).sum(inner)
     # What the mean and the variance pass on to every value that is in them.
     by_mean, by_variance = (
-        _beside(_rows(_group_sums(each, groups), len(x)) * share, x) for each in sums
+        _rows(_group_sums(each, norm.groups), len(norm.mean)) * norm.share for each in sums
     )
-    to_x = (upstream - by_mean - normalised * by_variance) * _beside(inverse * scale, x)
-    bias_gradient, scale_gradient = (each.sum(0).astype(scale.dtype) for each in sums)
-    return to_x.astype(x.dtype), scale_gradient, bias_gradient, None, None, None
+    factor = jax.lax.rsqrt(norm.variance + norm.eps) * norm.scale
+    bias, scale = (each.sum(0).astype(norm.scale.dtype) for each in sums)
+    nothing = jax.tree.map(jnp.zeros_like, norm)
+    return factor, by_mean, by_variance, dataclasses.replace(nothing, scale=scale, bias=bias)
 
 
-_normalise.defvjp(_normalise_forward, _normalise_backward)
+def _standardised(x: jax.Array, norm: Norm) -> jax.Array:
+    inverse = jax.lax.rsqrt(norm.variance + norm.eps)
+    return (widened(x) - _beside(norm.mean, x)) * _beside(inverse, x)
 
 
 def _beside(rows: jax.Array, x: jax.Array) -> jax.Array:

@@ -169,6 +169,61 @@ def _cut_patches(size: int, patch: int) -> Work:
     }
 
 
+def _side_mlp(tokens: int, width: int, hidden: int) -> Work:
+    maps = _products(tokens, (width, hidden), (hidden, width))
+    return {'products': maps, 'hidden': _registers(tokens, hidden)}
+
+
+def _side_mlp_gradient(tokens: int, width: int, hidden: int) -> Work:
+    """One of the maps again, both backward, and the two sums over tokens."""
+    maps = _products(tokens, (width, hidden), (width, hidden), (hidden, width))
+    sums = 2 * _products(width, (tokens, hidden))
+    return {'products': maps + sums, 'hidden': _registers(tokens, hidden)}
+
+
+def _side_conv(tokens: int, width: int, clip: int) -> Work:
+    """Of a clip of so many frames, that begins and ends on its own."""
+    return {'products': 2 * _products(tokens, (width, width)), 'ends': 1 / clip}
+
+
+def _side_conv_gradient(tokens: int, width: int, clip: int) -> Work:
+    products = 3 * _products(tokens, (width, width)) + 2 * _products(width, (tokens, width))
+    return {'products': products, 'ends': 1 / clip}
+
+
+def _side_attention(tokens: int, width: int, heads: int, head_dim: int) -> Work:
+    """Projections to and from registers of heads, with a token that asks nothing."""
+    work = _attention(tokens + 1, tokens, heads, head_dim)
+    inner = math.ceil(heads / (LANES // head_dim)) * LANES
+    return work | {'maps': _products(tokens + 1, (width, 3 * inner), (inner, width))}
+
+
+def _side_attention_gradient(tokens: int, width: int, heads: int, head_dim: int) -> Work:
+    """Projected again, the gradients of both maps, and the two sums over tokens."""
+    work = _attention(tokens + 1, tokens, heads, head_dim, passes=4)
+    inner = math.ceil(heads / (LANES // head_dim)) * LANES
+    maps = _products(tokens + 1, (width, 6 * inner), (width, inner))
+    return work | {'maps': maps + _products(width, (tokens + 1, 4 * inner))}
+
+
+def _side_tap(tokens: int, tapped: int, width: int) -> Work:
+    return {
+        'products': _products(tokens, (tapped, width)),
+        'registers': _registers(tokens, width),
+    }
+
+
+def _side_tap_gradient(tokens: int, tapped: int, width: int) -> Work:
+    return {
+        'products': _products(width, (tokens, tapped)),
+        'registers': _registers(tokens, width),
+    }
+
+
+def _side_norm_gradient(tokens: int, width: int) -> Work:
+    return {'products': 0, 'registers': _registers(tokens, width)}
+
+
 # Kernel -> its shape -> the work of a frame that its time is proportional to, by kind.
 WORK: dict[str, Callable[..., Work]] = {
     'frame_attention': _attention,
@@ -185,4 +240,13 @@ WORK: dict[str, Callable[..., Work]] = {
     'temporal_net_gradient': functools.partial(_temporal_net, backward=True),
     'integration': _integration,
     'integration_gradient': _integration_gradient,
+    'side_attention': _side_attention,
+    'side_attention_gradient': _side_attention_gradient,
+    'side_tap': _side_tap,
+    'side_tap_gradient': _side_tap_gradient,
+    'side_norm_gradient': _side_norm_gradient,
+    'side_mlp': _side_mlp,
+    'side_mlp_gradient': _side_mlp_gradient,
+    'side_conv': _side_conv,
+    'side_conv_gradient': _side_conv_gradient,
 }

@@ -244,9 +244,9 @@ def _frame_kernel(qkv_ref, out_ref, *, num_heads: int, head_dim: int, together: 
         for group in range(count):
             q = qkv_ref[0, :queries, group_lanes(3 * (number + group))]
             k, v = (qkv_ref[0, :, group_lanes(3 * (number + group) + i)] for i in (1, 2))
-            begun.append(_begin_to_attend(q, k, v, heads, head_dim))
+            begun.append(begin_to_attend(q, k, v, heads, head_dim))
         for group, (logits, values) in enumerate(begun):
-            out = _attend(logits, values, head_dim)
+            out = finish_attending(logits, values, head_dim)
             out_ref[0, :, group_lanes(number + group)] = out.astype(out_ref.dtype)
 
     each_group(body, num_heads, head_dim, together)
@@ -262,7 +262,7 @@ def _frame_gradient_kernel(
         q = qkv_ref[0, :queries, group_lanes(3 * number)]
         k, v = (qkv_ref[0, :, group_lanes(3 * number + i)] for i in (1, 2))
         upstream = upstream_ref[0, :, group_lanes(number)]
-        found = _attend_gradient(q, k, v, upstream, heads, head_dim)
+        found = group_gradient(q, k, v, upstream, heads, head_dim)
         for i, gradient in enumerate(found):
             lanes, rows = group_lanes(3 * number + i), gradient.shape[0]
             gradient_ref[0, :rows, lanes] = gradient.astype(gradient_ref.dtype)
@@ -274,10 +274,10 @@ def _frame_gradient_kernel(
     each_group(body, num_heads, head_dim)
 
 
-def _begin_to_attend(
+def begin_to_attend(
     q: jax.Array, k: jax.Array, v: jax.Array, heads: int, head_dim: int
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The first half of `_attend`, of the heads that share a register.
+    """Logits of the heads that share a register, and their values; `finish_attending` does the rest.
 
     Heads narrower than a register are not cut out of it: a head's logits are the product of whole
     registers in which the query's other lanes are zero. The matrix unit is as deep as a register,
@@ -295,7 +295,7 @@ def _begin_to_attend(
     return logits, list(_rows_of_heads(v, heads, head_dim))
 
 
-def _attend(
+def finish_attending(
     logits: list[jax.Array],
     values: list[jax.Array],
     head_dim: int,
@@ -317,10 +317,10 @@ def _attend(
     return _rows_to_lanes(found)
 
 
-def _attend_gradient(
+def group_gradient(
     q: jax.Array, k: jax.Array, v: jax.Array, upstream: jax.Array, heads: int, head_dim: int
 ) -> Heads:
-    """Of `_attend` by queries, keys and values: float32 (Q, 128), (L, 128) twice.
+    """Of `finish_attending` by queries, keys and values: float32 (Q, 128), (L, 128) twice.
 
     A register of queries after the other; the first products of the next come before what is done
     with those of the last.
@@ -509,8 +509,8 @@ def _residual_attention_kernel(
         q, k, v = (qkv_of_group_ref[i].astype(x_ref.dtype) for i in range(3))
         for tap_ref, tap in zip(tap_refs, (q, k)):
             tap_ref[0, :, lanes(number)] = tap
-        logits, values = _begin_to_attend(q, k, v, heads_per_group(head_dim), head_dim)
-        out = _attend(logits, values, head_dim, meanwhile)
+        logits, values = begin_to_attend(q, k, v, heads_per_group(head_dim), head_dim)
+        out = finish_attending(logits, values, head_dim, meanwhile)
         h_ref[:, lanes(number)] = out.astype(h_ref.dtype)
 
     def group(number: jax.Array, _: None) -> None:
@@ -927,7 +927,7 @@ def _fast_heads(
     q, k, v = heads_of(qkv, num_heads, head_dim, arrays=3)
     if rotate is not None:
         q, k = rotate(q), rotate(k)
-        qkv = _group(jnp.stack([q, k, v], axis=2))
+        qkv = grouped(jnp.stack([q, k, v], axis=2))
     run = functools.partial(frame_attention, head_dim=head_dim)
     out = _on_device_groups(run, (qkv,), num_heads, head_dim)
     return *heads_of(out, num_heads, head_dim), q, k
@@ -955,9 +955,9 @@ def trained_attention(z: jax.Array, attn: Tree, queries: int | None = None) -> j
     num_heads, head_dim = kernel.shape[-2:]
     queries = queries or z.shape[1]
     if heads_fit(z, kernel, arrays=7):
-        projected = frame_product(z, _group(kernel))
-        heads = _grouped_attention(projected, _group(bias), queries, num_heads, head_dim)
-        rows = jnp.moveaxis(_group(jnp.moveaxis(out['kernel'], -1, 0)[:, None]), 0, -1)
+        projected = frame_product(z, grouped(kernel))
+        heads = _grouped_attention(projected, grouped(bias), queries, num_heads, head_dim)
+        rows = jnp.moveaxis(grouped(jnp.moveaxis(out['kernel'], -1, 0)[:, None]), 0, -1)
         return frame_product(heads, rows) + out['bias']
     q, k, v = einsum('nlw,wchd->cnlhd', z, kernel) + bias[:, None, None]
     return einsum('nlhd,hdw->nlw', attend(q[:, :queries], k, v), out['kernel']) + out['bias']
@@ -1005,7 +1005,7 @@ def sums_fit(a: jax.Array, b: jax.Array) -> bool:
 
 def on_whole_devices(x: jax.Array) -> bool:
     """Whether a device holds whole frames of `x`, or clips, and weights, and no other the same."""
-    return _mesh_sizes().get(TENSOR, 1) == 1 and _batch_axes(x) is not None
+    return mesh_sizes().get(TENSOR, 1) == 1 and batch_axes(x) is not None
 
 
 def sum_of_products(a: jax.Array, b: jax.Array, interpret: bool = False) -> jax.Array:
@@ -1102,7 +1102,7 @@ _grouped_attention.defvjp(
 def _plain_groups(qkv: jax.Array, queries: int, num_heads: int, head_dim: int) -> jax.Array:
     """What `frame_attention` means."""
     q, k, v = heads_of(qkv, num_heads, head_dim, arrays=3)
-    return _group(attend(q[:, :queries], k, v)[:, :, None])
+    return grouped(attend(q[:, :queries], k, v)[:, :, None])
 
 
 def _on_device_groups(
@@ -1111,18 +1111,18 @@ def _on_device_groups(
     """`function(*inputs, num_heads=)` on the frames and groups of heads that a device holds."""
     axis = _heads_axis(num_heads, head_dim)
     if axis:
-        groups = groups_of_heads(num_heads, head_dim) // _mesh_sizes()[axis]
+        groups = groups_of_heads(num_heads, head_dim) // mesh_sizes()[axis]
         num_heads = groups * heads_per_group(head_dim)  # of zeros, where one is missing
     run = functools.partial(function, num_heads=num_heads)
     return on_each_device(run, inputs[0], beside=inputs[1:], split=axis)
 
 
 def grouped_projection(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """The projection as `frame_attention` takes it, (N, L, 3 g 128): `_group` of its parameters."""
-    return einsum('nlw,wc->nlc', z, _group(kernel)) + _group(bias)
+    """The projection as `frame_attention` takes it, (N, L, 3 g 128), by `grouped` parameters."""
+    return einsum('nlw,wc->nlc', z, grouped(kernel)) + grouped(bias)
 
 
-def _group(x: jax.Array) -> jax.Array:
+def grouped(x: jax.Array) -> jax.Array:
     """Channels (..., c, h, d) in groups of heads, (..., g c 128), with zeros where no head is."""
     *rest, _, num_heads, head_dim = x.shape
     heads = heads_per_group(head_dim)
@@ -1147,13 +1147,13 @@ def heads_fit(z: jax.Array, kernel: jax.Array, arrays: int = 4) -> bool:
     if not fits(num_heads, head_dim, z.dtype):
         return False
     if axis := _heads_axis(num_heads, head_dim):
-        num_heads = -(-num_heads // _mesh_sizes()[axis])
+        num_heads = -(-num_heads // mesh_sizes()[axis])
     return heads_tile(z.shape[1], num_heads, head_dim, arrays) is not None
 
 
 def _heads_axis(num_heads: int, head_dim: int) -> str | None:
     """The axis of the mesh that groups of heads are split over, if it divides them."""
-    size = _mesh_sizes().get(TENSOR, 1)
+    size = mesh_sizes().get(TENSOR, 1)
     return TENSOR if size > 1 and groups_of_heads(num_heads, head_dim) % size == 0 else None
 
 
@@ -1166,7 +1166,7 @@ def attention_fits(x: jax.Array, attn: Tree, tapped: bool = False) -> bool:
     return (
         fits(num_heads, head_dim, x.dtype)
         and whole_registers(num_heads, head_dim)
-        and _mesh_sizes().get(TENSOR, 1) == 1
+        and mesh_sizes().get(TENSOR, 1) == 1
         and weights + 12 * length * width + _logits_bytes(length, head_dim) < VMEM_BYTES
     )
 
@@ -1181,17 +1181,17 @@ def mlp_fits(x: jax.Array, mlp: Tree, post_norm: bool = False, kept: bool = Fals
         not is_portable()
         and x.dtype == jnp.bfloat16
         and width % LANES == hidden % LANES == 0
-        and _mesh_sizes().get(TENSOR, 1) == 1
+        and mesh_sizes().get(TENSOR, 1) == 1
         and mlp_tile(_on_device(x).shape, hidden, post_norm, kept) is not None
     )
 
 
 def is_tensor_split() -> bool:
     """Whether the mesh splits channels."""
-    return _mesh_sizes().get(TENSOR, 1) > 1
+    return mesh_sizes().get(TENSOR, 1) > 1
 
 
-def _mesh_sizes() -> Mapping[str, int]:
+def mesh_sizes() -> Mapping[str, int]:
     return jax.sharding.get_abstract_mesh().shape
 
 
@@ -1221,10 +1221,10 @@ def on_each_device(
         then gives one more array, that stack.
     """
     inputs = (x, *beside, *stacked, *whole)
-    if math.prod(_mesh_sizes().values()) == 1:
+    if math.prod(mesh_sizes().values()) == 1:
         return function(*inputs) if slot is None else function(*inputs, slot=slot)
-    spec = PartitionSpec(_batch_axes(x), None, split)
-    behind = PartitionSpec(None, _batch_axes(x))
+    spec = PartitionSpec(batch_axes(x), None, split)
+    behind = PartitionSpec(None, batch_axes(x))
     specs = (
         spec,
         *(spec for _ in beside),
@@ -1242,20 +1242,20 @@ def on_each_device(
     )(slot, *inputs)
 
 
-def _batch_axes(x: jax.Array) -> tuple[str, ...] | None:
+def batch_axes(x: jax.Array) -> tuple[str, ...] | None:
     """Axes of the mesh that N of (N, L, C) is split over; None where they do not divide it."""
-    sizes = _mesh_sizes()
+    sizes = mesh_sizes()
     return BATCH if x.shape[0] % math.prod(sizes.get(axis, 1) for axis in BATCH) == 0 else None
 
 
 def holds_clips(x: jax.Array, num_frames: int) -> bool:
     """Whether a device holds whole clips of (B*T, L, ...), T frames each, and all channels."""
     frames = _on_device(x).shape[0]
-    return _mesh_sizes().get(TENSOR, 1) == 1 and frames % num_frames == 0
+    return mesh_sizes().get(TENSOR, 1) == 1 and frames % num_frames == 0
 
 
 def _on_device(x: jax.Array) -> jax.ShapeDtypeStruct:
     """The part of (N, L, C) that a device holds."""
-    sizes, axes = _mesh_sizes(), _batch_axes(x) or ()
+    sizes, axes = mesh_sizes(), batch_axes(x) or ()
     parts = math.prod(sizes.get(axis, 1) for axis in axes)
     return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype)

@@ -27,6 +27,7 @@ of the norms of batches by the accumulation steps; here they are trained like th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -35,25 +36,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models import kernels, transformer
+from dist_jax.models import side_kernel, transformer
 from dist_jax.models.api import Tree
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.batch_norm import BatchNorm
 from dist_jax.models.layers import (
-    ACTIVATIONS,
     Affine,
     Dtype,
     Initializer,
-    LayerNorm,
-    Linear,
     einsum,
+    layer_norm,
     resize_positions,
     row_major,
     standardise,
     uniform,
 )
 from dist_jax.models.stack import STATISTICS, STREAM, mark, scan_trainable
-from dist_jax.models.time_conv import DepthwiseTimeConv, Stem
+from dist_jax.models.time_conv import Stem
 from dist_jax.sharding import ShardingRule, split_batch
 
 HEAD_DIM = 64
@@ -214,7 +213,7 @@ def shift_class_token(token: jax.Array) -> jax.Array:
 
 
 class Tap(nn.Module):
-    """Frozen tokens (..., D) -> tokens of the side network (..., C), for every leaf of a tree.
+    """What reads frozen tokens (..., D) as tokens of the side network (..., C); see `read`.
 
     Parameters `norm`, of D channels before the linear map or of C behind it, and `linear`. Before
     it, tokens come without mean and of variance 1 (`build`), and the affine part of the norm goes
@@ -228,26 +227,26 @@ class Tap(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, tokens: Tree) -> Tree:
-        width = jax.tree.leaves(tokens)[0].shape[-1]
+    def __call__(self, width: int) -> Tree:
         linear = Affine((self.features,), self.kernel_init, self.bias_init, name='linear')((width,))
         kernel, bias = linear['kernel'], linear['bias']
-        norm = LayerNorm(name='norm') if self.post_norm else Scale(name='norm')(width)
+        norm = Scale(name='norm')(self.features if self.post_norm else width)
         if not self.post_norm:
             kernel, bias = norm['scale'][:, None] * kernel, norm['bias'] @ kernel + bias
-        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        linear = {'kernel': kernel.astype(self.dtype), 'bias': bias.astype(self.dtype)}
+        return linear | ({'norm': norm} if self.post_norm else {})
 
-        def one(x: jax.Array) -> jax.Array:
-            y = einsum('...d,dc->...c', x.astype(self.dtype), kernel) + bias
-            return norm(y) if self.post_norm else y
 
-        return jax.tree.map(one, tokens)
+def read(tap: Tree, tokens: jax.Array) -> jax.Array:
+    """Frozen tokens by what `Tap` gives."""
+    y = einsum('...d,dc->...c', tokens.astype(tap['kernel'].dtype), tap['kernel']) + tap['bias']
+    return layer_norm(y, **tap['norm']) if 'norm' in tap else y
 
 
 class TemporalConv(nn.Module):
-    """Linear map, depthwise convolution over 3 frames, linear map: (B, T, N, C) -> (B, T, N, C).
+    """The parameters of a linear map, a depthwise convolution over 3 frames and a linear map.
 
-    Parameters `pw_1`, `dw`, `pw_2`; nothing non-linear between them.
+    They are `pw_1`, `dw`, `pw_2`; nothing non-linear lies between them. See `side_kernel`.
     """
 
     kernel_init: Initializer
@@ -255,39 +254,31 @@ class TemporalConv(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        options = {
-            'kernel_init': self.kernel_init,
-            'bias_init': uniform(width),
-            'dtype': self.dtype,
-        }
-        x = Linear(width, **options, name='pw_1')(x)
-        x = DepthwiseTimeConv(kernel_init=self.depthwise_init, name='dw')(x)
-        return Linear(width, **options, name='pw_2')(x)
+    def __call__(self, width: int) -> Tree:
+        def linear(name: str) -> Tree:
+            affine = Affine((width,), self.kernel_init, uniform(width), name=name)((width,))
+            return jax.tree.map(lambda leaf: leaf.astype(self.dtype), affine)
+
+        dw = Affine((width,), self.depthwise_init, uniform(STEM_FRAMES), name='dw')
+        return {'pw_1': linear('pw_1'), 'dw': dw((STEM_FRAMES,)), 'pw_2': linear('pw_2')}
 
 
 class FrameAttention(nn.Module):
-    """Attention within frames: patches (n, N, C) look at patches and one more token (n, 1 + N, C).
+    """The parameters of attention of patches to patches and one more token; see `side_kernel`.
 
-    Parameters `qkv` with kernel (C, 3, h, d) and bias (3, h, d); `out` with kernel (h, d, C) and
-    bias (C,).
+    `qkv` with kernel (C, 3, h, d) and bias (3, h, d); `out` with kernel (h, d, C) and bias (C,).
     """
 
     qkv_init: Initializer
     out_init: Initializer
     bias_init: Initializer
-    dtype: Dtype
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """(n, N + 1, C), the patches first -> (n, N, C)."""
-        width = tokens.shape[-1]
+    def __call__(self, width: int) -> Tree:
         heads = (width // HEAD_DIM, HEAD_DIM)
         qkv = Affine((3, *heads), self.qkv_init, self.bias_init, name='qkv')
         out = Affine((width,), self.out_init, self.bias_init, name='out')
-        attn = {'qkv': qkv((width,)), 'out': out(heads)}
-        return kernels.trained_attention(tokens.astype(self.dtype), attn, tokens.shape[1] - 1)
+        return {'qkv': qkv((width,)), 'out': out(heads)}
 
 
 class Scale(nn.Module):
@@ -302,7 +293,10 @@ class Scale(nn.Module):
 
 
 class SideMlp(nn.Module):
-    """Two linear maps with exact GELU between: parameters `c_fc` and `c_proj`."""
+    """The parameters of two linear maps with exact GELU between: `c_fc` and `c_proj`.
+
+    See `side_kernel`.
+    """
 
     hidden_dim: int
     kernel_inits: tuple[Initializer, Initializer]
@@ -310,14 +304,15 @@ class SideMlp(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        first, second = (
-            {'kernel_init': kernel, 'bias_init': bias, 'dtype': self.dtype}
-            for kernel, bias in zip(self.kernel_inits, self.bias_inits, strict=True)
-        )
-        hidden = ACTIVATIONS['gelu'](Linear(self.hidden_dim, **first, name='c_fc')(x))
-        return Linear(width, **second, name='c_proj')(hidden)
+    def __call__(self, width: int) -> Tree:
+        names, sizes = ('c_fc', 'c_proj'), (width, self.hidden_dim, width)
+        mlp = {
+            name: Affine((outputs,), *inits, name=name)((inputs,))
+            for name, inputs, outputs, *inits in zip(
+                names, sizes, sizes[1:], self.kernel_inits, self.bias_inits
+            )
+        }
+        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), mlp)
 
 
 class SideLayer(nn.Module):
@@ -335,50 +330,86 @@ class SideLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, s: jax.Array, tap: Tree, positions: jax.Array, mask: jax.Array | None
+        self,
+        s: jax.Array,
+        tapped: Tree,
+        positions: jax.Array,
+        mask: jax.Array | None,
+        taps: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """Args: stream, frozen tokens (see `SideNetwork`), table (N or N + 1, C), mask or None.
+        """Does it.
+
+        Args:
+          s: the stream.
+          tapped: frozen tokens, see `SideNetwork`, of this layer; instead of `patches`, `layer`,
+            its number, where there are `taps`.
+          positions: table (N or N + 1, C).
+          mask: (B,) or None.
+          taps: the patches of all layers, (K, B, T, N, D), or None.
 
         Returns:
           The stream and, to be recorded, what this layer did: see `SideNetwork`.
         """
-        width, patches = s.shape[-1], s.shape[2]
-        inits = self._initial_values(width, tap['token'].shape[-1])
+        width, places = s.shape[-1], s.shape[2]
+        inits = self._initial_values(width, tapped['token'].shape[-1])
 
-        def batch_norm(name: str, x: jax.Array) -> jax.Array:
-            return BatchNorm(self.groups, name=name)(x, mask, train=self.train)
+        def batch_norm(name: str, x: jax.Array, *options: Any) -> jax.Array:
+            return BatchNorm(self.groups, name=name)(x, mask, self.train, *options)
 
-        reading = Tap(width, self.post_norm, **inits['tap'], dtype=self.dtype, name='tap')
-        tokens = reading(split_batch(tap))
-        u = mixed = mark(row_major(split_batch(0.5 * s + 0.5 * tokens['patches'])), STREAM)
+        def add(
+            name: str,
+            branch: side_kernel.Branch,
+            params: Tree,
+            x: jax.Array,
+            moments: side_kernel.Moments | None = None,
+        ) -> tuple[jax.Array, jax.Array | None]:
+            """x plus a branch, its norm before or behind it; and, to be recorded, the branch."""
+            if self.post_norm:
+                found = branch.plain(x, params)
+                return x + batch_norm(name, found), found
+            if self.record:
+                found = branch.plain(batch_norm(name, x), params)
+                return x + found, found
+            into = functools.partial(side_kernel.add, branch, params)
+            return batch_norm(name, x, into, moments), None
+
+        tap = Tap(width, self.post_norm, **inits['tap'], dtype=self.dtype, name='tap')(
+            tapped['token'].shape[-1]
+        )
+        token = read(tap, split_batch(tapped['token']))
+        if taps is None:
+            patches = read(tap, split_batch(tapped['patches']))
+            u, of_clips = 0.5 * s + 0.5 * patches, None
+        else:
+            u, of_clips = side_kernel.mix(s, taps, tapped['layer'], tap['kernel'], tap['bias'])
+        u = mixed = mark(row_major(split_batch(u)), STREAM)
 
         moved = None
         if self.temporal_conv:
-            conv = TemporalConv(**inits['conv'], dtype=self.dtype, name='conv')
-            if self.post_norm:
-                moved = conv(u)
-                u = mark(u + batch_norm('bn_1', moved), STREAM)
-            else:
-                moved = conv(batch_norm('bn_1', u))
-                u = mark(row_major(u + moved), STREAM)
+            conv = TemporalConv(**inits['conv'], dtype=self.dtype, name='conv')(width)
+            u, moved = add('bn_1', side_kernel.CONV, conv, u, of_clips)
+            u = mark(row_major(u), STREAM)
 
-        token = tokens['token']
         shifted = shift_class_token(token) if self.class_token_shift else token
         positions = positions.astype(self.dtype)
-        memory, looked_at = u + positions[:patches], shifted[:, :, None]
-        if len(positions) > patches:
-            looked_at = looked_at + positions[patches:]
-        memory = jnp.concatenate([memory, looked_at], axis=2)
-        norm = LayerNorm(name='ln')
-        attention = FrameAttention(**inits['attn'], dtype=self.dtype, name='attn')
-        memory = memory if self.post_norm else norm(memory)
-        seen = attention(memory.reshape(-1, *memory.shape[2:])).reshape(u.shape)
-        u = mark(row_major(u + (norm(seen) if self.post_norm else seen)), STREAM)
+        looked_at = shifted[:, :, None]
+        if len(positions) > places:
+            looked_at = looked_at + positions[places:]
+        norm = Scale(name='ln')(width)
+        attn = FrameAttention(**inits['attn'], name='attn')(width)
+        looking, seen, moments = (u, looked_at, positions[:places]), None, None
+        if self.post_norm:
+            seen = side_kernel.looks_at(*looking, None, attn)
+            u = u + layer_norm(seen, norm['scale'], norm['bias'])
+        elif self.record:
+            seen = side_kernel.looks_at(*looking, norm, attn)
+            u = u + seen
+        else:
+            u, moments = side_kernel.attend(*looking, norm, attn)
+        u = mark(row_major(u), STREAM)
 
-        mlp = SideMlp(self.mlp_hidden, **inits['mlp'], dtype=self.dtype, name='mlp')
-        s = row_major(
-            u + (batch_norm('bn_2', mlp(u)) if self.post_norm else mlp(batch_norm('bn_2', u)))
-        )
+        mlp = SideMlp(self.mlp_hidden, **inits['mlp'], dtype=self.dtype, name='mlp')(width)
+        s = row_major(add('bn_2', side_kernel.MLP, mlp, u, moments)[0])
         if not self.record:
             return s, None
         recorded = {'mixed': mixed, 'conv': moved, 'attn': seen, 'stream': s}
@@ -476,12 +507,16 @@ class SideNetwork(nn.Module):
             nn.initializers.normal(0.02 if self.post_norm else 0.01),
             (places, self.side_dim),
         )
+        taps, stacked = features['taps'], None
+        if not self.post_norm and side_kernel.mix_fits(s, taps['patches']):
+            stacked = taps['patches']
+            taps = {'token': taps['token'], 'layer': jnp.arange(self.depth)}
         layers = scan_trainable(
             SideLayer,
             self.depth,
             remat=self.remat != 'none',
             unroll=self.unroll,
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             keep=REMAT[self.remat],
         )
         s, seen = layers(
@@ -495,7 +530,7 @@ class SideNetwork(nn.Module):
             class_token_shift=self.class_token_shift,
             dtype=self.dtype,
             name='layers',
-        )(s, features['taps'], positions, mask)
+        )(s, taps, positions, mask, stacked)
         return s, {'stem': stem, 'layers': seen} if record else {}
 
     def batch_norm(self, name: str, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:

@@ -119,12 +119,15 @@ class DepthwiseTimeConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param('kernel', self.kernel_init, (3, x.shape[-1]))
         bias = self.param('bias', uniform(3), x.shape[-1:])
-        return _depthwise(x, kernel, bias)
+        return depthwise(x, kernel, bias)
 
 
 @jax.custom_vjp
-def _depthwise(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Three shifted products: cheaper than a grouped convolution on TPU, and fast on CPU."""
+def depthwise(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """`DepthwiseTimeConv` of these parameters.
+
+    Three shifted products: cheaper than a grouped convolution on TPU, and fast on CPU.
+    """
     taps = (shifted * tap for shifted, tap in zip(_shifted(x), kernel, strict=True))
     return (sum(taps) + bias).astype(x.dtype)
 
@@ -136,16 +139,16 @@ def _shifted(x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _depthwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
-    return _depthwise(x, kernel, bias), (x, kernel)
+    return depthwise(x, kernel, bias), (x, kernel)
 
 
 def _depthwise_backward(kept: tuple[jax.Array, jax.Array], upstream: jax.Array) -> tuple:
     """Written out so that frames are shifted before they are widened, and nothing is kept wide."""
     x, kernel = kept
-    to_x = _depthwise(upstream, kernel[::-1], jnp.zeros_like(kernel[0]))
+    to_x = depthwise(upstream, kernel[::-1], jnp.zeros_like(kernel[0]))
     upstream = upstream.astype(jnp.float32)
     to_kernel = jnp.stack([(shifted * upstream).sum((0, 1, 2)) for shifted in _shifted(x)])
     return to_x, to_kernel, upstream.sum((0, 1, 2))
 
 
-_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)

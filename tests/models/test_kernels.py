@@ -85,10 +85,10 @@ def test_the_gradient_of_attention_equals_that_of_the_plain_form(
 
     @jax.jit
     def kernel(qkv, upstream):
-        grouped = kernels._group(qkv)
+        grouped = kernels.grouped(qkv)
         out = kernels.frame_attention(grouped, *sizes, queries, interpret=True)
         found = kernels.frame_attention_gradient(
-            grouped, kernels._group(upstream), *sizes, interpret=True
+            grouped, kernels.grouped(upstream), *sizes, interpret=True
         )
         return out, *found
 
@@ -107,7 +107,8 @@ def test_the_gradient_of_attention_equals_that_of_the_plain_form(
     for mine, usual, exact in zip((out, gradient), plain(qkv, upstream), plain(*wide)):
         # In groups, where a head is missing too: there is nothing.
         mine, usual, exact = (
-            np.asarray(x, np.float32) for x in (mine, kernels._group(usual), kernels._group(exact))
+            np.asarray(x, np.float32)
+            for x in (mine, kernels.grouped(usual), kernels.grouped(exact))
         )
         assert np.abs(mine - exact).max() < min(
             0.02 * np.abs(exact).max(), 1.5 * np.abs(usual - exact).max()

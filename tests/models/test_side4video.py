@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dist_jax.models import clip, side4video, side_network
+from dist_jax.models import clip, kernels, side4video, side_network
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.params import flatten
 
@@ -87,10 +87,10 @@ def test_class_tokens_are_shifted_without_wrapping_around():
 def test_patches_ask_and_the_class_token_is_only_looked_at():
     """Two heads written out; nothing comes out in the place of the last, the class token."""
     normal = jax.nn.initializers.normal(0.2)
-    attention = side_network.FrameAttention(normal, normal, normal, jnp.float32)
+    attention = side_network.FrameAttention(normal, normal, normal)
     tokens = jax.random.normal(jax.random.key(0), (2, 5, 128))
-    found, variables = attention.init_with_output(jax.random.key(1), tokens)
-    params = jax.tree.map(np.asarray, variables['params'])
+    params = jax.tree.map(np.asarray, attention.init(jax.random.key(1), 128)['params'])
+    found = kernels.trained_attention(tokens, params, queries=4)
     assert found.shape == (2, 4, 128)
     expected = params['out']['bias']
     for h in range(2):
@@ -100,7 +100,7 @@ def test_patches_ask_and_the_class_token_is_only_looked_at():
         heads = weights / weights.sum(-1, keepdims=True) @ v
         expected = expected + heads @ params['out']['kernel'][h]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    other = attention.apply(variables, tokens.at[:, -1].add(1.0))
+    other = kernels.trained_attention(tokens.at[:, -1].add(1.0), params, queries=4)
     assert np.abs(other - found).max() > 1e-3  # It is looked at.
 
 

@@ -17,6 +17,7 @@ from dist_jax.models import (
     kernels,
     neighbour_kernel,
     patch_kernel,
+    side_kernel,
     temporal_kernel,
 )
 from dist_jax.models.params import Tree
@@ -241,6 +242,84 @@ INTEGRATION = tuple(
     for tokens, width, _ in (B16, L14)
 )
 
+
+def _of_side_network(
+    function: Callable[..., Any], arrays: int, frames: int, clip: int, params: Tree, *size: int
+):
+    """A kernel of `side_kernel`, of as many arrays of frames."""
+    rows = _array(frames // clip, 4, size[1], dtype=jnp.float32)
+    return function, (*(_array(frames, *size),) * arrays, rows, params)
+
+
+def _side_mlp(frames: int, tokens: int, width: int, hidden: int, gradient: bool = False):
+    mlp = {'c_fc': _dense((width,), (hidden,)), 'c_proj': _dense((hidden,), (width,))}
+    function = side_kernel.mlp_gradient if gradient else side_kernel.mlp_forward
+    return _of_side_network(function, 1 + gradient, frames, CLIP, mlp, tokens, width)
+
+
+def _side_conv(frames: int, tokens: int, width: int, clip: int, gradient: bool = False):
+    dw = jax.tree.map(lambda x: _array(*x.shape, dtype=jnp.float32), _dense((3,), (width,)))
+    conv = {'pw_1': _dense((width,), (width,)), 'dw': dw, 'pw_2': _dense((width,), (width,))}
+    function = side_kernel.conv_gradient if gradient else side_kernel.conv_forward
+    return _of_side_network(function, 1 + gradient, frames, clip, conv, tokens, width)
+
+
+def _side_attention(
+    frames: int, tokens: int, width: int, heads: int, head_dim: int, gradient: bool = False
+):
+    attn = {
+        'qkv': _dense((width,), (3, heads, head_dim)),
+        'out': _dense((heads, head_dim), (width,)),
+    }
+    weights = (
+        _array(tokens, width, dtype=jnp.float32),
+        _norm(width),
+        jax.eval_shape(side_kernel.grouped_weights, attn),
+    )
+    x, token = _array(frames, tokens, width), _array(frames, 1, width, dtype=jnp.float32)
+    size = {'num_heads': heads, 'head_dim': head_dim}
+    if not gradient:
+        return functools.partial(side_kernel.attend_forward, **size), (x, token, weights)
+    found = _array(frames, tokens, _lanes(heads, head_dim))
+    function = functools.partial(side_kernel.attend_gradient, **size)
+    return function, (x, token, found, x, weights)
+
+
+def _side_tap(frames: int, tokens: int, tapped: int, width: int, gradient: bool = False):
+    s = _array(frames // CLIP, CLIP, tokens, width)
+    taps = _array(2, frames // CLIP, CLIP, tokens, tapped)
+    layer = _array(dtype=jnp.int32)
+    if gradient:
+        return side_kernel.mix_gradient, (s, taps, layer)
+    return side_kernel.mix_forward, (s, taps, layer, _array(tapped, width), _array(width))
+
+
+def _side_norm_gradient(frames: int, tokens: int, width: int):
+    rows = _array(frames // CLIP, 4, width, dtype=jnp.float32)
+    return side_kernel.norm_gradient, (*(_array(frames, tokens, width),) * 3, rows)
+
+
+# B/32 and B/16, and the light one.
+SIDE_MLPS = tuple(
+    {'tokens': tokens, 'width': width, 'hidden': 4 * width}
+    for tokens, width in ((49, 320), (196, 320), (196, 128))
+)
+SIDE_CONVS = tuple(
+    {'tokens': size['tokens'], 'width': size['width'], 'clip': CLIP} for size in SIDE_MLPS
+)
+
+SIDE_ATTENTIONS = tuple(
+    {'tokens': tokens, 'width': 64 * heads, 'heads': heads, 'head_dim': 64}
+    for tokens, heads in ((49, 5), (196, 5), (196, 2), (256, 5))
+)
+
+SIDE_TAPS = tuple(
+    {'tokens': tokens, 'tapped': tapped, 'width': width}
+    for tokens, tapped, width in (
+        (49, 768, 320), (196, 768, 320), (256, 1024, 512), (196, 768, 128), (256, 1024, 320)
+    )
+)  # fmt: skip
+
 KERNELS: dict[str, Kernel] = {
     'frame_attention': Kernel(
         _frame_attention,
@@ -296,6 +375,20 @@ KERNELS: dict[str, Kernel] = {
     ),
     'temporal_net': Kernel(_temporal_net, TEMPORAL_NETS),
     'temporal_net_gradient': Kernel(_temporal_net_gradient, TEMPORAL_NETS),
+    'side_tap': Kernel(_side_tap, SIDE_TAPS),
+    'side_tap_gradient': Kernel(functools.partial(_side_tap, gradient=True), SIDE_TAPS),
+    'side_attention': Kernel(_side_attention, SIDE_ATTENTIONS),
+    'side_attention_gradient': Kernel(
+        functools.partial(_side_attention, gradient=True), SIDE_ATTENTIONS
+    ),
+    'side_norm_gradient': Kernel(
+        _side_norm_gradient,
+        tuple({'tokens': size['tokens'], 'width': size['width']} for size in SIDE_MLPS),
+    ),
+    'side_mlp': Kernel(_side_mlp, SIDE_MLPS),
+    'side_mlp_gradient': Kernel(functools.partial(_side_mlp, gradient=True), SIDE_MLPS),
+    'side_conv': Kernel(_side_conv, SIDE_CONVS),
+    'side_conv_gradient': Kernel(functools.partial(_side_conv, gradient=True), SIDE_CONVS),
 }
 
 
