@@ -277,7 +277,7 @@ def _frame_gradient_kernel(
 def begin_to_attend(
     q: jax.Array, k: jax.Array, v: jax.Array, heads: int, head_dim: int
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Logits of the heads that share a register, and their values; `finish_attending` does the rest.
+    """Logits of the heads that share a register, and their values, for `finish_attending`.
 
     Heads narrower than a register are not cut out of it: a head's logits are the product of whole
     registers in which the query's other lanes are zero. The matrix unit is as deep as a register,
