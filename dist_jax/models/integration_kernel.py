@@ -39,6 +39,17 @@ Tree = Any
 Refs = Mapping[str, Any]
 
 MIXED = 'mixed'  # the name under which M is kept, see `stack.mark`
+WORDS = (
+    'shifted',
+    'z',
+    'dz',
+    'g',
+    'da',
+    'dg',
+    'active',
+    'dhidden',
+    'dm',
+)  # scratch of rows as products want them, see `_words`
 STEEP = 0.851  # quick_gelu(x) = (v + v tanh v) / (2 STEEP) for v = STEEP x
 
 
@@ -75,7 +86,32 @@ class Sizes(NamedTuple):
     @property
     def ring(self) -> int:
         """Frames kept for such a convolution: a power of two, by which no division is needed."""
-        return 1 << (self.taps - 1).bit_length()
+        return _power_of_two(self.taps + 1)
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+class Lags(NamedTuple):
+    """How many steps after its first a frame comes to the stages of the backward kernel.
+
+    Each stage waits for neighbours of the one before.
+
+    Attributes:
+      time: the one along time.
+      mixing: the norms, and what is in front of them.
+      sums: the sum for the first map.
+    """
+
+    time: int
+    mixing: int
+    sums: int
+
+    @staticmethod
+    def of(sizes: Sizes) -> Lags:
+        return Lags(sizes.reach, 2 * sizes.reach, 2 * sizes.reach + 1)
 
 
 def sizes_of(x: jax.Array, r: jax.Array, taps: jax.Array, params: Tree) -> Sizes:
@@ -385,7 +421,7 @@ def _forward_on_device(
         'bias': wide,
         'u': wide,
         'f': (lag, *wide),
-        'g': (sizes.ring + 1, rows, LANES),
+        'g': (sizes.ring + 1, whole(rows, 2 * SUBLANES) // 2, LANES),
     }
     inputs = {'x': by_frame, 'r': flat, 'tap': taps}
     in_specs = [blocks.frame(by_frame), blocks.frame(flat), blocks.tap(taps)]
@@ -475,7 +511,10 @@ def _call(
             out_specs=out_specs,
             scratch_shapes=[
                 *(pltpu.VMEM(w.shape, w.dtype) for w in weights.values()),
-                *(pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()),
+                *(
+                    pltpu.VMEM(shape, jnp.uint32 if name in WORDS else jnp.float32)
+                    for name, shape in scratch.items()
+                ),
                 pltpu.SemaphoreType.DMA,
             ],
         ),
@@ -502,7 +541,7 @@ def _forward_kernel(refs: Refs, *, sizes: Sizes, last: bool) -> None:
     @pl.when(step == 0)
     def _() -> None:
         refs['shift'][...] = jnp.zeros(refs['shift'].shape, jnp.float32)
-        refs['g'][sizes.ring] = jnp.zeros((rows, LANES), jnp.float32)
+        refs['g'][sizes.ring] = jnp.zeros(refs['g'].shape[1:], jnp.uint32)
         refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], (rows, sizes.channels))
 
     # In this order, what an earlier step left is read before it is written anew.
@@ -537,7 +576,7 @@ def _forward_within_frame(refs: Refs, frame: jax.Array, normed: jax.Array, sizes
     hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
     active = hidden + hidden * jnp.tanh(hidden)
     narrow = product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
-    refs['g'][_modulo(frame, sizes.ring)] = narrow
+    refs['g'][_modulo(frame, sizes.ring)] = _to_words(narrow)
     out = product(_narrow(active), _matrix(refs['w2'][...])) + refs['b2'][...]
     refs['f'][_modulo(frame, lag)] = out
 
@@ -548,7 +587,15 @@ def _forward_along_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
     convolved = _convolved(refs, frame, sizes)
     active = convolved + convolved * jnp.tanh(convolved)
     change = product(_narrow(active), _matrix(refs['wt2'][...]))
-    refs['new!'][0] = _narrow(refs['f'][_modulo(frame, lag)] + change)
+    refs['new!'][0] = _narrow(refs['f'][_modulo(frame, lag)] + change[: sizes.tokens])
+
+
+def _to_words(x: jax.Array) -> jax.Array:
+    """Rows, filled up with zeros, in bfloat16, two in a word: what `_matrix` reads."""
+    missing = -x.shape[0] % (2 * SUBLANES)
+    if missing:
+        x = jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)])
+    return pltpu.bitcast(_narrow(x), jnp.uint32)
 
 
 def _narrow(x: jax.Array) -> jax.Array:
@@ -582,7 +629,7 @@ def _neighbours(ring, frame: jax.Array, offset: int, sizes: Sizes) -> jax.Array:
     """What a ring holds of the frame `offset` from this one, zeros outside of its clip."""
     place = _modulo(frame, sizes.clip) + offset
     slot = _modulo(frame + offset, sizes.ring)
-    return ring[jnp.where((place >= 0) & (place < sizes.clip), slot, sizes.ring)]
+    return _matrix(ring[jnp.where((place >= 0) & (place < sizes.clip), slot, sizes.ring)])
 
 
 def _modulo(x: jax.Array, of: int) -> jax.Array:
@@ -595,7 +642,7 @@ def _convolved(refs: Refs, frame: jax.Array, sizes: Sizes) -> jax.Array:
     out = refs['bc'][...]
     for tap in range(sizes.taps):
         rows = _neighbours(refs['g'], frame, tap - sizes.reach, sizes)
-        out = out + product(_narrow(rows), _matrix(refs['wc'][tap]))
+        out = out + product(rows, _matrix(refs['wc'][tap]))
     return out
 
 
@@ -618,15 +665,17 @@ def _backward_on_device(
     frames = flat.shape[0]
     parts, each = _grid(sizes, frames)
     blocks = _Blocks(each)
-    lag = sizes.reach + 1
+    lags = Lags.of(sizes)
     rows, wide, narrow = sizes.tokens, (sizes.tokens, sizes.channels), (sizes.tokens, LANES)
+    half = whole(rows, 2 * SUBLANES) // 2
+    words, few = (half, sizes.channels), (half, LANES)
     inputs = {
         'x': (by_frame, 0),
         'm': (flat, 0),
         'new': (of_new, 0),
-        'later new': (of_new, lag),
-        'out': (of_out, 2 * lag),
-        **({} if last else {'later m': (flat, 2 * lag)}),
+        'later new': (of_new, lags.time),
+        'out': (of_out, lags.mixing),
+        **({} if last else {'later m': (flat, lags.mixing)}),
     }
     in_specs = [blocks.frame(y, lag) for y, lag in inputs.values()]
     sums = _sums(sizes, last)
@@ -636,17 +685,23 @@ def _backward_on_device(
         name: jax.ShapeDtypeStruct((parts, *shape), jnp.float32)
         for name, (shape, _) in sums.items()
     }
+    kept = _power_of_two(lags.mixing + 2)
     scratch = {
-        'shift': (2 * lag, sizes.alpha, *narrow),
+        'shift': (sizes.alpha, *narrow),
         'shift_out': narrow,
         'shift_back': (sizes.alpha, *narrow),
         'bias': wide,
-        'z': (2 * lag, *wide),
-        'factor': (2 * lag, rows, 1),
-        'dz': (2 * lag, *wide),
-        'g': (sizes.ring + 1, *narrow),
-        'da': (lag, *narrow),
-        'dg': (sizes.ring + 1, *narrow),
+        'shifted': (kept, sizes.alpha, *few),
+        'z': (kept, *words),
+        'factor': (kept, rows, 1),
+        'dz': (_power_of_two(lags.mixing + 2), *words),
+        'g': (sizes.ring + 1, *few),
+        'da': (_power_of_two(lags.time + 1), *few),
+        'dg': (sizes.ring + 1, *few),
+        'active': (half, sizes.hidden),
+        'dhidden': (half, sizes.hidden),
+        'du': wide,
+        'dm': words,
     }
     scratch |= {f'{name}+': shape for name, (shape, _) in sums.items()}
     cost = kernels.cost_estimate(
@@ -663,12 +718,12 @@ def _backward_on_device(
         index,
         {name: y for name, (y, _) in inputs.items()} | {'tap': taps},
         weights,
-        [*in_specs, blocks.tap(taps, 2 * lag)],
+        [*in_specs, blocks.tap(taps, lags.sums)],
         shapes,
-        [blocks.frame(y, 2 * lag) for y in outputs.values()]
+        [blocks.frame(y, lags.mixing) for y in outputs.values()]
         + [pl.BlockSpec(memory_space=pl.ANY)] * len(sums),
         scratch,
-        (parts, each + 2 * lag),
+        (parts, each + lags.sums),
         cost,
         interpret,
     )
@@ -679,25 +734,25 @@ def _backward_on_device(
 def _sums(sizes: Sizes, last: bool) -> dict[str, tuple[tuple[int, ...], int]]:
     """What the backward kernel sums over frames: its shape, and how late it begins to."""
     c, h, s, k = sizes.channels, sizes.hidden, sizes.temporal, sizes.taps
-    narrow, lag = sizes.temporal_hidden, sizes.reach + 1
+    narrow, lags = sizes.temporal_hidden, Lags.of(sizes)
     sums = {
         'w1': ((c, h), 0),
         'b1': ((1, h), 0),
         'w2': ((h, c), 0),
         'b2': ((1, c), 0),
-        'wc': ((k, narrow, LANES), lag),
-        'bc': ((1, LANES), lag),
-        'wt2': ((narrow, c), lag),
-        'wt1^T': ((narrow, c), 2 * lag),
-        'bt1': ((1, LANES), 2 * lag),
-        'k': ((sizes.alpha, s, c), 2 * lag),
-        'bu': ((1, c), 2 * lag),
-        'cls': ((sizes.clip, 1, c), 2 * lag),
-        'w_in^T': ((c, sizes.width), 2 * lag),
-        'b_in': ((1, c), 2 * lag),
+        'wc^T': ((k, narrow, LANES), lags.time),
+        'bc': ((1, LANES), lags.time),
+        'wt2': ((narrow, c), lags.time),
+        'wt1^T': ((narrow, c), lags.mixing),
+        'bt1': ((1, LANES), lags.mixing),
+        'k': ((sizes.alpha, s, c), lags.mixing),
+        'bu': ((1, c), lags.mixing),
+        'cls': ((sizes.clip, 1, c), lags.mixing),
+        'w_in^T': ((c, sizes.width), lags.sums),
+        'b_in': ((1, c), lags.mixing),
     }
     if not last:
-        sums |= {'w_it^T': ((s, c), 2 * lag), 'b_it': ((1, LANES), 2 * lag)}
+        sums |= {'w_it^T': ((s, c), lags.mixing), 'b_it': ((1, LANES), lags.mixing)}
     return sums
 
 
@@ -709,20 +764,17 @@ def _backward_kernel(
     sums: Mapping[str, tuple[tuple[int, ...], int]],
     each: int,
 ) -> None:
-    """One step: parts of three frames, each of which waits for neighbours of the part before."""
-    part, step = pl.program_id(0), pl.program_id(1)
-    lag, rows = sizes.reach + 1, sizes.tokens
+    """One step: parts of several frames, each of which waits for neighbours of the part before.
 
-    @pl.when(step == 0)
-    def _() -> None:
-        for name in ('shift', 'shift_out'):
-            refs[name][...] = jnp.zeros(refs[name].shape, jnp.float32)
-        for name in ('g', 'dg'):
-            refs[name][sizes.ring] = jnp.zeros((rows, LANES), jnp.float32)
-        refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], (rows, sizes.channels))
+    The compiler overlaps what is near: the sums for weights, which nothing waits for, come between
+    what keeps the vector unit busy.
+    """
+    part, step = pl.program_id(0), pl.program_id(1)
+    lags = Lags.of(sizes)
+    starts = sorted({start for _, start in sums.values()})
 
     # What came before the first frame is thrown away, and what comes after the last not read.
-    for start in sorted({start for _, start in sums.values()}):
+    for start in starts:
 
         @pl.when(step == start)
         def _(start: int = start) -> None:
@@ -730,12 +782,30 @@ def _backward_kernel(
                 if begins == start:
                     refs[f'{name}+'][...] = jnp.zeros(shape, jnp.float32)
 
-    # In this order, rings are read before they are written.
-    _backward_through_mixing(refs, step, sizes, last)
-    _backward_through_time(refs, step - lag, sizes)
-    _backward_within_frame(refs, step, sizes)
+    @pl.when(step == 0)
+    def _() -> None:
+        for name in ('shift', 'shift_out'):
+            refs[name][...] = jnp.zeros(refs[name].shape, jnp.float32)
+        for name in ('g', 'dg'):
+            refs[name][sizes.ring] = jnp.zeros(refs[name].shape[1:], jnp.uint32)
+        refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], refs['bias'].shape)
 
-    for start in sorted({start for _, start in sums.values()}):
+    # The last step but one writes the last frame, and the last the same again.
+    frame = jnp.minimum(step - lags.mixing, each - 1)
+    parts = iter(_parts(sizes.width))
+    _normed_again(refs, step, sizes)
+    _sum_of_first_map(refs, next(parts), sizes)
+    _backward_activation(refs, step, sizes)
+    _backward_within_frame(refs, step)
+    _backward_along_time(refs, step - lags.time, sizes)
+    _sums_within_frame(refs, step, sizes)
+    _backward_through_norms(refs, frame, sizes)
+    _sum_of_first_map(refs, next(parts), sizes)
+    dm = _backward_through_mixing(refs, frame, sizes, last)
+    _sum_of_first_map(refs, next(parts), sizes)
+    refs['dm'][...] = dm
+
+    for start in starts:
 
         @pl.when(step == each - 1 + start)
         def _(start: int = start) -> None:
@@ -744,30 +814,65 @@ def _backward_kernel(
                     pltpu.sync_copy(refs[f'{name}+'], refs[f'{name}!'].at[part])
 
 
-def _backward_within_frame(refs: Refs, step: jax.Array, sizes: Sizes) -> None:
-    """U again, and the gradient of the feed-forward within a frame."""
-    slot = _modulo(step, 2 * (sizes.reach + 1))
-    shifted = [
-        _shifted(refs['shift'].at[slot, a], refs['x'][0, a], sizes) for a in range(sizes.alpha)
-    ]
-    u = refs['m'][0].astype(jnp.float32) + _exchanged(refs, shifted, step, sizes)
+def _parts(width: int, count: int = 3) -> list[slice]:
+    """Lanes in parts of whole registers."""
+    size = whole(math.ceil(width / count), LANES)
+    return [slice(min(n * size, width), min((n + 1) * size, width)) for n in range(count)]
+
+
+def _sum_of_first_map(refs: Refs, lanes: slice, sizes: Sizes) -> None:
+    """Of the frame that was left last by the step before."""
+    if lanes.start == lanes.stop:
+        return
+    dm = _matrix(refs['dm'][...])[: sizes.tokens]
+    refs['w_in^T+'][:, lanes] += product(dm, refs['tap'][0, 0, :, lanes], (0, 0))
+
+
+def _slot(ring, frame: jax.Array) -> jax.Array:
+    """Where a ring holds a frame."""
+    return _modulo(frame, ring.shape[0])
+
+
+def _normed_again(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+    """The norm of U, and what its rows were multiplied by."""
+    shifted = [_shifted(refs['shift'].at[a], refs['x'][0, a], sizes) for a in range(sizes.alpha)]
+    u = refs['m'][0].astype(jnp.float32) + _exchanged(refs, shifted, frame, sizes)
     z, factor = _standardised(u)
-    normed, upstream = _narrow(z), refs['new'][0]
-    hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
-    active, slope = _activated(hidden)
-    dhidden = product(upstream, _matrix(refs['w2^T'][...])) * slope
-    narrow = _narrow(dhidden)
-    refs['w2+'][...] += product(_narrow(active), upstream, (0, 0))
-    refs['w1+'][...] += product(normed, narrow, (0, 0))
-    refs['b1+'][...] += dhidden.sum(0, keepdims=True)
-    refs['b2+'][...] += upstream.astype(jnp.float32).sum(0, keepdims=True)
-    refs['z'][slot] = z
+    for a, rows in enumerate(shifted):
+        refs['shifted'][_slot(refs['shifted'], frame), a] = _to_words(rows)
+    slot = _slot(refs['z'], frame)
+    refs['z'][slot] = _to_words(z)
     refs['factor'][slot] = factor
-    refs['dz'][slot] = product(narrow, _matrix(refs['w1^T'][...]))
-    refs['g'][_modulo(step, sizes.ring)] = (
-        product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
-    )
-    refs['da'][_modulo(step, sizes.reach + 1)] = product(upstream, _matrix(refs['wt2^T'][...]))
+
+
+def _backward_activation(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+    """Hidden channels of the feed-forward within a frame, and the gradient by them."""
+    normed = _matrix(refs['z'][_slot(refs['z'], frame)])
+    upstream = refs['new'][0]
+    hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
+    active, slope = _activated(hidden[: sizes.tokens])
+    dhidden = product(upstream, _matrix(refs['w2^T'][...])) * slope
+    refs['b1+'][...] += dhidden.sum(0, keepdims=True)
+    refs['active'][...] = _to_words(active)
+    refs['dhidden'][...] = _to_words(dhidden)
+    narrow = product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
+    refs['g'][_modulo(frame, sizes.ring)] = _to_words(narrow)
+    da = product(upstream, _matrix(refs['wt2^T'][...]))
+    refs['da'][_slot(refs['da'], frame)] = _to_words(da)
+    refs['b2+'][...] += upstream.astype(jnp.float32).sum(0, keepdims=True)
+
+
+def _backward_within_frame(refs: Refs, frame: jax.Array) -> None:
+    """From the gradient by hidden channels to that by their input."""
+    dz = product(_matrix(refs['dhidden'][...]), _matrix(refs['w1^T'][...]))
+    refs['dz'][_slot(refs['dz'], frame)] = _to_words(dz)
+
+
+def _sums_within_frame(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+    """The gradient by the weights of the feed-forward within a frame."""
+    normed, active = _matrix(refs['z'][_slot(refs['z'], frame)]), _matrix(refs['active'][...])
+    refs['w2+'][...] += product(active[: sizes.tokens], refs['new'][0], (0, 0))
+    refs['w1+'][...] += product(normed, _matrix(refs['dhidden'][...]), (0, 0))
 
 
 def _activated(v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -777,41 +882,51 @@ def _activated(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     return v + part, (1 + bend) * (1 + v - part)
 
 
-def _backward_through_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+def _backward_along_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
     """The gradient of the convolution along time by its result, and by its weights."""
-    lag, own = sizes.reach + 1, slice(sizes.temporal_hidden)
+    own = slice(sizes.temporal_hidden)
     active, slope = _activated(_convolved(refs, frame, sizes))
-    gradient = refs['da'][_modulo(frame, lag)] * slope
+    gradient = _matrix(refs['da'][_slot(refs['da'], frame)]).astype(jnp.float32) * slope
     narrow = _narrow(gradient)
-    refs['wt2+'][...] += product(_narrow(active)[:, own], refs['later new'][0], (0, 0))
+    active = _narrow(active)[: sizes.tokens, own]
+    refs['wt2+'][...] += product(active, refs['later new'][0], (0, 0))
     refs['bc+'][...] += gradient.sum(0, keepdims=True)
     for tap in range(sizes.taps):
-        rows = _narrow(_neighbours(refs['g'], frame, tap - sizes.reach, sizes))
-        refs['wc+'][tap] += product(rows[:, own], narrow, (0, 0))
-    refs['dg'][_modulo(frame, sizes.ring)] = gradient
+        rows = _neighbours(refs['g'], frame, tap - sizes.reach, sizes)
+        refs['wc^T+'][tap] += product(narrow[:, own], rows, (0, 0))
+    refs['dg'][_modulo(frame, sizes.ring)] = pltpu.bitcast(narrow, jnp.uint32)
 
 
-def _backward_through_mixing(refs: Refs, step: jax.Array, sizes: Sizes, last: bool) -> None:
-    """What is left for a frame once its neighbours are known."""
-    lag = 2 * (sizes.reach + 1)
-    frame, slot = step - lag, _modulo(step, lag)
-    s, own = sizes.temporal, slice(sizes.temporal_hidden)
+def _backward_through_norms(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+    """The gradient by U through both feed-forwards."""
+    own, tokens = slice(sizes.temporal_hidden), slice(sizes.tokens)
     dg = jnp.zeros((1, LANES), jnp.float32)
     for tap in range(sizes.taps):
         rows = _neighbours(refs['dg'], frame, sizes.reach - tap, sizes)
-        dg = dg + product(_narrow(rows), _matrix(refs['wc^T'][tap]))
-    narrow, z = _narrow(dg), refs['z'][slot]
-    refs['wt1^T+'][...] += product(narrow[:, own], _narrow(z), (0, 0))
+        dg = dg + product(rows, _matrix(refs['wc^T'][tap]))
+    narrow = _narrow(dg)
+    normed = _matrix(refs['z'][_slot(refs['z'], frame)])
+    refs['wt1^T+'][...] += product(narrow[:, own], normed, (0, 0))
     refs['bt1+'][...] += dg.sum(0, keepdims=True)
-    dz = refs['dz'][slot] + product(narrow, _matrix(refs['wt1^T'][...]))
-    du = refs['factor'][slot] * (dz - z * (dz * z).mean(-1, keepdims=True))
+    dz = _matrix(refs['dz'][_slot(refs['dz'], frame)]).astype(jnp.float32)[tokens]
+    dz = dz + product(narrow, _matrix(refs['wt1^T'][...]))[tokens]
+    z = normed.astype(jnp.float32)[tokens]
+    factor = refs['factor'][_slot(refs['factor'], frame)]
+    refs['du'][...] = factor * (dz - z * (dz * z).mean(-1, keepdims=True))
+
+
+def _backward_through_mixing(refs: Refs, frame: jax.Array, sizes: Sizes, last: bool) -> None:
+    """From the gradient by U to those by X and R, and by weights."""
+    du = refs['du'][...]
+    slot, s = _slot(refs['shifted'], frame), sizes.temporal
     if last:
         du = du + refs['out'][0].astype(jnp.float32)
     narrow = _narrow(du)
     refs['bu+'][...] += du.sum(0, keepdims=True)
     refs['cls+'][_modulo(frame, sizes.clip)] += du[:1]
     for a in range(sizes.alpha):
-        refs['k+'][a] += product(_narrow(refs['shift'][slot, a])[:, :s], narrow, (0, 0))
+        rows = _matrix(refs['shifted'][slot, a])[: sizes.tokens, :s]
+        refs['k+'][a] += product(rows, narrow, (0, 0))
         refs['shift_back'][a] = product(narrow, _matrix(refs['k^T'][a]))
         dx = refs['shift_back'][a, 1:, :s]
         if not last:
@@ -824,7 +939,6 @@ def _backward_through_mixing(refs: Refs, step: jax.Array, sizes: Sizes, last: bo
         refs['w_it^T+'][...] += product(shifted[:, :s], refs['later m'][0], (0, 0))
         refs['b_it+'][...] += refs['shift_out'][...].sum(0, keepdims=True)
         dm = du + product(shifted, _matrix(refs['w_it^T'][...]))
-    narrow = _narrow(dm)
-    refs['dr!'][0] = narrow
+    refs['dr!'][0] = _narrow(dm)
     refs['b_in+'][...] += dm.sum(0, keepdims=True)
-    refs['w_in^T+'][...] += product(narrow, refs['tap'][0, 0], (0, 0))
+    return _to_words(dm)
