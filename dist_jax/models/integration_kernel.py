@@ -773,22 +773,25 @@ def _backward_kernel(
     lags = Lags.of(sizes)
     starts = sorted({start for _, start in sums.values()})
 
-    # What came before the first frame is thrown away, and what comes after the last not read.
-    for start in starts:
-
-        @pl.when(step == start)
-        def _(start: int = start) -> None:
-            for name, (shape, begins) in sums.items():
-                if begins == start:
-                    refs[f'{name}+'][...] = jnp.zeros(shape, jnp.float32)
-
-    @pl.when(step == 0)
+    # What came before the first frame is thrown away, and what comes after the last not read. A
+    # branch costs every step, so there is one around all that is rare.
+    @pl.when(step <= starts[-1])
     def _() -> None:
-        for name in ('shift', 'shift_out'):
-            refs[name][...] = jnp.zeros(refs[name].shape, jnp.float32)
-        for name in ('g', 'dg'):
-            refs[name][sizes.ring] = jnp.zeros(refs[name].shape[1:], jnp.uint32)
-        refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], refs['bias'].shape)
+        for start in starts:
+
+            @pl.when(step == start)
+            def _(start: int = start) -> None:
+                for name, (shape, begins) in sums.items():
+                    if begins == start:
+                        refs[f'{name}+'][...] = jnp.zeros(shape, jnp.float32)
+
+        @pl.when(step == 0)
+        def _() -> None:
+            for name in ('shift', 'shift_out'):
+                refs[name][...] = jnp.zeros(refs[name].shape, jnp.float32)
+            for name in ('g', 'dg'):
+                refs[name][sizes.ring] = jnp.zeros(refs[name].shape[1:], jnp.uint32)
+            refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], refs['bias'].shape)
 
     # The last step but one writes the last frame, and the last the same again.
     frame = jnp.minimum(step - lags.mixing, each - 1)
@@ -805,13 +808,15 @@ def _backward_kernel(
     _sum_of_first_map(refs, next(parts), sizes)
     refs['dm'][...] = dm
 
-    for start in starts:
+    @pl.when(step >= each - 1)
+    def _() -> None:
+        for start in starts:
 
-        @pl.when(step == each - 1 + start)
-        def _(start: int = start) -> None:
-            for name, (_, begins) in sums.items():
-                if begins == start:
-                    pltpu.sync_copy(refs[f'{name}+'], refs[f'{name}!'].at[part])
+            @pl.when(step == each - 1 + start)
+            def _(start: int = start) -> None:
+                for name, (_, begins) in sums.items():
+                    if begins == start:
+                        pltpu.sync_copy(refs[f'{name}+'], refs[f'{name}!'].at[part])
 
 
 def _parts(width: int, count: int = 3) -> list[slice]:
