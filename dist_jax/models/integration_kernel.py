@@ -50,6 +50,7 @@ WORDS = (
     'dhidden',
     'dm',
 )  # scratch of rows as products want them, see `_words`
+SPILLED = 2**20  # bytes of VMEM that compiled kernels take besides what they ask for
 STEEP = 0.851  # quick_gelu(x) = (v + v tanh v) / (2 STEEP) for v = STEEP x
 
 
@@ -143,27 +144,27 @@ def fits(x: jax.Array, r: jax.Array, taps: jax.Array, params: Tree) -> bool:
         and narrow
         and even
         and kernels.on_whole_devices(r)
-        and max(_held(sizes)) < kernels.VMEM_BYTES
+        and max(_held(sizes, last=False)) + SPILLED < kernels.VMEM_BYTES
     )
 
 
-def _held(sizes: Sizes) -> tuple[int, int]:
-    """Bytes of VMEM that the kernels hold, forward and backward."""
-    rows = whole(sizes.tokens, 2 * SUBLANES)
-    wide, narrow = rows * sizes.channels, rows * LANES
-    tap, x = rows * sizes.width, sizes.alpha * narrow
-    c, h, w = sizes.channels, sizes.hidden, sizes.width
-    small = (sizes.alpha + 2) * c * LANES + sizes.taps * LANES * LANES
-    lag = sizes.reach + 1
-    forward = 2 * (w * c + 2 * c * h + small)  # weights
-    forward += 4 * (tap + 3 * wide + 2 * x)  # read and written, twice
-    forward += 4 * ((lag + 5) * wide + (sizes.taps + 5) * narrow)
-    backward = 2 * (3 * c * h + 2 * small) + 4 * (w * c + 2 * c * h + small)
-    backward += 4 * sizes.clip * SUBLANES * c
-    backward += 4 * (tap + 5 * wide + 3 * x)
-    backward += 4 * ((4 * lag + 5) * wide + (2 * sizes.taps + 3 * lag + 5) * narrow)
-    backward += 8 * lag * x
-    return forward, backward
+def _held(sizes: Sizes, last: bool) -> tuple[int, int]:
+    """Bytes of VMEM that the kernels hold, forward and backward, without what they spill."""
+    c, h, k, rows = sizes.channels, sizes.hidden, sizes.taps, sizes.tokens
+    narrow = (sizes.alpha + 2) * c * LANES + k * LANES**2
+    weights = sizes.width * c + 2 * c * h + narrow, 3 * c * h + 2 * narrow
+    x = sizes.alpha * rows * LANES  # arrived and awaited, in and out
+    blocks = rows * (sizes.width + 3 * c) + 2 * x, rows * (sizes.width + 5 * c) + 3 * x
+    sums = {name: shape for name, (shape, _) in _sums(sizes, last).items()}
+    scratch = _forward_scratch(sizes), _backward_scratch(sizes) | sums
+    numbers = [sum(map(_stored, tables.values())) for tables in scratch]
+    return tuple(2 * w + 4 * b + 4 * n for w, b, n in zip(weights, blocks, numbers))
+
+
+def _stored(shape: tuple[int, ...]) -> int:
+    """Numbers of 32 bits that VMEM holds for an array, in whole registers."""
+    *outer, rows, lanes = shape
+    return math.prod(outer) * (whole(rows, SUBLANES) if rows > 1 else 1) * whole(lanes, LANES)
 
 
 def integration(
@@ -412,25 +413,16 @@ def _forward_on_device(
     parts, each = _grid(sizes, frames)
     blocks = _Blocks(each)
     lag = sizes.reach + 1
-    rows, wide = sizes.tokens, (sizes.tokens, sizes.channels)
     out = flat if last else by_frame
     outputs = {'out': (out, 0), 'new': (flat, 1 + lag), 'm': (flat, 0)}
-    scratch = {
-        'shift': (sizes.alpha, rows, LANES),
-        'shift_back': (rows, LANES),
-        'bias': wide,
-        'u': wide,
-        'f': (lag, *wide),
-        'g': (sizes.ring + 1, whole(rows, 2 * SUBLANES) // 2, LANES),
-    }
     inputs = {'x': by_frame, 'r': flat, 'tap': taps}
     in_specs = [blocks.frame(by_frame), blocks.frame(flat), blocks.tap(taps)]
     cost = kernels.cost_estimate(
         'integration',
         frames,
         _shape(sizes),
-        transcendentals=rows * (sizes.hidden + sizes.temporal_hidden),
-        frame_bytes=_bytes(sizes, wide=2 if not last else 3, narrow=1 if last else 2),
+        transcendentals=sizes.tokens * (sizes.hidden + sizes.temporal_hidden),
+        frame_bytes=_bytes(sizes, wide=4 if last else 3, narrow=1 if last else 2),
         weight_bytes=kernel_costs.CORES * sum(w.nbytes for w in weights.values()),
     )
     found = _call(
@@ -442,13 +434,25 @@ def _forward_on_device(
         in_specs,
         {name: jax.ShapeDtypeStruct(y.shape, y.dtype) for name, (y, _) in outputs.items()},
         [blocks.frame(y, lag) for y, lag in outputs.values()],
-        scratch,
+        _forward_scratch(sizes),
         (parts, each + 1 + lag),
         cost,
         interpret,
     )
     like = r if last else x
     return found[0].reshape(like.shape), found[1].reshape(r.shape), found[2].reshape(r.shape)
+
+
+def _forward_scratch(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    rows, wide = sizes.tokens, (sizes.tokens, sizes.channels)
+    return {
+        'shift': (sizes.alpha, rows, LANES),
+        'shift_back': (rows, LANES),
+        'bias': wide,
+        'u': wide,
+        'f': (sizes.reach + 1, *wide),
+        'g': (sizes.ring + 1, whole(rows, 2 * SUBLANES) // 2, LANES),
+    }
 
 
 def _shape(sizes: Sizes) -> dict[str, int]:
@@ -666,9 +670,6 @@ def _backward_on_device(
     parts, each = _grid(sizes, frames)
     blocks = _Blocks(each)
     lags = Lags.of(sizes)
-    rows, wide, narrow = sizes.tokens, (sizes.tokens, sizes.channels), (sizes.tokens, LANES)
-    half = whole(rows, 2 * SUBLANES) // 2
-    words, few = (half, sizes.channels), (half, LANES)
     inputs = {
         'x': (by_frame, 0),
         'm': (flat, 0),
@@ -685,30 +686,12 @@ def _backward_on_device(
         name: jax.ShapeDtypeStruct((parts, *shape), jnp.float32)
         for name, (shape, _) in sums.items()
     }
-    kept = _power_of_two(lags.mixing + 2)
-    scratch = {
-        'shift': (sizes.alpha, *narrow),
-        'shift_out': narrow,
-        'shift_back': (sizes.alpha, *narrow),
-        'bias': wide,
-        'shifted': (kept, sizes.alpha, *few),
-        'z': (kept, *words),
-        'factor': (kept, rows, 1),
-        'dz': (_power_of_two(lags.mixing + 2), *words),
-        'g': (sizes.ring + 1, *few),
-        'da': (_power_of_two(lags.time + 1), *few),
-        'dg': (sizes.ring + 1, *few),
-        'active': (half, sizes.hidden),
-        'dhidden': (half, sizes.hidden),
-        'du': wide,
-        'dm': words,
-    }
-    scratch |= {f'{name}+': shape for name, (shape, _) in sums.items()}
+    scratch = _backward_scratch(sizes) | {f'{name}+': shape for name, (shape, _) in sums.items()}
     cost = kernels.cost_estimate(
         'integration_gradient',
         frames,
         _shape(sizes),
-        transcendentals=rows * (sizes.hidden + sizes.temporal_hidden),
+        transcendentals=sizes.tokens * (sizes.hidden + sizes.temporal_hidden),
         frame_bytes=_bytes(sizes, wide=5, narrow=2 if last else 3),
         weight_bytes=kernel_costs.CORES * sum(w.nbytes for w in weights.values()),
     )
@@ -729,6 +712,31 @@ def _backward_on_device(
     )
     dr, dx, *found = found
     return dx.reshape(x.shape), dr.reshape(m.shape), dict(zip(sums, found, strict=True))
+
+
+def _backward_scratch(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    wide, narrow = (sizes.tokens, sizes.channels), (sizes.tokens, LANES)
+    half = whole(sizes.tokens, 2 * SUBLANES) // 2
+    words, few = (half, sizes.channels), (half, LANES)
+    lags = Lags.of(sizes)
+    kept = _power_of_two(lags.mixing + 2)
+    return {
+        'shift': (sizes.alpha, *narrow),
+        'shift_out': narrow,
+        'shift_back': (sizes.alpha, *narrow),
+        'bias': wide,
+        'shifted': (kept, sizes.alpha, *few),
+        'z': (kept, *words),
+        'factor': (kept, sizes.tokens, 1),
+        'dz': (kept, *words),
+        'g': (sizes.ring + 1, *few),
+        'da': (_power_of_two(lags.time + 1), *few),
+        'dg': (sizes.ring + 1, *few),
+        'active': (half, sizes.hidden),
+        'dhidden': (half, sizes.hidden),
+        'du': wide,
+        'dm': words,
+    }
 
 
 def _sums(sizes: Sizes, last: bool) -> dict[str, tuple[tuple[int, ...], int]]:
