@@ -426,7 +426,7 @@ def _forward_on_device(
         weight_bytes=kernel_costs.CORES * sum(w.nbytes for w in weights.values()),
     )
     found = _call(
-        functools.partial(_forward_kernel, sizes=sizes, last=last),
+        functools.partial(_forward_kernel, sizes=sizes, last=last, each=each),
         'integration',
         index,
         inputs,
@@ -537,7 +537,7 @@ def _call(
 # Inside of the kernels.
 
 
-def _forward_kernel(refs: Refs, *, sizes: Sizes, last: bool) -> None:
+def _forward_kernel(refs: Refs, *, sizes: Sizes, last: bool, each: int) -> None:
     """One step: what a frame needs of itself alone, and the temporal FFN of one before it."""
     step = pl.program_id(1)
     lag, rows = sizes.reach + 1, sizes.tokens
@@ -550,19 +550,19 @@ def _forward_kernel(refs: Refs, *, sizes: Sizes, last: bool) -> None:
 
     # In this order, what an earlier step left is read before it is written anew.
     normed = _narrow(_standardised(refs['u'][...])[0])
-    # Behind the last frame it is written again and again, for the others to be finished.
-    _forward_mixing(refs, jnp.minimum(step, pl.num_programs(1) - 2 - lag), sizes, last)
+    # Steps behind the last frame write its U and M again.
+    _forward_mixing(refs, jnp.minimum(step, each - 1), sizes, last)
     _forward_along_time(refs, step - 1 - lag, sizes)
     _forward_within_frame(refs, step - 1, normed, sizes)
 
 
-def _forward_mixing(refs: Refs, step: jax.Array, sizes: Sizes, last: bool) -> None:
+def _forward_mixing(refs: Refs, frame: jax.Array, sizes: Sizes, last: bool) -> None:
     """M, U and X'."""
     m = product(refs['tap'][0, 0], _matrix(refs['w_in'][...])) + refs['b_in'][...]
     m = m + refs['r'][0].astype(jnp.float32)
     refs['m!'][0] = _narrow(m)
     shifted = [_shifted(refs['shift'].at[a], refs['x'][0, a], sizes) for a in range(sizes.alpha)]
-    u = m + _exchanged(refs, shifted, step, sizes)
+    u = m + _exchanged(refs, shifted, frame, sizes)
     refs['u'][...] = u
     if last:
         refs['out!'][0] = _narrow(u)
@@ -612,9 +612,9 @@ def _shifted(ref, x: jax.Array, sizes: Sizes) -> jax.Array:
     return _narrow(ref[...])
 
 
-def _exchanged(refs: Refs, shifted: list[jax.Array], step: jax.Array, sizes: Sizes) -> jax.Array:
+def _exchanged(refs: Refs, shifted: list[jax.Array], frame: jax.Array, sizes: Sizes) -> jax.Array:
     """What the temporal stream gives to the integration branch, (L, C)."""
-    refs['bias'][:1] = refs['cls'][_modulo(step, sizes.clip)]
+    refs['bias'][:1] = refs['cls'][_modulo(frame, sizes.clip)]
     given = refs['bias'][...]
     for a, x in enumerate(shifted):
         given = given + product(x, _matrix(refs['k'][a]))
