@@ -196,7 +196,8 @@ def get_config() -> ConfigDict:
     config.checkpoint.verify = True
 
     config.log = ConfigDict()
-    # Between lines, of which a short run has ten; the last step always has one, with 0 no other.
+    # Between lines; the last step always has one, with 0 no other. A run that would have fewer than
+    # three has ten.
     config.log.every_steps = 20
     config.log.tensorboard = True  # event files beside metrics.jsonl
     # Services that get the figures, too: wandb, mlflow, trackio; several with commas between them.

@@ -65,7 +65,8 @@ STEPS_IN_FLIGHT = 2
 BATCHES_ON_DEVICE = STEPS_IN_FLIGHT + 1
 # Steps after which hosts count their unreadable videos together, in a run that logs no figures.
 COUNTED_EVERY = 100
-FEWEST_LINES = 10  # of figures, of a run too short for as many at log.every_steps
+FEWEST_LINES = 3  # of figures, as many as make a curve
+SHORT_LINES = 10  # of a run that would have fewer
 SILENCE = 60.0  # seconds without a line of figures after which one says how far the run is
 LONG_WARMUP = 0.5  # share of a run beyond which its warm-up is worth a warning
 
@@ -809,8 +810,10 @@ def share_bad_videos(log: BadVideoLog) -> None:
 
 
 def log_every(config: ConfigDict, total_steps: int) -> int:
-    """Steps between lines of figures: a short run has FEWEST_LINES, or one a step; 0 for none."""
-    return min(config.log.every_steps, max(1, total_steps // FEWEST_LINES))
+    """Steps between lines of figures, 0 for none: as configured, unless a run is short for that."""
+    every = config.log.every_steps
+    short = every * FEWEST_LINES > total_steps
+    return min(every, max(1, total_steps // SHORT_LINES)) if short else every
 
 
 def _due(done: int, every: int) -> bool:

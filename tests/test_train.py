@@ -697,7 +697,7 @@ def test_a_run_starts_from_another(straight, make_config, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ('every', 'steps', 'expected'),
-    [(20, 10_000, 20), (20, 200, 20), (20, 50, 5), (20, 3, 1), (1, 500, 1), (0, 5, 0)],
+    [(20, 9999, 20), (20, 60, 20), (20, 50, 5), (20, 3, 1), (2, 8, 2), (1, 500, 1), (0, 5, 0)],
 )
 def test_a_short_run_has_lines_of_figures_too(make_config, every, steps, expected):
     assert train.log_every(make_config(**{'log.every_steps': every}), steps) == expected
