@@ -60,12 +60,18 @@ def check_run(workdir: str) -> None:
         return
     if not _found(workdir):
         raise ValueError(f'no folder {workdir}; {_RUN_FOLDER}')
-    runs = glob.glob(os.path.join(glob.escape(os.path.expanduser(workdir)), '*', CHECKPOINTS))
-    near = [os.path.dirname(path) for path in sorted(runs)]
-    above = os.path.dirname(os.path.normpath(workdir)) or '.'
-    near += [above] if os.path.isdir(os.path.join(above, CHECKPOINTS)) else []
-    hint = f'did you mean {" or ".join(near[:3])}?' if near else _RUN_FOLDER
+    near = runs_near(workdir)
+    hint = f'did you mean {near}?' if near else _RUN_FOLDER
     raise ValueError(f'{workdir} is no run, there are no checkpoints in it; {hint}')
+
+
+def runs_near(folder: str) -> str:
+    """At most three runs in a local folder, or the one that it is in, as 'a or b'; '' if none."""
+    inside = glob.glob(os.path.join(glob.escape(os.path.expanduser(folder)), '*', CHECKPOINTS))
+    near = [os.path.dirname(path) for path in sorted(inside)]
+    above = os.path.dirname(os.path.normpath(folder)) or '.'
+    near += [above] if os.path.isdir(os.path.join(above, CHECKPOINTS)) else []
+    return ' or '.join(near[:3])
 
 
 def check_model(workdir: str) -> None:
@@ -114,6 +120,12 @@ def check_inputs(fields: Mapping[str, str], splits: Iterable[str], saved_root: s
         for field, name in wanted
         if not _found(name) and not (field == 'backbone.checkpoint' and name in MADE)
     ]
+    origin = fields.get('init_from', '')
+    if origin.startswith(HUB) or (origin and is_release(origin)):
+        missing.append(
+            f'init_from: {origin} is a release; a run starts from the run that it was made of, or '
+            'from a converted checkpoint'
+        )
     if missing:
         raise ValueError('\n'.join(missing))
 

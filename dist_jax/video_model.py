@@ -580,6 +580,10 @@ def load(
     if step is not None:
         raise ValueError(f'{path} is no run, and only runs have steps')
     if config is None:
+        is_backbone = path == paths.SHIPPED or converted.is_there(path)
+        near = '' if is_backbone else paths.runs_near(path)
+        if near:
+            raise ValueError(f'{path} is neither a run nor a backbone; did you mean {near}?')
         return _of_backbone(path, names, overrides)
     if isinstance(config, str):
         config = read_config([f'--config={config}'])

@@ -65,6 +65,8 @@ def test_what_is_no_run_is_said_with_the_way_out(tmp_path):
             with pytest.raises(ValueError, match=text):
                 check(str(tmp_path / name))
     for name in (str(released), 'hf://me/mine'):
+        with pytest.raises(ValueError, match=f'init_from: {name} is a release'):
+            paths.check_inputs({'init_from': name}, ())
         with pytest.raises(ValueError, match='is a release, which evaluate, predict, export'):
             paths.check_run(name)
 

@@ -184,6 +184,20 @@ def test_missing_run_is_named(tmp_path, capsys):
     assert 'none' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ('option', 'text'), [('--json=D', 'D is a folder; name a file'), ('--output=F', 'F is a file;')]
+)
+def test_places_that_cannot_be_written_are_said_before_the_work(
+    option, text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'run/checkpoints').mkdir(parents=True)
+    (tmp_path / 'D').mkdir()
+    (tmp_path / 'F').touch()
+    assert main.main(['predict', '--workdir=run', option, 'F']) == 2
+    assert text in capsys.readouterr().err
+
+
 def test_pictures_of_one_name_say_their_folder():
     paths = ['open/x.mp4', 'close/x.mp4', 'y.mp4', '/k/train/a/z.mp4', '/k/val/a/z.mp4']
     expected = ['open-x', 'close-x', 'y', 'train-a-z', 'val-a-z']

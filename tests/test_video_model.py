@@ -1,6 +1,7 @@
 """Models in Python: the numbers of the commands, from files and from arrays."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -155,6 +156,9 @@ def test_wrong_calls_say_what_to_do(run, model, tmp_path):
             dist_jax.load(workdir, **call)
     with pytest.raises((ValueError, FileNotFoundError), match='none'):
         dist_jax.load(tmp_path / 'none')
+    for near in (os.path.dirname(workdir), os.path.join(workdir, 'checkpoints')):
+        with pytest.raises(ValueError, match=f'neither a run .* did you mean {workdir}'):
+            dist_jax.load(near)
 
 
 def test_import_is_light():

@@ -123,6 +123,10 @@ def run(argv: Sequence[str]) -> int:
         videos = paths.find_videos(arguments.videos)
     if arguments.labels and not os.path.exists(arguments.labels):
         raise UsageError(f'--labels: no file {arguments.labels}')
+    if os.path.isdir(arguments.json):
+        raise UsageError(f'--json: {arguments.json} is a folder; name a file')
+    if os.path.isfile(arguments.output):
+        raise UsageError(f'--output: {arguments.output} is a file; name a folder')
     from dist_jax import predict, trained
     from dist_jax.long_videos import predict as predict_windows
 

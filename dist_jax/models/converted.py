@@ -155,6 +155,12 @@ def check_destination(path: PathLike, *, overwrite: bool = False) -> None:
         ) from None
 
 
+def is_there(path: PathLike) -> bool:
+    """Whether a folder looks like a converted checkpoint."""
+    path = absolute_path(path)
+    return (path / 'metadata' / 'metadata').exists() and (path / 'params').exists()
+
+
 def load_metadata(path: PathLike) -> dict[str, Any]:
     """Metadata of a converted checkpoint.
 
@@ -171,10 +177,10 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
         f'{path} is not a converted checkpoint; convert the downloaded file first: '
         '`dist_jax convert SOURCE DEST`'
     )
-    if not (path / 'metadata' / 'metadata').exists() or not (path / 'params').exists():
+    if not is_there(path):
         raise ValueError(wrong)
     metadata = read_json(path / 'metadata')
-    if not isinstance(metadata, dict) or 'format_version' not in metadata:
+    if not isinstance(metadata, dict) or not isinstance(metadata.get('format_version'), int):
         raise ValueError(wrong)
     digests.check_seal(path, metadata, required=metadata['format_version'] != 1)
     if metadata['format_version'] > FORMAT_VERSION:
