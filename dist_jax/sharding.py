@@ -417,8 +417,8 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     bytes of: on TPU an array of three channels takes as much time as one of 128.
     """
     sharding = batched(mesh)
-    if 'video' in batch:
-        video = batch['video']
+    video = batch.get('video')
+    if video is not None and video.shape[-1] == 3:
         batch = {**batch, 'video': video.reshape(*video.shape[:-2], -1)}
     return {
         name: jax.make_array_from_process_local_data(sharding, value)

@@ -123,8 +123,9 @@ def test_the_state_holds_no_frozen_weights(runner):
 def test_rows_of_pixels_are_the_same_clips(model, frozen, features, batch, mixing_runner):
     rows = batch | {'video': as_rows(batch['video'])}
     assert rows['video'].shape == (4, 4, 16, 48)
-    placed = to_global(batch, make_mesh(jax.devices()[:1]))['video']
-    np.testing.assert_array_equal(placed, rows['video'])
+    for form in (batch, rows):
+        placed = to_global(form, make_mesh(jax.devices()[:1]))['video']
+        np.testing.assert_array_equal(placed, rows['video'])
     of_rows = jax.jit(lambda f, b: step.model_inputs(model, TASK, f, b))(frozen, rows)
     jax.tree.map(np.testing.assert_array_equal, features, of_rows)
     (_, of_pixels), (_, metrics) = mixing_runner(batch), mixing_runner(rows)

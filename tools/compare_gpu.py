@@ -95,7 +95,10 @@ def measure_ours(row: str, batch_size: int, steps: int) -> Figures:
 
 def run(command: Sequence[str]) -> Figures:
     """The last line of a process as JSON, or {'error': what it said last}."""
-    environment = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+    environment = os.environ | {
+        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+        'JAX_TRACEBACK_FILTERING': 'off',  # the last line is then the error
+    }
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=60 * MINUTES

@@ -52,4 +52,4 @@ def write(path: Path, tool: str, parts: dict[str, str]) -> None:
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ['---'] * len(header), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines).replace('| --- |', '|---|')
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
