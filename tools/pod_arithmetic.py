@@ -1,7 +1,7 @@
 """What a training on Kinetics-400 costs on pods: chip-hours, hours, CPUs to feed it; and links.
 
-    nice -n 10 python -m tools.pod_arithmetic --rows dist:b16_8+16f_k400     # anew
     nice -n 10 python -m tools.pod_arithmetic            # every row; goes on where it was stopped
+    nice -n 10 python -m tools.pod_arithmetic --rows dist:b16_8+16f_k400 --targets v4-8 --anew
     nice -n 10 python -m tools.pod_arithmetic --input    # measures what a clip costs a CPU
     nice -n 10 python -m tools.pod_arithmetic --scaling  # collectives on 4, 32 and 128 chips
     python -m tools.pod_arithmetic --table               # no compiling, no measuring
@@ -102,16 +102,19 @@ def planned(
     return {'chips': chips, 'fits': False}
 
 
-def plan_rows(wanted: Iterable[str], anew: bool, folder: str, path: Path) -> None:
-    """Fills the file with what is not known of these rows, or with all of it."""
+def plan_rows(
+    wanted: Iterable[str], targets: Sequence[str], anew: bool, folder: str, path: Path
+) -> None:
+    """Fills the file with what is not known of these rows and slices, or with all of it."""
     known, rows, firsts = which_tpu.read(path), which_tpu.rows(), program_names()
     plan_for = which_tpu.planners(folder)
     for first in dict.fromkeys(firsts[name] for name in wanted):
         config = rows[first]
         place = known.setdefault('plans', {}).setdefault(first, {})
-        for target, compiled in TARGETS.items():
+        for target in targets:
             if target in place and not anew:
                 continue
+            compiled = TARGETS[target]
             print(f'{first} for {target}', flush=True)
             whole = topology.parse_topology(compiled)
             split = which_tpu.split_over(config, whole.chip.name)
@@ -130,11 +133,13 @@ def program_names() -> dict[str, str]:
     return found
 
 
-def plan_scaling(folder: str, path: Path) -> None:
-    """The same step with as many clips a chip on more and more chips."""
+def plan_scaling(anew: bool, folder: str, path: Path) -> None:
+    """The same step with as many clips a chip on more and more chips, where it is not known."""
     known = which_tpu.read(path)
     plan_for = which_tpu.planners(folder)
     for compiled in SCALING:
+        if compiled in known.get('scaling', {}) and not anew:
+            continue
         print(f'{SCALING_ROW} on {compiled}', flush=True)
         config = copy.deepcopy(which_tpu.rows()[SCALING_ROW])
         config.batch_size = SCALING_CLIPS * topology.parse_topology(compiled).num_chips
@@ -307,7 +312,9 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--rows', nargs='+', default=[], metavar='FILE:ROW', help='these, anew')
+    parser.add_argument('--rows', nargs='+', default=[], metavar='FILE:ROW', help='only these')
+    parser.add_argument('--targets', nargs='+', default=[*TARGETS], choices=TARGETS)
+    parser.add_argument('--anew', action='store_true', help='also what is known already')
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--input', action='store_true', help='measure what clips cost a CPU')
     what.add_argument('--scaling', action='store_true', help='compile for 4, 32 and 128 chips')
@@ -325,9 +332,9 @@ def main(argv: Sequence[str]) -> int:
     elif not arguments.table:
         topology.prepare_environment()
         if arguments.scaling:
-            plan_scaling(arguments.cache, path)
+            plan_scaling(arguments.anew, arguments.cache, path)
         else:
-            plan_rows(wanted, bool(arguments.rows), arguments.cache, path)
+            plan_rows(wanted, arguments.targets, arguments.anew, arguments.cache, path)
     try:
         generated.write(which_tpu.DOCS / 'performance.md', TOOL, parts_of(which_tpu.read(path)))
     except ValueError as error:

@@ -58,15 +58,19 @@ def test_rows_are_planned_where_they_were_left(monkeypatch, tmp_path):
     asked, path = [], tmp_path / 'known.json'
     monkeypatch.setattr(which_tpu, 'planners', lambda folder: lambda name: plan_of(4, 99, asked))
     monkeypatch.setattr(which_tpu, 'split_over', lambda config, chip: False)
-    pod_arithmetic.plan_rows([ROW, 'dist:b16_8+16f_k710_k400'], False, '', path)
-    assert len(asked) == len(pod_arithmetic.TARGETS)  # both rows are one program
-    known = json.loads(path.read_text())
-    del known['plans'][ROW]['v5e-8']
-    path.write_text(json.dumps(known))
-    pod_arithmetic.plan_rows([ROW], False, '', path)
-    assert len(asked) == len(pod_arithmetic.TARGETS) + 1
-    pod_arithmetic.plan_rows([ROW], True, '', path)
-    assert len(asked) == 2 * len(pod_arithmetic.TARGETS) + 1
+    both = [ROW, 'dist:b16_8+16f_k710_k400']
+    targets = [*pod_arithmetic.TARGETS]
+    pod_arithmetic.plan_rows(both, targets[:2], False, '', path)
+    assert len(asked) == 2  # both rows are one program
+    pod_arithmetic.plan_rows(both, targets, False, '', path)
+    assert len(asked) == len(targets)
+    assert set(json.loads(path.read_text())['plans'][ROW]) == set(targets)
+    pod_arithmetic.plan_rows([ROW], ['v5e-8'], True, '', path)
+    assert len(asked) == len(targets) + 1
+    pod_arithmetic.plan_scaling(False, '', path)
+    pod_arithmetic.plan_scaling(False, '', path)
+    assert len(asked) == len(targets) + 1 + 3
+    assert [one.batch_size for one in asked[-3:]] == [32, 256, 1024]
 
 
 def test_tables_of_what_is_known(rows, tmp_path):
