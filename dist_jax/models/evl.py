@@ -21,15 +21,15 @@ the release keeps float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models import heads
+from dist_jax.models import clip_reading, heads
 from dist_jax.models.api import Model, ParamGroup, Tree
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.frozen import Frozen
@@ -40,13 +40,15 @@ from dist_jax.models.layers import (
     Linear,
     einsum,
     einsum_to_float32,
+    layer_norm,
     query_attention,
     quick_gelu,
+    read_memory,
     uniform,
 )
 from dist_jax.models.neighbour_kernel import neighbour_attention
-from dist_jax.models.stack import scan_trainable
-from dist_jax.models.time_conv import DepthwiseTimeConv
+from dist_jax.models.stack import Slot, scan_trainable
+from dist_jax.models.time_conv import depthwise
 from dist_jax.sharding import ShardingRule, split_batch
 
 # Source: the release decays every trained tensor: biases, norms, tables and the class token too.
@@ -234,8 +236,22 @@ def relative_sum(attention: jax.Array, tables: jax.Array, grid: tuple[int, int])
     return summed.reshape(batch, num_frames, rows * columns, channels)
 
 
+class Terms(NamedTuple):
+    """What a decoder layer adds to the frozen tokens of a block.
+
+    Attributes:
+      conv: `kernel` (3, C) and `bias` (C,) of the depthwise convolution over time; None without.
+      positions: (T, C), of frames; None without.
+      moved: float32 (B, T, N, C), relative sums, of patches; None without.
+    """
+
+    conv: Tree | None
+    positions: jax.Array | None
+    moved: jax.Array | None
+
+
 class TemporalModules(nn.Module):
-    """Frozen tokens of one block -> memory of one decoder layer.
+    """What a decoder layer adds to the frozen tokens of a block.
 
     Parameters: `conv` with kernel (3, C) and bias (C,); `positions` (T, C); `relative` (2, M, C),
     of the frame before and the frame after.
@@ -245,35 +261,71 @@ class TemporalModules(nn.Module):
     conv: bool
     positions: bool
     cross_attention: bool
-    dtype: Dtype
 
     @nn.compact
-    def __call__(self, features: Tree) -> jax.Array:
-        """Args: `outputs` (B, T, L, C), `attention` (B, T, 2, N, N). Returns (B, T, L, C).
-
-        Without cross-attention, which has no row for it, the class token may be left out.
-        """
-        frozen = features['outputs'].astype(jnp.float32)
-        num_frames, channels = frozen.shape[1], frozen.shape[-1]
-        # All terms read the frozen tokens, none another term.
-        total = frozen
+    def __call__(self, num_frames: int, channels: int, attention: jax.Array | None) -> Terms:
+        """Args: T, C, and with cross-attention that between neighbours (B, T, 2, N, N)."""
+        conv = positions = moved = None
         if self.conv:
-            total += DepthwiseTimeConv(name='conv')(frozen)
+            conv = Affine((channels,), uniform(3), uniform(3), name='conv')((3,))
         if self.positions:
-            table = self.param('positions', nn.initializers.zeros, (num_frames, channels))
-            total += table[:, None]
+            positions = self.param('positions', nn.initializers.zeros, (num_frames, channels))
         if self.cross_attention:
             rows, columns = self.grid
             shape = (2, (2 * rows - 1) * (2 * columns - 1), channels)
             tables = self.param('relative', nn.initializers.zeros, shape)
-            moved = relative_sum(features['attention'], tables, self.grid)
-            total += jnp.pad(moved, [(0, 0), (0, 0), (1, 0), (0, 0)])  # no class row
-        return total.astype(self.dtype)
+            moved = relative_sum(attention, tables, self.grid)
+        return Terms(conv, positions, moved)
+
+
+def memory_of(frozen: jax.Array, terms: Terms, norm: Tree) -> jax.Array:
+    """Frozen tokens (B, T, L, C) -> the memory of a decoder layer (B, T*L, C).
+
+    Without relative sums, which have no row for it, the class token may be left out.
+    """
+    dtype, frozen = frozen.dtype, frozen.astype(jnp.float32)
+    # All terms read the frozen tokens, none another term.
+    total = frozen
+    if terms.conv is not None:
+        total += depthwise(frozen, **terms.conv)
+    if terms.positions is not None:
+        total += terms.positions[:, None]
+    if terms.moved is not None:
+        total += jnp.pad(terms.moved, [(0, 0), (0, 0), (1, 0), (0, 0)])  # no class row
+    memory = layer_norm(total.astype(dtype), **norm)
+    return memory.reshape(memory.shape[0], -1, memory.shape[-1])
+
+
+def read_frames(query: jax.Array, slot: Slot, terms: Terms, norm: Tree) -> jax.Array:
+    """`layers.read_memory` of `memory_of` a slot of (K, B*T, L, C), which `clip_reading` fits."""
+    channels = slot.stack.shape[-1]
+    taps = jnp.zeros((3, channels)).at[1].set(1)
+    shift = jnp.zeros((slot.stack.shape[1] // query.shape[0], channels))
+    moved = terms.moved
+    if terms.conv is not None:
+        taps, shift = taps + terms.conv['kernel'], shift + terms.conv['bias']
+    if terms.positions is not None:
+        shift += terms.positions
+    if moved is not None:
+        moved = moved.reshape(-1, *moved.shape[2:])
+    return clip_reading.read_clip(slot, moved, taps, shift, norm, query)
+
+
+class Norm(nn.Module):
+    """The parameters of a norm of that many channels, `scale` and `bias`."""
+
+    @nn.compact
+    def __call__(self, channels: int) -> Tree:
+        return {
+            'scale': self.param('scale', nn.initializers.ones, (channels,)),
+            'bias': self.param('bias', nn.initializers.zeros, (channels,)),
+        }
 
 
 class DecoderAttention(nn.Module):
-    """Attention of one query a clip, (B, C), over memory tokens (B, M, C) -> (B, C).
+    """Attention of one query a clip, (B, C), over memory tokens -> (B, C).
 
+    The memory is (B, M, C), or what `read` takes in its place; see `layers.query_attention`.
     Parameters `q`, `k`, `v` with kernel (C, E) and bias (E,), heads being contiguous channels;
     `out` with kernel (E, C) and bias (C,). Sows `weights`, float32 (B, h, M), into 'intermediates'.
     """
@@ -283,14 +335,20 @@ class DecoderAttention(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: Any,
+        read: Callable[[jax.Array, Any], tuple[jax.Array, Any]] = read_memory,
+    ) -> jax.Array:
         width = x.shape[-1]
         q_kernel, q_bias = self._projection('q', width)
         k_kernel, _ = self._projection('k', width)
         v_kernel, v_bias = self._projection('v', width)
         q = einsum('bc,che->bhe', x.astype(self.dtype), q_kernel) + q_bias
-        v, weights = query_attention(q, memory, k_kernel, v_kernel, v_bias)
-        self.sow('intermediates', 'weights', weights)
+        v, weights = query_attention(q, memory, k_kernel, v_kernel, v_bias, read)
+        if weights is not None:
+            self.sow('intermediates', 'weights', weights)
         out = Linear(width, kernel_init=xavier_uniform, dtype=self.dtype, name='out')
         return out(v.reshape(v.shape[0], self.qkv_dim))
 
@@ -335,21 +393,35 @@ class DecoderLayer(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, features: Tree) -> tuple[jax.Array, jax.Array]:
-        """x, features of one block (see `TemporalModules`) -> x twice: carry and output."""
+    def __call__(
+        self, x: jax.Array, index: jax.Array, features: Tree
+    ) -> tuple[jax.Array, jax.Array]:
+        """x, number of the layer, features of all (see `EvlNet`) -> x twice: carry and output."""
         x = split_batch(x)
-        memory = TemporalModules(
+        outputs = features['outputs'].astype(self.dtype)
+        _, _, num_frames, _, channels = outputs.shape
+        maps = features.get('attention')
+        if maps is not None:
+            maps = jax.lax.dynamic_index_in_dim(maps, index, keepdims=False)
+        terms = TemporalModules(
             self.grid,
             self.temporal_conv,
             self.temporal_positions,
             self.temporal_cross_attention,
-            self.dtype,
             name='temporal',
-        )(features)
-        memory = LayerNorm(name='norm3')(memory)
-        memory = memory.reshape(memory.shape[0], -1, memory.shape[-1])
+        )(num_frames, channels, maps)
+        norm = Norm(name='norm3')(channels)
+        query = LayerNorm(name='norm1')(x)
         attention = DecoderAttention(self.qkv_dim, self.num_heads, self.dtype, name='attn')
-        x = x + attention(LayerNorm(name='norm1')(x), memory)
+        stack = outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])
+        # Kernels keep no weights, which somebody may want to see.
+        looked_at = self.is_mutable_collection('intermediates')
+        if clip_reading.fits(stack, num_frames) and not looked_at:
+            memory = Slot(stack, index), terms, norm
+            x = x + attention(query, memory, lambda q, m: (read_frames(q, *m), None))
+        else:
+            frozen = jax.lax.dynamic_index_in_dim(outputs, index, keepdims=False)
+            x = x + attention(query, memory_of(frozen, terms, norm))
         mlp = DecoderMlp(self.mlp_hidden, self.mlp_dropout, self.dtype, name='mlp')
         x = x + mlp(LayerNorm(name='norm2')(x), train=self.train)
         return x, x
@@ -406,7 +478,14 @@ class EvlNet(nn.Module):
         init = nn.initializers.normal(self.cls_token_std)
         query = self.param('cls_token', init, (width,))
         x = jnp.broadcast_to(query, (batch, width))
-        layers = scan_trainable(DecoderLayer, self.depth, remat=self.remat, unroll=self.unroll)
+        layers = scan_trainable(
+            DecoderLayer,
+            self.depth,
+            remat=self.remat,
+            unroll=self.unroll,
+            in_axes=(0, nn.broadcast),
+            keep=(clip_reading.MEMORY,),
+        )
         x, queries = layers(
             grid=self.grid,
             qkv_dim=self.qkv_dim,
@@ -419,7 +498,7 @@ class EvlNet(nn.Module):
             train=train,
             dtype=self.dtype,
             name='layers',
-        )(x, features)
+        )(x, jnp.arange(self.depth), features)
         embedding = LayerNorm(name='head_norm')(x)
         kept = nn.Dropout(self.head_dropout, deterministic=not train)(embedding)
         outputs: dict[str, Any] = {'embedding': embedding, 'logits': self.head(kept, features)}

@@ -224,6 +224,16 @@ def _side_norm_gradient(tokens: int, width: int) -> Work:
     return {'products': 0, 'registers': _registers(tokens, width)}
 
 
+def _read_clip(tokens: int, width: int, heads: int, gradient: bool = False) -> Work:
+    """A few rows, one a head, meet the tokens; the rest is a norm and sums of every token."""
+    to_heads = _products(tokens, (width, heads)) + _products(heads, (tokens, width))
+    back = _products(tokens, (width, heads), (heads, width), (heads, width))
+    return {
+        'products': to_heads + back * gradient,
+        'values': _registers(tokens, width),
+    }
+
+
 # Kernel -> its shape -> the work of a frame that its time is proportional to, by kind.
 WORK: dict[str, Callable[..., Work]] = {
     'frame_attention': _attention,
@@ -234,6 +244,8 @@ WORK: dict[str, Callable[..., Work]] = {
     'residual_mlp': _residual_mlp,
     'post_norm_mlp': _residual_mlp,
     'kept_residual_mlp': _residual_mlp,
+    'read_clip': _read_clip,
+    'read_clip_gradient': functools.partial(_read_clip, gradient=True),
     'sum_of_products': _sum_of_products,
     'cut_patches': _cut_patches,
     'temporal_net': _temporal_net,

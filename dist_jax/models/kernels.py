@@ -1248,7 +1248,7 @@ def batch_axes(x: jax.Array) -> tuple[str, ...] | None:
     return BATCH if x.shape[0] % math.prod(sizes.get(axis, 1) for axis in BATCH) == 0 else None
 
 
-def holds_clips(x: jax.Array, num_frames: int) -> bool:
+def holds_clips(x: Any, num_frames: int) -> bool:
     """Whether a device holds whole clips of (B*T, L, ...), T frames each, and all channels."""
     frames = _on_device(x).shape[0]
     return mesh_sizes().get(TENSOR, 1) == 1 and frames % num_frames == 0

@@ -426,13 +426,25 @@ class Mlp(nn.Module):
         return Linear(x.shape[-1], **options, name='c_proj')(quick_gelu(hidden))
 
 
+def read_memory(query: jax.Array, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What queries (N, h, C) find in a memory (N, M, C): a mixture of it, and the weights of that.
+
+    Returns:
+      (N, h, C) in the dtype of `memory`, and float32 (N, h, M).
+    """
+    logits = einsum_to_float32('nhc,nmc->nhm', query, memory)
+    weights = jax.nn.softmax(logits, axis=-1)
+    return einsum('nhm,nmc->nhc', weights.astype(memory.dtype), memory), weights
+
+
 def query_attention(
     query: jax.Array,
-    memory: jax.Array,
+    memory: Any,
     key_kernel: jax.Array,
     value_kernel: jax.Array,
     value_bias: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    read: Callable[[jax.Array, Any], tuple[jax.Array, Any]] = read_memory,
+) -> tuple[jax.Array, Any]:
     """Attention of one query over a memory, without projecting the memory.
 
     The key projection is applied to the query and the value projection to the mixture: the same
@@ -441,18 +453,18 @@ def query_attention(
 
     Args:
       query: (N, h, d), projected, not scaled.
-      memory: (N, M, C).
+      memory: (N, M, C), or what `read` takes in its place.
       key_kernel: (C, h, d).
       value_kernel: (C, h, d).
       value_bias: (h, d).
+      read: as `read_memory`.
 
     Returns:
-      (N, h, d) in the dtype of `memory`, and the weights, float32 (N, h, M).
+      (N, h, d) in the dtype of `memory`, and the weights, float32 (N, h, M), or what `read` gives
+      for them.
     """
     query = einsum('nhd,chd->nhc', query * query.shape[-1] ** -0.5, key_kernel)
-    logits = einsum_to_float32('nhc,nmc->nhm', query, memory)
-    weights = jax.nn.softmax(logits, axis=-1)
-    mixed = einsum('nhm,nmc->nhc', weights.astype(memory.dtype), memory)
+    mixed, weights = read(query, memory)
     return einsum('nhc,chd->nhd', mixed, value_kernel) + value_bias, weights
 
 

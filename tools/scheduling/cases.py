@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dist_jax.models import (
+    clip_reading,
     integration_kernel,
     kernel_costs,
     kernels,
@@ -20,6 +21,7 @@ from dist_jax.models import (
     side_kernel,
     temporal_kernel,
 )
+from dist_jax.models.kernel_costs import LANES
 from dist_jax.models.params import Tree
 from dist_jax.models.stack import Slot
 
@@ -31,6 +33,11 @@ BIG_E = (257, 1792, 16)
 SIDES = tuple(
     {'tokens': tokens, 'queries': tokens - 1, 'heads': heads, 'head_dim': 64}
     for tokens, heads in ((50, 5), (197, 5), (257, 8), (257, 9), (197, 2), (257, 5))
+)
+
+# Decoders of clips of eight frames: B/16, L/14.
+READERS = tuple(
+    {'tokens': tokens, 'width': width, 'heads': heads} for tokens, width, heads in (B16, L14)
 )
 
 Arguments = tuple[Tree, ...]  # of arrays without values
@@ -95,6 +102,18 @@ def _mean_attention(frames: int, tokens: int, heads: int, head_dim: int):
     sizes = {'num_heads': heads, 'head_dim': head_dim, 'clip': 8}
     function = functools.partial(neighbour_kernel.mean_attention, **sizes)
     return function, 2 * (_array(frames, tokens, heads * head_dim),)
+
+
+def _read_clip(frames: int, tokens: int, width: int, heads: int, gradient: bool = False):
+    clips, clip = frames // 8, 8
+    slot = Slot(_array(2, frames, tokens, width), _array(dtype=jnp.int32))
+    taps, shift = (_array(n, width, dtype=jnp.float32) for n in (3, clip))
+    query, sums = _array(clips, heads, width), _array(clips, heads, LANES, dtype=jnp.float32)
+    if gradient:
+        rest = query, query, _array(frames, tokens, width), sums, sums
+        return clip_reading._run_backward, (slot, taps, shift, _norm(width), *rest)
+    moved = _array(frames, tokens - 1, width, dtype=jnp.float32)
+    return clip_reading._run_forward, (slot, moved, taps, shift, _norm(width), query)
 
 
 def _residual_mlp(
@@ -353,6 +372,8 @@ KERNELS: dict[str, Kernel] = {
             for tokens, width, heads in (B16, L14)
         ),
     ),
+    'read_clip': Kernel(_read_clip, READERS),
+    'read_clip_gradient': Kernel(functools.partial(_read_clip, gradient=True), READERS),
     'residual_mlp': Kernel(_residual_mlp, _mlp_shapes()),
     'kept_residual_mlp': Kernel(
         functools.partial(_residual_mlp, kept=True), _mlp_shapes(kept=True)
