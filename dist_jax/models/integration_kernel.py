@@ -41,6 +41,7 @@ Refs = Mapping[str, Any]
 MIXED = 'mixed'  # the name under which M is kept, see `stack.mark`
 WORDS = (
     'shifted',
+    'upstream',
     'z',
     'dz',
     'g',
@@ -154,7 +155,7 @@ def _held(sizes: Sizes, last: bool) -> tuple[int, int]:
     narrow = (sizes.alpha + 2) * c * LANES + k * LANES**2
     weights = sizes.width * c + 2 * c * h + narrow, 3 * c * h + 2 * narrow
     x = sizes.alpha * rows * LANES  # arrived and awaited, in and out
-    blocks = rows * (sizes.width + 3 * c) + 2 * x, rows * (sizes.width + 5 * c) + 3 * x
+    blocks = rows * (sizes.width + 3 * c) + 2 * x, rows * (sizes.width + 4 * c) + 3 * x
     sums = {name: shape for name, (shape, _) in _sums(sizes, last).items()}
     scratch = _forward_scratch(sizes), _backward_scratch(sizes) | sums
     numbers = [sum(map(_stored, tables.values())) for tables in scratch]
@@ -481,14 +482,22 @@ def _call(
     grid: tuple[int, int],
     cost: pl.CostEstimate,
     interpret: bool,
+    in_place: tuple[str, str] | None = None,
 ) -> list[jax.Array]:
     """Calls a kernel with references by name, `NAME!` to what it writes.
+
+    With `in_place`, an output takes the place of an input.
 
     Weights are copied by hand before the first step: blocks that stay where they are cost every
     step the question whether they do.
     """
     whole = pl.BlockSpec(memory_space=pl.ANY)
     names = (*inputs, *(f'{name}?' for name in weights), *(f'{name}!' for name in outputs))
+
+    aliases = {}
+    if in_place:
+        source, target = in_place
+        aliases = {1 + list(inputs).index(source): list(outputs).index(target)}
 
     def body(_, *refs) -> None:
         *refs, arrived = refs
@@ -523,6 +532,7 @@ def _call(
             ],
         ),
         out_shape=list(outputs.values()),
+        input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'),
             vmem_limit_bytes=kernels.VMEM_BYTES,
@@ -674,7 +684,6 @@ def _backward_on_device(
         'x': (by_frame, 0),
         'm': (flat, 0),
         'new': (of_new, 0),
-        'later new': (of_new, lags.time),
         'out': (of_out, lags.mixing),
         **({} if last else {'later m': (flat, lags.mixing)}),
     }
@@ -692,7 +701,7 @@ def _backward_on_device(
         frames,
         _shape(sizes),
         transcendentals=sizes.tokens * (sizes.hidden + sizes.temporal_hidden),
-        frame_bytes=_bytes(sizes, wide=5, narrow=2 if last else 3),
+        frame_bytes=_bytes(sizes, wide=4, narrow=2 if last else 3),
         weight_bytes=kernel_costs.CORES * sum(w.nbytes for w in weights.values()),
     )
     found = _call(
@@ -709,6 +718,8 @@ def _backward_on_device(
         (parts, each + lags.sums),
         cost,
         interpret,
+        # A frame is read before it is written; in a loop, one would be copied to the other.
+        in_place=('new', 'dr'),
     )
     dr, dx, *found = found
     return dx.reshape(x.shape), dr.reshape(m.shape), dict(zip(sums, found, strict=True))
@@ -730,6 +741,7 @@ def _backward_scratch(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         'factor': (kept, sizes.tokens, 1),
         'dz': (kept, *words),
         'g': (sizes.ring + 1, *few),
+        'upstream': (_power_of_two(lags.time + 1), *words),
         'da': (_power_of_two(lags.time + 1), *few),
         'dg': (sizes.ring + 1, *few),
         'active': (half, sizes.hidden),
@@ -809,7 +821,7 @@ def _backward_kernel(
     _backward_activation(refs, step, sizes)
     _backward_within_frame(refs, step)
     _backward_along_time(refs, step - lags.time, sizes)
-    _sums_within_frame(refs, step, sizes)
+    _sums_within_frame(refs, step)
     _backward_through_norms(refs, frame, sizes)
     _sum_of_first_map(refs, next(parts), sizes)
     dm = _backward_through_mixing(refs, frame, sizes, last)
@@ -861,9 +873,12 @@ def _normed_again(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
 def _backward_activation(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
     """Hidden channels of the feed-forward within a frame, and the gradient by them."""
     normed = _matrix(refs['z'][_slot(refs['z'], frame)])
-    upstream = refs['new'][0]
+    wide = refs['new'][0].astype(jnp.float32)
+    words = _to_words(wide)
+    refs['upstream'][_slot(refs['upstream'], frame)] = words
+    upstream = _matrix(words)
     hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
-    active, slope = _activated(hidden[: sizes.tokens])
+    active, slope = _activated(hidden)
     dhidden = product(upstream, _matrix(refs['w2^T'][...])) * slope
     refs['b1+'][...] += dhidden.sum(0, keepdims=True)
     refs['active'][...] = _to_words(active)
@@ -872,7 +887,7 @@ def _backward_activation(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
     refs['g'][_modulo(frame, sizes.ring)] = _to_words(narrow)
     da = product(upstream, _matrix(refs['wt2^T'][...]))
     refs['da'][_slot(refs['da'], frame)] = _to_words(da)
-    refs['b2+'][...] += upstream.astype(jnp.float32).sum(0, keepdims=True)
+    refs['b2+'][...] += wide.sum(0, keepdims=True)
 
 
 def _backward_within_frame(refs: Refs, frame: jax.Array) -> None:
@@ -881,10 +896,11 @@ def _backward_within_frame(refs: Refs, frame: jax.Array) -> None:
     refs['dz'][_slot(refs['dz'], frame)] = _to_words(dz)
 
 
-def _sums_within_frame(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+def _sums_within_frame(refs: Refs, frame: jax.Array) -> None:
     """The gradient by the weights of the feed-forward within a frame."""
     normed, active = _matrix(refs['z'][_slot(refs['z'], frame)]), _matrix(refs['active'][...])
-    refs['w2+'][...] += product(active[: sizes.tokens], refs['new'][0], (0, 0))
+    upstream = _matrix(refs['upstream'][_slot(refs['upstream'], frame)])
+    refs['w2+'][...] += product(active, upstream, (0, 0))
     refs['w1+'][...] += product(normed, _matrix(refs['dhidden'][...]), (0, 0))
 
 
@@ -901,8 +917,8 @@ def _backward_along_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
     active, slope = _activated(_convolved(refs, frame, sizes))
     gradient = _matrix(refs['da'][_slot(refs['da'], frame)]).astype(jnp.float32) * slope
     narrow = _narrow(gradient)
-    active = _narrow(active)[: sizes.tokens, own]
-    refs['wt2+'][...] += product(active, refs['later new'][0], (0, 0))
+    upstream = _matrix(refs['upstream'][_slot(refs['upstream'], frame)])
+    refs['wt2+'][...] += product(_narrow(active)[:, own], upstream, (0, 0))
     refs['bc+'][...] += gradient.sum(0, keepdims=True)
     for tap in range(sizes.taps):
         rows = _neighbours(refs['g'], frame, tap - sizes.reach, sizes)
