@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,11 +47,16 @@ WORDS = (
     'g',
     'da',
     'dg',
-    'active',
-    'dhidden',
     'dm',
 )  # scratch of rows as products want them, see `_words`
 SPILLED = 2**20  # bytes of VMEM that compiled kernels take besides what they ask for
+# Stages of the backward kernel in turn, each of which goes on from where it was. The matrix units
+# work in this order: between two parts of a stage, where the vector unit computes what the second
+# begins with, they have others.
+ORDER = (
+    *('first map', 'norms', 'first map', 'within', 'within', 'mixing', 'time', 'within', 'within'),
+    *('mixing', 'time', 'mixing', 'within', 'mixing', 'first map', 'mixing'),
+)
 STEEP = 0.851  # quick_gelu(x) = (v + v tanh v) / (2 STEEP) for v = STEEP x
 
 
@@ -744,9 +749,6 @@ def _backward_scratch(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         'upstream': (_power_of_two(lags.time + 1), *words),
         'da': (_power_of_two(lags.time + 1), *few),
         'dg': (sizes.ring + 1, *few),
-        'active': (half, sizes.hidden),
-        'dhidden': (half, sizes.hidden),
-        'du': wide,
         'dm': words,
     }
 
@@ -814,19 +816,16 @@ def _backward_kernel(
             refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], refs['bias'].shape)
 
     # The last step but one writes the last frame, and the last the same again.
-    frame = jnp.minimum(step - lags.mixing, each - 1)
-    parts = iter(_parts(sizes.width))
-    _normed_again(refs, step, sizes)
-    _sum_of_first_map(refs, next(parts), sizes)
-    _backward_activation(refs, step, sizes)
-    _backward_within_frame(refs, step)
-    _backward_along_time(refs, step - lags.time, sizes)
-    _sums_within_frame(refs, step)
-    _backward_through_norms(refs, frame, sizes)
-    _sum_of_first_map(refs, next(parts), sizes)
-    dm = _backward_through_mixing(refs, frame, sizes, last)
-    _sum_of_first_map(refs, next(parts), sizes)
-    refs['dm'][...] = dm
+    left = jnp.minimum(step - lags.mixing, each - 1)
+    stages = {
+        'first map': _sums_of_first_map(refs, sizes),
+        'norms': _normed_again(refs, step, sizes),
+        'within': _backward_within_frame(refs, step),
+        'time': _backward_along_time(refs, step - lags.time, sizes),
+        'mixing': _backward_mixing(refs, left, sizes, last),
+    }
+    for name in ORDER:
+        next(stages[name])
 
     @pl.when(step >= each - 1)
     def _() -> None:
@@ -839,18 +838,15 @@ def _backward_kernel(
                         pltpu.sync_copy(refs[f'{name}+'], refs[f'{name}!'].at[part])
 
 
-def _parts(width: int, count: int = 3) -> list[slice]:
-    """Lanes in parts of whole registers."""
-    size = whole(math.ceil(width / count), LANES)
-    return [slice(min(n * size, width), min((n + 1) * size, width)) for n in range(count)]
-
-
-def _sum_of_first_map(refs: Refs, lanes: slice, sizes: Sizes) -> None:
-    """Of the frame that was left last by the step before."""
-    if lanes.start == lanes.stop:
-        return
-    dm = _matrix(refs['dm'][...])[: sizes.tokens]
-    refs['w_in^T+'][:, lanes] += product(dm, refs['tap'][0, 0, :, lanes], (0, 0))
+def _sums_of_first_map(refs: Refs, sizes: Sizes) -> Iterator[None]:
+    """The gradient by the first weights, of the frame that the step before has left."""
+    size = whole(math.ceil(sizes.width / 3), LANES)
+    for start in range(0, 3 * size, size):
+        if start < sizes.width:
+            lanes = slice(start, min(start + size, sizes.width))
+            dm = _matrix(refs['dm'][...])[: sizes.tokens]
+            refs['w_in^T+'][:, lanes] += product(dm, refs['tap'][0, 0, :, lanes], (0, 0))
+        yield
 
 
 def _slot(ring, frame: jax.Array) -> jax.Array:
@@ -858,7 +854,7 @@ def _slot(ring, frame: jax.Array) -> jax.Array:
     return _modulo(frame, ring.shape[0])
 
 
-def _normed_again(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+def _normed_again(refs: Refs, frame: jax.Array, sizes: Sizes) -> Iterator[None]:
     """The norm of U, and what its rows were multiplied by."""
     shifted = [_shifted(refs['shift'].at[a], refs['x'][0, a], sizes) for a in range(sizes.alpha)]
     u = refs['m'][0].astype(jnp.float32) + _exchanged(refs, shifted, frame, sizes)
@@ -868,40 +864,36 @@ def _normed_again(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
     slot = _slot(refs['z'], frame)
     refs['z'][slot] = _to_words(z)
     refs['factor'][slot] = factor
+    yield
 
 
-def _backward_activation(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
-    """Hidden channels of the feed-forward within a frame, and the gradient by them."""
-    normed = _matrix(refs['z'][_slot(refs['z'], frame)])
+def _backward_within_frame(refs: Refs, frame: jax.Array) -> Iterator[None]:
+    """The gradient of the feed-forward within a frame, and what that along time begins with."""
     wide = refs['new'][0].astype(jnp.float32)
     words = _to_words(wide)
     refs['upstream'][_slot(refs['upstream'], frame)] = words
     upstream = _matrix(words)
-    hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
-    active, slope = _activated(hidden)
-    dhidden = product(upstream, _matrix(refs['w2^T'][...])) * slope
-    refs['b1+'][...] += dhidden.sum(0, keepdims=True)
-    refs['active'][...] = _to_words(active)
-    refs['dhidden'][...] = _to_words(dhidden)
-    narrow = product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
-    refs['g'][_modulo(frame, sizes.ring)] = _to_words(narrow)
+    refs['b2+'][...] += wide.sum(0, keepdims=True)
+    dactive = product(upstream, _matrix(refs['w2^T'][...]))
     da = product(upstream, _matrix(refs['wt2^T'][...]))
     refs['da'][_slot(refs['da'], frame)] = _to_words(da)
-    refs['b2+'][...] += wide.sum(0, keepdims=True)
-
-
-def _backward_within_frame(refs: Refs, frame: jax.Array) -> None:
-    """From the gradient by hidden channels to that by their input."""
-    dz = product(_matrix(refs['dhidden'][...]), _matrix(refs['w1^T'][...]))
+    yield
+    normed = _matrix(refs['z'][_slot(refs['z'], frame)])
+    hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
+    narrow = product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
+    refs['g'][_modulo(frame, refs['g'].shape[0] - 1)] = _to_words(narrow)
+    active, slope = _activated(hidden)
+    dhidden = dactive * slope
+    refs['b1+'][...] += dhidden.sum(0, keepdims=True)
+    dhidden = _narrow(dhidden)
+    yield
+    refs['w2+'][...] += product(_narrow(active), upstream, (0, 0))
+    yield
+    dz = product(dhidden, _matrix(refs['w1^T'][...]))
     refs['dz'][_slot(refs['dz'], frame)] = _to_words(dz)
-
-
-def _sums_within_frame(refs: Refs, frame: jax.Array) -> None:
-    """The gradient by the weights of the feed-forward within a frame."""
-    normed, active = _matrix(refs['z'][_slot(refs['z'], frame)]), _matrix(refs['active'][...])
-    upstream = _matrix(refs['upstream'][_slot(refs['upstream'], frame)])
-    refs['w2+'][...] += product(active, upstream, (0, 0))
-    refs['w1+'][...] += product(normed, _matrix(refs['dhidden'][...]), (0, 0))
+    yield
+    refs['w1+'][...] += product(normed, dhidden, (0, 0))
+    yield
 
 
 def _activated(v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -911,63 +903,65 @@ def _activated(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     return v + part, (1 + bend) * (1 + v - part)
 
 
-def _backward_along_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+def _backward_along_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> Iterator[None]:
     """The gradient of the convolution along time by its result, and by its weights."""
     own = slice(sizes.temporal_hidden)
     active, slope = _activated(_convolved(refs, frame, sizes))
     gradient = _matrix(refs['da'][_slot(refs['da'], frame)]).astype(jnp.float32) * slope
     narrow = _narrow(gradient)
+    refs['bc+'][...] += gradient.sum(0, keepdims=True)
+    refs['dg'][_modulo(frame, sizes.ring)] = pltpu.bitcast(narrow, jnp.uint32)
+    yield
     upstream = _matrix(refs['upstream'][_slot(refs['upstream'], frame)])
     refs['wt2+'][...] += product(_narrow(active)[:, own], upstream, (0, 0))
-    refs['bc+'][...] += gradient.sum(0, keepdims=True)
     for tap in range(sizes.taps):
         rows = _neighbours(refs['g'], frame, tap - sizes.reach, sizes)
         refs['wc^T+'][tap] += product(narrow[:, own], rows, (0, 0))
-    refs['dg'][_modulo(frame, sizes.ring)] = pltpu.bitcast(narrow, jnp.uint32)
+    yield
 
 
-def _backward_through_norms(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
-    """The gradient by U through both feed-forwards."""
-    own, tokens = slice(sizes.temporal_hidden), slice(sizes.tokens)
+def _backward_mixing(refs: Refs, frame: jax.Array, sizes: Sizes, last: bool) -> Iterator[None]:
+    """Through both norms to the gradients by X and R; for the next step, that by M."""
+    s, own, tokens = sizes.temporal, slice(sizes.temporal_hidden), slice(sizes.tokens)
+    given = 0.0
+    if not last:
+        upstream = sum(refs['out'][0, a].astype(jnp.float32) for a in range(sizes.alpha))
+        shifted = _shifted(refs['shift_out'], upstream, sizes)
+        given = product(shifted, _matrix(refs['w_it^T'][...]))
+        refs['w_it^T+'][...] += product(shifted[:, :s], refs['later m'][0], (0, 0))
+        refs['b_it+'][...] += refs['shift_out'][...].sum(0, keepdims=True)
+    yield
     dg = jnp.zeros((1, LANES), jnp.float32)
     for tap in range(sizes.taps):
         rows = _neighbours(refs['dg'], frame, sizes.reach - tap, sizes)
         dg = dg + product(rows, _matrix(refs['wc^T'][tap]))
-    narrow = _narrow(dg)
-    normed = _matrix(refs['z'][_slot(refs['z'], frame)])
-    refs['wt1^T+'][...] += product(narrow[:, own], normed, (0, 0))
     refs['bt1+'][...] += dg.sum(0, keepdims=True)
+    dg = _narrow(dg)
+    yield
+    normed = _matrix(refs['z'][_slot(refs['z'], frame)])
     dz = _matrix(refs['dz'][_slot(refs['dz'], frame)]).astype(jnp.float32)[tokens]
-    dz = dz + product(narrow, _matrix(refs['wt1^T'][...]))[tokens]
+    dz = dz + product(dg, _matrix(refs['wt1^T'][...]))[tokens]
+    refs['wt1^T+'][...] += product(dg[:, own], normed, (0, 0))
     z = normed.astype(jnp.float32)[tokens]
     factor = refs['factor'][_slot(refs['factor'], frame)]
-    refs['du'][...] = factor * (dz - z * (dz * z).mean(-1, keepdims=True))
-
-
-def _backward_through_mixing(refs: Refs, frame: jax.Array, sizes: Sizes, last: bool) -> None:
-    """From the gradient by U to those by X and R, and by weights."""
-    du = refs['du'][...]
-    slot, s = _slot(refs['shifted'], frame), sizes.temporal
+    du = factor * (dz - z * (dz * z).mean(-1, keepdims=True))
     if last:
         du = du + refs['out'][0].astype(jnp.float32)
-    narrow = _narrow(du)
+    yield
+    narrow, slot = _narrow(du), _slot(refs['shifted'], frame)
     refs['bu+'][...] += du.sum(0, keepdims=True)
     refs['cls+'][_modulo(frame, sizes.clip)] += du[:1]
     for a in range(sizes.alpha):
-        rows = _matrix(refs['shifted'][slot, a])[: sizes.tokens, :s]
-        refs['k+'][a] += product(rows, narrow, (0, 0))
         refs['shift_back'][a] = product(narrow, _matrix(refs['k^T'][a]))
         dx = refs['shift_back'][a, 1:, :s]
         if not last:
             dx = dx + refs['out'][0, a].astype(jnp.float32)
         refs['dx!'][0, a] = _narrow(dx)
-    dm = du
-    if not last:
-        upstream = sum(refs['out'][0, a].astype(jnp.float32) for a in range(sizes.alpha))
-        shifted = _shifted(refs['shift_out'], upstream, sizes)
-        refs['w_it^T+'][...] += product(shifted[:, :s], refs['later m'][0], (0, 0))
-        refs['b_it+'][...] += refs['shift_out'][...].sum(0, keepdims=True)
-        dm = du + product(shifted, _matrix(refs['w_it^T'][...]))
+        rows = _matrix(refs['shifted'][slot, a])[tokens, :s]
+        refs['k+'][a] += product(rows, narrow, (0, 0))
+    dm = du + given
     refs['dr!'][0] = _narrow(dm)
     refs['b_in+'][...] += dm.sum(0, keepdims=True)
-    return _to_words(dm)
+    yield
+    refs['dm'][...] = _to_words(dm)
+    yield
