@@ -101,7 +101,9 @@ def get_config(variant: str = 'b16_8+16f_k400') -> ConfigDict:
     # begin all but linear, and learn late what has an order in time.
     config.model.init_std = 0.02
     config.model.remat = True  # recompute a layer in the backward pass: less memory, more time
-    config.model.unroll = False  # write layers out: faster steps on CPU, longer compilation
+    # Write layers out instead of looping: faster steps, as nothing is copied into and out of what a
+    # loop keeps (B/16 on TPU: 8 % fewer cycles), and a compilation that takes twice as long.
+    config.model.unroll = True
     return base.finish(config, VARIANTS, variant, demo)
 
 
