@@ -50,12 +50,13 @@ WORDS = (
     'dm',
 )  # scratch of rows as products want them, see `_words`
 SPILLED = 2**20  # bytes of VMEM that compiled kernels take besides what they ask for
-# Stages of the backward kernel in turn, each of which goes on from where it was. The matrix units
-# work in this order: between two parts of a stage, where the vector unit computes what the second
-# begins with, they have others.
-ORDER = (
+# Stages of the kernels in turn, each of which goes on from where it was. The matrix units work in
+# this order: between two parts of a stage, where the vector unit computes what the second begins
+# with, they have others. What an earlier step left is read before it is written anew.
+FORWARD = ('mixing', 'time', 'within', 'mixing', 'time', 'mixing', 'within')
+BACKWARD = (
     *('first map', 'norms', 'first map', 'within', 'within', 'mixing', 'time', 'within', 'within'),
-    *('mixing', 'time', 'mixing', 'within', 'mixing', 'first map', 'mixing'),
+    *('within', 'mixing', 'time', 'mixing', 'first map', 'mixing', 'mixing'),
 )
 STEEP = 0.851  # quick_gelu(x) = (v + v tanh v) / (2 STEEP) for v = STEEP x
 
@@ -563,50 +564,59 @@ def _forward_kernel(refs: Refs, *, sizes: Sizes, last: bool, each: int) -> None:
         refs['g'][sizes.ring] = jnp.zeros(refs['g'].shape[1:], jnp.uint32)
         refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], (rows, sizes.channels))
 
-    # In this order, what an earlier step left is read before it is written anew.
-    normed = _narrow(_standardised(refs['u'][...])[0])
-    # Steps behind the last frame write its U and M again.
-    _forward_mixing(refs, jnp.minimum(step, each - 1), sizes, last)
-    _forward_along_time(refs, step - 1 - lag, sizes)
-    _forward_within_frame(refs, step - 1, normed, sizes)
+    stages = {
+        # Steps behind the last frame write its U and M again.
+        'mixing': _forward_mixing(refs, jnp.minimum(step, each - 1), sizes, last),
+        'within': _forward_within_frame(refs, step - 1, sizes),
+        'time': _forward_along_time(refs, step - 1 - lag, sizes),
+    }
+    for name in FORWARD:
+        next(stages[name])
 
 
-def _forward_mixing(refs: Refs, frame: jax.Array, sizes: Sizes, last: bool) -> None:
+def _forward_mixing(refs: Refs, frame: jax.Array, sizes: Sizes, last: bool) -> Iterator[None]:
     """M, U and X'."""
     m = product(refs['tap'][0, 0], _matrix(refs['w_in'][...])) + refs['b_in'][...]
     m = m + refs['r'][0].astype(jnp.float32)
     refs['m!'][0] = _narrow(m)
+    yield
     shifted = [_shifted(refs['shift'].at[a], refs['x'][0, a], sizes) for a in range(sizes.alpha)]
     u = m + _exchanged(refs, shifted, frame, sizes)
     refs['u'][...] = u
+    yield
     if last:
         refs['out!'][0] = _narrow(u)
-        return
-    given = product(_narrow(m), _matrix(refs['w_it'][...])) + refs['b_it'][...]
-    refs['shift_back'][...] = given
-    change = refs['shift_back'][1:, : sizes.temporal]
-    for a in range(sizes.alpha):
-        refs['out!'][0, a] = _narrow(refs['x'][0, a].astype(jnp.float32) + change)
+    else:
+        given = product(_narrow(m), _matrix(refs['w_it'][...])) + refs['b_it'][...]
+        refs['shift_back'][...] = given
+        change = refs['shift_back'][1:, : sizes.temporal]
+        for a in range(sizes.alpha):
+            refs['out!'][0, a] = _narrow(refs['x'][0, a].astype(jnp.float32) + change)
+    yield
 
 
-def _forward_within_frame(refs: Refs, frame: jax.Array, normed: jax.Array, sizes: Sizes) -> None:
+def _forward_within_frame(refs: Refs, frame: jax.Array, sizes: Sizes) -> Iterator[None]:
     """The feed-forward within a frame, and the first map of the one along time."""
-    lag = sizes.reach + 1
+    normed = _narrow(_standardised(refs['u'][...])[0])
     hidden = product(normed, _matrix(refs['w1'][...])) + refs['b1'][...]
     active = hidden + hidden * jnp.tanh(hidden)
     narrow = product(normed, _matrix(refs['wt1'][...])) + refs['bt1'][...]
     refs['g'][_modulo(frame, sizes.ring)] = _to_words(narrow)
+    yield
     out = product(_narrow(active), _matrix(refs['w2'][...])) + refs['b2'][...]
-    refs['f'][_modulo(frame, lag)] = out
+    refs['f'][_modulo(frame, sizes.reach + 1)] = out
+    yield
 
 
-def _forward_along_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> None:
+def _forward_along_time(refs: Refs, frame: jax.Array, sizes: Sizes) -> Iterator[None]:
     """The rest of the feed-forward along time, and R'."""
-    lag = sizes.reach + 1
     convolved = _convolved(refs, frame, sizes)
     active = convolved + convolved * jnp.tanh(convolved)
+    yield
     change = product(_narrow(active), _matrix(refs['wt2'][...]))
-    refs['new!'][0] = _narrow(refs['f'][_modulo(frame, lag)] + change[: sizes.tokens])
+    before = refs['f'][_modulo(frame, sizes.reach + 1)]
+    refs['new!'][0] = _narrow(before + change[: sizes.tokens])
+    yield
 
 
 def _to_words(x: jax.Array) -> jax.Array:
@@ -824,7 +834,7 @@ def _backward_kernel(
         'time': _backward_along_time(refs, step - lags.time, sizes),
         'mixing': _backward_mixing(refs, left, sizes, last),
     }
-    for name in ORDER:
+    for name in BACKWARD:
         next(stages[name])
 
     @pl.when(step >= each - 1)
