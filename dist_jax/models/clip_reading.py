@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from dist_jax.models import kernels
 from dist_jax.models.kernel_costs import LANES, SUBLANES, whole
-from dist_jax.models.layers import LAYER_NORM_EPS, einsum, einsum_to_float32, layer_norm
+from dist_jax.models.layers import LAYER_NORM_EPS, einsum_to_float32, layer_norm
 from dist_jax.models.stack import Slot, mark
 from dist_jax.sharding import BATCH
 
@@ -43,7 +43,6 @@ def fits(stack: jax.Array, num_frames: int) -> bool:
     )
 
 
-@jax.custom_vjp
 def read_clip(
     slot: Slot,
     moved: jax.Array | None,
@@ -59,7 +58,7 @@ def read_clip(
 
     Args:
       slot: F, one of the streams (K, B*T, L, C), bfloat16, which `fits`.
-      moved: float32 (B*T, L - 1, C), of all tokens but the first; None for nothing.
+      moved: float32 (B*T, R, S, C), of the tokens behind the first, R rows of S; None for nothing.
       taps: float32 (3, C).
       shift: float32 (T, C).
       norm: `scale` and `bias`, float32 (C,).
@@ -68,13 +67,20 @@ def read_clip(
     Returns:
       (B, h, C) bfloat16.
     """
-    return _forward(slot, moved, taps, shift, norm, query)[0]
+    rows = 0 if moved is None else moved.shape[1]
+    return _read_clip(rows, slot, moved, taps, shift, norm, query)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read_clip(rows: int, *inputs: Tree) -> jax.Array:
+    del rows
+    return _forward(*inputs)[0].astype(inputs[-1].dtype)
 
 
 def _forward(
     slot: Slot, moved: jax.Array | None, taps: jax.Array, shift: jax.Array, norm, query: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `read_clip` gives, the tokens Y (B*T, L, C), log-sums of exponentials (B, h, 128)."""
+    """`read_clip` in float32, the tokens Y (B*T, L, C), log-sums of exponentials (B, h, 128)."""
 
     def fast(*inputs):
         return _on_device(_run_forward, *inputs)
@@ -84,23 +90,26 @@ def _forward(
     )
 
 
-def _kept_forward(slot: Slot, moved, taps, shift, norm, query):
+def _kept_forward(rows: int, slot: Slot, moved, taps, shift, norm, query):
+    del rows
     mixed, tokens, sums = (mark(x, MEMORY) for x in _forward(slot, moved, taps, shift, norm, query))
-    return mixed, (slot, moved is not None, taps, shift, norm, query, mixed, tokens, sums)
+    return mixed.astype(query.dtype), (slot, taps, shift, norm, query, mixed, tokens, sums)
 
 
-def _backward(kept, upstream: jax.Array):
-    slot, has_moved, taps, shift, norm, query, mixed, tokens, sums = kept
+def _backward(rows: int, kept, upstream: jax.Array):
+    slot, taps, shift, norm, query, mixed, tokens, sums = kept
     upstream = upstream.astype(query.dtype)
-    means = einsum_to_float32('bhc,bhc->bh', upstream, mixed)
-    means = jnp.broadcast_to(means[..., None], sums.shape)
+    means = (upstream.astype(jnp.float32) * mixed).sum(-1, keepdims=True)
+    means = jnp.broadcast_to(means, sums.shape)
 
     def fast(*inputs):
-        return _on_device(_run_backward, *inputs)
+        return _on_device(run_backward, *inputs)
 
-    to_tokens, to_query, summed, to_shift = jax.lax.platform_dependent(
+    run_backward = functools.partial(_run_backward, rows=rows)
+    plain = functools.partial(_plain_backward, rows=rows)
+    to_tokens, to_query, summed, to_shift, to_moved = jax.lax.platform_dependent(
         slot, taps, shift, norm, query, upstream, tokens, sums, means,
-        tpu=fast, default=_plain_backward,
+        tpu=fast, default=plain,
     )  # fmt: skip
     summed, to_shift = summed.sum(0), to_shift.sum(0)
     # Where the tower is trained too: what each token gives to itself and to its neighbours.
@@ -111,7 +120,7 @@ def _backward(kept, upstream: jax.Array):
     )
     return (
         Slot(to_stack, None),
-        to_tokens[:, 1:].astype(jnp.float32) if has_moved else None,
+        to_moved if to_moved is None else to_moved.astype(jnp.float32),
         summed[2:5],
         to_shift,
         {'scale': summed[0], 'bias': summed[1]},
@@ -119,7 +128,7 @@ def _backward(kept, upstream: jax.Array):
     )
 
 
-read_clip.defvjp(_kept_forward, _backward)
+_read_clip.defvjp(_kept_forward, _backward)
 
 
 def _over_time(frames: jax.Array, taps: jax.Array) -> jax.Array:
@@ -133,7 +142,8 @@ def _plain_forward(slot: Slot, moved, taps, shift, norm, query):
     frames = frozen.reshape(query.shape[0], -1, *frozen.shape[1:])
     total = _over_time(frames, taps) + shift[:, None]
     if moved is not None:
-        total += jnp.pad(moved, [(0, 0), (1, 0), (0, 0)]).reshape(total.shape)
+        patches = moved.reshape(len(frozen), -1, moved.shape[-1])
+        total += jnp.pad(patches, [(0, 0), (1, 0), (0, 0)]).reshape(total.shape)
     tokens = total.astype(query.dtype).reshape(frozen.shape)
     mixed, sums = _plain_attention(tokens, norm, query)
     return mixed, tokens, jnp.broadcast_to(sums[..., None], (*sums.shape, LANES))
@@ -144,14 +154,14 @@ def _plain_attention(tokens: jax.Array, norm, query: jax.Array) -> tuple[jax.Arr
     memory = layer_norm(tokens, **norm).reshape(query.shape[0], -1, query.shape[2])
     logits = einsum_to_float32('bhc,bmc->bhm', query, memory)
     weights = jax.nn.softmax(logits, axis=-1).astype(memory.dtype)
-    return einsum('bhm,bmc->bhc', weights, memory), jax.nn.logsumexp(logits, axis=-1)
+    return einsum_to_float32('bhm,bmc->bhc', weights, memory), jax.nn.logsumexp(logits, axis=-1)
 
 
-def _plain_backward(slot: Slot, taps, shift, norm, query, upstream, tokens, sums, means):
+def _plain_backward(slot: Slot, taps, shift, norm, query, upstream, tokens, sums, means, rows=0):
     del sums, means
     clips, clip = query.shape[0], shift.shape[0]
     _, pull = jax.vjp(lambda *x: _plain_attention(*x)[0], tokens, norm, query)
-    to_tokens, to_norm, to_query = pull(upstream)
+    to_tokens, to_norm, to_query = pull(upstream.astype(jnp.float32))
     frozen = jax.lax.dynamic_index_in_dim(slot.stack, slot.index, keepdims=False)
     frames, wide = (
         x.reshape(clips, clip, *x.shape[1:]).astype(jnp.float32) for x in (frozen, to_tokens)
@@ -166,20 +176,22 @@ def _plain_backward(slot: Slot, taps, shift, norm, query, upstream, tokens, sums
         to_query.astype(jnp.float32),
         jnp.where(first[:, None, None], summed, 0),
         wide.sum(2),
+        to_tokens[:, 1:].reshape(len(frozen), rows, -1, frozen.shape[-1]) if rows else None,
     )
 
 
 def _on_device(run: Callable[..., Tree], slot: Slot, *inputs: Tree) -> Tree:
     """A kernel on the clips that a device holds, all of them where they do not divide.
 
-    Arrays with three axes, and all that the kernel gives, have clips or their frames on the first.
+    Arrays with more than two axes, and all that the kernel gives, have clips or their frames on
+    the first.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     if math.prod(sizes.values()) == 1:
         return run(slot, *inputs)
     parts = math.prod(sizes[axis] for axis in BATCH)
     clips = PartitionSpec(BATCH if slot.stack.shape[1] % parts == 0 else None)
-    specs = jax.tree.map(lambda x: clips if x.ndim == 3 else PartitionSpec(), inputs)
+    specs = jax.tree.map(lambda x: clips if x.ndim > 2 else PartitionSpec(), inputs)
     stack = Slot(PartitionSpec(None, *clips), PartitionSpec())
     split = jax.shard_map(run, in_specs=(stack, *specs), out_specs=clips, check_vma=False)
     return split(slot, *inputs)
@@ -206,6 +218,10 @@ def _of_clip(rows: int, columns: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, rows, columns), lambda b, *_: (b, 0, 0))
 
 
+def _rows_of_frame(clip: int, shape: tuple[int, ...]) -> pl.BlockSpec:
+    return pl.BlockSpec((1, *shape[1:]), lambda b, t, *_: (b * clip + t, 0, 0, 0))
+
+
 def _whole(x: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
@@ -222,10 +238,14 @@ def _call(
     scratch: Sequence[Any],
     *,
     heads: int,
-    frame_bytes: int,
     interpret: bool,
 ) -> list[jax.Array]:
     _, frames, length, channels = slot.stack.shape
+
+    def moved(x: Any) -> int:
+        *lead, rows, columns = x.shape
+        return math.prod(lead) * whole(rows, SUBLANES) * columns * x.dtype.itemsize
+
     return pl.pallas_call(
         lambda _, *refs: kernel(*refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -246,9 +266,8 @@ def _call(
             transcendentals=heads * length,
             frame_bytes=round(
                 # At an end of a clip, what would be the neighbour is there already.
-                (3 - 2 / clip) * whole(length, SUBLANES) * channels * 2
-                + frame_bytes
-                + sum(math.prod(x.shape) * x.dtype.itemsize for x in outputs[1:]) / frames
+                (3 - 2 / clip) * moved(jax.ShapeDtypeStruct((length, channels), slot.stack.dtype))
+                + sum(moved(x) for x in (*inputs, *outputs) if x.ndim > 2) / frames
             ),
         ),
         interpret=interpret,
@@ -261,12 +280,11 @@ def _run_forward(slot: Slot, moved, taps, shift, norm, query, interpret: bool = 
     _, frames, length, channels = slot.stack.shape
     clips, heads, _ = query.shape
     clip, dtype = shift.shape[0], slot.stack.dtype
-    rows = whole(length, SUBLANES)
     vectors = (taps, shift, *kernels.rows_of(norm['scale'], norm['bias']))
     inputs, specs = [*vectors, query], [*map(_whole, vectors), _of_clip(heads, channels)]
     if moved is not None:
         inputs.append(moved)
-        specs.append(_of_frame(clip, length - 1, channels))
+        specs.append(_rows_of_frame(clip, moved.shape))
 
     mixed, tokens, sums = _call(
         functools.partial(_forward_kernel, has_moved=moved is not None),
@@ -276,7 +294,7 @@ def _run_forward(slot: Slot, moved, taps, shift, norm, query, interpret: bool = 
         inputs,
         specs,
         [
-            jax.ShapeDtypeStruct((clips, heads, channels), dtype),
+            jax.ShapeDtypeStruct((clips, heads, channels), jnp.float32),
             jax.ShapeDtypeStruct((frames, length, channels), dtype),
             jax.ShapeDtypeStruct((clips, heads, LANES), jnp.float32),
         ],
@@ -288,7 +306,6 @@ def _run_forward(slot: Slot, moved, taps, shift, norm, query, interpret: bool = 
             pltpu.VMEM((heads, LANES), jnp.float32),
         ],
         heads=heads,
-        frame_bytes=4 * rows * channels * (moved is not None),
         interpret=interpret,
     )
     return mixed, tokens, sums
@@ -307,8 +324,10 @@ def _forward_kernel(
         for ref, tap in zip((before_ref, here_ref, after_ref), _taps_inside(taps_ref, frame, last))
     )
     if has_moved:
+        (moved_ref,) = moved_refs
         total_ref[...] = total
-        total_ref[1:, :] += moved_refs[0][0]
+        for row, place in enumerate(_places(*moved_ref.shape[1:3])):
+            total_ref[place, :] += moved_ref[0, row]
         total = total_ref[...]
     tokens = total.astype(tokens_ref.dtype)
     tokens_ref[0] = tokens
@@ -332,8 +351,13 @@ def _forward_kernel(
 
     @pl.when(frame == last)
     def _() -> None:
-        mixed_ref[0] = (read / total_weight).astype(mixed_ref.dtype)
+        mixed_ref[0] = read / total_weight
         sums_ref[0] = jnp.broadcast_to(most + jnp.log(total_weight), sums_ref.shape[1:])
+
+
+def _places(rows: int, columns: int) -> list[pl.Slice]:
+    """Where the rows of a frame's tokens are, behind the first."""
+    return [pl.ds(1 + row * columns, columns) for row in range(rows)]
 
 
 def _taps_inside(taps_ref, frame: jax.Array, last: jax.Array) -> list[jax.Array]:
@@ -343,11 +367,24 @@ def _taps_inside(taps_ref, frame: jax.Array, last: jax.Array) -> list[jax.Array]
 
 
 def _run_backward(
-    slot: Slot, taps, shift, norm, query, upstream, tokens, sums, means, interpret: bool = False
+    slot: Slot,
+    taps,
+    shift,
+    norm,
+    query,
+    upstream,
+    tokens,
+    sums,
+    means,
+    rows: int = 0,
+    interpret: bool = False,
 ):
-    """What `_backward` wants of one device: gradients by Y, query, vectors and shift, by clips.
+    """What `_backward` wants of one device: gradients by Y, query, vectors, shift, by clips; moved.
 
     Those of vectors, (B, 8, C), are of the norm's scale and bias and of the three taps.
+
+    Args:
+      rows: R of `moved`; 0 without.
     """
     del taps
     _, frames, length, channels = slot.stack.shape
@@ -356,37 +393,44 @@ def _run_backward(
     vectors = kernels.rows_of(norm['scale'], norm['bias'])
     of_heads = 2 * [_of_clip(heads, channels)]
     of_sums = 2 * [_of_clip(heads, LANES)]
-    return tuple(
-        _call(
-            _backward_kernel,
-            'read_clip_gradient',
-            slot,
-            clip,
-            [*vectors, query, upstream, sums, means, tokens],
-            [*map(_whole, vectors), *of_heads, *of_sums, _of_frame(clip, length, channels)],
-            [
-                jax.ShapeDtypeStruct((frames, length, channels), dtype),
-                jax.ShapeDtypeStruct((clips, heads, channels), jnp.float32),
-                jax.ShapeDtypeStruct((clips, _SUMS, channels), jnp.float32),
-                jax.ShapeDtypeStruct((clips, clip, channels), jnp.float32),
-            ],
-            [
-                _of_frame(clip, length, channels),
-                _of_clip(heads, channels),
-                _of_clip(_SUMS, channels),
-                _of_clip(clip, channels),
-            ],
-            [],
-            heads=heads,
-            frame_bytes=2 * 2 * whole(length, SUBLANES) * channels,
-            interpret=interpret,
-        )
+    outputs = [
+        jax.ShapeDtypeStruct((frames, length, channels), dtype),
+        jax.ShapeDtypeStruct((clips, heads, channels), jnp.float32),
+        jax.ShapeDtypeStruct((clips, _SUMS, channels), jnp.float32),
+        jax.ShapeDtypeStruct((clips, clip, channels), jnp.float32),
+    ]
+    output_specs = [
+        _of_frame(clip, length, channels),
+        _of_clip(heads, channels),
+        _of_clip(_SUMS, channels),
+        _of_clip(clip, channels),
+    ]
+    scratch = []
+    if rows:
+        shape = frames, rows, (length - 1) // rows, channels
+        outputs.append(jax.ShapeDtypeStruct(shape, dtype))
+        output_specs.append(_rows_of_frame(clip, shape))
+        scratch.append(pltpu.VMEM((length, channels), jnp.float32))
+    found = _call(
+        functools.partial(_backward_kernel, has_moved=rows > 0),
+        'read_clip_gradient',
+        slot,
+        clip,
+        [*vectors, query, upstream, sums, means, tokens],
+        [*map(_whole, vectors), *of_heads, *of_sums, _of_frame(clip, length, channels)],
+        outputs,
+        output_specs,
+        scratch,
+        heads=heads,
+        interpret=interpret,
     )
+    return tuple(found) if rows else (*found, None)
 
 
 def _backward_kernel(
     before_ref, here_ref, after_ref, scale_ref, bias_ref, query_ref, upstream_ref, sums_ref,
-    means_ref, tokens_ref, to_tokens_ref, to_query_ref, summed_ref, to_shift_ref,
+    means_ref, tokens_ref, to_tokens_ref, to_query_ref, summed_ref, to_shift_ref, *refs,
+    has_moved: bool,
 ) -> None:  # fmt: skip
     """One frame of a clip, whose sums go on to the next."""
     frame, last = pl.program_id(1), pl.num_programs(1) - 1
@@ -414,6 +458,11 @@ def _backward_kernel(
     along = (to_normed * normed).mean(1, keepdims=True)
     to_tokens = spread * (to_normed - to_normed.mean(1, keepdims=True) - normed * along)
     to_tokens_ref[0] = to_tokens.astype(to_tokens_ref.dtype)
+    if has_moved:
+        to_moved_ref, rows_ref = refs
+        rows_ref[...] = to_tokens
+        for row, place in enumerate(_places(*to_moved_ref.shape[1:3])):
+            to_moved_ref[0, row] = rows_ref[place, :].astype(to_moved_ref.dtype)
     to_shift_ref[0, pl.ds(frame, 1), :] = to_tokens.sum(0, keepdims=True)
     summed_ref[0, :1, :] += (to_memory * normed).sum(0, keepdims=True)
     summed_ref[0, 1:2, :] += to_memory.sum(0, keepdims=True)

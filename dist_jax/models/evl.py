@@ -216,10 +216,9 @@ def relative_sum(attention: jax.Array, tables: jax.Array, grid: tuple[int, int])
       grid: (rows, columns).
 
     Returns:
-      float32 (B, T, N, C).
+      float32 (B, T, rows, columns, C).
     """
     rows, columns = grid
-    batch, num_frames = attention.shape[:2]
     dtype, channels = attention.dtype, tables.shape[-1]
     width = 2 * columns - 1
     # Tables reversed in both axes: the key's position minus the query's then counts upwards.
@@ -227,13 +226,12 @@ def relative_sum(attention: jax.Array, tables: jax.Array, grid: tuple[int, int])
     query, row, key = np.indices((columns, rows, columns))
     place[query, row, key, row, key - query + columns - 1] = 1
     place = place.reshape(columns, rows * columns, rows * width)
-    weights = attention.reshape(batch, num_frames, 2, rows, columns, rows * columns)
+    weights = attention.reshape(*attention.shape[:2], 2, rows, columns, rows * columns)
     weights = einsum('btsijn,jno->btsijo', weights, jnp.asarray(place, dtype))
     tables = tables[:, ::-1].reshape(2, 2 * rows - 1, width, channels).astype(dtype)
     slices = jnp.stack([tables[:, rows - 1 - i : 2 * rows - 1 - i] for i in range(rows)], axis=1)
     slices = slices.reshape(2, rows, rows * width, channels)
-    summed = einsum_to_float32('btsijo,sioc->btijc', weights, slices)
-    return summed.reshape(batch, num_frames, rows * columns, channels)
+    return einsum_to_float32('btsijo,sioc->btijc', weights, slices)
 
 
 class Terms(NamedTuple):
@@ -242,7 +240,7 @@ class Terms(NamedTuple):
     Attributes:
       conv: `kernel` (3, C) and `bias` (C,) of the depthwise convolution over time; None without.
       positions: (T, C), of frames; None without.
-      moved: float32 (B, T, N, C), relative sums, of patches; None without.
+      moved: float32 (B, T, rows, columns, C), relative sums, of patches; None without.
     """
 
     conv: Tree | None
@@ -291,7 +289,8 @@ def memory_of(frozen: jax.Array, terms: Terms, norm: Tree) -> jax.Array:
     if terms.positions is not None:
         total += terms.positions[:, None]
     if terms.moved is not None:
-        total += jnp.pad(terms.moved, [(0, 0), (0, 0), (1, 0), (0, 0)])  # no class row
+        moved = terms.moved.reshape(*total.shape[:2], -1, total.shape[-1])
+        total += jnp.pad(moved, [(0, 0), (0, 0), (1, 0), (0, 0)])  # no class row
     memory = layer_norm(total.astype(dtype), **norm)
     return memory.reshape(memory.shape[0], -1, memory.shape[-1])
 
@@ -301,11 +300,11 @@ def read_frames(query: jax.Array, slot: Slot, terms: Terms, norm: Tree) -> jax.A
     channels = slot.stack.shape[-1]
     taps = jnp.zeros((3, channels)).at[1].set(1)
     shift = jnp.zeros((slot.stack.shape[1] // query.shape[0], channels))
-    moved = terms.moved
     if terms.conv is not None:
         taps, shift = taps + terms.conv['kernel'], shift + terms.conv['bias']
     if terms.positions is not None:
         shift += terms.positions
+    moved = terms.moved
     if moved is not None:
         moved = moved.reshape(-1, *moved.shape[2:])
     return clip_reading.read_clip(slot, moved, taps, shift, norm, query)
@@ -400,6 +399,10 @@ class DecoderLayer(nn.Module):
         x = split_batch(x)
         outputs = features['outputs'].astype(self.dtype)
         _, _, num_frames, _, channels = outputs.shape
+        stack = outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])
+        # Kernels keep no weights, which somebody may want to see.
+        looked_at = self.is_mutable_collection('intermediates')
+        fast = clip_reading.fits(stack, num_frames) and not looked_at
         maps = features.get('attention')
         if maps is not None:
             maps = jax.lax.dynamic_index_in_dim(maps, index, keepdims=False)
@@ -413,10 +416,7 @@ class DecoderLayer(nn.Module):
         norm = Norm(name='norm3')(channels)
         query = LayerNorm(name='norm1')(x)
         attention = DecoderAttention(self.qkv_dim, self.num_heads, self.dtype, name='attn')
-        stack = outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])
-        # Kernels keep no weights, which somebody may want to see.
-        looked_at = self.is_mutable_collection('intermediates')
-        if clip_reading.fits(stack, num_frames) and not looked_at:
+        if fast:
             memory = Slot(stack, index), terms, norm
             x = x + attention(query, memory, lambda q, m: (read_frames(q, *m), None))
         else:

@@ -14,7 +14,7 @@ from dist_jax.models import clip_reading, evl
 from dist_jax.models.stack import Slot
 
 
-def case(clip, length, channels, heads, dtype, has_moved=True):
+def case(clip, length, channels, heads, dtype, rows):
     """Arguments of `read_clip` for two clips, and what comes back to its result."""
     rng = np.random.default_rng(0)
 
@@ -25,7 +25,8 @@ def case(clip, length, channels, heads, dtype, has_moved=True):
         return normal(*shape, scale=scale).astype(jnp.bfloat16).astype(dtype)
 
     slot = Slot(rounded(2, 2 * clip, length, channels), jnp.asarray(1))
-    moved = normal(2 * clip, length - 1, channels, scale=0.5) if has_moved else None
+    shape = rows, (length - 1) // max(rows, 1), channels
+    moved = normal(2 * clip, *shape, scale=0.5) if rows else None
     vectors = normal(3, channels), normal(clip, channels, scale=0.3)
     norm = {'scale': 1 + normal(channels, scale=0.2), 'bias': normal(channels, scale=0.2)}
     # Sharp enough that few tokens share most of the weight.
@@ -33,43 +34,46 @@ def case(clip, length, channels, heads, dtype, has_moved=True):
     return (slot, moved, *vectors, norm, query), rounded(2, heads, channels)
 
 
-def both_ways(forward, backward, inputs, upstream):
+def both_ways(forward, backward, rows, inputs, upstream):
     """What the two kernels give, sums over clips taken."""
     slot, _, taps, shift, norm, query = inputs
     mixed, tokens, sums = forward(*inputs)
     means = jnp.einsum('bhc,bhc->bh', *(x.astype(jnp.float32) for x in (upstream, mixed)))
     means = jnp.broadcast_to(means[..., None], sums.shape)
-    to_tokens, to_query, summed, to_shift = backward(
-        slot, taps, shift, norm, query, upstream, tokens, sums, means
+    to_tokens, to_query, summed, to_shift, to_moved = backward(
+        slot, taps, shift, norm, query, upstream, tokens, sums, means, rows
     )
     return {
-        'mixed': mixed,
+        'mixed': mixed.astype(query.dtype),
         'tokens': tokens,
         'to_tokens': to_tokens,
         'to_query': to_query,
         'to_norm': summed.sum(0)[:2],
         'to_taps': summed.sum(0)[2:5],
         'to_shift': to_shift.sum(0),
-    }
+    } | ({'to_moved': to_moved} if rows else {})
 
 
 @pytest.mark.parametrize(
-    ('clip', 'length', 'channels', 'heads', 'has_moved'),
-    [(3, 21, 256, 4, True), (1, 10, 128, 12, True), (2, 17, 128, 3, False)],
+    ('clip', 'length', 'channels', 'heads', 'rows'),
+    [(3, 21, 256, 4, 5), (1, 10, 128, 12, 3), (2, 17, 128, 3, 0)],
 )
-def test_the_kernels_equal_the_plain_form(clip, length, channels, heads, has_moved):
+def test_the_kernels_equal_the_plain_form(clip, length, channels, heads, rows):
     """At most a tenth further from float32 than bfloat16 in plain JAX, forward and backward."""
     sizes = clip, length, channels, heads
     here = functools.partial(functools.partial, interpret=True)
     found = both_ways(
         here(clip_reading._run_forward),
         here(clip_reading._run_backward),
-        *case(*sizes, jnp.bfloat16, has_moved),
+        rows,
+        *case(*sizes, jnp.bfloat16, rows),
     )
     usual, exact = (
         jax.jit(
-            functools.partial(both_ways, clip_reading._plain_forward, clip_reading._plain_backward)
-        )(*case(*sizes, dtype, has_moved))
+            functools.partial(
+                both_ways, clip_reading._plain_forward, clip_reading._plain_backward, rows
+            )
+        )(*case(*sizes, dtype, rows))
         for dtype in (jnp.bfloat16, jnp.float32)
     )
     for name, mine in found.items():
@@ -80,14 +84,13 @@ def test_the_kernels_equal_the_plain_form(clip, length, channels, heads, has_mov
 
 def test_gradients_are_those_of_the_tokens_written_out():
     """In float32, of all that may be trained, the tower too."""
-    inputs, upstream = case(3, 10, 128, 2, jnp.float32)
+    inputs, upstream = case(3, 10, 128, 2, jnp.float32, 3)
 
     def written_out(slot, moved, taps, shift, norm, query):
         frozen = slot.stack[1].reshape(2, 3, 10, 128)
         center = taps - jnp.asarray([[0.0], [1.0], [0.0]])
-        terms = evl.Terms(
-            {'kernel': center, 'bias': jnp.zeros(128)}, shift, moved.reshape(2, 3, 9, 128)
-        )
+        moved = moved.reshape(2, 3, 3, 3, 128)
+        terms = evl.Terms({'kernel': center, 'bias': jnp.zeros(128)}, shift, moved)
         return evl.read_memory(query, evl.memory_of(frozen, terms, norm))[0]
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -139,7 +142,7 @@ vectors = array(3, 128), array(3, 128), {'scale': array(128), 'bias': array(128)
 
 def loss(stack, keys, query, tables, taps, shift, norm):
     maps = evl.neighbour_attention(keys, keys, 3)
-    moved = evl.relative_sum(maps, tables, (4, 4)).reshape(24, 16, 128)
+    moved = evl.relative_sum(maps, tables, (4, 4)).reshape(24, 4, 4, 128)
     slot = Slot(jax.lax.stop_gradient(stack), jnp.asarray(1))
     return clip_reading.read_clip(slot, moved, taps, shift, norm, query).astype(jnp.float32).sum()
 

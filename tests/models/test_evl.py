@@ -112,7 +112,7 @@ def test_relative_sum_equals_the_sum_over_all_pairs(grid):
             vectors = tables[:, down * (2 * columns - 1) + right]
             expected[:, :, m] += np.einsum('bts,sc->btc', weights[..., m, n], vectors)
     ours = jax.jit(evl.relative_sum, static_argnums=2)(weights, tables, grid)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    np.testing.assert_allclose(ours.reshape(expected.shape), expected, atol=1e-5)
 
 
 def test_no_array_holds_a_vector_for_every_pair_of_patches():
@@ -153,7 +153,7 @@ def test_the_decoder_is_attention_over_projected_tokens(frozen, plain):
         y = f + sum(around[:, s : s + 4] * temporal['conv']['kernel'][i, s] for s in range(3))
         y = y + temporal['conv']['bias'][i] + temporal['positions'][i][:, None]
         moved = evl.relative_sum(features['attention'][i], temporal['relative'][i], (3, 3))
-        y[:, :, 1:] += moved
+        y[:, :, 1:] += moved.reshape(*y.shape[:2], -1, y.shape[-1])
         y = norm(y, layers['norm3'], i).reshape(2, -1, SPEC.width)
         attn = layers['attn']
         split = lambda z: z.reshape(*z.shape[:-1], 3, 8)  # noqa: E731

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,14 +106,15 @@ def _mean_attention(frames: int, tokens: int, heads: int, head_dim: int):
 
 
 def _read_clip(frames: int, tokens: int, width: int, heads: int, gradient: bool = False):
-    clips, clip = frames // 8, 8
+    clips, clip, side = frames // 8, 8, math.isqrt(tokens - 1)
     slot = Slot(_array(2, frames, tokens, width), _array(dtype=jnp.int32))
     taps, shift = (_array(n, width, dtype=jnp.float32) for n in (3, clip))
     query, sums = _array(clips, heads, width), _array(clips, heads, LANES, dtype=jnp.float32)
     if gradient:
         rest = query, query, _array(frames, tokens, width), sums, sums
-        return clip_reading._run_backward, (slot, taps, shift, _norm(width), *rest)
-    moved = _array(frames, tokens - 1, width, dtype=jnp.float32)
+        function = functools.partial(clip_reading._run_backward, rows=side)
+        return function, (slot, taps, shift, _norm(width), *rest)
+    moved = _array(frames, side, side, width, dtype=jnp.float32)
     return clip_reading._run_forward, (slot, moved, taps, shift, _norm(width), query)
 
 
