@@ -197,9 +197,9 @@ def _normalise_backward(kept: tuple[jax.Array, Norm], upstream: jax.Array) -> tu
     x, norm = kept
     inner = tuple(range(1, x.ndim - 1))
     upstream = widened(upstream)
-    sums = upstream.sum(inner), (upstream * _standardised(x, norm)).sum(inner)
+    sums = upstream.sum(inner), (upstream * standardised(x, norm)).sum(inner)
     factor, by_mean, by_variance, to_norm = gradient_of_norm(norm, sums)
-    to_x = upstream - _beside(by_mean, x) - _standardised(x, norm) * _beside(by_variance, x)
+    to_x = upstream - _beside(by_mean, x) - standardised(x, norm) * _beside(by_variance, x)
     return (to_x * _beside(factor, x)).astype(x.dtype), to_norm
 
 
@@ -230,7 +230,8 @@ def gradient_of_norm(
     return factor, by_mean, by_variance, dataclasses.replace(nothing, scale=scale, bias=bias)
 
 
-def _standardised(x: jax.Array, norm: Norm) -> jax.Array:
+def standardised(x: jax.Array, norm: Norm) -> jax.Array:
+    """x without mean and of variance 1, in the dtype of statistics."""
     inverse = jax.lax.rsqrt(norm.variance + norm.eps)
     return (widened(x) - _beside(norm.mean, x)) * _beside(inverse, x)
 

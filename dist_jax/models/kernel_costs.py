@@ -220,10 +220,6 @@ def _side_tap_gradient(tokens: int, tapped: int, width: int) -> Work:
     }
 
 
-def _side_norm_gradient(tokens: int, width: int) -> Work:
-    return {'products': 0, 'registers': _registers(tokens, width)}
-
-
 def _read_clip(tokens: int, width: int, heads: int, gradient: bool = False) -> Work:
     """A few rows, one a head, meet the tokens; the rest is a norm and sums of every token."""
     to_heads = _products(tokens, (width, heads)) + _products(heads, (tokens, width))
@@ -256,7 +252,6 @@ WORK: dict[str, Callable[..., Work]] = {
     'side_attention_gradient': _side_attention_gradient,
     'side_tap': _side_tap,
     'side_tap_gradient': _side_tap_gradient,
-    'side_norm_gradient': _side_norm_gradient,
     'side_mlp': _side_mlp,
     'side_mlp_gradient': _side_mlp_gradient,
     'side_conv': _side_conv,

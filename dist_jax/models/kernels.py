@@ -5,8 +5,9 @@ because logits of 197 x 197 are written, read, reduced and laid out again in HBM
 read once and everything between stays in VMEM, with the weights: `residual_attention` and
 `residual_mlp` are the two halves of a frozen block. The first also gives queries and keys where
 they are tapped, the second writes the stream into the stack of taps. Where heads are split over
-devices, or the weights are too large for VMEM, `frame_attention` does only the attention. Blocks that are trained use that too (`trained_attention`), and
-`frame_attention_gradient` behind it, which computes the weights once more.
+devices, or the weights are too large for VMEM, `frame_attention` does only the attention. Blocks
+that are trained use that too (`trained_attention`), and `frame_attention_gradient` behind it,
+which computes the weights once more.
 
 The cost that a kernel declares is the time of its compiled schedule on v4, in terms of the matrix
 unit, and the bytes it moves; see `kernel_costs`.

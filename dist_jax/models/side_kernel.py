@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from dist_jax.models import kernel_costs
-from dist_jax.models.batch_norm import Norm, gradient_of_norm, normalise
+from dist_jax.models.batch_norm import Norm, gradient_of_norm, normalise, standardised
 from dist_jax.models.kernel_costs import LANES, SUBLANES, whole
 from dist_jax.models.kernels import (
     VMEM_BYTES,
@@ -75,17 +75,77 @@ class Branch(NamedTuple):
     bytes_held: Callable[[jax.Array, Tree], int]
 
 
-def add(branch: Branch, params: Tree, x: jax.Array, norm: Norm) -> jax.Array:
+class Held(NamedTuple):
+    """A stream whose gradient is finished by what made it, which reads and writes it anyway.
+
+    A norm of a batch passes on sums over clips, which are only known when the gradient behind the
+    norm is computed, everywhere. What comes back through `x` is what it would be without the norm;
+    through `normed` comes the gradient of the normalised stream; through `rows`, which is zero,
+    what makes one gradient of the two: see `_finished`.
+
+    Attributes:
+      x: (B, T, N, C).
+      normed: x.
+      rows: float32 (B, 4, C).
+    """
+
+    x: jax.Array
+    normed: jax.Array
+    rows: jax.Array
+
+
+@jax.custom_vjp
+def hold(x: jax.Array) -> Held:
+    """`x`, whose gradient is finished here."""
+    return _held(x)
+
+
+def _held(x: jax.Array) -> Held:
+    return Held(x, x, jnp.zeros((x.shape[0], 4, x.shape[-1]), jnp.float32))
+
+
+hold.defvjp(
+    lambda x: (_held(x), x),
+    lambda x, back: (_finished_clips(x, back),),
+)
+
+
+def _finished(
+    x: jax.Array, upstream: jax.Array, to_normed: jax.Array, rows: jax.Array
+) -> jax.Array:
+    """The gradient of a stream that is held, float32.
+
+    Args:
+      x: the stream.
+      upstream: what came back through it.
+      to_normed: the gradient of the normalised stream.
+      rows: mean, and the factors of `to_normed`, of 1 and of x without mean, on axis 0.
+    """
+    mean, factor, constant, slope = rows
+    x, upstream, to_normed = (a.astype(jnp.float32) for a in (x, upstream, to_normed))
+    return upstream + factor * to_normed - constant - slope * (x - mean)
+
+
+def _finished_clips(x: jax.Array, back: Held) -> jax.Array:
+    """`_finished` of (B, T, N, C), in its dtype."""
+    rows = jnp.moveaxis(back.rows, 1, 0)[:, :, None, None]
+    return _finished(x, back.x, back.normed, rows).astype(x.dtype)
+
+
+def add(branch: Branch, params: Tree, held: Held | None, x: jax.Array, norm: Norm) -> jax.Array:
     """`x + branch(norm(x))`, by kernels on TPU where they take it.
 
     Args:
       branch: `MLP` or `CONV`.
       params: of the branch, in the dtype in which the branch takes them.
+      held: x, if it is.
       x: the stream (B, T, N, C).
       norm: of it.
     """
-    run = _add if fits(branch, x, params) else _plain
-    return run(branch, x, norm, params)
+    if not fits(branch, x, params):
+        return _plain(branch, x, norm, params)
+    held = hold(x) if held is None else held._replace(x=x)
+    return _add(branch, held, norm, params)
 
 
 def fits(branch: Branch, x: jax.Array, params: Tree) -> bool:
@@ -108,18 +168,25 @@ def _plain(branch: Branch, x: jax.Array, norm: Norm, params: Tree) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _add(branch: Branch, x: jax.Array, norm: Norm, params: Tree) -> jax.Array:
+def _add(branch: Branch, held: Held, norm: Norm, params: Tree) -> jax.Array:
     fast, plain = (functools.partial(form, branch) for form in (_fast, _plain))
-    return jax.lax.platform_dependent(x, norm, params, tpu=fast, default=plain)
+    return jax.lax.platform_dependent(held.x, norm, params, tpu=fast, default=plain)
 
 
-def _forward(branch: Branch, *inputs: Tree) -> tuple:
-    return _add(branch, *inputs), inputs
+def _forward(branch: Branch, held: Held, *rest: Tree) -> tuple:
+    return _add(branch, held, *rest), (held.x, *rest)
 
 
-def _backward(branch: Branch, inputs: tuple, upstream: jax.Array) -> tuple:
+def _backward(branch: Branch, inputs: tuple, upstream: jax.Array) -> tuple[Held, Norm, Tree]:
     fast, plain = (functools.partial(form, branch) for form in (_fast_gradient, _plain_gradient))
-    return jax.lax.platform_dependent(*inputs, upstream, tpu=fast, default=plain)
+    to_normed, sums, to_params = jax.lax.platform_dependent(
+        *inputs, upstream, tpu=fast, default=plain
+    )
+    norm = inputs[1]
+    factor, by_mean, by_variance, to_norm = gradient_of_norm(norm, (sums[:, 0], sums[:, 1]))
+    inverse = jax.lax.rsqrt(norm.variance + norm.eps)
+    rows = jnp.stack([norm.mean, factor, factor * by_mean, factor * by_variance * inverse], axis=1)
+    return Held(upstream, to_normed, rows), to_norm, to_params
 
 
 _add.defvjp(_forward, _backward)
@@ -127,8 +194,13 @@ _add.defvjp(_forward, _backward)
 
 def _plain_gradient(
     branch: Branch, x: jax.Array, norm: Norm, params: Tree, upstream: jax.Array
-) -> tuple[jax.Array, Norm, Tree]:
-    return jax.vjp(functools.partial(_plain, branch), x, norm, params)[1](upstream)
+) -> tuple[jax.Array, jax.Array, Tree]:
+    to_normed, to_params = jax.vjp(branch.plain, normalise(x, norm), params)[1](upstream)
+    sums = [
+        (to_normed.astype(jnp.float32) * factor).sum((1, 2))
+        for factor in (1, standardised(x, norm))
+    ]
+    return to_normed, jnp.stack(sums, axis=1), to_params
 
 
 def _fast(
@@ -145,7 +217,7 @@ def _fast_gradient(
     params: Tree,
     upstream: jax.Array,
     interpret: bool = False,
-) -> tuple[jax.Array, Norm, Tree]:
+) -> tuple[jax.Array, jax.Array, Tree]:
     def run(x: jax.Array, upstream: jax.Array, rows: jax.Array, params: Tree) -> tuple:
         return branch.gradient(x, upstream, rows, params, interpret=interpret)
 
@@ -153,63 +225,10 @@ def _fast_gradient(
         run, _frames(x), params, beside=(_frames(upstream), _rows_of(norm))
     )
     sums = sums.reshape(len(x), -1, *sums.shape[1:]).sum(1)
-    factor, by_mean, by_variance, to_norm = gradient_of_norm(norm, (sums[:, 0], sums[:, 1]))
-    inverse = jax.lax.rsqrt(norm.variance + norm.eps)
-    rows = jnp.stack([norm.mean, factor, factor * by_mean, factor * by_variance * inverse], axis=1)
-    to_x = on_each_device(
-        functools.partial(norm_gradient, interpret=interpret),
-        _frames(x),
-        beside=(_frames(upstream), to_normed, rows),
-    )
     to_params = jax.tree.map(
         lambda leaf, parts: parts.sum(0).reshape(leaf.shape).astype(leaf.dtype), params, to_params
     )
-    return to_x.reshape(x.shape), to_norm, to_params
-
-
-def norm_gradient(
-    x: jax.Array,
-    upstream: jax.Array,
-    to_normed: jax.Array,
-    rows: jax.Array,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
-    """`upstream` and what a branch adds to it, by the gradient of its norm.
-
-    Args:
-      x: frames (F, N, C) bfloat16.
-      upstream: likewise.
-      to_normed: likewise, `Branch.gradient`.
-      rows: float32 (B, 4, C): mean; factors of `to_normed`, of 1 and of x less mean, the last two
-        to be taken off.
-      interpret: run without a TPU, slowly, for tests.
-    """
-    (to_x,) = _on_frames(
-        _norm_gradient_kernel,
-        'side_norm_gradient',
-        (x, upstream, to_normed),
-        (rows,),
-        (),
-        (_like(x),),
-        step=_steps(x, rows, 4),
-        shape=dict(tokens=x.shape[1], width=x.shape[2]),
-        interpret=interpret,
-    )
-    return to_x
-
-
-def _norm_gradient_kernel(x_ref, upstream_ref, to_normed_ref, rows_ref, to_x_ref) -> None:
-    mean, factor, constant, slope = (rows_ref[0, i : i + 1] for i in range(4))
-
-    def frame(i: jax.Array, _: None) -> None:
-        x, upstream, to_normed = (
-            ref[i].astype(jnp.float32) for ref in (x_ref, upstream_ref, to_normed_ref)
-        )
-        to_x = upstream + factor * to_normed - constant - slope * (x - mean)
-        to_x_ref[i] = to_x.astype(to_x_ref.dtype)
-
-    jax.lax.fori_loop(0, x_ref.shape[0], frame, None)
+    return to_normed.reshape(x.shape), sums, to_params
 
 
 def _frames(x: jax.Array) -> jax.Array:
@@ -359,9 +378,9 @@ def _steps(x: jax.Array, rows: jax.Array, most: int) -> int:
 
 
 def _frame_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """A frame, the last two axes of x, in whole registers; a single row is stored as one."""
+    """A frame, the last two axes of x, in whole registers; few rows share those of others."""
     length = x.shape[-2]
-    rows = length if length == 1 else whole(length, SUBLANES)
+    rows = length if length <= 2 else whole(length, SUBLANES)
     return rows * whole(x.shape[-1], LANES) * x.dtype.itemsize
 
 
@@ -374,15 +393,20 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 def mix_fits(s: jax.Array, taps: jax.Array) -> bool:
     """Whether `mix` takes this stream (B, T, N, C) and these taps (K, B, T, N, D)."""
-    width, tapped = whole(s.shape[-1], LANES), whole(taps.shape[-1], LANES)
-    frames = 2 * MIXED * (3 * _frame_bytes(s) + _frame_bytes(taps)) + 8 * _frame_bytes(s)
-    held = frames + (2 + 2 * 4) * width * tapped
-    return kernels_take(s) and taps.dtype == s.dtype and held < VMEM_BYTES
+    return kernels_take(s) and taps.dtype == s.dtype and _mixed(s, taps) > 0
+
+
+def _mixed(s: jax.Array, taps: jax.Array) -> int:
+    """Frames at a time, by what the gradient holds of VMEM; 0 if not even one fits."""
+    one, tapped = _frame_bytes(s), _frame_bytes(taps)
+    sums = 12 * whole(s.shape[-1], LANES) * whole(taps.shape[-1], LANES)
+    fitting = (k for k in (4, 2, 1) if 2 * k * (4 * one + tapped) + 4 * one + sums < VMEM_BYTES)
+    return next(fitting, 0)
 
 
 def mix(
     s: jax.Array, taps: jax.Array, layer: jax.Array, kernel: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, Moments]:
+) -> tuple[Held, Moments]:
     """`(s + taps[layer] kernel + bias) / 2`, by kernels on TPU, which read a layer where it lies.
 
     Args:
@@ -393,22 +417,24 @@ def mix(
       bias: (C,), likewise.
 
     Returns:
-      (B, T, N, C), and mean and variance of its clips, (B, C).
+      (B, T, N, C), held, and mean and variance of its clips, (B, C).
     """
-    u, of_frames = _mix(s, taps, layer, kernel, bias)
-    return u, _clip_moments(of_frames, s.shape[0], s.shape[2])
-
-
-MIXED = 4  # frames at a time
+    held, of_frames = _mix(s, taps, layer, kernel, bias)
+    return held, _clip_moments(of_frames, s.shape[0], s.shape[2])
 
 
 @jax.custom_vjp
-def _mix(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mix(*inputs: jax.Array) -> tuple[Held, jax.Array]:
+    return _mix_forward(*inputs)[0]
+
+
+def _mix_forward(*inputs: jax.Array) -> tuple:
     def plain(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         u = _plain_mix(*inputs)
         return u, jax.vmap(_moments)(_frames(u))
 
-    return jax.lax.platform_dependent(*inputs, tpu=_fast_mix, default=plain)
+    u, moments = jax.lax.platform_dependent(*inputs, tpu=_fast_mix, default=plain)
+    return (_held(u), moments), (*inputs[1:], u)
 
 
 def _plain_mix(
@@ -418,26 +444,25 @@ def _plain_mix(
     return 0.5 * s + 0.5 * (einsum('...d,dc->...c', tap, kernel) + bias)
 
 
-def _mix_backward(inputs: tuple, upstream: tuple[jax.Array, jax.Array]) -> tuple:
+def _mix_backward(kept: tuple, back: tuple[Held, jax.Array]) -> tuple:
     """Nothing comes back through the moments. Where nobody asks for that of taps, it is dropped."""
-    _, taps, layer, kernel, _ = inputs
-    upstream = upstream[0]
+    taps, layer, kernel, bias, u = kept
 
-    def plain(s: jax.Array, taps: jax.Array, layer: jax.Array, *inputs: jax.Array) -> tuple:
-        *params, upstream = inputs
-        return jax.vjp(lambda s, *params: _plain_mix(s, taps, layer, *params), s, *params)[1](
-            upstream
-        )
+    def plain(taps: jax.Array, layer: jax.Array, u: jax.Array, back: Held) -> tuple:
+        upstream = _finished_clips(u, back)
+        tap = jax.lax.dynamic_index_in_dim(taps, layer, keepdims=False)
+        to_kernel = einsum('...d,...c->dc', tap, upstream)
+        return 0.5 * upstream, 0.5 * to_kernel, 0.5 * upstream.sum((0, 1, 2))
 
     to_s, to_kernel, to_bias = jax.lax.platform_dependent(
-        *inputs, upstream, tpu=_fast_mix_gradient, default=plain
+        taps, layer, u, back[0], tpu=_fast_mix_gradient, default=plain
     )
-    to_tap = 0.5 * einsum('...c,dc->...d', upstream, kernel)
+    to_tap = einsum('...c,dc->...d', to_s, kernel)
     to_taps = jax.lax.dynamic_update_index_in_dim(jnp.zeros_like(taps), to_tap, layer, 0)
-    return to_s, to_taps, None, to_kernel, to_bias
+    return to_s, to_taps, None, to_kernel.astype(kernel.dtype), to_bias.astype(bias.dtype)
 
 
-_mix.defvjp(lambda *inputs: (_mix(*inputs), inputs), _mix_backward)
+_mix.defvjp(_mix_forward, _mix_backward)
 
 
 def _on_each_device_of_layers(
@@ -467,21 +492,11 @@ def _fast_mix(
 
 
 def _fast_mix_gradient(
-    s: jax.Array,
-    taps: jax.Array,
-    layer: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    upstream: jax.Array,
-    interpret: bool = False,
+    taps: jax.Array, layer: jax.Array, u: jax.Array, back: Held, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     run = functools.partial(mix_gradient, interpret=interpret)
-    to_s, to_kernel, to_bias = _on_each_device_of_layers(run, upstream, taps, layer)
-    return (
-        to_s,
-        0.5 * to_kernel.sum(0).T.astype(kernel.dtype),
-        0.5 * to_bias.sum((0, 1)).astype(bias.dtype),
-    )
+    to_s, to_kernel, to_bias = _on_each_device_of_layers(run, u, taps, layer, beside=back)
+    return to_s, 0.5 * to_kernel.sum(0).T.astype(u.dtype), 0.5 * to_bias.sum((0, 1)).astype(u.dtype)
 
 
 def mix_forward(
@@ -502,7 +517,7 @@ def mix_forward(
         (),
         (_words(0.5 * kernel), 0.5 * _row(bias)),
         (_like(x), jax.ShapeDtypeStruct((len(x), 2, width), jnp.float32)),
-        step=math.gcd(len(x), MIXED),
+        step=math.gcd(len(x), _mixed(x, taps)),
         layer=layer,
         shape=dict(tokens=x.shape[1], tapped=taps.shape[-1], width=width),
         interpret=interpret,
@@ -518,35 +533,45 @@ def _mix_kernel(s_ref, taps_ref, kernel_ref, bias_ref, u_ref, moments_ref) -> No
 
 
 def mix_gradient(
-    upstream: jax.Array, taps: jax.Array, layer: jax.Array, *, interpret: bool = False
+    u: jax.Array,
+    taps: jax.Array,
+    upstream: jax.Array,
+    to_normed: jax.Array,
+    rows: jax.Array,
+    layer: jax.Array,
+    *,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradient of `mix` by the stream, and twice those of kernel and bias.
+    """The gradient of `mix`, whose result is u, by the stream, and twice those of kernel and bias.
 
     Returns:
-      (B, T, N, C) as `upstream`; transposed float32 (parts, C, D); (parts, 1, C).
+      (B, T, N, C) as u; transposed float32 (parts, C, D); (parts, 1, C).
     """
-    x, width, tapped = _frames(upstream), upstream.shape[-1], taps.shape[-1]
+    x, width, tapped = _frames(u), u.shape[-1], taps.shape[-1]
     to_s, to_kernel, to_bias = _on_frames(
         _mix_gradient_kernel,
         'side_tap_gradient',
-        (x, taps.reshape(len(taps), -1, *taps.shape[3:])),
-        (),
+        (x, _frames(upstream), _frames(to_normed), taps.reshape(len(taps), -1, *taps.shape[3:])),
+        (rows,),
         (),
         (_like(x),),
-        step=math.gcd(len(x), MIXED),
+        step=_steps(x, rows, _mixed(x, taps)),
         sums=((width, tapped), (1, width)),
         layer=layer,
         shape=dict(tokens=x.shape[1], tapped=tapped, width=width),
         interpret=interpret,
     )
-    return to_s.reshape(upstream.shape), to_kernel, to_bias
+    return to_s.reshape(u.shape), to_kernel, to_bias
 
 
-def _mix_gradient_kernel(upstream_ref, taps_ref, to_s_ref, to_kernel_ref, to_bias_ref) -> None:
+def _mix_gradient_kernel(
+    u_ref, upstream_ref, to_normed_ref, taps_ref, rows_ref, to_s_ref, to_kernel_ref, to_bias_ref
+) -> None:
     _start_sums(to_kernel_ref, to_bias_ref)
-    for f in range(len(upstream_ref)):
-        to_kernel_ref[0] += product(upstream_ref[f], taps_ref[f], (0, 0))
-        upstream = upstream_ref[f].astype(jnp.float32)
+    rows = [rows_ref[0, i : i + 1] for i in range(4)]
+    for f in range(len(u_ref)):
+        upstream = _finished(u_ref[f], upstream_ref[f], to_normed_ref[f], rows)
+        to_kernel_ref[0] += product(upstream.astype(u_ref.dtype), taps_ref[f], (0, 0))
         to_bias_ref[0] += _column_sums(upstream)
         to_s_ref[f] = (0.5 * upstream).astype(to_s_ref.dtype)
 
@@ -556,24 +581,23 @@ def _mix_gradient_kernel(upstream_ref, taps_ref, to_s_ref, to_kernel_ref, to_bia
 
 def attend(
     x: jax.Array, token: jax.Array, positions: jax.Array, norm: Tree, attn: Tree
-) -> tuple[jax.Array, Moments | None]:
-    """`x + attention(LayerNorm([x + positions | token]))`, by kernels on TPU where they take it.
+) -> tuple[Held, Moments]:
+    """`x + attention(LayerNorm([x + positions | token]))`, by kernels on TPU.
 
     Args:
-      x: the stream (B, T, N, C).
+      x: the stream (B, T, N, C), as `attention_fits` wants it.
       token: what its tokens look at beside each other, (B, T, 1, C) in the dtype of x.
       positions: (N, C), likewise.
       norm: `scale` and `bias`, (C,).
       attn: see `kernels.trained_attention`.
 
     Returns:
-      (B, T, N, C), and mean and variance of its clips, (B, C), where they come with it.
+      (B, T, N, C), held, and mean and variance of its clips, (B, C).
     """
-    inputs = x, token, positions, norm, jax.tree.map(lambda leaf: leaf.astype(x.dtype), attn)
-    if not _attention_fits(x, attn):
-        return _plain_attend(*inputs), None
-    y, of_frames = _attend(*inputs)
-    return y, _clip_moments(of_frames, x.shape[0], x.shape[2])
+    held, of_frames = _attend(
+        x, token, positions, norm, jax.tree.map(lambda leaf: leaf.astype(x.dtype), attn)
+    )
+    return held, _clip_moments(of_frames, x.shape[0], x.shape[2])
 
 
 def _clip_moments(of_frames: jax.Array, clips: int, count: int) -> Moments:
@@ -598,19 +622,32 @@ def _plain_attend(x: jax.Array, *rest: Tree) -> jax.Array:
     return x + looks_at(x, *rest)
 
 
-def _attention_fits(x: jax.Array, attn: Tree) -> bool:
+def attention_fits(x: jax.Array, attn: Tree) -> bool:
+    """Whether `attend` takes these."""
     *_, num_heads, head_dim = attn['qkv']['kernel'].shape
+    fits = head_dim <= LANES and _attention_bytes(x.shape, num_heads, head_dim) < VMEM_BYTES
+    return kernels_take(x) and fits
+
+
+def _attention_bytes(shape: Sequence[int], num_heads: int, head_dim: int, frames: int = 1) -> int:
+    """Of the gradient with so many frames (..., N, C) at a time."""
     lanes = groups_of_heads(num_heads, head_dim) * LANES
-    length, width = whole(x.shape[2], LANES), whole(x.shape[3], LANES)
-    weights = 2 * width * 7 * lanes + 2 * 4 * x.shape[3] * 4 * lanes
-    # Of each of two frames four arrays, twice, tokens and projections; positions, their gradient.
-    frames = 2 * (8 * _frame_bytes(x) + length * (4 * width + 6 * lanes)) + 12 * length * width
-    logits = 9 * (1 + heads_per_group(head_dim)) * length**2
-    return kernels_take(x) and head_dim <= LANES and weights + frames + logits < VMEM_BYTES
+    length, width = (whole(size, LANES) for size in shape[-2:])
+    weights = 2 * width * 7 * lanes + 2 * 4 * shape[-1] * 4 * lanes
+    # Six arrays, twice; tokens, projections and logits. Positions and their gradient.
+    arrays = 2 * 6 * 2 * whole(shape[-2], SUBLANES) * width
+    between = length * (4 * width + 6 * lanes) + 9 * (1 + heads_per_group(head_dim)) * length**2
+    return weights + frames * (arrays + between) + 12 * length * width
+
+
+def _attended(x: jax.Array, num_heads: int, head_dim: int, clip: int = 2) -> int:
+    """Frames (F, N, C) at a time, of clips of so many: two, if they fit."""
+    two = _attention_bytes(x.shape, num_heads, head_dim, 2) < VMEM_BYTES
+    return 2 if two and clip % 2 == len(x) % 2 == 0 else 1
 
 
 @jax.custom_vjp
-def _attend(*inputs: Tree) -> tuple[jax.Array, jax.Array]:
+def _attend(*inputs: Tree) -> tuple[Held, jax.Array]:
     return _attend_forward(*inputs)[0]
 
 
@@ -621,17 +658,17 @@ def _attend_forward(*inputs: Tree) -> tuple:
         return y, heads, jax.vmap(_moments)(_frames(y))
 
     y, heads, moments = jax.lax.platform_dependent(*inputs, tpu=_fast_attend, default=plain)
-    return (y, moments), (inputs, heads)
+    return (_held(y), moments), (inputs, y, heads)
 
 
-def _attend_backward(kept: tuple, upstream: tuple[jax.Array, jax.Array]) -> tuple:
+def _attend_backward(kept: tuple, back: tuple[Held, jax.Array]) -> tuple:
     """Nothing comes back through the moments: whoever takes them knows what they are of."""
 
-    def plain(inputs: tuple, heads: jax.Array, upstream: jax.Array) -> tuple:
-        return jax.vjp(_plain_attend, *inputs)[1](upstream)
+    def plain(inputs: tuple, y: jax.Array, heads: jax.Array, back: Held) -> tuple:
+        return jax.vjp(_plain_attend, *inputs)[1](_finished_clips(y, back))
 
     fast = _fast_attend_gradient
-    return jax.lax.platform_dependent(*kept, upstream[0], tpu=fast, default=plain)
+    return jax.lax.platform_dependent(*kept, back[0], tpu=fast, default=plain)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -684,7 +721,7 @@ def _fast_attend(
 
 
 def _fast_attend_gradient(
-    inputs: tuple, heads: jax.Array, upstream: jax.Array, interpret: bool = False
+    inputs: tuple, y: jax.Array, heads: jax.Array, back: Held, interpret: bool = False
 ) -> tuple:
     x, token, positions, norm, attn = inputs
     *_, num_heads, head_dim = attn['qkv']['kernel'].shape
@@ -696,7 +733,12 @@ def _fast_attend_gradient(
         run,
         _frames(x),
         (positions.astype(jnp.float32), norm, grouped),
-        beside=(_frames(token).astype(jnp.float32), heads, _frames(upstream)),
+        beside=(
+            _frames(token).astype(jnp.float32),
+            heads,
+            *map(_frames, (y, back.x, back.normed)),
+            back.rows,
+        ),
     )
 
     def joined(leaf: jax.Array, parts: jax.Array) -> jax.Array:
@@ -736,7 +778,7 @@ def attend_forward(
     positions, norm, grouped = weights
     frames, length, width = x.shape
     lanes = grouped['out'].shape[0]
-    step = _frames_together(x)
+    step = _attended(x, num_heads, head_dim)
     return _on_frames(
         functools.partial(_attend_kernel, num_heads=num_heads, head_dim=head_dim),
         'side_attention',
@@ -762,10 +804,6 @@ def attend_forward(
         transcendentals=num_heads * length * (length + 1),
         interpret=interpret,
     )
-
-
-def _frames_together(x: jax.Array) -> int:
-    return 2 if len(x) % 2 == 0 else 1
 
 
 def _standard_tokens(x: jax.Array, token_ref, positions_ref, tokens_ref) -> tuple[jax.Array, ...]:
@@ -824,7 +862,10 @@ def attend_gradient(
     x: jax.Array,
     token: jax.Array,
     heads: jax.Array,
+    y: jax.Array,
     upstream: jax.Array,
+    to_normed: jax.Array,
+    rows: jax.Array,
     weights: tuple[jax.Array, Tree, Tree],
     *,
     num_heads: int,
@@ -835,20 +876,24 @@ def attend_gradient(
 
     Args:
       heads: that it returned.
-      upstream: gradient of its result, (F, N, C) bfloat16.
+      y: its result.
+      upstream: what came back through it, as the next two, see `Held`; (F, N, C) bfloat16.
+      to_normed: likewise.
+      rows: (B, 4, C) float32.
 
     Returns:
       (F, N, C) bfloat16; (F, 1, C) float32; and float32, like `weights`, axis 0 to be summed over.
     """
     positions, norm, grouped = weights
     length, width = x.shape[1:]
-    lanes, step = grouped['out'].shape[0], _frames_together(x)
+    lanes = grouped['out'].shape[0]
+    step = _attended(x, num_heads, head_dim, clip=len(x) // len(rows))
     to_x, to_token, to_positions, to_scale, to_bias, to_qkv, to_qkv_bias, to_out, to_out_bias = (
         _on_frames(
             functools.partial(_attend_gradient_kernel, num_heads=num_heads, head_dim=head_dim),
             'side_attention_gradient',
-            (x, token, heads, upstream),
-            (),
+            (x, token, heads, y, upstream, to_normed),
+            (rows,),
             (
                 positions,
                 _row(norm['scale']),
@@ -891,7 +936,10 @@ def _attend_gradient_kernel(
     x_ref,
     token_ref,
     heads_ref,
+    y_ref,
     upstream_ref,
+    to_normed_ref,
+    rows_ref,
     positions_ref,
     scale_ref,
     shift_ref,
@@ -919,22 +967,24 @@ def _attend_gradient_kernel(
         to_positions_ref, to_scale_ref, to_shift_ref, to_qkv_ref, to_qkv_bias_ref, to_out_ref,
         to_out_bias_ref,
     )  # fmt: skip
+    rows, length = [rows_ref[0, i : i + 1] for i in range(4)], x_ref.shape[1]
     for f in range(len(x_ref)):
-        upstream, length = upstream_ref[f], x_ref.shape[1]
+        whole_upstream = _finished(y_ref[f], upstream_ref[f], to_normed_ref[f], rows)
+        upstream = whole_upstream.astype(x_ref.dtype)
         standard, inverse = _standard_tokens(
             x_ref[f], token_ref.at[f], positions_ref, tokens_ref.at[f]
         )
         z = (standard * scale_ref[...] + shift_ref[...]).astype(upstream.dtype)
         to_heads = product(upstream, _matrix(out_columns_ref[...])).astype(upstream.dtype)
         to_out_ref[0] += product(upstream, heads_ref[f], (0, 0))
-        to_out_bias_ref[0] += _column_sums(upstream)
+        to_out_bias_ref[0] += _column_sums(whole_upstream)
         for number, heads in _groups(num_heads, head_dim):
             projected = _queries_keys_values(z, qkv_ref, qkv_bias_ref, number)
             upstream_of_group = to_heads[:, number * LANES : (number + 1) * LANES]
             found = group_gradient(*projected, upstream_of_group, heads, head_dim)
             for i, gradient in enumerate(found):
-                lanes, rows = group_lanes(3 * number + i), len(gradient)
-                to_projected_ref[f, :rows, lanes] = gradient.astype(upstream.dtype)
+                lanes, count = group_lanes(3 * number + i), len(gradient)
+                to_projected_ref[f, :count, lanes] = gradient.astype(upstream.dtype)
                 to_qkv_bias_ref[0, :, lanes] += _column_sums(gradient)
             nothing = jnp.zeros((1, LANES), upstream.dtype)
             to_projected_ref[f, length:, group_lanes(3 * number)] = nothing
@@ -950,7 +1000,7 @@ def _attend_gradient_kernel(
         to_token_ref[f] = tokens_ref[f, length:]
         to_tokens = tokens_ref[f, :length]
         to_positions_ref[0] += to_tokens
-        to_x_ref[f] = (upstream.astype(jnp.float32) + to_tokens).astype(to_x_ref.dtype)
+        to_x_ref[f] = (whole_upstream + to_tokens).astype(to_x_ref.dtype)
 
 
 # Two maps with GELU between: parameters c_fc and c_proj, each with kernel and bias.
@@ -1047,7 +1097,7 @@ def _mlp_gradient_kernel(
     _start_sums(to_fc_ref, to_fc_bias_ref, to_proj_ref, to_proj_bias_ref)
     sums_ref[...] = jnp.zeros(sums_ref.shape, sums_ref.dtype)
 
-    def frame(i: jax.Array, _: None) -> None:
+    for i in range(len(x_ref)):
         x, upstream = x_ref[i], upstream_ref[i]
         standardised = _standardised(x, rows)
         z = _scaled(standardised, rows)
@@ -1063,8 +1113,6 @@ def _mlp_gradient_kernel(
         to_normed_ref[i] = to_normed.astype(to_normed_ref.dtype)
         sums_ref[0, 0:1] += _column_sums(to_normed)
         sums_ref[0, 1:2] += _column_sums(to_normed * standardised)
-
-    jax.lax.fori_loop(0, x_ref.shape[0], frame, None)
 
 
 def _mlp_bytes(x: jax.Array, mlp: Tree) -> int:

@@ -361,6 +361,7 @@ class SideLayer(nn.Module):
             branch: side_kernel.Branch,
             params: Tree,
             x: jax.Array,
+            held: side_kernel.Held | None = None,
             moments: side_kernel.Moments | None = None,
         ) -> tuple[jax.Array, jax.Array | None]:
             """x plus a branch, its norm before or behind it; and, to be recorded, the branch."""
@@ -370,24 +371,25 @@ class SideLayer(nn.Module):
             if self.record:
                 found = branch.plain(batch_norm(name, x), params)
                 return x + found, found
-            into = functools.partial(side_kernel.add, branch, params)
+            into = functools.partial(side_kernel.add, branch, params, held)
             return batch_norm(name, x, into, moments), None
 
         tap = Tap(width, self.post_norm, **inits['tap'], dtype=self.dtype, name='tap')(
             tapped['token'].shape[-1]
         )
         token = read(tap, split_batch(tapped['token']))
+        held = moments = None
         if taps is None:
-            patches = read(tap, split_batch(tapped['patches']))
-            u, of_clips = 0.5 * s + 0.5 * patches, None
+            u = 0.5 * s + 0.5 * read(tap, split_batch(tapped['patches']))
         else:
-            u, of_clips = side_kernel.mix(s, taps, tapped['layer'], tap['kernel'], tap['bias'])
+            held, moments = side_kernel.mix(s, taps, tapped['layer'], tap['kernel'], tap['bias'])
+            u = held.x
         u = mixed = mark(row_major(split_batch(u)), STREAM)
 
         moved = None
         if self.temporal_conv:
             conv = TemporalConv(**inits['conv'], dtype=self.dtype, name='conv')(width)
-            u, moved = add('bn_1', side_kernel.CONV, conv, u, of_clips)
+            u, moved = add('bn_1', side_kernel.CONV, conv, u, held, moments)
             u = mark(row_major(u), STREAM)
 
         shifted = shift_class_token(token) if self.class_token_shift else token
@@ -397,19 +399,20 @@ class SideLayer(nn.Module):
             looked_at = looked_at + positions[places:]
         norm = Scale(name='ln')(width)
         attn = FrameAttention(**inits['attn'], name='attn')(width)
-        looking, seen, moments = (u, looked_at, positions[:places]), None, None
+        looking, seen, held, moments = (u, looked_at, positions[:places]), None, None, None
         if self.post_norm:
             seen = side_kernel.looks_at(*looking, None, attn)
             u = u + layer_norm(seen, norm['scale'], norm['bias'])
-        elif self.record:
+        elif self.record or not side_kernel.attention_fits(u, attn):
             seen = side_kernel.looks_at(*looking, norm, attn)
             u = u + seen
         else:
-            u, moments = side_kernel.attend(*looking, norm, attn)
+            held, moments = side_kernel.attend(*looking, norm, attn)
+            u = held.x
         u = mark(row_major(u), STREAM)
 
         mlp = SideMlp(self.mlp_hidden, **inits['mlp'], dtype=self.dtype, name='mlp')(width)
-        s = row_major(add('bn_2', side_kernel.MLP, mlp, u, moments)[0])
+        s = row_major(add('bn_2', side_kernel.MLP, mlp, u, held, moments)[0])
         if not self.record:
             return s, None
         recorded = {'mixed': mixed, 'conv': moved, 'attn': seen, 'stream': s}

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dist_jax.models import batch_norm, side_kernel
+from dist_jax.models import batch_norm, side_kernel, side_network
 from dist_jax.models.batch_norm import Norm
 
 # Nothing fills registers: clips, frames, tokens, channels, hidden channels.
-CLIPS, FRAMES, TOKENS, WIDTH, HIDDEN = 4, 3, 13, 72, 136
+CLIPS, FRAMES, TOKENS, WIDTH, HIDDEN = 4, 4, 13, 72, 136
 BRANCHES = {'MLP': side_kernel.MLP, 'convolution': side_kernel.CONV}
 
 
@@ -62,19 +62,31 @@ def found(name, form):
     if form == 'exact':
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
-    @jax.jit
-    def run(x, norm, params, upstream):
-        if form != 'kernel':
-            y, pull = jax.vjp(functools.partial(side_kernel._plain, branch), x, norm, params)
-            to_x, to_norm, to_params = pull(upstream)
-        else:
-            y = side_kernel._fast(branch, x, norm, params, interpret=True)
-            to_x, to_norm, to_params = side_kernel._fast_gradient(
-                branch, x, norm, params, upstream, interpret=True
-            )
-        return y, to_x, {'scale': to_norm.scale, 'bias': to_norm.bias}, to_params
+    def kernels(x, norm, params):
+        return side_kernel._add(branch, side_kernel.hold(x), norm, params)
 
-    return run((2 * x + 1).astype(dtype), norm, params, upstream.astype(dtype))
+    plain = functools.partial(side_kernel._plain, branch)
+    inputs = (2 * x + 1).astype(dtype), norm, params
+    y, (to_x, to_norm, to_params) = pulled(form, kernels, plain, inputs, upstream.astype(dtype))
+    return y, to_x, to_norm.scale, to_norm.bias, to_params
+
+
+def pulled(form, kernels, plain, inputs, upstream):
+    """Result and gradient of a function that takes kernels on TPU, or of its plain form."""
+
+    @jax.jit
+    def run(inputs, upstream):
+        y, pull = jax.vjp(kernels if form == 'kernel' else plain, *inputs)
+        return y, pull(upstream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if form == 'kernel':
+            patch.setattr(jax.lax, 'platform_dependent', interpreted)
+        return run(inputs, upstream)
+
+
+def interpreted(*inputs, tpu, default):
+    return tpu(*inputs, interpret=True)
 
 
 def rounded(tree):
@@ -107,18 +119,16 @@ def seen(heads, form):
     if form == 'exact':
         inputs, upstream = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, upstream))
 
-    @jax.jit
-    def run(inputs, upstream):
-        if form != 'kernel':
-            y, pull = jax.vjp(side_kernel._plain_attend, *inputs)
-            return (y, batch_norm._clip_statistics(y)), pull(upstream)
-        y, kept, moments = side_kernel._fast_attend(*inputs, interpret=True)
-        return (
-            y,
-            side_kernel._clip_moments(moments, CLIPS, TOKENS),
-        ), side_kernel._fast_attend_gradient(inputs, kept, upstream, interpret=True)
+    def kernels(*inputs):
+        held, moments = side_kernel.attend(*inputs)
+        return held.x, moments
 
-    return run(inputs, upstream)
+    def plain(*inputs):
+        y = side_kernel._plain_attend(*inputs)
+        return y, batch_norm._clip_statistics(y)
+
+    nothing = (jnp.zeros((CLIPS, 64 * heads)),) * 2
+    return pulled(form, kernels, plain, inputs, (upstream, nothing))
 
 
 @functools.cache
@@ -137,21 +147,68 @@ def mixed(layer, form):
         wide = (x.astype(jnp.float32) for x in (s, taps, kernel, bias, upstream))
         s, taps, kernel, bias, upstream = wide
 
-    @jax.jit
-    def run(s, taps, kernel, bias, upstream):
-        inputs = s, taps, jnp.int32(layer), kernel, bias
-        if form == 'kernel':
-            u, moments = side_kernel._fast_mix(*inputs, interpret=True)
-            found = side_kernel._fast_mix_gradient(*inputs, upstream, interpret=True)
-            return (u, side_kernel._clip_moments(moments, CLIPS, TOKENS)), found
-        u = side_kernel._plain_mix(*inputs)
-        to_s, _, _, *rest = side_kernel._mix_backward(inputs, (upstream, None))
-        return (u, batch_norm._clip_statistics(u)), (to_s, *rest)
+    def kernels(s, kernel, bias):
+        held, moments = side_kernel.mix(s, taps, jnp.int32(layer), kernel, bias)
+        return held.x, moments
 
-    return run(s, taps, kernel, bias, upstream)
+    def plain(s, kernel, bias):
+        u = side_kernel._plain_mix(s, taps, jnp.int32(layer), kernel, bias)
+        return u, batch_norm._clip_statistics(u)
+
+    nothing = (jnp.zeros((CLIPS, WIDTH)),) * 2
+    return pulled(form, kernels, plain, (s, kernel, bias), (upstream, nothing))
 
 
-CASES = [*((found, name) for name in BRANCHES), *((seen, heads) for heads in (1, 3)), (mixed, 1)]
+@functools.cache
+def together(layer, form):
+    """As `found`: taps, the convolution, attention and the MLP, with norms of their statistics."""
+    options = {'mlp_hidden': 136, 'post_norm': False, 'groups': 2, 'train': True, 'record': False}
+    options |= {'retrieval': False, 'temporal_conv': True, 'class_token_shift': True}
+    dtype = jnp.float32 if form == 'exact' else jnp.bfloat16
+    s, token, taps, upstream = (
+        leaf.astype(dtype)
+        for leaf in rounded(
+            (
+                values(50, CLIPS, FRAMES, TOKENS, 64),
+                values(51, CLIPS, FRAMES, 48),
+                values(52, 3, CLIPS, FRAMES, TOKENS, 48),
+                values(53, CLIPS, FRAMES, TOKENS, 64),
+            )
+        )
+    )
+    positions, mask = values(54, TOKENS, 64), jnp.array([1, 1, 0, 1])
+    net = side_network.SideLayer(dtype=dtype, **options)
+    stacked = {'token': token, 'layer': jnp.int32(layer)}, positions, mask, taps
+    sliced = {'token': token, 'patches': taps[layer]}, positions, mask, None
+    rest = stacked if form == 'kernel' else sliced
+    params = jax.eval_shape(net.init, jax.random.key(0), s, *rest)['params']
+    params = jax.tree.map(
+        lambda leaf: (
+            values(sum(leaf.shape), *leaf.shape, scale=(leaf.size / leaf.shape[-1]) ** -0.5)
+            .astype(jnp.bfloat16)
+            .astype(jnp.float32)
+        ),
+        params,
+    )
+
+    def run(s, params):
+        (s, _), stats = net.apply({'params': params}, s, *rest, mutable=['batch_stats'])
+        return s, stats['batch_stats']
+
+    shape = jax.eval_shape(run, s, params)[1]
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+    with pytest.MonkeyPatch.context() as patch:
+        if form != 'kernel':
+            patch.setattr(side_kernel, 'kernels_take', lambda x: False)
+        return pulled(form, run, run, (s, params), (upstream, nothing))
+
+
+CASES = [
+    *((found, name) for name in BRANCHES),
+    *((seen, heads) for heads in (1, 3)),
+    (mixed, 1),
+    (together, 2),
+]
 
 
 @pytest.mark.parametrize(('run', 'case'), CASES)
@@ -161,7 +218,8 @@ def test_kernels_are_as_near_to_float32_as_the_plain_form(run, case):
     forms = (jax.tree.leaves(run(case, form)) for form in ('kernel', 'plain'))
     for (path, true), mine, usual in zip(exact, *forms, strict=True):
         assert mine.dtype == usual.dtype, path
-        errors = [np.abs(np.asarray(x, np.float32) - true).mean() for x in (mine, usual)]
+        mine, usual, true = (np.asarray(x, np.float32) for x in (mine, usual, true))
+        errors = [np.abs(x - true).mean() for x in (mine, usual)]
         assert errors[0] <= 1.1 * errors[1], (path, errors)
         assert errors[0] <= 0.01 * np.abs(true).max(), path
 
@@ -172,7 +230,7 @@ def test_taps_have_a_gradient_too():
     rest = jnp.int32(2), values(7, 6, 8), values(8, 8)
 
     def ours(s, taps):
-        return side_kernel._mix(s, taps, *rest)[0].sum()
+        return side_kernel._mix(s, taps, *rest)[0].x.sum()
 
     def plain(s, taps):
         return side_kernel._plain_mix(s, taps, *rest).sum()

@@ -303,7 +303,8 @@ def _side_attention(
         return functools.partial(side_kernel.attend_forward, **size), (x, token, weights)
     found = _array(frames, tokens, _lanes(heads, head_dim))
     function = functools.partial(side_kernel.attend_gradient, **size)
-    return function, (x, token, found, x, weights)
+    rows = _array(frames // CLIP, 4, width, dtype=jnp.float32)
+    return function, (x, token, found, x, x, x, rows, weights)
 
 
 def _side_tap(frames: int, tokens: int, tapped: int, width: int, gradient: bool = False):
@@ -311,13 +312,9 @@ def _side_tap(frames: int, tokens: int, tapped: int, width: int, gradient: bool 
     taps = _array(2, frames // CLIP, CLIP, tokens, tapped)
     layer = _array(dtype=jnp.int32)
     if gradient:
-        return side_kernel.mix_gradient, (s, taps, layer)
+        rows = _array(frames // CLIP, 4, width, dtype=jnp.float32)
+        return side_kernel.mix_gradient, (s, taps, s, s, rows, layer)
     return side_kernel.mix_forward, (s, taps, layer, _array(tapped, width), _array(width))
-
-
-def _side_norm_gradient(frames: int, tokens: int, width: int):
-    rows = _array(frames // CLIP, 4, width, dtype=jnp.float32)
-    return side_kernel.norm_gradient, (*(_array(frames, tokens, width),) * 3, rows)
 
 
 # B/32 and B/16, and the light one.
@@ -403,10 +400,6 @@ KERNELS: dict[str, Kernel] = {
     'side_attention': Kernel(_side_attention, SIDE_ATTENTIONS),
     'side_attention_gradient': Kernel(
         functools.partial(_side_attention, gradient=True), SIDE_ATTENTIONS
-    ),
-    'side_norm_gradient': Kernel(
-        _side_norm_gradient,
-        tuple({'tokens': size['tokens'], 'width': size['width']} for size in SIDE_MLPS),
     ),
     'side_mlp': Kernel(_side_mlp, SIDE_MLPS),
     'side_mlp_gradient': Kernel(functools.partial(_side_mlp, gradient=True), SIDE_MLPS),
