@@ -39,16 +39,8 @@ Tree = Any
 Refs = Mapping[str, Any]
 
 MIXED = 'mixed'  # the name under which M is kept, see `stack.mark`
-WORDS = (
-    'shifted',
-    'upstream',
-    'z',
-    'dz',
-    'g',
-    'da',
-    'dg',
-    'dm',
-)  # scratch of rows as products want them, see `_words`
+# Scratch of rows as products want them, see `_words`.
+WORDS = ('shifted', 'upstream', 'z', 'dz', 'g', 'da', 'dg', 'dm')
 SPILLED = 2**20  # bytes of VMEM that compiled kernels take besides what they ask for
 # Stages of the kernels in turn, each of which goes on from where it was. The matrix units work in
 # this order: between two parts of a stage, where the vector unit computes what the second begins
@@ -62,7 +54,7 @@ STEEP = 0.851  # quick_gelu(x) = (v + v tanh v) / (2 STEEP) for v = STEEP x
 
 
 class Sizes(NamedTuple):
-    """Of a block; what has to fill lanes is there without and with what fills them up.
+    """Of a block.
 
     Attributes:
       clip: t, frames of a clip.
@@ -455,7 +447,6 @@ def _forward_scratch(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     return {
         'shift': (sizes.alpha, rows, LANES),
         'shift_back': (rows, LANES),
-        'bias': wide,
         'u': wide,
         'f': (sizes.reach + 1, *wide),
         'g': (sizes.ring + 1, whole(rows, 2 * SUBLANES) // 2, LANES),
@@ -556,13 +547,12 @@ def _call(
 def _forward_kernel(refs: Refs, *, sizes: Sizes, last: bool, each: int) -> None:
     """One step: what a frame needs of itself alone, and the temporal FFN of one before it."""
     step = pl.program_id(1)
-    lag, rows = sizes.reach + 1, sizes.tokens
+    lag = sizes.reach + 1
 
     @pl.when(step == 0)
     def _() -> None:
         refs['shift'][...] = jnp.zeros(refs['shift'].shape, jnp.float32)
         refs['g'][sizes.ring] = jnp.zeros(refs['g'].shape[1:], jnp.uint32)
-        refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], (rows, sizes.channels))
 
     stages = {
         # Steps behind the last frame write its U and M again.
@@ -639,11 +629,13 @@ def _shifted(ref, x: jax.Array, sizes: Sizes) -> jax.Array:
 
 def _exchanged(refs: Refs, shifted: list[jax.Array], frame: jax.Array, sizes: Sizes) -> jax.Array:
     """What the temporal stream gives to the integration branch, (L, C)."""
-    refs['bias'][:1] = refs['cls'][_modulo(frame, sizes.clip)]
-    given = refs['bias'][...]
+    bias, cls = refs['bk'][...], refs['cls'][_modulo(frame, sizes.clip)]
+    given = bias
     for a, x in enumerate(shifted):
         given = given + product(x, _matrix(refs['k'][a]))
-    return given
+    first = given[:SUBLANES]  # the class row is in it, to which patches give nothing
+    row = jax.lax.broadcasted_iota(jnp.int32, first.shape, 0)
+    return jnp.concatenate([jnp.where(row == 0, cls, first), given[SUBLANES:]])
 
 
 def _standardised(u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -741,7 +733,7 @@ def _backward_on_device(
 
 
 def _backward_scratch(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    wide, narrow = (sizes.tokens, sizes.channels), (sizes.tokens, LANES)
+    narrow = (sizes.tokens, LANES)
     half = whole(sizes.tokens, 2 * SUBLANES) // 2
     words, few = (half, sizes.channels), (half, LANES)
     lags = Lags.of(sizes)
@@ -750,7 +742,6 @@ def _backward_scratch(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         'shift': (sizes.alpha, *narrow),
         'shift_out': narrow,
         'shift_back': (sizes.alpha, *narrow),
-        'bias': wide,
         'shifted': (kept, sizes.alpha, *few),
         'z': (kept, *words),
         'factor': (kept, sizes.tokens, 1),
@@ -823,7 +814,6 @@ def _backward_kernel(
                 refs[name][...] = jnp.zeros(refs[name].shape, jnp.float32)
             for name in ('g', 'dg'):
                 refs[name][sizes.ring] = jnp.zeros(refs[name].shape[1:], jnp.uint32)
-            refs['bias'][...] = jnp.broadcast_to(refs['bk'][...], refs['bias'].shape)
 
     # The last step but one writes the last frame, and the last the same again.
     left = jnp.minimum(step - lags.mixing, each - 1)
