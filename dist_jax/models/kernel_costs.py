@@ -207,17 +207,12 @@ def _side_attention_gradient(tokens: int, width: int, heads: int, head_dim: int)
 
 
 def _side_tap(tokens: int, tapped: int, width: int) -> Work:
-    return {
-        'products': _products(tokens, (tapped, width)),
-        'registers': _registers(tokens, width),
-    }
+    """A frame begins and ends on its own."""
+    return {'products': _products(tokens, (tapped, width)), 'frame': 1}
 
 
 def _side_tap_gradient(tokens: int, tapped: int, width: int) -> Work:
-    return {
-        'products': _products(width, (tokens, tapped)),
-        'registers': _registers(tokens, width),
-    }
+    return {'products': _products(width, (tokens, tapped)), 'frame': 1}
 
 
 def _read_clip(tokens: int, width: int, heads: int, gradient: bool = False) -> Work:
