@@ -1,4 +1,4 @@
-"""Kernels of the side network's layers for TPU: branches behind a norm of the batch.
+"""Kernels of the side network's layers for TPU: taps, and branches with their norms.
 
 Left to the compiler, what lies between the maps of a branch is written and read several times,
 and the gradients of weights, biases and norms take passes of their own. Here a few frames are read
