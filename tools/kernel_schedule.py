@@ -4,6 +4,7 @@
     python -m tools.kernel_schedule --check                            # against the compiler
     python -m tools.kernel_schedule --check --only residual_mlp --only frame_attention:tokens=197
     python -m tools.kernel_schedule --write                            # measured anew
+    python -m tools.kernel_schedule --page                             # docs/performance.md alone
 
 The table holds bundles (cycles of one core) of a frame at the shapes that configs use; kernels
 declare it as their cost, and `dist_jax plan` counts it. `--check` fails where the two differ by
@@ -27,10 +28,13 @@ from rich.table import Table
 from dist_jax.json_file import write_json
 from dist_jax.models import kernel_costs
 from input_pipeline.escape import Console
+from tools import generated
 from tools.scheduling import cases
 from tools.scheduling import compile as compiling
 from tools.scheduling.cases import KERNELS
 
+TOOL = 'tools.kernel_schedule'
+PAGE = Path(__file__).parents[1] / 'docs' / 'performance.md'
 TOLERANCE = 0.03  # between declared and compiled
 Row = dict[str, Any]
 
@@ -38,13 +42,14 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog='python -m tools.kernel_schedule',
+        prog=f'python -m {TOOL}',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--check', action='store_true', help='compile, compare, fail beyond 3 %%')
-    what.add_argument('--write', action='store_true', help='compile and write the table')
+    what.add_argument('--write', action='store_true', help='compile, write table and page')
+    what.add_argument('--page', action='store_true', help='write the table into the docs')
     parser.add_argument(
         '--only',
         action='append',
@@ -57,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = choose(arguments.only)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.page:
+        write_page()
+        return 0
     if not (arguments.check or arguments.write):
         Console().print(_table(declared(wanted), 'declared'))
         return 0
@@ -64,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = list(track(found, 'compiling', total=len(wanted)))
     if arguments.write:
         write(rows)
+        write_page()
     Console().print(_table(rows, 'compiled'))
     worst = max(abs(one) for row in rows for one in deviations(row))
     print(f'declared and compiled differ by at most {100 * worst:.1f} %')
@@ -128,6 +137,28 @@ def write(rows: Sequence[Row]) -> None:
         table['kernels'][name] = fit(name, here) | {'rows': here}
     write_json(Path(kernel_costs.__file__).with_name(kernel_costs.FILE), table)
     kernel_costs.table.cache_clear()
+
+
+def write_page(page: Path = PAGE) -> None:
+    """Renews the table of docs/performance.md, of what is declared."""
+    versions, rows = kernel_costs.table()['versions'], declared(choose(()))
+    header = ['kernel', 'shape', 'bundles', 'products', 'busiest unit', 'fills', 'kB']
+    lines = []
+    for row in rows:
+        lines.append(
+            [
+                f'`{row["kernel"]}`',
+                _words(row['shape']).replace(',', ', '),
+                f'{row["bundles"]:,.0f}',
+                f'{row["products"]:,.0f}',
+                f'{row["unit"]} {100 * row["busy"]:.0f} %',
+                f'{100 * row["spills"]:.0f} %',
+                f'{row["bytes"] / 1e3:,.0f}',
+            ]
+        )
+    said = f'Of a frame, by jax {versions["jax"]} and libtpu {versions["libtpu"]}:'
+    text = f'{said}\n\n{generated.table(header, lines)}'
+    generated.write(page, TOOL, {'kernels': text})
 
 
 def fit(kernel: str, rows: Sequence[Row]) -> Row:

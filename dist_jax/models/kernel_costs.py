@@ -95,6 +95,12 @@ def _mean_attention(tokens: int, heads: int, head_dim: int) -> Work:
     }
 
 
+def _frame_attention(tokens: int, queries: int, heads: int, head_dim: int) -> Work:
+    """Two groups at a time, where they have room."""
+    work = _attention(tokens, queries, heads, head_dim)
+    return {'products': work['products'], 'turns': math.ceil(work['groups'] / 2)}
+
+
 def _residual_attention(tokens: int, width: int, heads: int, head_dim: int) -> Work:
     inner = heads * head_dim
     work = _attention(tokens, tokens, heads, head_dim)
@@ -227,7 +233,7 @@ def _read_clip(tokens: int, width: int, heads: int, gradient: bool = False) -> W
 
 # Kernel -> its shape -> the work of a frame that its time is proportional to, by kind.
 WORK: dict[str, Callable[..., Work]] = {
-    'frame_attention': _attention,
+    'frame_attention': _frame_attention,
     'frame_attention_gradient': functools.partial(_attention, passes=4),
     'residual_attention': _residual_attention,
     'tapped_attention': _residual_attention,

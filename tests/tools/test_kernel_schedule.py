@@ -3,7 +3,7 @@
 import pytest
 
 from dist_jax.models import kernel_costs
-from tools import kernel_schedule
+from tools import generated, kernel_schedule
 from tools.scheduling import bundles, cases
 from tools.scheduling import compile as compiling
 
@@ -68,7 +68,7 @@ def test_the_table_has_every_kernel_and_shape():
         (row,) = kernel_schedule.declared([(kernel, shape)])
         assert row['bundles'] >= row['products']
         assert max(map(abs, kernel_schedule.deviations(row))) < kernel_schedule.TOLERANCE
-    assert all(k['formula_error'] < 0.1 for k in kernel_costs.table()['kernels'].values())
+    assert all(k['formula_error'] < 0.15 for k in kernel_costs.table()['kernels'].values())
 
 
 def test_other_shapes_go_by_the_formula():
@@ -111,3 +111,14 @@ def test_compiled_schedules_are_those_declared():
         bundles_off, bytes_off = kernel_schedule.deviations(row)
         assert abs(bundles_off) < kernel_schedule.TOLERANCE, row
         assert abs(bytes_off) < kernel_schedule.TOLERANCE, row
+
+
+def test_the_page_has_the_table(tmp_path):
+    page = tmp_path / 'performance.md'
+    start = generated.begin(kernel_schedule.TOOL, 'kernels')
+    page.write_text(f'Before.\n\n{start}\n{generated.END}\n')
+    kernel_schedule.write_page(page)
+    lines = page.read_text().splitlines()
+    rows = [line for line in lines if line.startswith('| `')]
+    assert len(rows) == sum(len(kernel.shapes) for kernel in cases.KERNELS.values())
+    assert kernel_schedule.PAGE.read_text().count('\n'.join(rows)) == 1  # as it is in the docs
