@@ -71,7 +71,7 @@ def _held(frames: int, cut: bool, places: int, kernel_size: int) -> int:
     half = kernel_size // 2
     around = (6 * half) * cut  # of x and its gradient
     blocks = 2 * 2 * (3 * frames + around) * whole(places, 2 * SUBLANES)
-    rings = 4 * (2 * kernel_size + half + 1) * whole(places, SUBLANES)
+    rings = 4 * (2 * kernel_size + half + 5) * whole(places, SUBLANES)
     rims = 4 * 6 * _rim(places)[1]
     values = 4 * 30 * whole(places, SUBLANES)
     weights = (kernel_size + 9) * LANES * (2 * 2 + 2 * 4)
@@ -149,59 +149,52 @@ def temporal_net_gradient(
     sums = [(size, hidden, channels), (9, hidden, channels), (1, channels), (1, channels)]
     sums += [(1, hidden), (1, channels)]
     _, rows = _rim(places)
-    clip = (clips, frames, places, channels)
 
     def at(windows: pl.BlockSpec) -> pl.BlockSpec:
         index = windows.index_map
         return pl.BlockSpec(windows.block_shape, lambda p, b, c: index(p * each + b, c))
 
-    kernels_time, kernels_space, scale, shift, bias_time, bias_space, dx = _last_first(
-        pl.pallas_call(
-            functools.partial(_gradient_kernel, frames=frames),
-            grid=(parts, each, frames // some),
-            in_specs=[
-                at(_windows(some, 2 * half * cut, clip)),
-                at(_windows(some, half * cut, clip)),
-                *map(_stays, weights),
-            ],
-            out_specs=[
-                pl.BlockSpec((1, some, places, channels), lambda p, b, c: (p * each + b, c, 0, 0)),
-                *(
-                    pl.BlockSpec((1, *shape), lambda p, b, c, n=shape: (p, *(0 for _ in n)))
-                    for shape in sums
-                ),
-            ],
-            out_shape=[
-                jax.ShapeDtypeStruct(x.shape, x.dtype),
-                *(jax.ShapeDtypeStruct((parts, *shape), jnp.float32) for shape in sums),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((size + 1, places, channels), jnp.float32),
-                pltpu.VMEM((places, hidden), jnp.float32),
-                pltpu.VMEM((places, hidden), jnp.float32),
-                pltpu.VMEM((3, rows, LANES), jnp.float32),
-                pltpu.VMEM((3, rows, LANES), jnp.float32),
-                pltpu.VMEM((size, places, hidden), jnp.float32),
-                pltpu.VMEM((half + 2, places, channels), jnp.float32),
-            ],
-            compiler_params=_options(3),
-            cost_estimate=_cost('temporal_net_gradient', x.shape, params, arrays=3),
-            interpret=interpret,
-            name='temporal_net_gradient',
-        )(x, upstream, *weights)
-    )
+    dx, of_time, of_space, scale, shift, bias_time, bias_space = pl.pallas_call(
+        functools.partial(_gradient_kernel, frames=frames),
+        grid=(parts, each, frames // some),
+        in_specs=[
+            at(_windows(some, 2 * half * cut, x.shape)),
+            at(_windows(some, half * cut, x.shape)),
+            *map(_stays, weights),
+        ],
+        out_specs=[
+            pl.BlockSpec((1, some, places, channels), lambda p, b, c: (p * each + b, c, 0, 0)),
+            *(
+                pl.BlockSpec((1, *shape), lambda p, b, c, n=shape: (p, *(0 for _ in n)))
+                for shape in sums
+            ),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            *(jax.ShapeDtypeStruct((parts, *shape), jnp.float32) for shape in sums),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((size + 1, places, channels), jnp.float32),
+            pltpu.VMEM((places, hidden), jnp.float32),
+            pltpu.VMEM((places, hidden), jnp.float32),
+            pltpu.VMEM((3, rows, LANES), jnp.float32),
+            pltpu.VMEM((3, rows, LANES), jnp.float32),
+            pltpu.VMEM((size, places, hidden), jnp.float32),
+            pltpu.VMEM((half + 2, places, channels), jnp.float32),
+        ],
+        compiler_params=_options(3),
+        cost_estimate=_cost('temporal_net_gradient', x.shape, params, arrays=3),
+        interpret=interpret,
+        name='temporal_net_gradient',
+    )(x, upstream, *weights)
     return dx, {
         'ln': {'scale': scale, 'bias': shift},
-        'c_fc1': {'kernel': jnp.swapaxes(kernels_time, 2, 3), 'bias': bias_time},
+        'c_fc1': {'kernel': jnp.swapaxes(of_time, 2, 3), 'bias': bias_time},
         'c_fc2': {
-            'kernel': kernels_space.reshape(parts, 3, 3, hidden, channels),
+            'kernel': of_space.reshape(parts, 3, 3, hidden, channels),
             'bias': bias_space,
         },
     }
-
-
-def _last_first(found: list[jax.Array]) -> tuple[jax.Array, ...]:
-    return *found[1:], found[0]
 
 
 def _weights(params: Tree, dtype: Any) -> tuple[jax.Array, ...]:
