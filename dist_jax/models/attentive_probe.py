@@ -153,7 +153,7 @@ class ProbeNet(nn.Module):
             train=train,
             dtype=self.dtype,
             name='layer',
-        )(jnp.broadcast_to(query, (batch, width)), features)
+        )(jnp.broadcast_to(query, (batch, width)), 0, {'outputs': features['outputs'][None]})
         embedding = LayerNorm(name='head_norm')(x)
         if self.embed_dim:
             init = nn.initializers.normal(width**-0.5)

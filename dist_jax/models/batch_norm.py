@@ -222,7 +222,7 @@ def gradient_of_norm(
     """
     # What the mean and the variance pass on to every value that is in them.
     by_mean, by_variance = (
-        _rows(_group_sums(each, norm.groups), len(norm.mean)) * norm.share for each in sums
+        _rows(_group_sums(each, norm.groups), norm.mean.shape[0]) * norm.share for each in sums
     )
     factor = jax.lax.rsqrt(norm.variance + norm.eps) * norm.scale
     bias, scale = (each.sum(0).astype(norm.scale.dtype) for each in sums)
@@ -238,4 +238,4 @@ def standardised(x: jax.Array, norm: Norm) -> jax.Array:
 
 def _beside(rows: jax.Array, x: jax.Array) -> jax.Array:
     """(B, C) -> (B, 1, ..., 1, C), beside x."""
-    return rows.reshape(len(x), *[1] * (x.ndim - 2), x.shape[-1])
+    return rows.reshape(x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
