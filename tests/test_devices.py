@@ -267,8 +267,9 @@ for devices in (meshes['dist', 'one'], meshes['dist', (2, 2, 2)]):
                                     mixup.Mixing(cutmix_alpha=1.0))))
 jax.tree.map(np.testing.assert_array_equal, *found)
 mixed, (target,) = found[1]
-assert (mixed[0] != host['video'][0]).any() and target[0].sum() == 1
-np.testing.assert_array_equal(mixed[5], host['video'][5])  # its partner is a bad video
+rows = host['video'].reshape(mixed.shape)
+assert (mixed[0] != rows[0]).any() and target[0].sum() == 1
+np.testing.assert_array_equal(mixed[5], rows[5])  # its partner is a bad video
 print('mixing: equal')
 
 one, eight, mixed = (meshes['dist', size] for size in ('one', (8, 1, 1), (2, 2, 2)))
