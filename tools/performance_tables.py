@@ -6,7 +6,7 @@
     python -m tools.performance_tables --table                       # no compiling
 
 Compiles each step as `dist_jax plan` does and keeps its figures, with the versions that made them,
-in docs/performance.json. A program takes minutes on two cores, and is kept where `dist_jax plan`
+in docs/performance.json; draws those of v4 beside what they were and should be (docs/steps.png). A program takes minutes on two cores, and is kept where `dist_jax plan`
 keeps its programs: what has not changed is not compiled again.
 """
 
@@ -35,6 +35,20 @@ STEPS = {
     'evl-b16': ('EVL B/16 8', 'evl:b16_8f_k400', 32),
     'side4video-b16': ('Side4Video B/16 8', 'side4video:b16_8f_k400', 32),
     'dist-l14': ('DiST L/14 32+64', 'dist:l14_32+64f_k400', 8),
+}
+# M cycles and GiB of temporaries on v4: before the trained parts were kernels, and the goals.
+# The goals of L/14: four fifths of the cycles, no more memory.
+BEFORE = {
+    'dist-b16': (189, 3.16),
+    'evl-b16': (142, 1.79),
+    'side4video-b16': (229, 3.8),
+    'dist-l14': (594, 11.8),
+}
+GOALS = {
+    'dist-b16': (115, 2.4),
+    'evl-b16': (105, None),
+    'side4video-b16': (170, None),
+    'dist-l14': (475, 11.8),
 }
 TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2'}
 KEPT = (
@@ -203,14 +217,43 @@ def of_readme(known: dict[str, Figures]) -> str:
     return f'{generated.table(header, lines)}\n\n{said}'
 
 
+def draw(known: dict[str, Figures], path: Path) -> None:
+    """Steps on v4 as bars: what they were, what they should be, what they are."""
+    from matplotlib.figure import Figure
+
+    steps = [step for step in STEPS if known.get(f'{step}@v4', {}).get('fits')]
+    now = {
+        step: (known[f'{step}@v4']['estimated_cycles'] / 1e6, known[f'{step}@v4']['temp_bytes'] / GIB)
+        for step in steps
+    }
+    figure = Figure(figsize=(10, 3.4), layout='constrained')
+    titles = ('M cycles of a step', 'GiB of temporaries')
+    for kind, (axes, title) in enumerate(zip(figure.subplots(1, 2), titles)):
+        for shift, (label, colour, found) in enumerate(
+            [('before', '#b0b0b0', BEFORE), ('goal', '#e3c16f', GOALS), ('now', '#3b6fb6', now)]
+        ):
+            values = [found[step][kind] for step in steps]
+            places = [k + 0.27 * (shift - 1) for k, one in enumerate(values) if one is not None]
+            bars = axes.bar(
+                places, [one for one in values if one is not None], 0.25, color=colour, label=label
+            )
+            axes.bar_label(bars, fmt='%.3g', fontsize=8)
+        axes.set_xticks(range(len(steps)), [STEPS[step][0] for step in steps], fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def write_pages(known: dict[str, Figures], root: Path = ROOT) -> None:
-    """Renews both pages.
+    """Renews both pages, and the picture.
 
     Raises:
       ValueError: a page lacks the comments that its part stands between.
     """
     generated.write(root / 'docs' / 'performance.md', TOOL, {'steps': of_page(known)})
     generated.write(root / 'README.md', TOOL, {'steps': of_readme(known)})
+    draw(known, root / 'docs' / 'steps.png')
 
 
 def main(argv: Sequence[str]) -> int:
