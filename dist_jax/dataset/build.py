@@ -75,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
     add = more.add_argument
     add('--short_side', type=int, default=0, metavar='PIXELS', help='encode anew, at this size')
     add('--keyframe_interval', type=int, default=default.keyframe_interval, metavar='FRAMES')
-    add('--crf', type=int, default=default.crf, help='quality: h264 0 to 51, jpeg 2 to 31')
-    add('--codec', choices=CODECS, default=default.codec, help='jpeg: every frame a key frame')
+    add('--crf', type=int, default=default.crf, help='quality: h264 0 to 51, others 2 to 31')
+    about = 'mpeg4: cheaper to decode (--crf 2); jpeg: every frame a key frame (--crf 4)'
+    add('--codec', choices=CODECS, default=default.codec, help=about)
     add('--records_per_shard', type=int, default=default.records_per_shard, metavar='N')
     add('--full_check', action='store_true', help='decode every frame of files kept as they are')
     add('--frame_rate', type=float, default=0.0, help="of frame folders (default: the set's own)")

@@ -19,7 +19,7 @@ def _read(source):
         return video.frames(np.arange(video.num_frames)), video.times, video.fps
 
 
-@pytest.mark.parametrize('codec, crf', [('h264', 12), ('jpeg', 2)])
+@pytest.mark.parametrize('codec, crf', [('h264', 12), ('mpeg4', 2), ('jpeg', 2)])
 @pytest.mark.parametrize(
     'name, options',
     [
@@ -47,15 +47,16 @@ def test_keeps_pictures_and_times_at_the_new_size(tmp_path, codec, crf, name, op
     assert transcode(path.read_bytes(), 48, 8, crf, codec) == content
 
 
-def test_key_frames_stand_where_they_were_asked_for(tmp_path):
+@pytest.mark.parametrize('codec', ['h264', 'mpeg4'])
+def test_key_frames_stand_where_they_were_asked_for(tmp_path, codec):
     path = write_video(tmp_path / 'a.mp4', gop=250)
-    with av.open(io.BytesIO(transcode(str(path), 32, 8, 23))) as container:
+    with av.open(io.BytesIO(transcode(str(path), 32, 8, 23, codec))) as container:
         assert not container.streams.video[0].codec_context.has_b_frames
         keys = [k for k, packet in enumerate(container.demux(video=0)) if packet.is_keyframe]
     assert keys == [0, 8, 16, 24, 32]
 
 
-@pytest.mark.parametrize('codec', ['h264', 'jpeg'])
+@pytest.mark.parametrize('codec', ['h264', 'mpeg4', 'jpeg'])
 @pytest.mark.parametrize('matrix, limits', [(1, 1), (5, 2), (1, 2)])
 def test_colours_survive_every_matrix_and_range(tmp_path, codec, matrix, limits):
     colours = np.array([[220, 30, 40], [30, 200, 60], [40, 50, 210], [128, 128, 128]], np.uint8)
@@ -108,6 +109,7 @@ def test_sound_stays_behind_and_a_file_without_pictures_is_refused(tmp_path):
         ((64, 0, 23, 'h264'), 'keyframe_interval=0'),
         ((64, 8, 52, 'h264'), 'crf=52 must be in 0 to 51'),
         ((64, 8, 1, 'jpeg'), 'crf=1 must be in 2 to 31'),
+        ((64, 8, 32, 'mpeg4'), 'crf=32 must be in 2 to 31'),
     ],
 )
 def test_refuses_arguments_out_of_range(arguments, message):
@@ -129,7 +131,18 @@ def test_joined_jpegs_are_the_same_pictures():
         join_jpegs([], 12)
 
 
-def test_the_same_video_gives_the_same_bytes_every_time(tmp_path):
+def test_numbered_frames_keep_uneven_times_and_decode_alike_from_anywhere(tmp_path):
+    uneven = np.cumsum(np.random.default_rng(0).integers(1, 9, 40))
+    path = write_video(tmp_path / 'a.mp4', pictures(40, 64, 80), fps=240, pts=uneven)
+    with VideoReader(transcode(str(path), 64, 8, 3, 'mpeg4')) as video:
+        np.testing.assert_allclose(video.times, (uneven - uneven[0]) / 240, atol=1e-5)
+        whole = video.frames(np.arange(40))
+        for k in (0, 7, 8, 15, 39):
+            np.testing.assert_array_equal(video.frames([k])[0], whole[k])
+
+
+@pytest.mark.parametrize('codec', ['h264', 'mpeg4'])
+def test_the_same_video_gives_the_same_bytes_every_time(tmp_path, codec):
     path = write_video(tmp_path / 'a.mp4', _smooth(24))
-    contents = {transcode(path.read_bytes(), 48, 8, 20) for _ in range(25)}
+    contents = {transcode(path.read_bytes(), 48, 8, 20, codec) for _ in range(25)}
     assert len(contents) == 1
