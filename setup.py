@@ -79,6 +79,9 @@ setup(
         'mlflow': ['mlflow>=3.0'],
         'trackio': ['trackio>=0.40'],
         'benchmark': ['decord>=0.6', 'psutil>=5.9'],
+        # Beside [benchmark], in an environment of its own: torch brings CUDA, several GB. Wants
+        # the shared libraries of FFmpeg 4 to 8 (apt-get install ffmpeg).
+        'torchcodec': ['torch>=2.13', 'torchcodec>=0.12'],
         'tpu': [
             'jax[tpu]>=0.10',
             'gcsfs>=2024.6',  # gs:// paths without TensorFlow

@@ -11,7 +11,8 @@ All pipelines read the same videos and the same frames in the same run, in turns
 with the training recipe of DiST B/16 8+16. Their figures are clips per second of CPU time, which is
 clips per second and core. The published style decodes every frame with PyAV, converts all of them
 to RGB and transforms the chosen ones in float32. Scaling over processes and threads is wall clock:
-run on an idle machine. decord comes with the benchmark extra; without it its row is left out.
+run on an idle machine. decord comes with the benchmark extra, torchcodec with an extra of its own
+name and FFmpeg's shared libraries; without them their rows are left out.
 
 With --images: JPEG pictures of 500 x 375 and 110 kB, or those of a list, with the recipe of STS on
 ImageNet, beside Pillow and numpy in float32 as torchvision and timm do, on the same draws.
@@ -59,18 +60,25 @@ try:
     import decord
 except ImportError:
     decord = None
+try:
+    import torch
+    from torchcodec.decoders import VideoDecoder
+except ImportError:
+    VideoDecoder = None
 
 WIDTH, HEIGHT, FPS = 340, 256, 30
 CONFIG = 'b16_8+16f_k400'
 # What `transcode` makes of the files: short side 256, and key frame interval, crf, codec.
 TRANSCODED = {
+    'MPEG-4': (8, 2, 'mpeg4'),
     'GOP 8': (8, 23, 'h264'),
     'GOP 16': (16, 23, 'h264'),
     'JPEG': (1, 4, 'jpeg'),
 }
-DEFAULT = 'GOP 8'  # the one that "transcoded" means in the figures
+DEFAULT = 'MPEG-4'  # the one that "transcoded" means in the figures
 # A Cloud TPU v4 host, and what the compiled step of DiST B/16 8+16 asks (docs/performance.md).
 HOST_CPUS, HOST_CHIPS, CLIPS_PER_CHIP = 240, 4, 180
+SEEK_MODES = ('exact', 'approximate')  # of torchcodec
 MEMORY_BATCH = 2  # clips of a batch while memory is watched
 
 
@@ -131,6 +139,21 @@ def read_decord(path: str, rng: np.random.Generator, recipe: TrainReader) -> np.
     return apply(recipe.transforms, frames, 0, rng.spawn(1)[0])[0]
 
 
+def open_torchcodec(path: str, seek_mode: str) -> 'VideoDecoder':
+    """torchcodec on one thread; 'exact' looks at all packets first, 'approximate' at the header."""
+    torch.set_num_threads(1)
+    return VideoDecoder(path, dimension_order='NHWC', num_ffmpeg_threads=1, seek_mode=seek_mode)
+
+
+def read_torchcodec(
+    path: str, rng: np.random.Generator, recipe: TrainReader, seek_mode: str
+) -> np.ndarray:
+    """torchcodec on one thread, by its own choice of how to get to the frames; our transforms."""
+    video = open_torchcodec(path, seek_mode)
+    frames = video.get_frames_at(draw_frames(len(video), rng, recipe).tolist()).data.numpy()
+    return apply(recipe.transforms, frames, 0, rng.spawn(1)[0])[0]
+
+
 @functools.cache
 def num_frames(path: str) -> int:
     """Frames of a video; known before anything is measured."""
@@ -181,6 +204,10 @@ def check_agreement(paths: list[str], recipe: TrainReader) -> None:
             found = {'ours': video.frames(wanted)}
         if decord is not None:
             found['decord'] = decord.VideoReader(path, num_threads=1).get_batch(wanted).asnumpy()
+        if VideoDecoder is not None:
+            for mode in SEEK_MODES:
+                chosen = open_torchcodec(path, mode).get_frames_at(wanted.tolist())
+                found[f'torchcodec, {mode}'] = chosen.data.numpy()
         for name, frames in found.items():
             if np.abs(frames.astype(np.int16) - decode_all(path, wanted)).mean() > 1:
                 raise RuntimeError(f'{name} and PyAV disagree on {path}, frames {wanted}')
@@ -219,6 +246,14 @@ def video_pipelines(
     if decord is not None:
         pipelines['decord, original'] = (read_decord, 'original')
         pipelines['decord, transcoded'] = (read_decord, DEFAULT)
+    if VideoDecoder is not None:
+        for mode in SEEK_MODES:
+            read = functools.partial(read_torchcodec, seek_mode=mode)
+            pipelines[f'torchcodec {mode}, original'] = (read, 'original')
+            pipelines[f'torchcodec {mode}, transcoded'] = (read, DEFAULT)
+            for kind in TRANSCODED:
+                if kind != DEFAULT:
+                    pipelines[f'torchcodec {mode}, {kind}'] = (read, kind)
     return {
         name: lambda number, rng, read=read, kind=kind: read(files[kind][number], rng, recipe)
         for name, (read, kind) in pipelines.items()
