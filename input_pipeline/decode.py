@@ -1,9 +1,10 @@
 """From an encoded video and frame numbers to pixels, with FFmpeg.
 
-A reader opens a file, runs through its packets once without decoding (about a millisecond for ten
-seconds of video), and so knows the exact number of frames and where the key frames are. `frames`
-then decodes no more than it must: it jumps to a key frame when that is cheaper than running on, and
-leaves out frames that nothing refers to. The pixels are those of decoding the whole file.
+A reader opens a file and runs through its packets once without decoding (about a millisecond for
+ten seconds of video), or through the index of an mp4 file that says as much, which takes a tenth.
+So it knows the exact number of frames and where the key frames are. `frames` then decodes no more
+than it must: it jumps to a key frame when that is cheaper than running on, and leaves out frames
+that nothing refers to. The pixels are those of decoding the whole file.
 """
 
 import array
@@ -55,12 +56,17 @@ _FORMATS = (
 )
 # VP8 hides reference frames in packets of their own: packets are not frames.
 _COUNT_BY_DECODING = ('vp8',)
+# Codecs of which one sample of an mp4 file is one packet and one frame.
+_INDEXED = ('h264', 'mpeg4', 'mjpeg')
 # Decoders in which leaving out frames that are never referred to was checked to be exact.
 _SKIP_UNREFERENCED = ('h264',)
 _STILL = (jpeg_markers.START, b'\x89PNG\r\n\x1a\n')
 # Boxes of an mp4 file that lead to what tells kind and number of samples, and these.
 _MP4_TO_SAMPLES = (b'moov', b'trak', b'mdia', b'minf', b'stbl', b'moof', b'traf')
 _MP4_SAMPLES = (b'hdlr', b'stsz', b'stz2', b'trun')
+_MP4_LOST = b''  # stands for what follows a box that cannot be
+# With one of these, the index does not hold all packets, or not the times at which they are shown.
+_MP4_BEYOND_INDEX = (b'moof', b'ctts', _MP4_LOST)
 _MP4_CONTENT = (b'moov', b'mdat', b'moof')
 # EXIF orientation -> a display matrix of the same effect, for `turn`; others are upright.
 _EXIF_MATRIX = {
@@ -72,6 +78,9 @@ _EXIF_MATRIX = {
     7: (0, -1, 0, -1, 0),
     8: (0, -1, 0, 1, 0),
 }
+# FFmpeg decodes a first frame or more to learn the format; what does not change that is left out.
+_PROBING = {'skip_loop_filter': 'all', 'skip_idct': 'all'}
+_PADDING = bytes(64)  # decoders read beyond a packet; PyAV does not copy what it makes one of
 _NO_TIME = -(2**63)  # FFmpeg's own, of a packet without a time stamp
 _SEEK_COST = 2  # a jump costs about as much as decoding this many packets
 
@@ -194,6 +203,8 @@ class VideoReader:
         self._packets = []
         self._reformatter = VideoReformatter()
         self._max_pixels = max_pixels
+        self._has_index = False  # whether an index may tell all about the packets
+        self._places: list[tuple[int, int]] = []  # of indexed packets in the file, and their sizes
         self._turned: bool | None = None  # whether a frame has a display matrix; not known yet
         try:
             self._open(source, max_pixels)
@@ -249,7 +260,7 @@ class VideoReader:
         self._file = file
         with self._failing_as('unreadable'):
             head = file.read(64)
-            num_bytes = file.seek(0, os.SEEK_END)
+            num_bytes = self._num_bytes = file.seek(0, os.SEEK_END)
             if not num_bytes:
                 raise self._error('empty', 'the file has 0 bytes')
             declared = _declared_bytes(file, head, num_bytes)
@@ -296,6 +307,7 @@ class VideoReader:
         """Looks at what an mp4 file declares before FFmpeg makes a table of it."""
         if head[4:8] not in (b'ftyp', b'moov', b'mdat', b'free', b'wide', b'skip'):
             return
+        self._has_index = True
         for samples in _declared_samples(self._counted(_boxes(file, 0, num_bytes))):
             if max(samples.size, 1) * samples.count > num_bytes:
                 reason = f'declares {samples.count} samples in {num_bytes} bytes'
@@ -307,6 +319,7 @@ class VideoReader:
         for count, box in enumerate(boxes):
             if count == MAX_BOXES:
                 raise self._error('too large', f'more than {MAX_BOXES} boxes')
+            self._has_index = self._has_index and box[0] not in _MP4_BEYOND_INDEX
             yield box
 
     def _check_packets(self, count: int) -> None:
@@ -316,6 +329,41 @@ class VideoReader:
     def _read_packets(self) -> None:
         """Runs through the packets: the frames in order of time, the key frames, the packets."""
         self._check_packets(self._stream.frames)
+        indexed = self._read_index()
+        if indexed is None:
+            keys, shown = self._walk()
+        else:
+            keys, shown = indexed, range(self._num_packets)
+        if not len(shown):
+            raise self._error('zero frames', 'the video stream has no packets')
+        self._key_packets = np.array(keys)
+        self._key_pts = self._pts[self._key_packets]
+        frame_pts = np.sort(self._pts[np.array(shown)])
+        distinct = (frame_pts[1:] > frame_pts[:-1]).all()
+        context = self._stream.codec_context
+        by_decoding = context.name in _COUNT_BY_DECODING or (
+            # AVI stores no presentation times; for reordered H.264 FFmpeg's guesses are wrong.
+            self._container.format.name == 'avi'
+            and context.has_b_frames
+            and context.name != 'mpeg4'
+        )
+        if by_decoding or frame_pts[0] == _NO_TIME or not distinct or not len(keys):
+            # Time stamps do not tell the frames apart: number them as they come out.
+            self._frame_pts = None
+            stamps = [f.pts if f.pts is not None else f.dts for f in self._decode_all()]
+            if not stamps:
+                raise self._error('corrupt', 'no frame decodes')
+            usable = None not in stamps and all(a < b for a, b in pairwise(stamps))
+            self._set_times(stamps if usable else None, len(stamps))
+        else:
+            # Frames before the first key frame have nothing to be decoded from.
+            self._frame_pts = frame_pts[frame_pts >= self._key_pts[0]]
+            if not len(self._frame_pts):
+                raise self._error('zero frames', 'no frame at or after the first key frame')
+            self._set_times(self._frame_pts, len(self._frame_pts))
+
+    def _walk(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Reads all packets; returns the numbers of key frames, and of frames that are shown."""
         packets: list[av.Packet] = []
         cached, pts, dts = 0, array.array('q'), array.array('q')
         keys, shown = array.array('q'), array.array('q')
@@ -341,33 +389,33 @@ class VideoReader:
         self._num_packets = len(pts)
         self._packets = packets
         self._pts, self._dts = np.array(pts), np.array(dts)
-        if not shown:
-            raise self._error('zero frames', 'the video stream has no packets')
-        self._key_packets = np.array(keys)
-        self._key_pts = self._pts[self._key_packets]
-        frame_pts = np.sort(self._pts[np.array(shown)])
-        distinct = (frame_pts[1:] > frame_pts[:-1]).all()
+        return keys, shown
+
+    def _read_index(self) -> np.ndarray | None:
+        """Numbers of the key frames by the index; None where only the packets themselves tell.
+
+        Samples that the index puts outside of the file, that are empty or not shown, and frames in
+        another order than their packets, are left to `_walk`.
+        """
         context = self._stream.codec_context
-        by_decoding = context.name in _COUNT_BY_DECODING or (
-            # AVI stores no presentation times; for reordered H.264 FFmpeg's guesses are wrong.
-            self._container.format.name == 'avi'
-            and context.has_b_frames
-            and context.name != 'mpeg4'
-        )
-        if by_decoding or frame_pts[0] == _NO_TIME or not distinct or not keys:
-            # Time stamps do not tell the frames apart: number them as they come out.
-            self._frame_pts = None
-            stamps = [f.pts if f.pts is not None else f.dts for f in self._decode_all()]
-            if not stamps:
-                raise self._error('corrupt', 'no frame decodes')
-            usable = None not in stamps and all(a < b for a, b in pairwise(stamps))
-            self._set_times(stamps if usable else None, len(stamps))
-        else:
-            # Frames before the first key frame have nothing to be decoded from.
-            self._frame_pts = frame_pts[frame_pts >= self._key_pts[0]]
-            if not len(self._frame_pts):
-                raise self._error('zero frames', 'no frame at or after the first key frame')
-            self._set_times(self._frame_pts, len(self._frame_pts))
+        if not self._has_index or context.has_b_frames or context.name not in _INDEXED:
+            return None
+        rows = np.array(
+            [
+                (entry.timestamp, entry.pos, entry.size, entry.is_keyframe, entry.is_discard)
+                for entry in self._stream.index_entries
+            ],
+            np.int64,
+        ).reshape(-1, 5)
+        stamps, places, sizes, keys, discarded = rows.T
+        if not len(rows) or not sizes.all() or discarded.any():
+            return None
+        if places.min() < 0 or (places + sizes).max() > self._num_bytes:
+            return None
+        self._num_packets = len(rows)
+        self._places = list(zip(places.tolist(), sizes.tolist()))
+        self._pts = self._dts = stamps.copy()
+        return np.flatnonzero(keys)
 
     def _set_times(self, stamps: Sequence[int] | None, num_frames: int) -> None:
         self.num_frames = num_frames
@@ -541,7 +589,8 @@ class VideoReader:
         # The last key frame at or before each wanted frame: a number in self._key_packets.
         entries = np.searchsorted(self._key_pts, pts, side='right') - 1
         entry_of = dict(zip(left, entries.tolist()))
-        skipping = shortcuts and context.name in _SKIP_UNREFERENCED
+        skipping, lean = shortcuts and context.name in _SKIP_UNREFERENCED, False
+        context.skip_frame = 'DEFAULT'
         position = -1  # number of the next packet; -1: not started
         while left:
             entry = entry_of[next(iter(left))] if shortcuts else 0
@@ -551,7 +600,9 @@ class VideoReader:
             for position, packet in self._feed(start):
                 if skipping:
                     needed = packet is None or packet.is_keyframe or packet.pts in left
-                    context.skip_frame = 'DEFAULT' if needed else 'NONREF'
+                    if needed == lean:
+                        context.skip_frame = 'DEFAULT' if needed else 'NONREF'
+                        lean = not needed
                 with self._failing_as('corrupt'):
                     frames = context.decode(packet)
                 for frame in frames:
@@ -570,6 +621,7 @@ class VideoReader:
 
     def _decode_all(self) -> Iterator[av.VideoFrame]:
         self._stream.codec_context.flush_buffers()
+        self._stream.codec_context.skip_frame = 'DEFAULT'
         for _, packet in self._feed(0):
             with self._failing_as('corrupt'):
                 frames = self._stream.codec_context.decode(packet)
@@ -579,9 +631,26 @@ class VideoReader:
         """Yields (number, packet) from packet `first` on, then (number of packets, None)."""
         if self._packets:
             yield from enumerate(self._packets[first:], first)
+        elif self._places:
+            yield from self._feed_by_index(first)
         else:
             yield from self._feed_from_file(first)
         yield self._num_packets, None
+
+    def _feed_by_index(self, first: int) -> Iterator[tuple[int, av.Packet]]:
+        keys, time_base = set(self._key_packets.tolist()), self._stream.time_base
+        for number in range(first, self._num_packets):
+            place, size = self._places[number]
+            with self._failing_as('corrupt'):
+                self._file.seek(place)
+                content = self._file.read(size)
+            if len(content) < size:
+                raise self._error('truncated', f'packet {number} is cut off')
+            packet = av.Packet(memoryview(content + _PADDING)[:size])
+            packet.pts = packet.dts = self._pts[number].item()
+            packet.time_base = time_base
+            packet.is_keyframe = number in keys
+            yield number, packet
 
     def _feed_from_file(self, first: int) -> Iterator[tuple[int, av.Packet]]:
         for start in (first, 0):
@@ -601,6 +670,7 @@ class VideoReader:
                         yield number, packet
                     number += 1
                 else:
+                    self._check_file()
                     return
         self._check_file()
         raise self._error('corrupt', 'the file is not seekable')
@@ -673,7 +743,10 @@ def _declared_samples(boxes: Iterator[tuple[bytes, bytes]]) -> Iterator[_Samples
 
 
 def _boxes(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, bytes]]:
-    """Yields (name, first bytes) of boxes, in order; goes into those of `_MP4_TO_SAMPLES`."""
+    """Yields (name, first bytes) of boxes, in order; goes into those of `_MP4_TO_SAMPLES`.
+
+    The name `_MP4_LOST` ends a part that cannot be read to its end.
+    """
     while start + 8 <= end:
         file.seek(start)
         box = file.read(28)
@@ -683,6 +756,7 @@ def _boxes(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[tup
         if size == 0:
             size = end - start
         if size < head:
+            yield _MP4_LOST, b''
             return
         yield name, box[head:]
         if name in _MP4_TO_SAMPLES and depth < len(_MP4_TO_SAMPLES):
@@ -692,8 +766,9 @@ def _boxes(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[tup
 
 def _open_container(file: SteadyFile | io.BytesIO, max_pixels: int) -> av.container.InputContainer:
     options = {'format_whitelist': _FORMATS}
+    probing = _PROBING | {'max_pixels': str(max_pixels)}
     try:
-        return av.open(file, options=options, stream_options=[{'max_pixels': str(max_pixels)}] * 16)
+        return av.open(file, options=options, stream_options=[probing] * 16)
     except ValueError as error:
         # Formats without a list of streams (MPEG program streams) take no stream options.
         if isinstance(error, av.FFmpegError):

@@ -30,6 +30,9 @@ VIDEOS = {
     'AVI, H.264 B-frames': ('v.avi', {'gop': 8, 'b_frames': 2}),
     'program stream': ('v.mpg', {'codec': 'mpeg2video', 'gop': 8, 'b_frames': 2}),
     'variable rate': ('v.mp4', {'gop': 8, 'b_frames': 2, 'pts': np.cumsum(1 + np.arange(40) % 5)}),
+    'MPEG-4': ('v.mp4', {'codec': 'mpeg4', 'gop': 8, 'qmax': '2'}),
+    'MPEG-4, B-frames': ('v.mp4', {'codec': 'mpeg4', 'gop': 8, 'b_frames': 2}),
+    'fragments': ('v.mp4', {'gop': 8, 'muxer': {'movflags': 'frag_keyframe+empty_moov'}}),
     'negative start': ('v.mp4', {'gop': 8, 'pts': np.arange(40) - 7}),
 }
 
@@ -51,6 +54,30 @@ def test_any_frames_equal_those_of_decoding_everything(tmp_path, monkeypatch, na
         for indices in ([0], [last], range(last + 1), [last, 0, 9, 9], [8, 16, 24], *draws):
             indices = np.array(indices)
             np.testing.assert_array_equal(video.frames(indices), everything[indices])
+
+
+INDEXED = ('long GOP', 'short GOP', 'intra refresh', 'MPEG-4')
+
+
+@pytest.mark.parametrize('name', [n for n, (file, _) in VIDEOS.items() if file.endswith('.mp4')])
+def test_an_index_says_what_the_packets_say(tmp_path, monkeypatch, name):
+    file, options = VIDEOS[name]
+    path = write_video(tmp_path / file, **options)
+    found = []
+    for codecs in (decode._INDEXED, ()):
+        monkeypatch.setattr(decode, '_INDEXED', codecs)
+        with VideoReader(path) as video:
+            found.append((video.times.tolist(), video._key_packets.tolist(), video._pts.tolist()))
+            assert bool(video._places) == bool(codecs and name in INDEXED)
+    assert found[0] == found[1]
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path):
+    path = write_video(tmp_path / 'v.mp4', muxer={'movflags': 'faststart'})
+    with VideoReader(path) as video:
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(DecodeError, match=r'truncated: packet .* is cut off'):
+            video.frames([0, 39])
 
 
 def test_a_late_frame_of_a_short_gop_costs_few_packets(tmp_path):
