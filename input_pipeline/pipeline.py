@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from input_pipeline.batches import RECORD_FIELDS, Batches, HostPart, Readers
-from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader
+from input_pipeline.decode import MAX_PIXELS, DecodeError, VideoReader, stack
 from input_pipeline.frame_folder import FrameFolder
 from input_pipeline.jpeg import DECODERS, JpegReader, open_file
 from input_pipeline.regular_files import describe
 from input_pipeline.sampling import PROTOCOLS, REFERENCE_FPS
-from input_pipeline.transforms import Transform, ViewCrops, apply, choose
+from input_pipeline.transforms import RandomResizedCrop, Transform, ViewCrops, apply, choose
 from input_pipeline.video_list import Label, Record
 from input_pipeline.workers import Element, Rows, Skipped
 
@@ -213,14 +213,29 @@ class TrainReader:
             with open_video(record, self.max_pixels, self.jpeg_decoder) as video:
                 first, total = video.frame_range(record.start, record.end)
                 protocol = PROTOCOLS[self.sampling]
-                indices = protocol.train(total, self.num_frames, rng, self.interval, video.fps)
-                frames = video.frames(first + indices)
-            children = rng.spawn(self.repeats)
-            copies = [apply(self.transforms, frames, record.label, child) for child in children]
+                indices = first + protocol.train(
+                    total, self.num_frames, rng, self.interval, video.fps
+                )
+                children = rng.spawn(self.repeats)
+                frames, transforms = self._frames(video, indices, children)
+            copies = [apply(transforms, frames, record.label, child) for child in children]
         return [video for video, _ in copies], [
             _rows(self.annotate, record, label, child)
             for (_, label), child in zip(copies, children)
         ]
+
+    def _frames(
+        self, video: OpenVideo, indices: np.ndarray, children: list[np.random.Generator]
+    ) -> tuple[np.ndarray, tuple[Transform, ...]]:
+        """Frames of a video, and the transforms that are left to do.
+
+        A crop that comes first, and once, is done while a picture is still in the cache.
+        """
+        crop = next(iter(self.transforms), None)
+        if self.repeats > 1 or not isinstance(crop, RandomResizedCrop):
+            return video.frames(indices), self.transforms
+        pictures = crop.cut_each(video.pictures(indices), children[0])
+        return stack(video.path, indices, pictures), self.transforms[1:]
 
 
 @dataclass(frozen=True)

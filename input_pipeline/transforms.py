@@ -9,7 +9,7 @@ Pixels are OpenCV's, and Pillow's where a recipe smooths what it shrinks: `INTER
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -230,9 +230,30 @@ class RandomResizedCrop:
     def __call__(
         self, video: np.ndarray, label: Label, rng: np.random.Generator
     ) -> tuple[np.ndarray, Label]:
-        top, left, height, width = self.draw_box(*video.shape[1:3], rng)
-        box = video[:, top : top + height, left : left + width]
-        return _resize(box, self.image_size, self.image_size, self.interpolation), label
+        return self.cut(video, self.draw_box(*video.shape[1:3], rng)), label
+
+    def cut(self, video: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+        """Cuts a box of `draw_box` out of (T, H, W, 3) uint8 and resizes it."""
+        top, left, height, width = box
+        video = video[:, top : top + height, left : left + width]
+        return _resize(video, self.image_size, self.image_size, self.interpolation)
+
+    def cut_each(
+        self, pictures: Iterable[tuple[int, np.ndarray]], rng: np.random.Generator
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Does to one picture after another what a call does to the clip of them.
+
+        Args:
+          pictures: (number, (H, W, 3) uint8 RGB), all of one size.
+          rng: source of all draws.
+
+        Yields:
+          (number, (image_size, image_size, 3) uint8), which may be part of the picture.
+        """
+        box = None
+        for number, picture in pictures:
+            box = box or self.draw_box(*picture.shape[:2], rng)
+            yield number, self.cut(picture[None], box)[0]
 
     def draw_box(
         self, height: int, width: int, rng: np.random.Generator
