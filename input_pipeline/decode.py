@@ -9,10 +9,10 @@ that nothing refers to. The pixels are those of decoding the whole file.
 
 import array
 import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import BinaryIO, NamedTuple
 
 import av
@@ -204,7 +204,8 @@ class VideoReader:
         self._reformatter = VideoReformatter()
         self._max_pixels = max_pixels
         self._has_index = False  # whether an index may tell all about the packets
-        self._places: list[tuple[int, int]] = []  # of indexed packets in the file, and their sizes
+        # Of the index: time, place, bytes, whether it is a key frame, whether it is discarded.
+        self._rows: np.ndarray | None = None
         self._turned: bool | None = None  # whether a frame has a display matrix; not known yet
         try:
             self._open(source, max_pixels)
@@ -353,7 +354,7 @@ class VideoReader:
             stamps = [f.pts if f.pts is not None else f.dts for f in self._decode_all()]
             if not stamps:
                 raise self._error('corrupt', 'no frame decodes')
-            usable = None not in stamps and all(a < b for a, b in pairwise(stamps))
+            usable = None not in stamps and all(a < b for a, b in itertools.pairwise(stamps))
             self._set_times(stamps if usable else None, len(stamps))
         else:
             # Frames before the first key frame have nothing to be decoded from.
@@ -400,20 +401,19 @@ class VideoReader:
         context = self._stream.codec_context
         if not self._has_index or context.has_b_frames or context.name not in _INDEXED:
             return None
-        rows = np.array(
-            [
-                (entry.timestamp, entry.pos, entry.size, entry.is_keyframe, entry.is_discard)
-                for entry in self._stream.index_entries
-            ],
-            np.int64,
-        ).reshape(-1, 5)
+        # Numbers alone: objects that stay would have the garbage collector run.
+        fields = (
+            (entry.timestamp, entry.pos, entry.size, entry.is_keyframe, entry.is_discard)
+            for entry in self._stream.index_entries
+        )
+        rows = np.fromiter(itertools.chain.from_iterable(fields), np.int64).reshape(-1, 5)
         stamps, places, sizes, keys, discarded = rows.T
         if not len(rows) or not sizes.all() or discarded.any():
             return None
         if places.min() < 0 or (places + sizes).max() > self._num_bytes:
             return None
         self._num_packets = len(rows)
-        self._places = list(zip(places.tolist(), sizes.tolist()))
+        self._rows = rows
         self._pts = self._dts = stamps.copy()
         return np.flatnonzero(keys)
 
@@ -631,25 +631,25 @@ class VideoReader:
         """Yields (number, packet) from packet `first` on, then (number of packets, None)."""
         if self._packets:
             yield from enumerate(self._packets[first:], first)
-        elif self._places:
+        elif self._rows is not None:
             yield from self._feed_by_index(first)
         else:
             yield from self._feed_from_file(first)
         yield self._num_packets, None
 
     def _feed_by_index(self, first: int) -> Iterator[tuple[int, av.Packet]]:
-        keys, time_base = set(self._key_packets.tolist()), self._stream.time_base
+        time_base = self._stream.time_base
         for number in range(first, self._num_packets):
-            place, size = self._places[number]
+            stamp, place, size, is_key, _ = self._rows[number].tolist()
             with self._failing_as('corrupt'):
                 self._file.seek(place)
                 content = self._file.read(size)
             if len(content) < size:
                 raise self._error('truncated', f'packet {number} is cut off')
             packet = av.Packet(memoryview(content + _PADDING)[:size])
-            packet.pts = packet.dts = self._pts[number].item()
+            packet.pts = packet.dts = stamp
             packet.time_base = time_base
-            packet.is_keyframe = number in keys
+            packet.is_keyframe = bool(is_key)
             yield number, packet
 
     def _feed_from_file(self, first: int) -> Iterator[tuple[int, av.Packet]]:

@@ -68,7 +68,7 @@ def test_an_index_says_what_the_packets_say(tmp_path, monkeypatch, name):
         monkeypatch.setattr(decode, '_INDEXED', codecs)
         with VideoReader(path) as video:
             found.append((video.times.tolist(), video._key_packets.tolist(), video._pts.tolist()))
-            assert bool(video._places) == bool(codecs and name in INDEXED)
+            assert (video._rows is not None) == (codecs != () and name in INDEXED)
     assert found[0] == found[1]
 
 

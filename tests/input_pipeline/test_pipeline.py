@@ -9,6 +9,7 @@ from streams import BAD, NAMES, READER, Note, assert_same, with_readers, write_s
 from video_files import decode_everything, pictures, write_video
 
 from input_pipeline.batches import HostPart, Readers
+from input_pipeline.decode import VideoReader
 from input_pipeline.pipeline import (
     EvalReader,
     TrainReader,
@@ -18,7 +19,7 @@ from input_pipeline.pipeline import (
     train_batches,
 )
 from input_pipeline.sampling import PROTOCOLS
-from input_pipeline.transforms import CentreCrop, Flip, RandomResizedCrop
+from input_pipeline.transforms import CentreCrop, Flip, RandomResizedCrop, apply
 from input_pipeline.video_list import Record, VideoList
 from input_pipeline.workers import Skipped
 
@@ -140,6 +141,19 @@ def test_the_same_record_differs_from_epoch_to_epoch(source):
     first, second = train(source, batch_size=7, num_steps=2)
     k, j = list(first['index']).index(0), list(second['index']).index(0)
     assert (first['video'][k] != second['video'][j]).any()
+
+
+def test_a_clip_is_what_the_transforms_make_of_its_frames(source):
+    reader = dataclasses.replace(READER, transforms=(RandomResizedCrop(READER.image_size), Flip()))
+    record, rng = source[0], record_rng(0, 0, 0)
+    with VideoReader(record.path) as video:
+        protocol = PROTOCOLS[reader.sampling]
+        indices = protocol.train(
+            video.num_frames, reader.num_frames, rng, reader.interval, video.fps
+        )
+        expected, _ = apply(reader.transforms, video.frames(indices), 0, rng.spawn(1)[0])
+    made = reader.read(record, record_rng(0, 0, 0))[0]
+    np.testing.assert_array_equal(made[0], expected)
 
 
 def test_a_bad_video_is_masked_and_named_in_its_place(source):
