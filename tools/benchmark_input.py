@@ -22,6 +22,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -32,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -60,11 +62,8 @@ try:
     import decord
 except ImportError:
     decord = None
-try:
-    import torch
-    from torchcodec.decoders import VideoDecoder
-except ImportError:
-    VideoDecoder = None
+# Imported where it is used: reader processes, which import this module, do without torch.
+TORCHCODEC = importlib.util.find_spec('torchcodec') is not None
 
 WIDTH, HEIGHT, FPS = 340, 256, 30
 CONFIG = 'b16_8+16f_k400'
@@ -139,8 +138,11 @@ def read_decord(path: str, rng: np.random.Generator, recipe: TrainReader) -> np.
     return apply(recipe.transforms, frames, 0, rng.spawn(1)[0])[0]
 
 
-def open_torchcodec(path: str, seek_mode: str) -> 'VideoDecoder':
+def open_torchcodec(path: str, seek_mode: str) -> Any:
     """torchcodec on one thread; 'exact' looks at all packets first, 'approximate' at the header."""
+    import torch
+    from torchcodec.decoders import VideoDecoder
+
     torch.set_num_threads(1)
     return VideoDecoder(path, dimension_order='NHWC', num_ffmpeg_threads=1, seek_mode=seek_mode)
 
@@ -204,7 +206,7 @@ def check_agreement(paths: list[str], recipe: TrainReader) -> None:
             found = {'ours': video.frames(wanted)}
         if decord is not None:
             found['decord'] = decord.VideoReader(path, num_threads=1).get_batch(wanted).asnumpy()
-        if VideoDecoder is not None:
+        if TORCHCODEC:
             for mode in SEEK_MODES:
                 chosen = open_torchcodec(path, mode).get_frames_at(wanted.tolist())
                 found[f'torchcodec, {mode}'] = chosen.data.numpy()
@@ -240,7 +242,7 @@ def video_pipelines(
     readers = {'ours': (read_ours, files)}
     if decord is not None:
         readers['decord'] = (read_decord, ('original', DEFAULT))
-    if VideoDecoder is not None:
+    if TORCHCODEC:
         for mode in SEEK_MODES:
             read = functools.partial(read_torchcodec, seek_mode=mode)
             readers[f'torchcodec {mode}'] = (read, files)
