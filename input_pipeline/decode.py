@@ -12,7 +12,6 @@ import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 import av
@@ -82,6 +81,7 @@ _EXIF_MATRIX = {
 _PROBING = {'skip_loop_filter': 'all', 'skip_idct': 'all'}
 _PADDING = bytes(64)  # decoders read beyond a packet; PyAV does not copy what it makes one of
 _NO_TIME = -(2**63)  # FFmpeg's own, of a packet without a time stamp
+_PACKETS_AT_ONCE = 8  # that are read from a file whose index is known
 _SEEK_COST = 2  # a jump costs about as much as decoding this many packets
 
 
@@ -170,6 +170,22 @@ def check_scans(path: str, content: bytes) -> None:
         raise DecodeError(path, 'too large', f'a JPEG of more than {MAX_SCANS} scans')
 
 
+class _FailingAs:
+    """What goes wrong inside becomes a DecodeError. Entered for every packet: no generator."""
+
+    __slots__ = ('kind', 'reader')
+
+    def __init__(self, reader: 'VideoReader', kind: str):
+        self.reader, self.kind = reader, kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.reader._raise_as(self.kind, error)
+
+
 class VideoReader:
     """One open video; use it as a context manager.
 
@@ -233,18 +249,18 @@ class VideoReader:
     def _error(self, kind: str, reason: str) -> DecodeError:
         return DecodeError(self.path, kind, reason)
 
-    @contextmanager
-    def _failing_as(self, kind: str) -> Iterator[None]:
-        try:
-            yield
-        except DecodeError:
-            raise
-        except av.FFmpegError as error:
+    def _failing_as(self, kind: str) -> '_FailingAs':
+        return _FailingAs(self, kind)
+
+    def _raise_as(self, kind: str, error: BaseException) -> None:
+        if isinstance(error, DecodeError):
+            return
+        if isinstance(error, av.FFmpegError):
             self._check_file()
             raise self._error(kind, error.strerror or type(error).__name__) from error
-        except OSError as error:
+        if isinstance(error, OSError):
             raise self._error('unreadable', describe(error)) from error
-        except (IndexError, ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, (IndexError, ValueError, OverflowError, MemoryError)):
             raise self._error(kind, f'{type(error).__name__}: {error}') from error
 
     def _check_file(self) -> None:
@@ -639,18 +655,33 @@ class VideoReader:
 
     def _feed_by_index(self, first: int) -> Iterator[tuple[int, av.Packet]]:
         time_base = self._stream.time_base
-        for number in range(first, self._num_packets):
-            stamp, place, size, is_key, _ = self._rows[number].tolist()
-            with self._failing_as('corrupt'):
-                self._file.seek(place)
-                content = self._file.read(size)
-            if len(content) < size:
-                raise self._error('truncated', f'packet {number} is cut off')
-            packet = av.Packet(memoryview(content + _PADDING)[:size])
-            packet.pts = packet.dts = stamp
-            packet.time_base = time_base
-            packet.is_keyframe = bool(is_key)
-            yield number, packet
+        for start in range(first, self._num_packets, _PACKETS_AT_ONCE):
+            rows = self._rows[start : start + _PACKETS_AT_ONCE].tolist()
+            contents = self._read_samples(rows)
+            for number, (stamp, _, size, is_key, _), content in zip(
+                itertools.count(start), rows, contents
+            ):
+                if len(content) < size:
+                    raise self._error('truncated', f'packet {number} is cut off')
+                packet = av.Packet(memoryview(content + _PADDING)[:size])
+                packet.pts = packet.dts = stamp
+                packet.time_base = time_base
+                packet.is_keyframe = bool(is_key)
+                yield number, packet
+
+    def _read_samples(self, rows: list[list[int]]) -> list[bytes]:
+        """Bytes of samples of the index; in one go where they lie together, as they mostly do."""
+        begin = min(place for _, place, *_ in rows)
+        length = max(place + size for _, place, size, *_ in rows) - begin
+        with self._failing_as('corrupt'):
+            if length > 2 * sum(size for _, _, size, *_ in rows):
+                return [self._read_at(place, size) for _, place, size, *_ in rows]
+            block = self._read_at(begin, length)
+        return [block[place - begin : place - begin + size] for _, place, size, *_ in rows]
+
+    def _read_at(self, place: int, size: int) -> bytes:
+        self._file.seek(place)
+        return self._file.read(size)
 
     def _feed_from_file(self, first: int) -> Iterator[tuple[int, av.Packet]]:
         for start in (first, 0):

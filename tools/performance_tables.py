@@ -223,7 +223,10 @@ def draw(known: dict[str, Figures], path: Path) -> None:
 
     steps = [step for step in STEPS if known.get(f'{step}@v4', {}).get('fits')]
     now = {
-        step: (known[f'{step}@v4']['estimated_cycles'] / 1e6, known[f'{step}@v4']['temp_bytes'] / GIB)
+        step: (
+            known[f'{step}@v4']['estimated_cycles'] / 1e6,
+            known[f'{step}@v4']['temp_bytes'] / GIB,
+        )
         for step in steps
     }
     figure = Figure(figsize=(10, 3.4), layout='constrained')
