@@ -6,8 +6,9 @@
     python -m tools.performance_tables --table                       # no compiling
 
 Compiles each step as `dist_jax plan` does and keeps its figures, with the versions that made them,
-in docs/performance.json; draws those of v4 beside what they were and should be (docs/steps.png). A program takes minutes on two cores, and is kept where `dist_jax plan`
-keeps its programs: what has not changed is not compiled again.
+in docs/performance.json; draws those of v4 beside what they were and should be (docs/steps.png).
+A program takes minutes on two cores, and is kept where `dist_jax plan` keeps its programs: what has
+not changed is not compiled again.
 """
 
 from __future__ import annotations

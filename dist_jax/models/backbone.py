@@ -14,6 +14,7 @@ import jax
 
 from dist_jax.models.layers import Pixels, as_rows
 from dist_jax.models.patch_kernel import patches_of
+from dist_jax.models.stack import Reading
 from dist_jax.sharding import ShardingRule, Tree
 
 
@@ -53,8 +54,8 @@ class Taps:
 
     Attributes:
       outputs: blocks whose output stream is returned.
-      reading: applied to the output stream (N, L, W) inside each of these blocks; its result, a
-        tree, is returned in its place. None returns the stream.
+      apart: outputs are `token` (K, N, W) and `patches` (K, N, L - 1, W) in place of one array.
+      standardised: outputs are of mean 0 and variance 1 over W.
       attention: blocks whose queries and keys are returned (bias included, not scaled).
       summary: applied to queries and keys (N, L, h, d) inside each of these blocks; its result is
         returned in their place, so that they are not kept. None returns them.
@@ -64,12 +65,18 @@ class Taps:
     """
 
     outputs: tuple[int, ...] = ()
-    reading: Callable[[jax.Array], Any] | None = None
+    apart: bool = False
+    standardised: bool = False
     attention: tuple[int, ...] = ()
     summary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     stem: bool = False
     class_token: bool = False
     embedding: bool = False
+
+    @property
+    def reading(self) -> Reading:
+        """What is kept of the streams."""
+        return Reading(self.apart, self.standardised)
 
     def names(self) -> tuple[str, ...]:
         """Of what `Kind.encode_image` returns for these."""

@@ -117,6 +117,11 @@ def _residual_mlp(tokens: int, width: int, hidden: int, part: int) -> Work:
     }
 
 
+def _read_residual_mlp(tokens: int, width: int, hidden: int, part: int) -> Work:
+    """What is read is standardised beside it."""
+    return _residual_mlp(tokens, width, hidden, part) | {'values': _registers(tokens, width)}
+
+
 def _sum_of_products(tokens: int, rows: int, columns: int) -> Work:
     """Products over tokens, in whole registers; a frame begins and ends on its own."""
     return {'products': _products(rows, (tokens, columns)), 'frame': 1}
@@ -241,6 +246,7 @@ WORK: dict[str, Callable[..., Work]] = {
     'residual_mlp': _residual_mlp,
     'post_norm_mlp': _residual_mlp,
     'kept_residual_mlp': _residual_mlp,
+    'read_residual_mlp': _read_residual_mlp,
     'read_clip': _read_clip,
     'read_clip_gradient': functools.partial(_read_clip, gradient=True),
     'sum_of_products': _sum_of_products,

@@ -37,7 +37,7 @@ from dist_jax.models.layers import (
     is_portable,
     layer_norm,
 )
-from dist_jax.models.stack import Slot
+from dist_jax.models.stack import Reading, Slot
 from dist_jax.sharding import BATCH, TENSOR
 
 Tree = Any
@@ -545,7 +545,8 @@ def residual_mlp(
       norm: `scale` and `bias` of the norm, (W,).
       mlp: `c_fc` with `kernel` (W, hidden) and `bias` (hidden,), `c_proj` with `kernel` (hidden, W)
         and `bias` (W,).
-      slot: where the result goes too, of a stack (K, N, L, W); that is written in place.
+      slot: where what is read of the result goes too, of a stack (K, N, ...); that is written in
+        place.
       interpret: run without a TPU, slowly, for tests.
       activation: a key of `MLP_ACTIVATIONS`.
       post_norm: `x + LayerNorm(c_proj(activation(c_fc(x))))` instead.
@@ -557,7 +558,10 @@ def residual_mlp(
     _, length, width = x.shape
     hidden = mlp['c_fc']['kernel'].shape[1]
     tile = mlp_tile(x.shape, hidden, post_norm, kept=slot is not None)
-    name = 'post_norm_mlp' if post_norm else 'residual_mlp'
+    name, reading = 'post_norm_mlp' if post_norm else 'residual_mlp', None
+    if slot is not None:
+        reading = slot.reading
+        name = f'kept_{name}' if reading == Reading() else f'read_{name}'
     weights = (
         *rows_of(norm['scale'], norm['bias']),
         mlp['c_fc']['kernel'].astype(x.dtype),
@@ -583,6 +587,7 @@ def residual_mlp(
             activation=MLP_ACTIVATIONS[activation],
             post_norm=post_norm,
             eps=eps,
+            reading=reading,
         ),
         x,
         weights,
@@ -592,9 +597,12 @@ def residual_mlp(
         shape=dict(tokens=length, width=width, hidden=hidden, part=tile.hidden),
         transcendentals=length * hidden,
         interpret=interpret,
-        name=name if slot is None else f'kept_{name}',
+        name=name,
         slot=slot,
     )
+
+
+ROWS_TO_READ = 104  # of a stream, that become what is kept of it at a time
 
 
 class MlpTile(NamedTuple):
@@ -659,6 +667,7 @@ def _residual_mlp_kernel(
     activation: Callable[[jax.Array], jax.Array],
     post_norm: bool,
     eps: float,
+    reading: Reading | None,
 ) -> None:
     """A few frames and a part of the hidden channels; scratch for a norm in front and the sum."""
     number, count = pl.program_id(1), pl.num_programs(1)
@@ -687,8 +696,19 @@ def _residual_mlp_kernel(
             y = sum_ref[frame]
             if post_norm:
                 y = x_ref[frame].astype(jnp.float32) + norm(y)
-            for y_ref in y_refs:
-                y_ref[frame] = y.astype(y_ref.dtype)
+            y_refs[0][frame] = y.astype(x_ref.dtype)
+            if reading is not None:
+                sum_ref[frame] = y  # float32 may be read from any row on
+                _read_rows(sum_ref.at[frame], y_refs[1].at[frame], reading)
+
+
+def _read_rows(stream_ref, read_ref, reading: Reading) -> None:
+    """What is kept of a frame's stream, as many rows at a time as registers hold."""
+    first = int(reading.patches)
+    for start in range(0, read_ref.shape[0], ROWS_TO_READ):
+        rows = min(ROWS_TO_READ, read_ref.shape[0] - start)
+        stream = stream_ref[pl.ds(first + start, rows)].astype(read_ref.dtype)
+        read_ref[pl.ds(start, rows)] = reading.ready(stream)
 
 
 def rows_of(*vectors: jax.Array) -> list[jax.Array]:
@@ -745,7 +765,8 @@ def _on_frames(
     if slot is not None:
         # Which slot is known before the kernel starts. The stack is named, not read.
         before = (slot.index.reshape(1),)
-        outputs.insert(1, pl.BlockSpec((None, *block), lambda n, *i: (i[-1][0], n, 0, 0)))
+        place = (None, block[0], *slot.stack.shape[2:])
+        outputs.insert(1, pl.BlockSpec(place, lambda n, *i: (i[-1][0], n, 0, 0)))
         shapes.insert(1, jax.ShapeDtypeStruct(slot.stack.shape, slot.stack.dtype))
         inputs.append(pl.BlockSpec(memory_space=pl.ANY))
         aliases = {len(before) + len(arrays): 1}
@@ -891,12 +912,17 @@ def kept_on_tpu(
     def run(slot: Slot, *inputs: Tree) -> tuple[jax.Array, jax.Array]:
         return on_each_device(fast, *inputs, slot=slot)
 
+    def both(*inputs: Tree) -> tuple[jax.Array, jax.Array]:
+        y = plain(*inputs)
+        return y, slot.reading.of(y)
+
     def backward(kept: tuple, upstream: tuple[jax.Array, jax.Array]) -> tuple:
         # Of the stack nothing is kept: in a loop that would be one for every turn.
         index, inputs = kept
         y, stack = upstream
-        y += jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
-        return Slot(Slot(stack, index).written(0 * y), None), *jax.vjp(plain, *inputs)[1](y)
+        read = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+        others = jax.lax.dynamic_update_index_in_dim(stack, jnp.zeros_like(read), index, 0)
+        return Slot(others, None, slot.reading), *jax.vjp(both, *inputs)[1]((y, read))
 
     def on_cpu(slot: Slot, *inputs: Tree) -> tuple[jax.Array, jax.Array]:
         y = plain(*inputs)
@@ -1238,7 +1264,7 @@ def on_each_device(
     stack = PartitionSpec(None, *spec)
     return on_mesh(
         lambda slot, *inputs: function(*inputs, slot=slot),
-        in_specs=(Slot(stack, PartitionSpec()), *specs),
+        in_specs=(Slot(stack, PartitionSpec(), slot.reading), *specs),
         out_specs=(spec, stack),
     )(slot, *inputs)
 

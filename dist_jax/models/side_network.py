@@ -48,7 +48,6 @@ from dist_jax.models.layers import (
     layer_norm,
     resize_positions,
     row_major,
-    standardise,
     uniform,
 )
 from dist_jax.models.stack import STATISTICS, STREAM, mark, scan_trainable
@@ -157,15 +156,13 @@ class Beside:
 
         With `class_token` also that, (B, T, D) behind the last block.
         """
-
-        def reading(stream: jax.Array) -> dict[str, jax.Array]:
-            # What no gradient changes of the norm before a tap is done once, outside of it.
-            ready = stream
-            if not self.post_norm:
-                ready = standardise(stream, quick=True).astype(stream.dtype)
-            return {'token': ready[:, 0], 'patches': ready[:, 1:]}
-
-        taps = Taps(outputs=self.blocks, reading=reading, class_token=class_token)
+        # What no gradient changes of the norm before a tap is done once, outside of it.
+        taps = Taps(
+            outputs=self.blocks,
+            apart=True,
+            standardised=not self.post_norm,
+            class_token=class_token,
+        )
         # The barrier: as DiST's, the patches are kept as they are.
         patches = jax.lax.optimization_barrier(self.backbone.patches(video.astype(self.dtype)))
         clips = patches.shape[:2]

@@ -8,16 +8,17 @@ keep for the backward pass). Parameters and results are the same.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dist_jax.models.layers import is_portable
+from dist_jax.models.layers import is_portable, standardise
 from dist_jax.sharding import ShardingRule, gather_params, split_batch
 
 Tree = Any
@@ -29,20 +30,46 @@ STATISTICS = 'statistics'
 LONGEST_PATTERN = 4  # layers of which one is tapped, that run in one pass of a loop
 
 
-class Slot(NamedTuple):
-    """Where a layer puts the stream behind it, beside handing it on.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is kept of a stream (N, L, W).
+
+    Attributes:
+      patches: without its first row, the class token's.
+      standardised: of mean 0 and variance 1 over W, see `layers.standardise`.
+    """
+
+    patches: bool = False
+    standardised: bool = False
+
+    def of(self, x: jax.Array) -> jax.Array:
+        """(N, L or L - 1, W) in the dtype of `x`."""
+        return self.ready(x[:, 1:] if self.patches else x)
+
+    def ready(self, x: jax.Array) -> jax.Array:
+        """Any rows of a stream, (..., W), as they are kept."""
+        return standardise(x, quick=True).astype(x.dtype) if self.standardised else x
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a layer puts what is kept of the stream behind it, beside handing that on.
 
     Attributes:
       stack: (K, N, ...) of the layers that are kept.
       index: int32 (), which of them.
+      reading: what is kept.
     """
 
     stack: jax.Array
     index: jax.Array
+    reading: Reading = dataclasses.field(default=Reading(), metadata={'static': True})
 
     def written(self, x: jax.Array) -> jax.Array:
-        """The stack with the stream `x` in this place."""
-        return jax.lax.dynamic_update_index_in_dim(self.stack, x, self.index, 0)
+        """The stack with what is kept of the stream `x` in this place."""
+        kept = self.reading.of(x)
+        return jax.lax.dynamic_update_index_in_dim(self.stack, kept, self.index, 0)
 
 
 Block = Callable[
@@ -57,6 +84,7 @@ def scan_frozen(
     wanted: Sequence[Any],
     *,
     kept: Sequence[bool] = (),
+    reading: Reading = Reading(),
     unroll: bool,
     rules: tuple[ShardingRule, ...] = (),
 ) -> tuple[jax.Array, jax.Array | None, dict[str, Tree]]:
@@ -77,6 +105,7 @@ def scan_frozen(
       stacked: parameters with the layer on axis 0.
       wanted: what is wanted of each layer that runs; any values that can be compared.
       kept: of which of these layers the stream behind it is kept; () for none.
+      reading: what is kept of it.
       unroll: write the layers out instead of looping.
       rules: where the parameters of one layer lie.
 
@@ -85,13 +114,15 @@ def scan_frozen(
       without any; by name the taps of all layers that gave them, likewise.
     """
     wishes = list(zip(wanted, kept or [False] * len(wanted), strict=True))
-    streams = _empty((sum(kept), *x.shape), x.dtype) if any(kept) else None
+    streams = None
+    if any(kept):
+        streams = _empty((sum(kept), *jax.eval_shape(reading.of, x).shape), x.dtype)
     found: dict[str, list[Tree]] = {}
     start = slot = 0
     while start < len(wishes):
         period, times = _pattern(wishes[start:])
         pattern = wishes[start : start + period]
-        turn = functools.partial(_turn, block, stacked, rules, pattern, start, slot)
+        turn = functools.partial(_turn, block, stacked, rules, reading, pattern, start, slot)
         (x, streams), taps = jax.lax.scan(
             turn, (x, streams), jnp.arange(times), unroll=times if unroll else 1
         )
@@ -113,6 +144,7 @@ def _turn(
     block: Block,
     stacked: Tree,
     rules: tuple[ShardingRule, ...],
+    reading: Reading,
     pattern: Sequence[tuple[Any, bool]],
     start: int,
     slot: int,
@@ -127,7 +159,7 @@ def _turn(
         one = jax.tree.map(
             lambda p, k=layer + i: jax.lax.dynamic_index_in_dim(p, k, keepdims=False), stacked
         )
-        place = Slot(streams, slot) if keep else None
+        place = Slot(streams, slot, reading) if keep else None
         x, written, tapped = block(split_batch(x), gather_params(one, rules), wish, place)
         x = split_batch(x)
         if keep:

@@ -140,21 +140,28 @@ def encode_image(
         x, streams, tapped = block(x, one, attention, slot)
         if attention and taps.summary:
             tapped = {'attention': taps.summary(tapped['queries'], tapped['keys'])}
-        if read:
-            tapped['outputs'] = taps.reading(x)
+        if read and taps.apart:
+            tapped['token'] = taps.reading.ready(x[:, 0])
         return x, streams, tapped
 
     found = {'stem': x} if taps.stem else {}
     blocks = range(taps.blocks_needed(spec.depth))
-    tapped = [i in taps.outputs for i in blocks]
-    none = [False] * len(blocks)
-    read, kept = (tapped, none) if taps.reading else (none, tapped)
-    wanted = [(read[i], i in taps.attention) for i in blocks]
+    kept = [i in taps.outputs for i in blocks]
+    wanted = [(kept[i], i in taps.attention) for i in blocks]
     if remat:
         one_block = jax.checkpoint(one_block, prevent_cse=unroll, static_argnums=2)
     x, streams, tapped = scan_frozen(
-        one_block, x, params['blocks'], wanted, kept=kept, unroll=unroll, rules=rules
+        one_block,
+        x,
+        params['blocks'],
+        wanted,
+        kept=kept,
+        reading=taps.reading,
+        unroll=unroll,
+        rules=rules,
     )
+    if taps.apart and streams is not None:
+        streams = {'token': tapped.pop('token'), 'patches': streams}
     found |= tapped
     if streams is not None:
         found['outputs'] = streams

@@ -24,7 +24,7 @@ from dist_jax.models import (
 )
 from dist_jax.models.kernel_costs import LANES
 from dist_jax.models.params import Tree
-from dist_jax.models.stack import Slot
+from dist_jax.models.stack import Reading, Slot
 
 FRAMES = 256  # on a chip; a schedule's first and last frame count for little
 B32, B16, L14, L14_336 = (50, 768, 12), (197, 768, 12), (257, 1024, 16), (577, 1024, 16)
@@ -125,9 +125,9 @@ def _residual_mlp(
     hidden: int,
     part: int,
     post_norm: bool = False,
-    kept: bool = False,
+    reading: Reading | None = None,
 ):
-    x = _array(frames, tokens, width)
+    x, kept = _array(frames, tokens, width), reading is not None
     if kernels.mlp_tile(x.shape, hidden, post_norm, kept).hidden != part:
         raise ValueError(f'residual_mlp does not take {part} of {hidden} channels at a time')
     mlp = {'c_fc': _dense((width,), (hidden,)), 'c_proj': _dense((hidden,), (width,))}
@@ -135,8 +135,10 @@ def _residual_mlp(
     function = functools.partial(
         kernels.residual_mlp, activation=activation, post_norm=post_norm, eps=1e-6
     )
-    slot = Slot(_array(2, *x.shape), _array(dtype=jnp.int32))
-    return function, (x, _norm(width), mlp, *([slot] if kept else []))
+    if not kept:
+        return function, (x, _norm(width), mlp)
+    stack = _array(2, *jax.eval_shape(reading.of, x).shape)
+    return function, (x, _norm(width), mlp, Slot(stack, _array(dtype=jnp.int32), reading))
 
 
 def _mlp_shapes(kept: bool = False) -> tuple[dict[str, int], ...]:
@@ -375,7 +377,11 @@ KERNELS: dict[str, Kernel] = {
     'read_clip_gradient': Kernel(functools.partial(_read_clip, gradient=True), READERS),
     'residual_mlp': Kernel(_residual_mlp, _mlp_shapes()),
     'kept_residual_mlp': Kernel(
-        functools.partial(_residual_mlp, kept=True), _mlp_shapes(kept=True)
+        functools.partial(_residual_mlp, reading=Reading()), _mlp_shapes(kept=True)
+    ),
+    'read_residual_mlp': Kernel(
+        functools.partial(_residual_mlp, reading=Reading(patches=True, standardised=True)),
+        _mlp_shapes(kept=True),
     ),
     'post_norm_mlp': Kernel(
         functools.partial(_residual_mlp, post_norm=True),
