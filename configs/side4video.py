@@ -19,7 +19,13 @@ from dist_jax.configs import base
 from dist_jax.configs.inputs import INPUTS, POLICY
 
 # 0-based odd blocks of EVA are read, and norms lie behind the branches.
-EVA = {'model.tap_every': 2, 'model.post_norm': True, 'model.remat': 'branches'}
+# 64 blocks go round a loop: written out, a compilation would take very long.
+EVA = {
+    'model.tap_every': 2,
+    'model.post_norm': True,
+    'model.remat': 'branches',
+    'model.unroll': False,
+}
 BACKBONES: dict[str, dict[str, object]] = {
     'b32': {'backbone.name': 'vit_b32', 'model.side_dim': 320},
     'b16': {'backbone.name': 'vit_b16', 'model.side_dim': 320},
@@ -121,7 +127,9 @@ def get_config(variant: str = 'b16_8f_k400') -> ConfigDict:
     config.model.class_token_shift = True  # class tokens of the frames before and after
     # Computed again in the backward pass: none, branches (the release on EVA) or layers.
     config.model.remat = 'layers'
-    config.model.unroll = False  # write layers out: faster steps on CPU, longer compilation
+    # Write layers out instead of looping: faster steps, as nothing is copied into and out of what a
+    # loop keeps (B/16 on TPU: 4 % fewer cycles), and a compilation that takes twice as long.
+    config.model.unroll = True
     config.update(recipe())
     return base.finish(config, VARIANTS, variant, demo)
 
