@@ -69,7 +69,7 @@ WIDTH, HEIGHT, FPS = 340, 256, 30
 CONFIG = 'b16_8+16f_k400'
 # What `transcode` makes of the files: short side 256, and key frame interval, crf, codec.
 TRANSCODED = {
-    'MPEG-4': (8, 2, 'mpeg4'),
+    'MPEG-4': (8, 3, 'mpeg4'),
     'GOP 8': (8, 23, 'h264'),
     'GOP 16': (16, 23, 'h264'),
     'JPEG': (1, 4, 'jpeg'),
