@@ -147,19 +147,24 @@ def classes(config):
 
 
 def program(config):
-    """What decides the program of a row, but for the number of classes and numbers in it.
+    """What decides the program of a row, but for widths and other numbers in it.
 
-    Views are rows of a batch to a network: two are as good as four.
+    A row's own widths meet in its initial values, for which its network is traced. Views are rows
+    of a batch to a network: two are as good as four.
     """
-    data = config.data
-    views = config.eval.num_clips > 1
-    shape = (data.num_frames, data.image_size, views, len(classes(config)))
-    optimizer = (config.optimizer.label_smoothing, config.optimizer.ema_decay)
-    groups = (config.model.to_dict(), config.mixing.to_dict(), config.backbone.name)
-    return repr((shape, optimizer, groups, config.accumulation, config.batch_norm.groups))
+    frames = config.data.num_frames if config.model.family == 'dist' else 0  # at two rates
+    shape = frames, config.eval.num_clips > 1, len(classes(config))
+    model = {k: v for k, v in config.model.items() if not re.search('dim$|std$|ada_|dropout', k)}
+    tower = re.sub(r'[0-9]+(_336)?$', '', config.backbone.name)
+    often = config.accumulation > 1, config.batch_norm.groups > 1, config.optimizer.ema_decay > 0
+    return repr((shape, model, tower, often, config.mixing.probability > 0))
 
 
 CONFIGS = {f'{file.__name__}-{name}': file.get_config(name) for file, name, _ in ROWS}
+for name, config in CONFIGS.items():
+    # Layers of one row are written out; those of others are traced once and looped over.
+    if name != 'dist_jax.configs.dist-b16_8+16f_k400':
+        config.model.unroll = False
 COUNTS = [count for _, _, count in ROWS]
 
 
