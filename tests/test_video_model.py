@@ -72,7 +72,7 @@ def test_embeddings_are_those_that_the_head_reads(run, model):
     np.testing.assert_allclose(shares, model.score(paths[0]), atol=1e-6)
     # Pixels may be of any dtype: gradients flow to them.
     total = lambda clips: model.apply(model.variables, clips)['embedding'].sum()  # noqa: E731
-    gradient = jax.grad(total)(jnp.asarray(views, jnp.float32))
+    gradient = jax.jit(jax.grad(total))(jnp.asarray(views, jnp.float32))
     assert float(jnp.abs(gradient).max()) > 0
 
 

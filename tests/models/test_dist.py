@@ -42,10 +42,15 @@ def run(backbone, **options):
     """(model, frozen, features, variables, outputs) of a build with these options."""
     options = OPTIONS | options
     model = dist.build(BACKBONE, **options)
-    frozen = jax.jit(model.frozen.prepare)(backbone, tokens(*options['num_classes']))
-    features = jax.jit(model.inputs)(frozen, {'video': video(options['num_frames'])})
-    variables = jax.jit(model.net.init)(jax.random.key(2), features)
-    return model, frozen, features, variables, jax.jit(model.net.apply)(variables, features)
+
+    @jax.jit
+    def made(backbone, texts, video):
+        frozen = model.frozen.prepare(backbone, texts)
+        features = model.inputs(frozen, {'video': video})
+        outputs, variables = model.net.init_with_output(jax.random.key(2), features)
+        return frozen, features, variables, outputs
+
+    return model, *made(backbone, tokens(*options['num_classes']), video(options['num_frames']))
 
 
 @pytest.fixture(scope='module')
@@ -112,7 +117,7 @@ def test_only_the_last_integration_map_has_no_gradient(plain_gradients):
     _, grads = plain_gradients
     silent = {
         jax.tree_util.keystr(path, simple=True, separator='/')
-        for path, g in jax.tree_util.tree_leaves_with_path(grads['params'])
+        for path, g in jax.tree_util.tree_leaves_with_path(jax.device_get(grads['params']))
         if not np.any(g)
     }
     assert silent == {
@@ -140,10 +145,14 @@ def test_linear_and_two_heads(backbone):
 def test_frozen_logits_are_the_mean_cosine_of_the_frames(backbone, plain):
     *_, outputs = plain
     frames = video()[:, ::2].reshape(-1, 16, 16, 3)
-    embedding = clip.encode_image(backbone['visual'], frames, SPEC, Taps(embedding=True))
-    unit = l2_normalize(embedding['embedding'])
-    text = l2_normalize(clip.KIND.encode_text(backbone['text'], tokens(4)[0], SPEC))
-    expected = (100 * unit @ text.T).reshape(2, 2, 4).mean(1)
+
+    @jax.jit
+    def cosines(backbone):
+        seen = clip.encode_image(backbone['visual'], frames, SPEC, Taps(embedding=True))
+        text = l2_normalize(clip.KIND.encode_text(backbone['text'], tokens(4)[0], SPEC))
+        return l2_normalize(seen['embedding']) @ text.T
+
+    expected = 100 * np.asarray(cosines(backbone)).reshape(2, 2, 4).mean(1)
     (found,) = outputs['frozen_logits']
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -204,7 +213,7 @@ def test_initial_weights_have_the_spread_of_the_release():
         'logit_scale': jnp.zeros(()),
         'embedding': jnp.zeros((2, 96)),
     }
-    params = jax.jit(model.net.init)(jax.random.key(0), shapes)['params']
+    params = jax.device_get(jax.jit(model.net.init)(jax.random.key(0), shapes)['params'])
     pooled = []
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -276,10 +285,10 @@ def test_without_the_temporal_branch_other_frames_change_nothing(backbone):
 
 def test_init_std_is_of_all_matrices_and_tables(plain, backbone):
     """Five times as large, but for what has an initial value of its own."""
-    wide = run(backbone, init_std=0.1)[3]['params']
-    ratios = jax.tree.map(lambda a, b: jnp.std(a) / jnp.std(b), wide, plain[3]['params'])
+    wide, usual = jax.device_get((run(backbone, init_std=0.1)[3], plain[3]))
     own = {'proj', 'qkv'}
-    for path, ratio in jax.tree_util.tree_leaves_with_path(ratios):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(wide), jax.tree.leaves(usual)):
         names = [part.key for part in path]
         if names[-1] not in ('scale', 'bias'):  # these start as 1 and 0
+            ratio = np.std(a) / np.std(b)
             np.testing.assert_allclose(ratio, 1 if own & set(names) else 5, rtol=1e-5)

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 from jax.experimental import pallas as pl
@@ -138,7 +137,8 @@ def test_the_network_trains_through_kernels(monkeypatch):
         def loss(params):
             return jnp.square(net.apply(params, features)['logits'][0]).mean()
 
-        return jax.jit(jax.grad(loss))(params)
+        found = jax.device_get(jax.jit(jax.grad(loss))(params))
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
 
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), features)
     exact = gradient(net(jnp.float32), wide)
@@ -157,6 +157,6 @@ def test_the_network_trains_through_kernels(monkeypatch):
     found = gradient(net(jnp.bfloat16, remat=True), features)
     forward = {'integration', 'temporal_net'}
     assert called >= forward | {f'{name}_gradient' for name in forward}
-    away = [optax.global_norm(jax.tree.map(jnp.subtract, tree, exact)) for tree in (found, usual)]
+    away = [np.linalg.norm(each - exact) for each in (found, usual)]
     assert away[0] < 1.1 * away[1]
-    assert away[0] < 0.05 * optax.global_norm(exact)
+    assert away[0] < 0.05 * np.linalg.norm(exact)
