@@ -244,6 +244,7 @@ def test_a_damaged_checkpoint_in_the_bucket_is_set_aside(gcs, caplog):
 @pytest.mark.slow
 def test_a_run_lies_in_the_bucket_and_continues_there(gcs, clips, tmp_path):
     config = frame_mean.get_config('demo')
+    config.model.unroll = False
     config.backbone.checkpoint = str(tmp_path / 'backbone')
     backbones.write_random(config.backbone.checkpoint, 'tiny')
     config.data.update(

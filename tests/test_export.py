@@ -24,10 +24,8 @@ from dist_jax.video_model import VideoModel
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """(clips, workdir); other tests show the reports of training."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('dist_jax.reports.page.write_report', lambda *_: None)
-        return text_run.train_in(tmp_path_factory.mktemp('export'), num_val=2, val_list='val.txt')
+    """(clips, workdir)."""
+    return text_run.train_in(tmp_path_factory.mktemp('export'), num_val=2, val_list='val.txt')
 
 
 @pytest.fixture(scope='module')

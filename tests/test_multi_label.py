@@ -357,6 +357,7 @@ def test_unreadable_videos_weigh_nothing():
 def test_lists_that_do_not_fit_the_task(tmp_path, task, text, message):
     (tmp_path / 'l.csv').write_text(text)
     config = frame_mean.get_config('demo')
+    config.model.unroll = False
     config.task.name = task
     config.data.update(name='custom', train_list=str(tmp_path / 'l.csv'))
     with pytest.raises(ValueError, match=message):

@@ -115,6 +115,7 @@ def video_rates(step, steps_per_epoch, epochs):
 
 def settings_of(optimizer, num_epochs, num_videos=96, batch_size=8, num_steps=0):
     config = frame_mean.get_config('demo')
+    config.model.unroll = False
     config.update(num_epochs=num_epochs, batch_size=batch_size, num_steps=num_steps)
     config.optimizer.update(optimizer)
     base.check(config)
@@ -202,6 +203,7 @@ def test_configs_choose_from_the_tables():
 )
 def test_wrong_fields_are_named(fields, message):
     config = frame_mean.get_config('demo')
+    config.model.unroll = False
     config.optimizer.update(fields)
     with pytest.raises(ValueError, match=message):
         base.check(config)
@@ -553,6 +555,7 @@ def test_a_restored_state_goes_on_to_the_same_bits(name, tmp_path):
 
 def test_a_run_from_before_optimizers_had_names_continues():
     config = frame_mean.get_config('demo')
+    config.model.unroll = False
     rest = {'class_names': [], 'train_list_sha256': '', 'backbone': {'params_sha256': ''}}
     saved = base.plain(config)
     fields = ('name', 'schedule', 'eps', 'momentum', 'nesterov', 'after_warmup', 'refresh_steps')
@@ -568,6 +571,7 @@ def test_a_run_from_before_optimizers_had_names_continues():
 
 def test_a_run_with_sgd_learns_and_continues(clips, tmp_path):
     config = frame_mean.get_config('demo')
+    config.model.unroll = False
     config.data.update(root=str(clips), train_list='train.txt', label_map='labels.txt')
     config.data.num_frames = 2
     config.update(batch_size=6, num_steps=4)

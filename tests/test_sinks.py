@@ -21,6 +21,7 @@ def services(monkeypatch):
 
 def config_of(clips, **log):
     config = frame_mean.get_config('demo')
+    config.model.unroll = False
     config.update(batch_size=4, num_steps=8)
     config.data.update(
         root=str(clips),

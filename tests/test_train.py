@@ -429,7 +429,11 @@ def with_old_names(workdir):
 
 
 @pytest.mark.slow
-def test_a_run_with_several_clips_of_a_video_continues_bit_for_bit(make_config, tmp_path):
+def test_a_run_with_several_clips_of_a_video_continues_bit_for_bit(
+    make_config, tmp_path, monkeypatch
+):
+    for name in ('write_report', 'write_evaluation'):
+        monkeypatch.setattr(f'dist_jax.reports.page.{name}', lambda *_: None)
     fields = {'data.crop': 'random_resized', 'num_steps': 4, 'data.val_list': ''}
     config = make_config(**fields, **{'data.repeats': 2})
     straight = train.train(config, str(tmp_path / 'straight'))

@@ -238,6 +238,7 @@ def test_captions_are_no_classes(tmp_path, clips, monkeypatch):
         assert (source[0].captions, source[0].label) == (('one', 'two'), ())
     assert recipe.list_sha256(listed) == recipe.list_sha256(built)
     config = frame_mean.get_config('demo')
+    config.model.unroll = False
     for path in ('train.jsonl', 'built'):
         config.data.update(name='custom', train_list=str(tmp_path / path))
         with pytest.raises(ValueError, match=f'{path}: has captions and no classes'):
