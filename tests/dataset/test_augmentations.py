@@ -29,7 +29,7 @@ def test_a_sheet_has_all_clips_and_views(tmp_path, capsys):
 
 def test_a_sheet_of_many_rows_is_wider_than_high(tmp_path):
     frames = [np.full((8, 8, 3), 99, np.uint8)] * 2
-    for count, columns in ((3, 1), (33, 3)):
+    for count, columns in ((3, 1), (12, 2)):
         path = tmp_path / f'{count}.png'
         augmentations.draw_sheet([('row', frames, [0, 1])] * count, path)
         height, width = cv2.imread(str(path)).shape[:2]
