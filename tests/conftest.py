@@ -55,10 +55,17 @@ def pytest_runtest_makereport():
 
 @pytest.fixture(scope='session', autouse=True)
 def compiled_once(tmp_path_factory):
-    """Tests of a session read each other's compiled programs."""
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+    """Tests of a session, and processes that they start, read each other's compiled programs."""
+    folder = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent  # of all workers
+    for name, value in (
+        ('compilation_cache_dir', str(folder / 'compiled')),
+        ('persistent_cache_min_compile_time_secs', 0),
+        ('persistent_cache_min_entry_size_bytes', -1),
+    ):
+        jax.config.update(f'jax_{name}', value)
+        os.environ[f'JAX_{name.upper()}'] = str(value)
 
 
 @pytest.fixture(scope='session')
