@@ -41,7 +41,7 @@ from dist_jax.dataset.building.plan import Options
 from dist_jax.dataset.building.shards import BuildFolder
 from dist_jax.dataset.building.videos import VideoFiles
 from input_pipeline.datasets import DATASETS
-from input_pipeline.encode import CODECS
+from input_pipeline.encode import CODECS, USUAL_CRF
 from input_pipeline.escape import Console
 from input_pipeline.list_formats import FORMATS
 from input_pipeline.machine import num_cpus
@@ -75,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
     add = more.add_argument
     add('--short_side', type=int, default=0, metavar='PIXELS', help='encode anew, at this size')
     add('--keyframe_interval', type=int, default=default.keyframe_interval, metavar='FRAMES')
-    add('--crf', type=int, default=default.crf, help='quality: h264 0 to 51, others 2 to 31')
-    about = 'mpeg4: cheaper to decode (--crf 2); jpeg: every frame a key frame (--crf 4)'
+    usual = ', '.join(f'{codec} {crf}' for codec, crf in USUAL_CRF.items())
+    add('--crf', type=int, help=f'quality: h264 0 to 51, others 2 to 31 (default: {usual})')
+    about = 'mpeg4: cheaper to decode; jpeg: every frame a key frame, cheapest and largest'
     add('--codec', choices=CODECS, default=default.codec, help=about)
     add('--records_per_shard', type=int, default=default.records_per_shard, metavar='N')
     add('--full_check', action='store_true', help='decode every frame of files kept as they are')
@@ -129,7 +130,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> BuildFolder:
         arguments.records_per_shard,
         arguments.short_side,
         arguments.keyframe_interval,
-        arguments.crf,
+        USUAL_CRF[arguments.codec] if arguments.crf is None else arguments.crf,
         arguments.codec,
         arguments.full_check,
         arguments.frame_rate or info.frame_rate,

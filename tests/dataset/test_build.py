@@ -347,6 +347,20 @@ def test_segments_are_the_frames_of_their_time(tmp_path, video):
                 assert np.abs(difference).mean() < 6
 
 
+@pytest.mark.parametrize(('codec', 'crf'), [('h264', 23), ('mpeg4', 3), ('jpeg', 4)])
+def test_each_codec_has_a_quality_of_its_own(tmp_path, video, codec, crf):
+    put(tmp_path / 'videos/v.mp4', video)
+    put(tmp_path / 'train.csv', 'path,label\nv.mp4,a')
+    words = ['--videos', tmp_path / 'videos', '--list', f'train={tmp_path}/train.csv']
+    words += ['--short_side', 32, '--codec', codec]
+    found = [
+        build('custom', tmp_path / name, *words, *more).glob('*array_record*')
+        for name, more in (('usual', []), ('said', ['--crf', crf]))
+    ]
+    usual, said = (one.read_bytes() for [one] in map(list, found))
+    assert usual == said
+
+
 @pytest.fixture
 def listed(tmp_path, video):
     """A custom list of 23 videos with troubles, as (folder, arguments)."""
