@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dist_jax.models import side_kernel, transformer
+from dist_jax.models import kernels, side_kernel, transformer
 from dist_jax.models.api import Tree
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.batch_norm import BatchNorm
@@ -196,6 +196,15 @@ def _grid(rows: int) -> tuple[int, int]:
     """The side of the square grid that a table is of, and the rows behind it."""
     side = math.isqrt(rows)
     return side, rows - side * side
+
+
+def _kept(u: jax.Array) -> jax.Array:
+    """The stream (B, T, N, C) as kernels take it.
+
+    A layout is asked for on each device: the partitioner does not split it by itself, and gave
+    each of 64 chips all clips.
+    """
+    return kernels.on_each_device(row_major, split_batch(u))
 
 
 def shift_class_token(token: jax.Array) -> jax.Array:
@@ -381,13 +390,13 @@ class SideLayer(nn.Module):
         else:
             held, moments = side_kernel.mix(s, taps, tapped['layer'], tap['kernel'], tap['bias'])
             u = held.x
-        u = mixed = mark(row_major(split_batch(u)), STREAM)
+        u = mixed = mark(_kept(u), STREAM)
 
         moved = None
         if self.temporal_conv:
             conv = TemporalConv(**inits['conv'], dtype=self.dtype, name='conv')(width)
             u, moved = add('bn_1', side_kernel.CONV, conv, u, held, moments)
-            u = mark(row_major(u), STREAM)
+            u = mark(_kept(u), STREAM)
 
         shifted = shift_class_token(token) if self.class_token_shift else token
         positions = positions.astype(self.dtype)
@@ -406,10 +415,10 @@ class SideLayer(nn.Module):
         else:
             held, moments = side_kernel.attend(*looking, norm, attn)
             u = held.x
-        u = mark(row_major(u), STREAM)
+        u = mark(_kept(u), STREAM)
 
         mlp = SideMlp(self.mlp_hidden, **inits['mlp'], dtype=self.dtype, name='mlp')(width)
-        s = row_major(add('bn_2', side_kernel.MLP, mlp, u, held, moments)[0])
+        s = _kept(add('bn_2', side_kernel.MLP, mlp, u, held, moments)[0])
         if not self.record:
             return s, None
         recorded = {'mixed': mixed, 'conv': moved, 'attn': seen, 'stream': s}
