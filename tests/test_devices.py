@@ -22,7 +22,8 @@ from dist_jax.configs import dist as dist_config
 from conv_family import build as build_conv
 from dist_jax import checkpoint, mixup, step, train
 from dist_jax.models import (
-    clip, converted, digests, dist, eva, evl, frame_mean, frozen, heads, side4video, sts)
+    clip, converted, digests, dist, eva, evl, frame_mean, frozen, heads, side4video,
+    side_network, sts)
 from dist_jax.models.backbone import Backbone, Taps
 from dist_jax.models.batch_norm import BatchNorm
 from dist_jax.sharding import (
@@ -331,6 +332,14 @@ for devices in (one, mixed):
 close(to_host(scores[1]), to_host(scores[0]), 1e-5)
 print('scores: equal')
 
+# The partitioner cannot split a layout, and would bring all clips to every device.
+mesh = make_mesh(jax.devices(), data=8, fsdp=1, tensor=1)
+stream = jax.ShapeDtypeStruct((16, 4, 5, 6), jnp.float32, sharding=batched(mesh))
+kept = jax.jit(on_mesh(mesh, side_network._kept), out_shardings=batched(mesh))
+text = kept.lower(stream).compile().as_text()
+assert not re.search('all-(gather|reduce)', text), text
+print('streams: split')
+
 
 def refused(function, *texts):
     try:
@@ -386,6 +395,7 @@ def test_eight_devices_in_any_mesh_equal_one(tmp_path):
         'weights',
         'towers',
         'scores',
+        'streams',
         'sizes',
     ]
     assert not (tmp_path / 'run').exists()
