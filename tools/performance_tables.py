@@ -164,7 +164,9 @@ def _share(one: Figures) -> str:
 
 def _rate(one: Figures) -> str:
     rate = one['clips_per_second_per_chip']
-    return NONE if rate is None else f'{rate:.3g}'
+    if rate is None:
+        return NONE
+    return f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'
 
 
 # What a row of the table is called -> its text for one figure.
